@@ -1,0 +1,254 @@
+"""The recipe: its schema, its loading, its overrides. No torch here: login nodes read recipes too.
+
+A recipe is defaults < YAML < dotted overrides (`train.micro_batch=64`). An unknown key is an error that names the
+nearest known one. Durations are given in steps, epochs or samples.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from trainer.errors import UsageError
+
+_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\+?\d+)?) (step|epoch|sample)s?")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of training: `40 epochs`, `1000 steps`, `5e6 samples`."""
+
+    amount: float
+    unit: Literal["step", "epoch", "sample"]
+
+    def steps(self, epoch_samples: int, global_batch: int) -> int:
+        """Whole optimizer steps, rounded to the nearest."""
+        if self.unit == "step":
+            return round(self.amount)
+        samples = self.amount * (epoch_samples if self.unit == "epoch" else 1)
+        return round(samples / global_batch)
+
+    def __str__(self) -> str:
+        amount = int(self.amount) if self.amount.is_integer() else self.amount
+        return f"{amount} {self.unit}{'' if amount == 1 else 's'}"
+
+
+def _parse_span(value: object) -> object:
+    if isinstance(value, Span):
+        return value
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("expected an amount and a unit, such as '40 epochs', '1000 steps' or '5e6 samples'")
+    return Span(float(match[1]), match[2])  # type: ignore[arg-type]
+
+
+Duration = Annotated[Span, BeforeValidator(_parse_span), PlainSerializer(str)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class EncoderSizes(Section):
+    """Sizes that replace those of the named encoder; what is not given stays as it is there."""
+
+    embed_dim: int | None = Field(None, gt=0)
+    depths: tuple[int, int, int, int] | None = None
+    num_heads: tuple[int, int, int, int] | None = None
+    window_size: tuple[int, int, int, int] | None = None
+    drop_path_rate: float | None = Field(None, ge=0, lt=1)
+
+
+class Model(Section):
+    encoder: str = "mixmae_swin_base_w14"
+    sizes: EncoderSizes = EncoderSizes()
+    img_size: int = Field(224, gt=0)
+    num_images: int = Field(4, ge=2, le=5)
+    """K, images mixed into one input (paper Table 8: 4; the release ships 2)."""
+    group_map: Literal["micro_batch", "sample"] = "micro_batch"
+    separate_groups: bool = True
+    dual: bool = True
+    norm_pix_loss: bool = True
+    decoder_dim: int = Field(512, gt=0)
+    decoder_depth: int = Field(8, gt=0)
+    decoder_num_heads: int = Field(16, gt=0)
+    init: Path | None = None
+    """Encoder directory to start from (`mixmae import`, `mixmae export`); None starts from random weights."""
+
+
+class Data(Section):
+    shards: Path = Path("shards")
+    num_workers: int = Field(4, ge=0)
+    prefetch_factor: int = Field(4, ge=1)
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    hflip: float = Field(0.5, ge=0, le=1)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class ActivationCheckpointing(Section):
+    kind: Literal["none", "torch", "fairscale"] = "none"
+    stages: tuple[Literal[1, 2, 3, 4, "decoder"], ...] = (1, 2, 3, 4, "decoder")
+    cpu_offload: bool = False
+
+    @model_validator(mode="after")
+    def _offload_needs_fairscale(self) -> Self:
+        if self.cpu_offload and self.kind != "fairscale":
+            raise ValueError(f"cpu_offload works with kind=fairscale only, not {self.kind}")
+        return self
+
+
+class Train(Section):
+    duration: Duration = Span(600, "epoch")
+    global_batch: int = Field(1024, gt=0)
+    micro_batch: int = Field(128, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    compile: bool = False
+    max_skipped_steps: int = Field(10, ge=1)
+    """So many steps in a row with a non-finite loss or gradient end the run."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError("zero_stage=0 with precision=bf16 starts DeepSpeed's optimizer with a step on empty "
+                             "gradients; use zero_stage=1, which also saves memory, or precision=fp32")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile=true gains nothing with zero_stage=3, whose hooks break every graph; use "
+                             "zero_stage=2 or compile=false")
+        if self.compile and self.activation_checkpointing.kind == "fairscale":
+            raise ValueError("compile=true with activation_checkpointing.kind=fairscale recomputes other random masks "
+                             "than it used; use kind=torch or compile=false")
+        return self
+
+
+class Optim(Section):
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate at a global batch of 256; the run's is base_lr * global_batch / 256."""
+    min_lr: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    no_decay: tuple[str, ...] = ("relative_position_bias_table", "mask_token")
+    """Parts of names exempt from weight decay, beside all 1-D parameters; () decays them as the release does."""
+    warmup: Duration = Span(40, "epoch")
+    clip_grad: float | None = Field(None, gt=0)
+
+
+class Checkpoint(Section):
+    every: Duration = Span(1, "epoch")
+    keep: int = Field(3, ge=1)
+
+
+class Log(Section):
+    every: int = Field(50, ge=1)
+    """Optimizer steps between two logged ones."""
+    pictures: Duration | None = Span(5, "epoch")
+    """Between two pictures of reconstructions; null for none."""
+
+
+class Recipe(Section):
+    run_dir: Path = Path("runs/mixmae")
+    seed: int = Field(0, ge=0)
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _mixing_needs_partners(self) -> Self:
+        if self.train.micro_batch < self.model.num_images:
+            raise ValueError(f"train.micro_batch is {self.train.micro_batch}, fewer than the model.num_images="
+                             f"{self.model.num_images} that are mixed into one input; raise it to "
+                             f"{self.model.num_images} or more")
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step and rank.
+
+        Raises:
+            UsageError: the global batch does not divide by micro_batch * world_size.
+        """
+        at_once = self.train.micro_batch * world_size
+        if self.train.global_batch % at_once:
+            fits = [m for m in range(1, self.train.micro_batch + 1) if self.train.global_batch % (m * world_size) == 0]
+            change = f"train.micro_batch={fits[-1]} would" if fits else f"train.global_batch={at_once} would"
+            raise UsageError(f"train.global_batch={self.train.global_batch} does not divide by train.micro_batch="
+                             f"{self.train.micro_batch} on {world_size} ranks; {change}")
+        return self.train.global_batch // at_once
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `key.path=value` overrides.
+
+    Raises:
+        UsageError: no such file, not YAML, an unknown key or a value outside its range.
+    """
+    if not file.is_file():
+        raise UsageError(f"recipe {file} does not exist; configs/pretrain holds some")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds {type(content).__name__}; expected sections such as 'model:' and 'train:'")
+    for override in overrides:
+        _apply(content, override)
+    return parse_recipe(content, str(file))
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """The recipe of nested values; `source` is what an error names."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {'; '.join(_explain(detail) for detail in error.errors()[:3])}") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UsageError(f"override {override!r} is not of the form key.path=value, such as train.micro_batch=64")
+    *sections, key = path.split(".")
+    here = content
+    for section in sections:
+        inner = here.get(section)
+        here[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        here = inner
+    here[key] = yaml.safe_load(text)
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{_nearest(path)}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    given = detail["input"]
+    shown = f"={given!r}" if path and not isinstance(given, (dict, BaseModel)) else ""
+    expected = message if detail["type"] == "value_error" else f"expected {message}"
+    return f"{path}{shown}: {expected}" if path else expected
+
+
+def _nearest(path: str) -> str:
+    known = list(_paths(Recipe))
+    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    nearest = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(Recipe.model_fields)}"
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, f"{prefix}{name}.")

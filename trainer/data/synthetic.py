@@ -1,0 +1,128 @@
+"""A procedural, labelled corpus, so that a first run needs no download.
+
+Class = shape x texture. Everything else is nuisance: colours, place, size, angle, light, blur, and a background of
+1/f noise, whose spectrum is that of photographs. Each image is a function of (seed, number).
+"""
+
+import io
+import math
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+from trainer.data.build import Sample
+
+SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
+TEXTURES = ("stripes", "checks", "dots")
+CLASSES = [f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES]
+
+Floats = npt.NDArray[np.float64]
+
+
+def samples(count: int, size: int, seed: int, jobs: int = 1) -> Iterator[Sample]:
+    """`count` JPEG samples of `size` px, the classes in turn."""
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(partial(_sample, size=size, seed=seed), range(count), chunksize=32)
+
+
+def _sample(number: int, size: int, seed: int) -> Sample:
+    label = number % len(CLASSES)
+    buffer = io.BytesIO()
+    draw(label, size, np.random.default_rng([seed, number])).save(buffer, "JPEG", quality=90)
+    return Sample(f"{number:07d}", "jpg", buffer.getvalue(), label)
+
+
+def draw(label: int, size: int, random: np.random.Generator) -> Image.Image:
+    """One image of a class."""
+    shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
+    background = _tint(_pink_noise(size, random), *_colours(random))
+    pattern = _tint(_texture(texture, size, random), *_colours(random))
+    mask = _mask(shape, size, random)[..., None]
+    light = 1 + 0.25 * _ramp(size, random)[..., None]
+    pixels = (background * (1 - mask) + pattern * mask) * light + random.normal(0, 0.02, (size, size, 1))
+    image = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.8)))
+
+
+def _colours(random: np.random.Generator) -> tuple[Floats, Floats]:
+    """Two colours far enough apart to be told from each other."""
+    first = random.uniform(0, 1, 3)
+    second = random.uniform(0, 1, 3)
+    while np.abs(first - second).sum() < 0.9:
+        second = random.uniform(0, 1, 3)
+    return first, second
+
+
+def _tint(values: Floats, low: Floats, high: Floats) -> Floats:
+    return low + values[..., None] * (high - low)
+
+
+def _pink_noise(size: int, random: np.random.Generator) -> Floats:
+    """Noise with amplitude 1/f, scaled to 0..1."""
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij"))
+    frequency[0, 0] = 1.0
+    spectrum = np.fft.rfft2(random.normal(size=(size, size))) / frequency
+    noise = np.fft.irfft2(spectrum, (size, size))
+    low, high = np.percentile(noise, (2, 98))
+    return ((noise - low) / (high - low)).clip(0, 1)
+
+
+def _texture(name: str, size: int, random: np.random.Generator) -> Floats:
+    angle = random.uniform(0, math.pi)
+    period = random.uniform(0.07, 0.11) * size
+    y, x = np.mgrid[:size, :size] * (2 * math.pi / period)
+    u = x * math.cos(angle) + y * math.sin(angle) + random.uniform(0, 2 * math.pi)
+    v = y * math.cos(angle) - x * math.sin(angle) + random.uniform(0, 2 * math.pi)
+    wave = {
+        "stripes": np.sin(u),
+        "checks": np.sin(u / 1.4) * np.sin(v / 1.4) * 2,
+        "dots": np.cos(u) + np.cos(v) - 0.7,
+    }[name]
+    return 1 / (1 + np.exp(-6 * wave))
+
+
+def _ramp(size: int, random: np.random.Generator) -> Floats:
+    """Light from one side, -1..1."""
+    angle = random.uniform(0, 2 * math.pi)
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    return (x * math.cos(angle) + y * math.sin(angle)) / math.sqrt(2)
+
+
+def _mask(shape: str, size: int, random: np.random.Generator) -> Floats:
+    """The shape's coverage 0..1, drawn at four times the size for smooth edges."""
+    scale = 4
+    radius = random.uniform(0.26, 0.38) * size
+    centre = random.uniform(radius, size - radius, 2)
+    canvas = Image.new("L", (size * scale, size * scale))
+    pen = ImageDraw.Draw(canvas)
+    turn = random.uniform(0, 2 * math.pi)
+
+    def ring_of(count: int, *radii: float) -> list[tuple[float, float]]:
+        angles = [turn + 2 * math.pi * i / count for i in range(count)]
+        return [
+            (scale * (centre[0] + radii[i % len(radii)] * radius * math.cos(a)),
+             scale * (centre[1] + radii[i % len(radii)] * radius * math.sin(a)))
+            for i, a in enumerate(angles)
+        ]
+
+    if shape == "disc":
+        pen.polygon(ring_of(90, 0.9), fill=255)
+    elif shape == "ring":
+        pen.polygon(ring_of(90, 1.0), fill=255)
+        pen.polygon(ring_of(90, 0.55), fill=0)
+    elif shape == "square":
+        pen.polygon(ring_of(4, 1.1), fill=255)
+    elif shape == "triangle":
+        pen.polygon(ring_of(3, 1.2), fill=255)
+    elif shape == "star":
+        pen.polygon(ring_of(10, 1.2, 0.5), fill=255)
+    else:
+        arms = ring_of(4, 1.1)
+        pen.line([arms[0], arms[2]], fill=255, width=int(0.6 * radius * scale))
+        pen.line([arms[1], arms[3]], fill=255, width=int(0.6 * radius * scale))
+    small = canvas.resize((size, size), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float64) / 255

@@ -1,0 +1,118 @@
+"""Which rank this is, from the environment of whatever started it; joining and leaving the process group."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+
+
+def read_ranks(env: Mapping[str, str]) -> Ranks:
+    """Ranks as DeepSpeed's launcher or torchrun set them, else as srun does, else this process alone.
+
+    Raises:
+        UsageError: a launcher's variables are set only in part, or are not numbers.
+    """
+    given = [name for name in _LAUNCHER if name in env]
+    if "RANK" in given or "WORLD_SIZE" in given:
+        return _ranks(env, _LAUNCHER, env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
+    if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID", "").isdigit():
+        port = 20_000 + (int(env.get("SLURM_JOB_ID", "0")) * 16 + int(env["SLURM_STEP_ID"])) % 20_000
+        return _ranks(env, _SLURM, env.get("MASTER_ADDR") or _first_host(env), env.get("MASTER_PORT", str(port)))
+    return Ranks(master_port=int(env.get("MASTER_PORT", "0")) or _free_port())
+
+
+def _ranks(env: Mapping[str, str], names: tuple[str, ...], address: str, port: str) -> Ranks:
+    missing = [name for name in names if name not in env]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not set although {names[0] if names[0] in env else names[1]} is; start "
+                         "the run with deepspeed, torchrun or srun, or unset them all for a single process")
+    try:
+        rank, world_size, local_rank = (int(env[name]) for name in names[:3])
+        return Ranks(rank, world_size, local_rank, address, int(port))
+    except ValueError as error:
+        raise UsageError(f"{', '.join(f'{n}={env[n]}' for n in names[:3])}, MASTER_PORT={port}: expected whole "
+                         "numbers") from error
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    found = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+    return found.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init() -> Ranks:
+    """Joins the process group: NCCL where there are GPUs, gloo elsewhere."""
+    ranks = read_ranks(os.environ)
+    os.environ.update(
+        RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
+        MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port),
+    )
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if ranks.device.type == "cpu":
+        # An op that DeepSpeed would compile at start-up, that training never calls, and whose shared memory it leaks.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return ranks
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def leave(code: int) -> None:
+    """Ends this process; without os._exit gloo's threads can abort an interpreter that is already done.
+
+    After success all ranks wait for each other; after a failure nobody waits, since the others may never come.
+    """
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,83 @@
+"""The model under DeepSpeed: one pure function makes its configuration, another the engine."""
+
+from typing import Any
+
+import torch
+
+from models import MixMAE, build_encoder
+from trainer.activations import checkpoint_activations
+from trainer.config import Recipe
+from trainer.cpu import needs_widening, widen_products
+from trainer.distributed import Ranks
+from trainer.errors import UsageError
+from trainer.optim import build_optimizer
+
+_BUCKET = 100_000_000
+"""Elements reduced at once: DeepSpeed's own default is one bucket for a whole Swin-H."""
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    train = recipe.train
+    config: dict[str, Any] = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": recipe.accumulation(world_size),
+        "steps_per_print": None,
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET,
+                              # Overlap together with contiguous gradients and bf16 has given NaN (DeepSpeed #8061).
+                              "overlap_comm": False, "contiguous_gradients": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if train.zero_stage == 0:
+        # At this stage the optimizer clips by itself (optim.GuardedAdamW).
+        return config
+    config["gradient_clipping"] = recipe.optim.clip_grad or 0.0
+    config["bf16"] = {"enabled": train.precision == "bf16"}
+    if train.zero_stage == 3:
+        # Keeps stage 3 equal to stage 2 to the bit.
+        config["zero_optimization"]["memory_efficient_linear"] = False
+        config["zero_optimization"]["allgather_bucket_size"] = _BUCKET
+    return config
+
+
+def build_model(recipe: Recipe) -> MixMAE:
+    """The recipe's MixMAE with random weights, a function of its seed; `model.init` is not applied here.
+
+    Raises:
+        UsageError: an unknown encoder, or sizes that do not fit each other.
+    """
+    settings = recipe.model
+    sizes = {name: value for name, value in settings.sizes.model_dump().items() if value is not None}
+    torch.manual_seed(recipe.seed)
+    try:
+        encoder = build_encoder(settings.encoder, img_size=settings.img_size, **sizes)
+        return MixMAE(
+            encoder, settings.num_images, settings.decoder_dim, settings.decoder_depth, settings.decoder_num_heads,
+            settings.norm_pix_loss, settings.dual, settings.separate_groups,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+
+
+def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
+    """DeepSpeed's engine around the model, its optimizer and its precision."""
+    import deepspeed
+
+    config = deepspeed_config(recipe, ranks.world_size)
+    checkpoint_activations(model, recipe.train.activation_checkpointing)
+    model.to(ranks.device)
+    if recipe.train.precision == "bf16" and needs_widening(ranks.device):
+        widen_products(model)
+    if recipe.train.compile:
+        for part in (*model.encoder.stages, model.decoder):
+            for block in part.blocks:
+                block.compile(fullgraph=True)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False
+    )
+    return engine

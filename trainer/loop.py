@@ -1,0 +1,159 @@
+"""The training loop: one step as a list of verbs, and what happens between steps."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.mixing import Mix, draw_mix
+from monitoring.throughput import Throughput
+from trainer import checkpoint, picture
+from trainer.config import Recipe
+from trainer.data.index import ShardIndex
+from trainer.data.stream import Batch, Position, ToDevice
+from trainer.distributed import Ranks, all_reduce_sum
+from trainer.errors import UsageError
+from trainer.optim import Schedule, refuse_non_finite, set_lr
+from trainer.report import NullReporter, Reporter
+from trainer.rng import generator_at
+from trainer.state import TrainState
+
+_PICTURE_ROWS = 4
+
+
+class DivergedError(UsageError):
+    """Too many steps in a row without a finite loss and gradient."""
+
+
+@dataclass
+class Run:
+    """All that a step needs, made once."""
+
+    recipe: Recipe
+    ranks: Ranks
+    engine: Any
+    index: ShardIndex
+    schedule: Schedule
+    state: TrainState
+    batches: Iterator[Batch]
+    to_device: ToDevice
+    reporter: Reporter | NullReporter
+
+    @property
+    def position(self) -> Position:
+        return Position(self.recipe.seed, self.state.samples, self.index.fingerprint)
+
+
+def fit(run: Run) -> None:
+    """Trains from the run's state to the schedule's last step.
+
+    Raises:
+        DivergedError: `train.max_skipped_steps` steps in a row were skipped.
+    """
+    recipe, state = run.recipe, run.state
+    every = {
+        "checkpoint": recipe.checkpoint.every.steps(len(run.index), recipe.train.global_batch),
+        "picture": recipe.log.pictures.steps(len(run.index), recipe.train.global_batch) if recipe.log.pictures else 0,
+    }
+    accumulation = recipe.accumulation(run.ranks.world_size)
+    meter = Throughput()
+    window = torch.zeros(2, device=run.ranks.device)  # sum and number of finite losses since the last report
+    while state.step < run.schedule.total_steps:
+        micro_batches = list(islice(run.batches, accumulation))
+        losses = train_step(run, micro_batches)
+        state.advance(recipe.train.global_batch, run.engine.was_step_applied())
+        meter.count(recipe.train.global_batch)
+        window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
+        run.reporter.step(state.step)
+        last = state.step == run.schedule.total_steps
+        if state.skipped_in_row:
+            report_skipped(run, micro_batches, losses)
+        if state.step % recipe.log.every == 0 or last:
+            report(run, window, meter)
+            window.zero_()
+        if _due(state.step, every["picture"], last):
+            show(run, micro_batches[0])
+        if _due(state.step, every["checkpoint"], last):
+            folder = checkpoint.save(run.engine, recipe, state, run.position, run.ranks)
+            run.reporter.event("checkpoint", f"saved {folder}", step=state.step, folder=str(folder))
+            meter.restart()
+
+
+def train_step(run: Run, micro_batches: list[Batch]) -> Tensor:
+    """One optimizer step; returns the micro-batches' losses [accumulation], on the device."""
+    engine, state = run.engine, run.state
+    set_lr(engine.optimizer, run.schedule.lr(state.step))
+    losses = []
+    for micro_step, batch in enumerate(micro_batches):
+        images = run.to_device(batch.images)
+        mix = mix_for(run, micro_step, len(images))
+        loss = engine(images, *mix)
+        engine.backward(refuse_non_finite(loss))
+        engine.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
+    """How this rank mixes its micro-batch: a function of (seed, step, rank, micro_step)."""
+    settings = run.recipe.model
+    generator = generator_at(run.recipe.seed, run.state.step, run.ranks.rank, micro_step)
+    grid = run.engine.module.grid
+    mix = draw_mix(batch, settings.num_images, grid, generator, per_sample=settings.group_map == "sample")
+    return mix.to(run.ranks.device)
+
+
+def report(run: Run, window: Tensor, meter: Throughput) -> None:
+    """Reduces and reports what happened since the last report; the only host synchronisation between checkpoints."""
+    total, count = all_reduce_sum(window.clone()).tolist()
+    norm = run.engine.get_global_grad_norm()
+    state = run.state
+    run.reporter.scalars(state.step, {
+        "loss": total / count if count else math.nan,
+        "lr": run.schedule.lr(state.step - 1),
+        "grad_norm": float(norm),
+        "epoch": state.samples / len(run.index),
+        "images_per_second": meter.rate(),
+        "skipped_steps": state.skipped,
+    })
+    meter.restart()
+
+
+def report_skipped(run: Run, micro_batches: list[Batch], losses: Tensor) -> None:
+    """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
+    state = run.state
+    run.reporter.event("skipped", f"step {state.step}: loss or gradient not finite, step skipped on all ranks "
+                       f"({state.skipped_in_row} in a row)", step=state.step)
+    if state.skipped_in_row < run.recipe.train.max_skipped_steps:
+        return
+    finite = losses.isfinite().tolist()
+    suspects = [sample for batch, good in zip(micro_batches, finite, strict=True) if not good for sample in batch.samples]
+    gathered: list[list[int]] = [[] for _ in range(run.ranks.world_size)]
+    dist.all_gather_object(gathered, suspects)
+    names = [run.index.name_of(sample) for part in gathered for sample in part[:4]]
+    raise DivergedError(
+        f"{state.skipped_in_row} steps in a row up to step {state.step} had no finite loss and gradient "
+        f"(train.max_skipped_steps={run.recipe.train.max_skipped_steps}); "
+        + (f"loss not finite on {sum(map(len, gathered))} samples, among them {', '.join(names[:8])}" if names
+           else "every loss was finite, a gradient was not")
+        + "; lower optim.base_lr, set optim.clip_grad, or look at these images"
+    )
+
+
+def show(run: Run, batch: Batch) -> None:
+    """Draws what the model makes of a micro-batch; all ranks compute, the main one draws."""
+    images = run.to_device(batch.images)
+    run.engine.eval()
+    grid = picture.reconstructions(run.engine.module, images, mix_for(run, 0, len(images)), _PICTURE_ROWS)
+    run.engine.train()
+    if run.ranks.is_main:
+        run.reporter.picture(run.state.step, picture.draw(grid, run.recipe.data))
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)

@@ -1,0 +1,84 @@
+"""The main job: `python -m trainer.pretrain RECIPE key=value ...`, alone or under deepspeed, torchrun or srun."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from trainer import artifact, checkpoint, distributed
+from trainer.config import Recipe, load_recipe
+from trainer.data.index import open_index
+from trainer.data.stream import Position, ToDevice, stream
+from trainer.distributed import Ranks
+from trainer.engine import build_engine, build_model, deepspeed_config
+from trainer.errors import run_in_words
+from trainer.loop import Run, fit
+from trainer.optim import build_schedule
+from trainer.report import NullReporter, Reporter
+from trainer.run_dir import check_run_dir, write_run_dir
+from trainer.state import TrainState
+
+
+def pretrain(recipe: Recipe, ranks: Ranks) -> None:
+    """Trains a recipe to its end, from its newest checkpoint if there is one.
+
+    Raises:
+        UsageError: whatever in the recipe, the shards or the run directory does not fit.
+    """
+    run = prepare(recipe, ranks)
+    try:
+        fit(run)
+        run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
+    finally:
+        run.reporter.close()
+        run.engine.destroy()
+
+
+def prepare(recipe: Recipe, ranks: Ranks) -> Run:
+    """Everything up to the first step; what can be wrong is found before the engine is built."""
+    deepspeed_config(recipe, ranks.world_size)
+    index = open_index(recipe.data.shards)
+    schedule = build_schedule(recipe, len(index))
+    model = build_model(recipe)
+    run_dir = recipe.run_dir
+    check_run_dir(recipe)
+    if recipe.model.init is not None and checkpoint.newest_checkpoint(run_dir) is None:
+        artifact.initialise(model, recipe.model.init)
+    dist.barrier()
+    if ranks.is_main:
+        write_run_dir(recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = build_engine(model, recipe, ranks)
+    resumed = checkpoint.resume(engine, recipe, ranks)
+    state, position = resumed or (TrainState(), Position(recipe.seed, 0, index.fingerprint))
+    position.require(recipe.seed, index)
+    reporter = Reporter(run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
+    reporter.event(
+        "resumed" if resumed else "start",
+        f"{recipe.model.encoder}, {parameters / 1e6:.1f} M parameters with decoder, {len(index)} images, "
+        f"steps {state.step} to {schedule.total_steps} of {recipe.train.global_batch} images on {ranks.world_size} "
+        f"{ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
+        f"optimizer {type(engine.optimizer).__name__}",
+        step=state.step, world_size=ranks.world_size, parameters=parameters,
+    )
+    batches = stream(recipe, ranks, index, position)
+    return Run(recipe, ranks, engine, index, schedule, state, batches, ToDevice(ranks.device, recipe.data), reporter)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="trainer.pretrain", description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.micro_batch=64")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher passes it; the environment has it too
+    args = parser.parse_args(argv)
+    recipe = load_recipe(args.recipe, args.overrides)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    pretrain(recipe, distributed.init())
+    return 0
+
+
+if __name__ == "__main__":
+    distributed.leave(run_in_words(main, sys.argv[1:]))

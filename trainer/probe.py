@@ -1,0 +1,112 @@
+"""`mixmae probe ENCODER SHARDS`: how well classes can be told apart in an encoder's frozen features.
+
+Two probes on mean-pooled features of unmixed images: the k nearest neighbours by cosine, and a linear classifier.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models  # registers the encoders with timm
+from trainer.artifact import CONFIG
+from trainer.config import Data
+from trainer.data.decode import evaluation_view
+from trainer.data.index import ShardIndex, open_index
+from trainer.data.stream import ToDevice
+from trainer.errors import UsageError
+
+__all__ = ["Accuracy", "features", "main", "models", "open_encoder", "probe"]
+
+
+class Accuracy(NamedTuple):
+    """Top-1 shares of the held-out images."""
+
+    knn: float
+    linear: float
+
+
+def open_encoder(directory: Path, pretrained: bool = True) -> nn.Module:
+    """An encoder directory as a model that gives pooled features; `pretrained=False` for its random twin.
+
+    Raises:
+        UsageError: not an encoder directory.
+    """
+    if not (directory / CONFIG).is_file():
+        raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
+    model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0)
+    return model.eval()
+
+
+@torch.inference_mode()
+def features(encoder: nn.Module, index: ShardIndex, img_size: int, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """Pooled features [N, C] and labels [N] of every image of a shard directory, on the CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(device)
+    to_device = ToDevice(device, Data())
+    found = []
+    for first in range(0, len(index), batch):
+        rows = index.samples[first : first + batch]
+        views = np.stack([evaluation_view(index.read(row), img_size) for row in rows])
+        found.append(encoder(to_device(torch.from_numpy(views))).float().cpu())
+    return torch.cat(found), torch.from_numpy(index.samples["label"].astype(np.int64))
+
+
+def probe(x: Tensor, labels: Tensor, seed: int = 0, neighbours: int = 10) -> Accuracy:
+    """Accuracies of both probes, on a random half of the images after learning from the other half."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order.chunk(2)
+    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
+    return Accuracy(
+        _share(_nearest(x[train], labels[train], x[test], neighbours), labels[test]),
+        _share(_linear(x[train], labels[train], x[test]), labels[test]),
+    )
+
+
+def _nearest(known: Tensor, labels: Tensor, unknown: Tensor, neighbours: int) -> Tensor:
+    similarity = F.normalize(unknown, dim=1) @ F.normalize(known, dim=1).T
+    weight, place = similarity.topk(neighbours, dim=1)
+    votes = torch.zeros(len(unknown), int(labels.max()) + 1)
+    return votes.scatter_add_(1, labels[place], weight.clamp(min=0)).argmax(1)
+
+
+def _linear(known: Tensor, labels: Tensor, unknown: Tensor, decay: float = 1e-2) -> Tensor:
+    """Multinomial logistic regression with a quadratic penalty, solved by L-BFGS."""
+    weight = torch.zeros(known.shape[1], int(labels.max()) + 1, requires_grad=True)
+    bias = torch.zeros(weight.shape[1], requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(known @ weight + bias, labels) + decay * weight.square().sum() / 2
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return (unknown @ weight + bias).argmax(1).detach()
+
+
+def _share(predicted: Tensor, true: Tensor) -> float:
+    return float((predicted == true).float().mean())
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae probe", description="kNN and linear probe of frozen features.")
+    parser.add_argument("encoder", type=Path, help="encoder directory")
+    parser.add_argument("shards", type=Path, help="labelled shards; half of the images teach, the other half test")
+    args = parser.parse_args(argv)
+    index = open_index(args.shards)
+    if (index.samples["label"] < 0).any():
+        raise UsageError(f"{args.shards} holds images without a label; a probe needs a .cls beside every image")
+    for name, pretrained in (("pretrained", True), ("untrained", False)):
+        torch.manual_seed(0)
+        encoder = open_encoder(args.encoder, pretrained)
+        accuracy = probe(*features(encoder, index, encoder.pretrained_cfg["input_size"][1]))
+        print(f"{name:<12} kNN {accuracy.knn:6.1%}   linear {accuracy.linear:6.1%}")
+    return 0

@@ -1,0 +1,140 @@
+"""`mixmae import FILE OUT`: the authors' released MixMIM checkpoints, as an encoder directory of ours.
+
+Their files hold `{"model": state_dict, ...}`, of two kinds: pretraining (encoder and decoder) and fine-tuned (encoder
+and classifier). Sizes are read off the shapes.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.layers import sincos_positions
+from models.registry import SIZES
+from trainer.artifact import write_artifact
+from trainer.errors import UsageError
+
+_BLOCK = (
+    r"(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)"
+    r"|attn\.relative_position_bias_table)"
+)
+# Released name -> our name; their patch merging closes a stage, ours opens the next one (group 1 plus one).
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"(patch_embed\.(?:proj|norm)\.(?:weight|bias))", r"encoder.\1"),
+    (rf"layers\.(\d)\.blocks\.(\d+)\.({_BLOCK})", r"encoder.stages.\1.blocks.\2.\3"),
+    (r"norm\.(weight|bias)", r"encoder.norm.\1"),
+    (r"head\.(weight|bias)", r"encoder.head.fc.\1"),
+    (r"mask_token", r"decoder.mask_token"),
+    (r"decoder_(embed|norm|pred)\.(weight|bias)", r"decoder.\1.\2"),
+    (rf"decoder_blocks\.(\d+)\.({_BLOCK})", r"decoder.blocks.\1.\2"),
+)
+_MERGING = re.compile(r"layers\.(\d)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)")
+_FIXED = {"absolute_pos_embed", "decoder_pos_embed"}
+_INDEX = re.compile(r"(?:layers\.\d\.blocks\.\d+\.attn\.relative_position_index|layers\.\d\.blocks\.\d+\.attn_mask)")
+
+
+def convert(released: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The encoder's and the decoder's state dict (None in a fine-tuned file) of a released state dict.
+
+    Raises:
+        UsageError: names we do not know, or positions that are not the fixed sin-cos ones.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    foreign = []
+    for name, value in released.items():
+        if name in _FIXED:
+            _check_positions(name, value)
+        elif (ours := _our_name(name)) is not None:
+            part, key = ours.split(".", 1)
+            parts[part][key] = value
+        elif not _INDEX.fullmatch(name):
+            foreign.append(name)
+    if foreign:
+        raise UsageError(f"{len(foreign)} names are not of a released MixMIM Swin checkpoint, the first is "
+                         f"{foreign[0]!r}; expected names such as 'layers.0.blocks.0.attn.qkv.weight'")
+    return parts["encoder"], parts["decoder"] or None
+
+
+def sizes(encoder: dict[str, Tensor], image_positions: Tensor | None) -> dict[str, Any]:
+    """The encoder's constructor arguments, from the shapes of its weights."""
+    depths = [len({k.split(".")[3] for k in encoder if k.startswith(f"stages.{i}.blocks.")}) for i in range(4)]
+    tables = [encoder[f"stages.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(4)]
+    found: dict[str, Any] = {
+        "embed_dim": encoder["patch_embed.proj.weight"].shape[0],
+        "depths": tuple(depths),
+        "num_heads": tuple(table.shape[1] for table in tables),
+        "window_size": tuple((int(table.shape[0] ** 0.5) + 1) // 2 for table in tables),
+    }
+    side = int(image_positions.shape[1] ** 0.5) if image_positions is not None else found["window_size"][3] * 8
+    found["img_size"] = side * encoder["patch_embed.proj.weight"].shape[-1]
+    return found
+
+
+def name_size(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The registered architecture of these sizes, and the arguments that differ from its defaults."""
+    defaults = {"img_size": 224, "depths": (2, 2, 18, 2), "window_size": (14, 14, 14, 7)}
+    candidates = {name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v} for name, size in SIZES.items()}
+    name = min(candidates, key=lambda n: (len(candidates[n]), n == "mixmae_swin_nano"))
+    return name, candidates[name]
+
+
+def _our_name(name: str) -> str | None:
+    if merging := _MERGING.fullmatch(name):
+        return f"encoder.stages.{int(merging[1]) + 1}.downsample.{merging[2]}"
+    for pattern, ours in _RENAMES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, ours, name)
+    return None
+
+
+def _check_positions(name: str, value: Tensor) -> None:
+    side = int(value.shape[1] ** 0.5)
+    expected = sincos_positions((side, side), value.shape[2]).flatten(0, 1)
+    if not torch.allclose(value[0].float(), expected, atol=1e-4):
+        raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
+
+
+def read_release(file: Path) -> dict[str, Tensor]:
+    """The state dict in a released file, unpickled with `weights_only`.
+
+    Raises:
+        UsageError: no file, not a checkpoint, or no tensors under "model".
+    """
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever its unpickler meets; each means the same to the user
+        raise UsageError(f"{file} is not a checkpoint that torch loads with weights_only=True: "
+                         f"{str(error).splitlines()[0]}") from error
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{file} has no state dict under 'model'; expected a released MixMIM checkpoint")
+    return state
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae import", description="Convert a released MixMIM checkpoint.")
+    parser.add_argument("file", type=Path, help="released checkpoint (.pth)")
+    parser.add_argument("out", type=Path, help="encoder directory to write")
+    args = parser.parse_args(argv)
+    released = read_release(args.file)
+    encoder, decoder = convert(released)
+    if missing := sorted(_required(encoder)):
+        raise UsageError(f"{args.file} lacks {len(missing)} weights of a MixMIM encoder, the first is {missing[0]!r}")
+    name, model_args = name_size(sizes(encoder, released.get("absolute_pos_embed")))
+    write_artifact(args.out, name, model_args, encoder, decoder, {"source": args.file.name})
+    kind = "fine-tuned" if decoder is None else "pretraining"
+    print(f"{args.out}: {kind} checkpoint, {name}, {sum(v.numel() for v in encoder.values()) / 1e6:.1f} M parameters "
+          f"in the encoder\nopen it with: import models, timm; timm.create_model('local-dir:{args.out}', pretrained=True)")
+    return 0
+
+
+def _required(encoder: dict[str, Tensor]) -> set[str]:
+    tables = {f"stages.{i}.blocks.0.attn.relative_position_bias_table" for i in range(4)}
+    merges = {f"stages.{i}.downsample.reduction.weight" for i in range(1, 4)}
+    return ({"patch_embed.proj.weight", "norm.weight"} | tables | merges) - encoder.keys()

@@ -1,0 +1,74 @@
+"""The run directory: one place for all that a run leaves behind.
+
+    recipe.yaml     resolved, with every default       events.jsonl   one line per logged step and per event
+    versions.json   what it ran with                   tensorboard/   curves and pictures
+    checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.checkpoint import require_same_recipe
+from trainer.config import Recipe, parse_recipe
+from trainer.errors import UsageError
+
+RECIPE = "recipe.yaml"
+PACKAGES = ("mixmae", "torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset", "numpy", "pillow")
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Raises UsageError if the recipe's run directory exists and belongs to another recipe."""
+    file = recipe.run_dir / RECIPE
+    if file.is_file():
+        require_same_recipe(recipe, yaml.safe_load(file.read_text()), recipe.run_dir)
+
+
+def write_run_dir(recipe: Recipe) -> None:
+    """Creates the run directory and says in it what runs; for the main rank, after every rank checked."""
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.run_dir / RECIPE).write_text(recipe.to_yaml())
+    (recipe.run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+
+
+def read_recipe(run_dir: Path) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises:
+        UsageError: `run_dir` is not a run directory.
+    """
+    file = run_dir / RECIPE
+    if not file.is_file():
+        raise UsageError(f"{run_dir} is not a run directory: it has no {RECIPE}")
+    return parse_recipe(yaml.safe_load(file.read_text()), str(file))
+
+
+def versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+class Events:
+    """`events.jsonl`: append-only, one JSON object a line, flushed as written; null where a number is not finite."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / "events.jsonl").open("a", buffering=1)
+
+    def write(self, event: str, **fields: Any) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **finite}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
+    """The events of one kind, oldest first."""
+    lines = (run_dir / "events.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]

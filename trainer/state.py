@@ -1,0 +1,28 @@
+"""What a run is besides its weights: one small record, the same on every rank."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+
+@dataclass
+class TrainState:
+    """Counts since the run began. `samples` are counted where they are consumed, after the step that used them."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+    """Steps skipped for a non-finite loss or gradient, in all."""
+    skipped_in_row: int = 0
+
+    def advance(self, global_batch: int, applied: bool) -> None:
+        self.step += 1
+        self.samples += global_batch
+        self.skipped += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        return cls(**state)
