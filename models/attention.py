@@ -88,7 +88,7 @@ class WindowAttention(nn.Module):
         return self.proj(out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, dim))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, separation: Separation | None) -> Tensor:
-        """[B, Wn, h, N, d] each -> [B, Wn, h, N, d]; the bias broadcasts over whatever stands in the first dimension."""
+        """[B, Wn, h, N, d] each -> [B, Wn, h, N, d]; the bias broadcasts over what stands in the first dimension."""
         bias = self._position_bias()
         if separation is None:
             return self._sdpa(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias[None]).view(q.shape)
@@ -96,7 +96,8 @@ class WindowAttention(nn.Module):
             # Windows differ in their separation, samples do not: windows stand beside the heads.
             joint = (bias + separation.bias).flatten(0, 1)[None]
             return self._sdpa(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), joint).view(q.shape)
-        assert separation.query_codes is not None and separation.key_codes is not None
+        assert separation.query_codes is not None
+        assert separation.key_codes is not None
         q = _append(q, separation.query_codes).flatten(0, 1)
         k = _append(k, separation.key_codes).flatten(0, 1)
         return self._sdpa(q, k, v.flatten(0, 1), bias[None]).view(v.shape)

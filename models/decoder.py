@@ -20,7 +20,13 @@ class Decoder(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, in_dim: int, grid: tuple[int, int], cell_values: int, dim: int = 512, depth: int = 8, num_heads: int = 16,
+        self,
+        in_dim: int,
+        grid: tuple[int, int],
+        cell_values: int,
+        dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 4:

@@ -24,8 +24,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *attention_inputs: object) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), *attention_inputs))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):

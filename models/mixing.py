@@ -38,8 +38,10 @@ def draw_mix(
     if not 2 <= num_images <= 5:
         raise ValueError(f"num_images is {num_images}; expected 2 to 5")
     if batch < num_images:
-        raise ValueError(f"a micro-batch of {batch} cannot mix {num_images} different images; raise micro_batch to "
-                         f"{num_images} or more, or lower num_images")
+        raise ValueError(
+            f"a micro-batch of {batch} cannot mix {num_images} different images; raise micro_batch to "
+            f"{num_images} or more, or lower num_images"
+        )
     cells = grid[0] * grid[1]
     if cells < num_images:
         raise ValueError(f"a grid of {grid[0]}x{grid[1]} cells has no room for {num_images} images; raise img_size")
@@ -49,9 +51,7 @@ def draw_mix(
     )
 
 
-def _draw_groups(
-    batch: int | None, num_images: int, grid: tuple[int, int], generator: torch.Generator
-) -> Tensor:
+def _draw_groups(batch: int | None, num_images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     cells = grid[0] * grid[1]
     even_split = torch.arange(cells) % num_images
     if batch is None:

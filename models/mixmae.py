@@ -3,23 +3,12 @@
 Shapes are those of `models.mixing`; L = Gh*Gw cells, P = 32*32*3 values in a cell in the order row, column, channel.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
 from models.decoder import Decoder
+from models.encoder import Encoder
 from models.mixing import mix_images
-
-
-class Encoder(Protocol):
-    """What MixMAE asks of an encoder: `encoder(images, groups) -> [B, Gh, Gw, C]` and the facts below."""
-
-    grid: tuple[int, int]
-    stride: int
-    num_features: int
-
-    def __call__(self, images: Tensor, groups: Tensor | None = None) -> Tensor: ...
 
 
 class MixMAE(nn.Module):
@@ -32,8 +21,15 @@ class MixMAE(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, num_images: int = 4, decoder_dim: int = 512, decoder_depth: int = 8,
-        decoder_num_heads: int = 16, norm_pix_loss: bool = True, dual: bool = True, separate_groups: bool = True,
+        self,
+        encoder: Encoder,
+        num_images: int = 4,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = True,
+        dual: bool = True,
+        separate_groups: bool = True,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -58,7 +54,7 @@ class MixMAE(nn.Module):
         # Each sequence has the same number of cells to guess, so a mean over the guessed ones is one weighted sum.
         guessed = (~visible).to(targets.dtype)[..., None]
         error = ((predictions.float() - targets) * guessed).square().sum()
-        return error / (guessed.expand(targets.shape[:3] + (1,)).sum() * targets.shape[-1])
+        return error / (guessed.expand(*targets.shape[:3], 1).sum() * targets.shape[-1])
 
     def reconstruct(self, images: Tensor, groups: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
         """Predictions fp32 [K, B, L, P] of images[partners], and which cells were visible, bool [K, B or 1, L]."""

@@ -12,8 +12,13 @@ from models.swin import Swin
 
 # Sizes of the paper (section 3.2); windows for 224 px. `nano` is this project's own, for demonstrations and tests.
 SIZES: dict[str, dict[str, Any]] = {
-    "mixmae_swin_nano": {"img_size": 128, "embed_dim": 32, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 4, 8),
-                         "window_size": (8, 8, 8, 4)},
+    "mixmae_swin_nano": {
+        "img_size": 128,
+        "embed_dim": 32,
+        "depths": (1, 1, 3, 1),
+        "num_heads": (1, 2, 4, 8),
+        "window_size": (8, 8, 8, 4),
+    },
     "mixmae_swin_base": {"embed_dim": 128, "num_heads": (4, 8, 16, 32), "window_size": (7, 7, 14, 7)},
     "mixmae_swin_base_w14": {"embed_dim": 128, "num_heads": (4, 8, 16, 32)},
     "mixmae_swin_large": {"embed_dim": 192, "num_heads": (6, 12, 24, 48)},
@@ -25,10 +30,17 @@ def default_cfg(name: str, img_size: int | None = None, num_classes: int = 0) ->
     """timm's pretrained_cfg of an encoder: how its input is made and what its parts are called."""
     side = img_size or SIZES[name].get("img_size", 224)
     return {
-        "input_size": (3, side, side), "fixed_input_size": True, "num_classes": num_classes,
+        "input_size": (3, side, side),
+        "fixed_input_size": True,
+        "num_classes": num_classes,
         "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj", "classifier": "head.fc", "license": "apache-2.0",
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
     }
 
 
@@ -48,8 +60,12 @@ def fit_to_model(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     model: nn.Module = build_model_with_cfg(
-        Swin, variant, pretrained, pretrained_filter_fn=fit_to_model,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **{**SIZES[variant], **kwargs},
+        Swin,
+        variant,
+        pretrained,
+        pretrained_filter_fn=fit_to_model,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**SIZES[variant], **kwargs},
     )
     return model
 

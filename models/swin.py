@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from timm.layers import ClassifierHead, PatchEmbed
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Separation, WindowAttention, separate
+from models.encoder import Encoder
 from models.layers import Block, PatchMerging, init_weights, sincos_positions
 
 NUM_STAGES = 4
@@ -22,8 +23,15 @@ class Stage(nn.Module):
     """Patch merging (but for the first stage), then blocks that share one window size and one group separation."""
 
     def __init__(
-        self, dim: int, depth: int, num_heads: int, window: int, grid: tuple[int, int], mlp_ratio: float,
-        drop_path: Sequence[float], merge: bool,
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        window: int,
+        grid: tuple[int, int],
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        merge: bool,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -47,7 +55,7 @@ class Stage(nn.Module):
         return x
 
 
-class Swin(nn.Module):
+class Swin(Encoder):
     """`encoder(images, groups=None) -> features`: pretraining, features and classification with one object.
 
     Args:
@@ -60,12 +68,22 @@ class Swin(nn.Module):
     """
 
     positions: Tensor
+    num_stages = NUM_STAGES
 
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000,
-        global_pool: str = "avg", embed_dim: int = 128, depths: Sequence[int] = (2, 2, 18, 2),
-        num_heads: Sequence[int] = (4, 8, 16, 32), window_size: Sequence[int] = (14, 14, 14, 7), mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: Sequence[int] = (14, 14, 14, 7),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -83,9 +101,9 @@ class Swin(nn.Module):
         )
         # A buffer in fp32 that DeepSpeed leaves alone; added in the dtype of the tokens.
         self.register_buffer("positions", sincos_positions(grids[0], embed_dim), persistent=False)
-        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
-            Stage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i].tolist(), i > 0)
+            Stage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
             for i in range(NUM_STAGES)
         )
         self.norm = nn.LayerNorm(dims[-1])
@@ -107,8 +125,13 @@ class Swin(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
-        output_fmt: str = "NCHW", intermediates_only: bool = False,
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """timm's feature-extraction contract: the maps behind the stages `indices`."""
         take, last = feature_take_indices(NUM_STAGES, indices)
@@ -126,14 +149,22 @@ class Swin(nn.Module):
         return x + self.positions.to(x.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] = (1, 2, 3, 4)) -> None:
-        """Recomputes the blocks of the named stages, counted from 1, in the backward pass."""
         for number, stage in enumerate(self.stages, start=1):
+            assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable and number in stages
+
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        chosen = self.stages[stage - 1]
+        assert isinstance(chosen, Stage)
+        return list(chosen.blocks)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """timm's layer groups, from the image to the head, for layer-wise learning-rate decay."""
-        block = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.downsample", (0,)),
-                                                  (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        block = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        )
         return {"stem": r"^patch_embed", "blocks": block}
 
     def no_weight_decay(self) -> set[str]:
@@ -156,22 +187,28 @@ def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequenc
     stride = patch_size * 2 ** (NUM_STAGES - 1)
     if any(side % stride for side in img_size):
         fits = [max(stride, round(side / stride) * stride) for side in img_size]
-        raise ValueError(f"img_size {img_size[0]}x{img_size[1]} does not divide into cells of {stride} px; "
-                         f"the nearest that does is {fits[0]}x{fits[1]}")
+        raise ValueError(
+            f"img_size {img_size[0]}x{img_size[1]} does not divide into cells of {stride} px; "
+            f"the nearest that does is {fits[0]}x{fits[1]}"
+        )
     if len(window_size) != NUM_STAGES:
         raise ValueError(f"window_size {tuple(window_size)} has {len(window_size)} entries; expected {NUM_STAGES}")
     grids = [(img_size[0] // side, img_size[1] // side) for side in (patch_size * 2**i for i in range(NUM_STAGES))]
     if any(side % w for grid, w in zip(grids, window_size, strict=True) for side in grid):
-        raise ValueError(f"img_size {img_size[0]}x{img_size[1]} gives token grids "
-                         f"{', '.join(f'{h}x{w}' for h, w in grids)} that do not divide by window_size "
-                         f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit")
+        raise ValueError(
+            f"img_size {img_size[0]}x{img_size[1]} gives token grids "
+            f"{', '.join(f'{h}x{w}' for h, w in grids)} that do not divide by window_size "
+            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit"
+        )
     assert all(coarse[0] * 2 == fine[0] for fine, coarse in pairwise(grids))
     return grids
 
 
 def fitting_windows(grids: Sequence[tuple[int, int]], window_size: Sequence[int]) -> tuple[int, ...]:
-    """For each stage the window nearest to the one asked for that divides its grid; of two equally near, the larger."""
+    """Windows that divide their grids: nearest to those asked for in stages 1 and 2, the whole map in 3 and 4."""
+
     def nearest(grid: tuple[int, int], wanted: int) -> int:
         fits = [w for w in range(1, min(grid) + 1) if grid[0] % w == 0 and grid[1] % w == 0]
         return min(fits, key=lambda w: (abs(w - wanted), -w))
-    return tuple(nearest(grid, wanted) for grid, wanted in zip(grids, window_size, strict=True))
+
+    return (nearest(grids[0], window_size[0]), nearest(grids[1], window_size[1]), min(grids[2]), min(grids[3]))

@@ -19,8 +19,12 @@ ENCODER, DECODER, CONFIG = "model.safetensors", "decoder.safetensors", "config.j
 
 
 def write_artifact(
-    out: Path, architecture: str, model_args: dict[str, Any], encoder: dict[str, Tensor],
-    decoder: dict[str, Tensor] | None = None, facts: dict[str, Any] | None = None,
+    out: Path,
+    architecture: str,
+    model_args: dict[str, Any],
+    encoder: dict[str, Tensor],
+    decoder: dict[str, Tensor] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
@@ -60,8 +64,10 @@ def initialise(model: MixMAE, directory: Path) -> list[str]:
         UsageError: no such directory, or weights that do not fit the model.
     """
     if not (directory / ENCODER).is_file():
-        raise UsageError(f"model.init: {directory / ENCODER} does not exist; give a directory made by "
-                         "'mixmae export' or 'mixmae import'")
+        raise UsageError(
+            f"model.init: {directory / ENCODER} does not exist; give a directory made by "
+            "'mixmae export' or 'mixmae import'"
+        )
     encoder = load_file(directory / ENCODER)
     weights = {name: value for name, value in encoder.items() if not name.startswith("head.")}
     _load(model.encoder, fit_to_model(weights, model.encoder), directory / ENCODER)
@@ -75,8 +81,10 @@ def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     own = module.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
     if wrong:
-        raise UsageError(f"{file} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "
-                         f"the first is {wrong[0]!r}; take the sizes of its config.json into the recipe")
+        raise UsageError(
+            f"{file} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "
+            f"the first is {wrong[0]!r}; take the sizes of its config.json into the recipe"
+        )
     module.load_state_dict(state)
 
 

@@ -1,7 +1,7 @@
 """Saving and resuming a run. A checkpoint has its name only when every rank's part is on disk.
 
-    RUN/checkpoints/step-00001000/     what DeepSpeed writes: model and optimizer, sharded by rank
-    RUN/checkpoints/newest             the name of the newest complete one
+RUN/checkpoints/step-00001000/     what DeepSpeed writes: model and optimizer, sharded by rank
+RUN/checkpoints/newest             the name of the newest complete one
 """
 
 import os
@@ -20,8 +20,18 @@ from trainer.state import TrainState
 NEWEST = "newest"
 _KEY = "mixmae"
 """Everything of ours in DeepSpeed's client state stands under this one key; it is the same on every rank."""
-_MAY_CHANGE = {"run_dir", "data.shards", "data.num_workers", "data.prefetch_factor", "train.compile", "checkpoint", "log",
-               "train.activation_checkpointing", "train.max_skipped_steps", "model.init"}
+_MAY_CHANGE = {
+    "run_dir",
+    "data.shards",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "train.compile",
+    "checkpoint",
+    "log",
+    "train.activation_checkpointing",
+    "train.max_skipped_steps",
+    "model.init",
+}
 """Settings that a resumed run may change: none of them changes what is computed."""
 
 
@@ -32,8 +42,12 @@ def save(engine: Any, recipe: Recipe, state: TrainState, position: Position, ran
     if ranks.is_main:
         shutil.rmtree(folder / partial, ignore_errors=True)
     dist.barrier()
-    ours = {"state": state.state_dict(), "position": vars(position), "recipe": recipe.model_dump(mode="json"),
-            "world_size": ranks.world_size}
+    ours = {
+        "state": state.state_dict(),
+        "position": vars(position),
+        "recipe": recipe.model_dump(mode="json"),
+        "world_size": ranks.world_size,
+    }
     engine.save_checkpoint(str(folder), tag=partial, client_state={_KEY: ours}, save_latest=False)
     _sync_folder(folder / partial, ranks)
     dist.barrier()
@@ -73,13 +87,17 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     found = complete(run_dir)
     if not (folder / NEWEST).is_file():
         if found:
-            raise UsageError(f"{folder / NEWEST} is missing although {len(found)} checkpoints are there; write the name of "
-                             f"one into it (the last is {found[-1].name}), or start another run_dir")
+            raise UsageError(
+                f"{folder / NEWEST} is missing although {len(found)} checkpoints are there; write the name of "
+                f"one into it (the last is {found[-1].name}), or start another run_dir"
+            )
         return None
     newest = folder / (folder / NEWEST).read_text().strip()
     if newest not in found:
-        raise UsageError(f"checkpoint {newest} is missing; there are {', '.join(f.name for f in found) or 'none'}: write "
-                         f"the name of one into {folder / NEWEST}, or start another run_dir")
+        raise UsageError(
+            f"checkpoint {newest} is missing; there are {', '.join(f.name for f in found) or 'none'}: write "
+            f"the name of one into {folder / NEWEST}, or start another run_dir"
+        )
     return newest
 
 
@@ -94,8 +112,9 @@ def require_same_recipe(recipe: Recipe, earlier: dict[str, Any], run_dir: Path) 
     differences = [d for d in _differences(before, recipe) if not any(d[0].startswith(free) for free in _MAY_CHANGE)]
     if differences:
         shown = ", ".join(f"{path} ({then} then, {now} now)" for path, then, now in differences[:3])
-        raise UsageError(f"run_dir={run_dir} belongs to another recipe: {shown}; set what differs as it was, or name "
-                         "another run_dir")
+        raise UsageError(
+            f"run_dir={run_dir} belongs to another recipe: {shown}; set what differs as it was, or name another run_dir"
+        )
 
 
 def _differences(before: Section, now: Section, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -112,8 +131,9 @@ def _differences(before: Section, now: Section, prefix: str = "") -> list[tuple[
 def _require_parts(checkpoint: Path, recipe: Recipe, ranks: Ranks) -> None:
     shards = len(list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")))
     if recipe.train.zero_stage > 0 and shards != ranks.world_size:
-        raise UsageError(f"{checkpoint} was saved by {shards} ranks, this run has {ranks.world_size}; resume with {shards} "
-                         "ranks")
+        raise UsageError(
+            f"{checkpoint} was saved by {shards} ranks, this run has {ranks.world_size}; resume with {shards} ranks"
+        )
 
 
 def _sync_folder(folder: Path, ranks: Ranks) -> None:
@@ -128,7 +148,7 @@ def _point_to(folder: Path, name: str) -> None:
     partial = folder / f".{NEWEST}"
     partial.write_text(name + "\n")
     _fsync(partial)
-    os.replace(partial, folder / NEWEST)
+    partial.replace(folder / NEWEST)
     _fsync(folder)
 
 

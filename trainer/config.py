@@ -34,7 +34,7 @@ class Span:
         return round(samples / global_batch)
 
     def __str__(self) -> str:
-        amount = int(self.amount) if self.amount.is_integer() else self.amount
+        amount = int(self.amount) if float(self.amount).is_integer() else self.amount
         return f"{amount} {self.unit}{'' if amount == 1 else 's'}"
 
 
@@ -117,14 +117,20 @@ class Train(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError("zero_stage=0 with precision=bf16 starts DeepSpeed's optimizer with a step on empty "
-                             "gradients; use zero_stage=1, which also saves memory, or precision=fp32")
+            raise ValueError(
+                "zero_stage=0 with precision=bf16 starts DeepSpeed's optimizer with a step on empty "
+                "gradients; use zero_stage=1, which also saves memory, or precision=fp32"
+            )
         if self.compile and self.zero_stage == 3:
-            raise ValueError("compile=true gains nothing with zero_stage=3, whose hooks break every graph; use "
-                             "zero_stage=2 or compile=false")
+            raise ValueError(
+                "compile=true gains nothing with zero_stage=3, whose hooks break every graph; use "
+                "zero_stage=2 or compile=false"
+            )
         if self.compile and self.activation_checkpointing.kind == "fairscale":
-            raise ValueError("compile=true with activation_checkpointing.kind=fairscale recomputes other random masks "
-                             "than it used; use kind=torch or compile=false")
+            raise ValueError(
+                "compile=true with activation_checkpointing.kind=fairscale recomputes other random masks "
+                "than it used; use kind=torch or compile=false"
+            )
         return self
 
 
@@ -166,9 +172,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _mixing_needs_partners(self) -> Self:
         if self.train.micro_batch < self.model.num_images:
-            raise ValueError(f"train.micro_batch is {self.train.micro_batch}, fewer than the model.num_images="
-                             f"{self.model.num_images} that are mixed into one input; raise it to "
-                             f"{self.model.num_images} or more")
+            raise ValueError(
+                f"train.micro_batch is {self.train.micro_batch}, fewer than the model.num_images="
+                f"{self.model.num_images} that are mixed into one input; raise it to "
+                f"{self.model.num_images} or more"
+            )
         return self
 
     def accumulation(self, world_size: int) -> int:
@@ -181,8 +189,10 @@ class Recipe(Section):
         if self.train.global_batch % at_once:
             fits = [m for m in range(1, self.train.micro_batch + 1) if self.train.global_batch % (m * world_size) == 0]
             change = f"train.micro_batch={fits[-1]} would" if fits else f"train.global_batch={at_once} would"
-            raise UsageError(f"train.global_batch={self.train.global_batch} does not divide by train.micro_batch="
-                             f"{self.train.micro_batch} on {world_size} ranks; {change}")
+            raise UsageError(
+                f"train.global_batch={self.train.global_batch} does not divide by train.micro_batch="
+                f"{self.train.micro_batch} on {world_size} ranks; {change}"
+            )
         return self.train.global_batch // at_once
 
     def to_yaml(self) -> str:

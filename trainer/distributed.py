@@ -55,14 +55,17 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 def _ranks(env: Mapping[str, str], names: tuple[str, ...], address: str, port: str) -> Ranks:
     missing = [name for name in names if name not in env]
     if missing:
-        raise UsageError(f"{', '.join(missing)} not set although {names[0] if names[0] in env else names[1]} is; start "
-                         "the run with deepspeed, torchrun or srun, or unset them all for a single process")
+        raise UsageError(
+            f"{', '.join(missing)} not set although {names[0] if names[0] in env else names[1]} is; start "
+            "the run with deepspeed, torchrun or srun, or unset them all for a single process"
+        )
     try:
         rank, world_size, local_rank = (int(env[name]) for name in names[:3])
         return Ranks(rank, world_size, local_rank, address, int(port))
     except ValueError as error:
-        raise UsageError(f"{', '.join(f'{n}={env[n]}' for n in names[:3])}, MASTER_PORT={port}: expected whole "
-                         "numbers") from error
+        raise UsageError(
+            f"{', '.join(f'{n}={env[n]}' for n in names[:3])}, MASTER_PORT={port}: expected whole numbers"
+        ) from error
 
 
 def _first_host(env: Mapping[str, str]) -> str:
@@ -77,12 +80,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init() -> Ranks:
+def join(ranks: Ranks) -> None:
     """Joins the process group: NCCL where there are GPUs, gloo elsewhere."""
-    ranks = read_ranks(os.environ)
     os.environ.update(
-        RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank),
-        MASTER_ADDR=ranks.master_addr, MASTER_PORT=str(ranks.master_port),
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.local_rank),
+        MASTER_ADDR=ranks.master_addr,
+        MASTER_PORT=str(ranks.master_port),
     )
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
@@ -95,7 +100,6 @@ def init() -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return ranks
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

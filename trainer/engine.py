@@ -1,5 +1,8 @@
 """The model under DeepSpeed: one pure function makes its configuration, another the engine."""
 
+import contextlib
+import io
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,9 +31,13 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": recipe.accumulation(world_size),
         "steps_per_print": None,
-        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": _BUCKET,
-                              # Overlap together with contiguous gradients and bf16 has given NaN (DeepSpeed #8061).
-                              "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": _BUCKET,
+            # Overlap together with contiguous gradients and bf16 has given NaN (DeepSpeed #8061).
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     if train.zero_stage == 0:
@@ -57,8 +64,14 @@ def build_model(recipe: Recipe) -> MixMAE:
     try:
         encoder = build_encoder(settings.encoder, img_size=settings.img_size, **sizes)
         return MixMAE(
-            encoder, settings.num_images, settings.decoder_dim, settings.decoder_depth, settings.decoder_num_heads,
-            settings.norm_pix_loss, settings.dual, settings.separate_groups,
+            encoder,
+            settings.num_images,
+            settings.decoder_dim,
+            settings.decoder_depth,
+            settings.decoder_num_heads,
+            settings.norm_pix_loss,
+            settings.dual,
+            settings.separate_groups,
         )
     except ValueError as error:
         raise UsageError(f"model: {error}") from error
@@ -74,10 +87,11 @@ def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
     if recipe.train.precision == "bf16" and needs_widening(ranks.device):
         widen_products(model)
     if recipe.train.compile:
-        for part in (*model.encoder.stages, model.decoder):
-            for block in part.blocks:
-                block.compile(fullgraph=True)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False
-    )
+        encoder_blocks = [model.encoder.stage_blocks(stage) for stage in range(1, model.encoder.num_stages + 1)]
+        for block in chain(*encoder_blocks, model.decoder.blocks):
+            block.compile(fullgraph=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False
+        )
     return engine

@@ -4,12 +4,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from trainer.artifact import write_artifact
 from trainer.checkpoint import newest_checkpoint
-from trainer.config import Recipe
+from trainer.consolidate import master_weights
 from trainer.errors import UsageError
 from trainer.run_dir import read_recipe
 
@@ -24,29 +21,18 @@ def export(run_dir: Path, out: Path) -> Path:
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise UsageError(f"{run_dir} holds no checkpoint yet")
-    weights = master_weights(checkpoint, recipe)
+    weights = master_weights(checkpoint)
     encoder, decoder = (
         {name.removeprefix(part): value.float() for name, value in weights.items() if name.startswith(part)}
         for part in ("encoder.", "decoder.")
     )
     sizes = {name: value for name, value in recipe.model.sizes.model_dump(exclude={"drop_path_rate"}).items() if value}
     model_args = {"img_size": recipe.model.img_size, **sizes}
-    facts = {"pretraining": {"step": int(checkpoint.name.removeprefix("step-")), **recipe.model.model_dump(mode="json")}}
+    facts = {
+        "pretraining": {"step": int(checkpoint.name.removeprefix("step-")), **recipe.model.model_dump(mode="json")}
+    }
     write_artifact(out, recipe.model.encoder, model_args, encoder, decoder, facts)
     return out
-
-
-def master_weights(checkpoint: Path, recipe: Recipe) -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint, gathered from all ranks' shards."""
-    if recipe.train.zero_stage == 0:
-        # weights_only=False: DeepSpeed's own file, written by this project's run.
-        state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        module: dict[str, Tensor] = state["module"]
-        return module
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    gathered: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return gathered
 
 
 def main(argv: Sequence[str]) -> int:

@@ -113,34 +113,45 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
     total, count = all_reduce_sum(window.clone()).tolist()
     norm = run.engine.get_global_grad_norm()
     state = run.state
-    run.reporter.scalars(state.step, {
-        "loss": total / count if count else math.nan,
-        "lr": run.schedule.lr(state.step - 1),
-        "grad_norm": float(norm),
-        "epoch": state.samples / len(run.index),
-        "images_per_second": meter.rate(),
-        "skipped_steps": state.skipped,
-    })
+    run.reporter.scalars(
+        state.step,
+        {
+            "loss": total / count if count else math.nan,
+            "lr": run.schedule.lr(state.step - 1),
+            "grad_norm": float(norm),
+            "epoch": state.samples / len(run.index),
+            "images_per_second": meter.rate(),
+            "skipped_steps": state.skipped,
+        },
+    )
     meter.restart()
 
 
 def report_skipped(run: Run, micro_batches: list[Batch], losses: Tensor) -> None:
     """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
     state = run.state
-    run.reporter.event("skipped", f"step {state.step}: loss or gradient not finite, step skipped on all ranks "
-                       f"({state.skipped_in_row} in a row)", step=state.step)
+    run.reporter.event(
+        "skipped",
+        f"step {state.step}: loss or gradient not finite, step skipped on all ranks ({state.skipped_in_row} in a row)",
+        step=state.step,
+    )
     if state.skipped_in_row < run.recipe.train.max_skipped_steps:
         return
     finite = losses.isfinite().tolist()
-    suspects = [sample for batch, good in zip(micro_batches, finite, strict=True) if not good for sample in batch.samples]
+    suspects = [
+        sample for batch, good in zip(micro_batches, finite, strict=True) if not good for sample in batch.samples
+    ]
     gathered: list[list[int]] = [[] for _ in range(run.ranks.world_size)]
     dist.all_gather_object(gathered, suspects)
     names = [run.index.name_of(sample) for part in gathered for sample in part[:4]]
     raise DivergedError(
         f"{state.skipped_in_row} steps in a row up to step {state.step} had no finite loss and gradient "
         f"(train.max_skipped_steps={run.recipe.train.max_skipped_steps}); "
-        + (f"loss not finite on {sum(map(len, gathered))} samples, among them {', '.join(names[:8])}" if names
-           else "every loss was finite, a gradient was not")
+        + (
+            f"loss not finite on {sum(map(len, gathered))} samples, among them {', '.join(names[:8])}"
+            if names
+            else "every loss was finite, a gradient was not"
+        )
         + "; lower optim.base_lr, set optim.clip_grad, or look at these images"
     )
 

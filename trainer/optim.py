@@ -38,11 +38,15 @@ def build_schedule(recipe: Recipe, epoch_samples: int) -> Schedule:
     total = recipe.train.duration.steps(epoch_samples, global_batch)
     warmup = recipe.optim.warmup.steps(epoch_samples, global_batch)
     if total < 1:
-        raise UsageError(f"train.duration={recipe.train.duration} is less than one step of {global_batch} images "
-                         f"({epoch_samples} in an epoch); lengthen it or lower train.global_batch")
+        raise UsageError(
+            f"train.duration={recipe.train.duration} is less than one step of {global_batch} images "
+            f"({epoch_samples} in an epoch); lengthen it or lower train.global_batch"
+        )
     if warmup >= total:
-        raise UsageError(f"optim.warmup={recipe.optim.warmup} ({warmup} steps) is not shorter than train.duration="
-                         f"{recipe.train.duration} ({total} steps); shorten it")
+        raise UsageError(
+            f"optim.warmup={recipe.optim.warmup} ({warmup} steps) is not shorter than train.duration="
+            f"{recipe.train.duration} ({total} steps); shorten it"
+        )
     return Schedule(recipe.optim.base_lr * global_batch / 256, recipe.optim.min_lr, warmup, total)
 
 
@@ -50,7 +54,8 @@ def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, no_decay: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Two groups: with weight decay, and without: 1-D parameters and those with a part of `no_decay` in their name."""
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in parameters:
         if parameter.requires_grad:
             (exempt if parameter.ndim <= 1 or any(part in name for part in no_decay) else decayed).append(parameter)
@@ -61,7 +66,10 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
     """AdamW as the recipe has it; at ZeRO stage 0 the one that guards itself, since DeepSpeed does not."""
     groups = parameter_groups(model.named_parameters(), recipe.optim.weight_decay, recipe.optim.no_decay)
     settings: dict[str, Any] = {
-        "lr": recipe.optim.base_lr, "betas": recipe.optim.betas, "eps": recipe.optim.eps, "fused": True
+        "lr": recipe.optim.base_lr,
+        "betas": recipe.optim.betas,
+        "eps": recipe.optim.eps,
+        "fused": True,
     }
     if recipe.train.zero_stage == 0:
         return GuardedAdamW(groups, clip_grad=recipe.optim.clip_grad, **settings)

@@ -2,33 +2,49 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
+from models import MixMAE
 from trainer import artifact, checkpoint, distributed
 from trainer.config import Recipe, load_recipe
-from trainer.data.index import open_index
+from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, ToDevice, stream
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, read_ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
 from trainer.errors import run_in_words
 from trainer.loop import Run, fit
-from trainer.optim import build_schedule
+from trainer.optim import Schedule, build_schedule
 from trainer.report import NullReporter, Reporter
 from trainer.run_dir import check_run_dir, write_run_dir
 from trainer.state import TrainState
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that was checked: its shards, schedule and untrained model."""
+
+    recipe: Recipe
+    index: ShardIndex
+    schedule: Schedule
+    model: MixMAE
 
 
 def pretrain(recipe: Recipe, ranks: Ranks) -> None:
     """Trains a recipe to its end, from its newest checkpoint if there is one.
 
     Raises:
-        UsageError: whatever in the recipe, the shards or the run directory does not fit.
+        UsageError: whatever in the recipe, the shards or the run directory does not fit; most of it is found before the
+            process group is joined and a GPU touched.
     """
-    run = prepare(recipe, ranks)
+    job = check(recipe, ranks)
+    distributed.join(ranks)
+    run = prepare(job, ranks)
     try:
         fit(run)
         run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
@@ -37,17 +53,22 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
         run.engine.destroy()
 
 
-def prepare(recipe: Recipe, ranks: Ranks) -> Run:
-    """Everything up to the first step; what can be wrong is found before the engine is built."""
+def check(recipe: Recipe, ranks: Ranks) -> Job:
+    """Looks at everything that a user can get wrong; each rank by itself."""
     deepspeed_config(recipe, ranks.world_size)
     index = open_index(recipe.data.shards)
     schedule = build_schedule(recipe, len(index))
-    model = build_model(recipe)
-    run_dir = recipe.run_dir
     check_run_dir(recipe)
-    if recipe.model.init is not None and checkpoint.newest_checkpoint(run_dir) is None:
+    model = build_model(recipe)
+    if recipe.model.init is not None and checkpoint.newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)
-    dist.barrier()
+    return Job(recipe, index, schedule, model)
+
+
+def prepare(job: Job, ranks: Ranks) -> Run:
+    """Engine, position, batches and reporter: everything up to the first step."""
+    recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
+    dist.barrier()  # every rank checked the run directory before the main one writes to it
     if ranks.is_main:
         write_run_dir(recipe)
     parameters = sum(p.numel() for p in model.parameters())
@@ -55,14 +76,16 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Run:
     resumed = checkpoint.resume(engine, recipe, ranks)
     state, position = resumed or (TrainState(), Position(recipe.seed, 0, index.fingerprint))
     position.require(recipe.seed, index)
-    reporter = Reporter(run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
+    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
         f"{recipe.model.encoder}, {parameters / 1e6:.1f} M parameters with decoder, {len(index)} images, "
         f"steps {state.step} to {schedule.total_steps} of {recipe.train.global_batch} images on {ranks.world_size} "
         f"{ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
         f"optimizer {type(engine.optimizer).__name__}",
-        step=state.step, world_size=ranks.world_size, parameters=parameters,
+        step=state.step,
+        world_size=ranks.world_size,
+        parameters=parameters,
     )
     batches = stream(recipe, ranks, index, position)
     return Run(recipe, ranks, engine, index, schedule, state, batches, ToDevice(ranks.device, recipe.data), reporter)
@@ -71,12 +94,16 @@ def prepare(recipe: Recipe, ranks: Ranks) -> Run:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="trainer.pretrain", description=__doc__)
     parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.micro_batch=64")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher passes it; the environment has it too
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.micro_batch=64"
+    )
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # deepspeed's launcher passes it; the environment has it too
     args = parser.parse_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    pretrain(recipe, distributed.init())
+    pretrain(recipe, read_ranks(os.environ))
     return 0
 
 

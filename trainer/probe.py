@@ -4,9 +4,10 @@ Two probes on mean-pooled features of unmixed images: the k nearest neighbours b
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -32,16 +33,19 @@ class Accuracy(NamedTuple):
     linear: float
 
 
-def open_encoder(directory: Path, pretrained: bool = True) -> nn.Module:
-    """An encoder directory as a model that gives pooled features; `pretrained=False` for its random twin.
+def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, int]:
+    """An encoder directory as a model that gives pooled features, and its image size.
+
+    Args:
+        pretrained: False for its twin with random weights.
 
     Raises:
         UsageError: not an encoder directory.
     """
     if not (directory / CONFIG).is_file():
         raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
-    model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0)
-    return model.eval()
+    img_size: int = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]["input_size"][1]
+    return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval(), img_size
 
 
 @torch.inference_mode()
@@ -100,13 +104,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae probe", description="kNN and linear probe of frozen features.")
     parser.add_argument("encoder", type=Path, help="encoder directory")
     parser.add_argument("shards", type=Path, help="labelled shards; half of the images teach, the other half test")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     index = open_index(args.shards)
     if (index.samples["label"] < 0).any():
         raise UsageError(f"{args.shards} holds images without a label; a probe needs a .cls beside every image")
+    found: dict[str, Any] = {"classes": int(index.samples["label"].max()) + 1}
     for name, pretrained in (("pretrained", True), ("untrained", False)):
         torch.manual_seed(0)
-        encoder = open_encoder(args.encoder, pretrained)
-        accuracy = probe(*features(encoder, index, encoder.pretrained_cfg["input_size"][1]))
-        print(f"{name:<12} kNN {accuracy.knn:6.1%}   linear {accuracy.linear:6.1%}")
+        encoder, img_size = open_encoder(args.encoder, pretrained)
+        accuracy = probe(*features(encoder, index, img_size))
+        print(f"{name:<12} kNN {accuracy.knn:6.1%}   linear {accuracy.linear:6.1%}", flush=True)
+        found[name] = accuracy._asdict()
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -54,8 +54,10 @@ def convert(released: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
         elif not _INDEX.fullmatch(name):
             foreign.append(name)
     if foreign:
-        raise UsageError(f"{len(foreign)} names are not of a released MixMIM Swin checkpoint, the first is "
-                         f"{foreign[0]!r}; expected names such as 'layers.0.blocks.0.attn.qkv.weight'")
+        raise UsageError(
+            f"{len(foreign)} names are not of a released MixMIM Swin checkpoint, the first is "
+            f"{foreign[0]!r}; expected names such as 'layers.0.blocks.0.attn.qkv.weight'"
+        )
     return parts["encoder"], parts["decoder"] or None
 
 
@@ -77,7 +79,9 @@ def sizes(encoder: dict[str, Tensor], image_positions: Tensor | None) -> dict[st
 def name_size(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The registered architecture of these sizes, and the arguments that differ from its defaults."""
     defaults = {"img_size": 224, "depths": (2, 2, 18, 2), "window_size": (14, 14, 14, 7)}
-    candidates = {name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v} for name, size in SIZES.items()}
+    candidates = {
+        name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v} for name, size in SIZES.items()
+    }
     name = min(candidates, key=lambda n: (len(candidates[n]), n == "mixmae_swin_nano"))
     return name, candidates[name]
 
@@ -109,8 +113,9 @@ def read_release(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever its unpickler meets; each means the same to the user
-        raise UsageError(f"{file} is not a checkpoint that torch loads with weights_only=True: "
-                         f"{str(error).splitlines()[0]}") from error
+        raise UsageError(
+            f"{file} is not a checkpoint that torch loads with weights_only=True: {str(error).splitlines()[0]}"
+        ) from error
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{file} has no state dict under 'model'; expected a released MixMIM checkpoint")
@@ -129,8 +134,10 @@ def main(argv: Sequence[str]) -> int:
     name, model_args = name_size(sizes(encoder, released.get("absolute_pos_embed")))
     write_artifact(args.out, name, model_args, encoder, decoder, {"source": args.file.name})
     kind = "fine-tuned" if decoder is None else "pretraining"
-    print(f"{args.out}: {kind} checkpoint, {name}, {sum(v.numel() for v in encoder.values()) / 1e6:.1f} M parameters "
-          f"in the encoder\nopen it with: import models, timm; timm.create_model('local-dir:{args.out}', pretrained=True)")
+    print(
+        f"{args.out}: {kind} checkpoint, {name}, {sum(v.numel() for v in encoder.values()) / 1e6:.1f} M parameters "
+        f"in the encoder\nopen it with: import models, timm; timm.create_model('local-dir:{args.out}', pretrained=True)"
+    )
     return 0
 
 

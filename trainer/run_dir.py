@@ -1,8 +1,8 @@
 """The run directory: one place for all that a run leaves behind.
 
-    recipe.yaml     resolved, with every default       events.jsonl   one line per logged step and per event
-    versions.json   what it ran with                   tensorboard/   curves and pictures
-    checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
+recipe.yaml     resolved, with every default       events.jsonl   one line per logged step and per event
+versions.json   what it ran with                   tensorboard/   curves and pictures
+checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
 """
 
 import importlib.metadata

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models import MixMAE
@@ -18,16 +19,21 @@ FILE = Path(__file__).parents[1] / "data" / "mixmim_tiny.safetensors"
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Tensor]:
-    with safe_open(FILE, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    return load_file(FILE)
 
 
 @pytest.fixture(scope="module")
 def model(reference: dict[str, Tensor]) -> MixMAE:
     with safe_open(FILE, "pt") as file:
         config = json.loads(file.metadata()["config"])
-    encoder = Swin(num_classes=0, global_pool="", embed_dim=config["embed_dim"], depths=config["depths"],
-                   num_heads=config["num_heads"], window_size=config["window_size"])
+    encoder = Swin(
+        num_classes=0,
+        global_pool="",
+        embed_dim=config["embed_dim"],
+        depths=config["depths"],
+        num_heads=config["num_heads"],
+        window_size=config["window_size"],
+    )
     model = MixMAE(encoder, 2, config["decoder_dim"], config["decoder_depth"], config["decoder_num_heads"])
     state = {name.removeprefix("state."): value for name, value in reference.items() if name.startswith("state.")}
     encoder_state, decoder_state = convert(state)
@@ -48,13 +54,17 @@ def mix(reference: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return reference["mask"].long(), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
 
 
-def test_encoded_features(model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]) -> None:
+def test_encoded_features(
+    model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]
+) -> None:
     groups, partners = mix
     features = model.encoder(mix_images(images, groups, partners), groups)
     torch.testing.assert_close(features.flatten(1, 2), reference["encoded"], atol=1e-4, rtol=0)
 
 
-def test_reconstruction(model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]) -> None:
+def test_reconstruction(
+    model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]
+) -> None:
     predictions, _ = model.reconstruct(images, *mix)
     torch.testing.assert_close(
         predictions.flatten(0, 1)[..., :32], reference["reconstruction_first32"], atol=1e-4, rtol=0
@@ -66,13 +76,19 @@ def test_pooled_features_of_unmixed_images(model: MixMAE, images: Tensor, refere
     torch.testing.assert_close(pooled, reference["pooled_features_unmixed"], atol=1e-4, rtol=0)
 
 
-def test_loss_and_gradients(model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]) -> None:
+def test_loss_and_gradients(
+    model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]
+) -> None:
     model.zero_grad()
     loss = model(images, *mix)
     assert abs(loss.item() - reference["loss"].item()) < 1e-5
     loss.backward()
-    gradients = convert({name.removeprefix("grad."): value for name, value in reference.items() if name.startswith("grad.")})
-    expected = {f"encoder.{k}": v for k, v in gradients[0].items()} | {f"decoder.{k}": v for k, v in (gradients[1] or {}).items()}
+    gradients = convert(
+        {name.removeprefix("grad."): value for name, value in reference.items() if name.startswith("grad.")}
+    )
+    expected = {f"encoder.{k}": v for k, v in gradients[0].items()} | {
+        f"decoder.{k}": v for k, v in (gradients[1] or {}).items()
+    }
     assert len(expected) == 7
     parameters = dict(model.named_parameters())
     for name, gradient in expected.items():

@@ -36,8 +36,10 @@ def find_images(source: Path) -> tuple[list[str], list[tuple[Path, int]]]:
         if file.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
     ]
     if not images:
-        raise UsageError(f"{source} holds no images in class folders; expected files such as {source}/cat/1.jpg "
-                         f"({', '.join(IMAGE_EXTENSIONS)})")
+        raise UsageError(
+            f"{source} holds no images in class folders; expected files such as {source}/cat/1.jpg "
+            f"({', '.join(IMAGE_EXTENSIONS)})"
+        )
     return classes, images
 
 

@@ -54,9 +54,7 @@ def _synth(args: argparse.Namespace) -> ShardIndex:
     if args.images < 1:
         raise UsageError(f"--images {args.images}: expected 1 or more")
     samples = synthetic.samples(args.images, args.img_size, args.seed, args.jobs)
-    return build.write_shards(
-        args.out, samples, synthetic.CLASSES, parse_size(args.shard_size), args.images, args.jobs
-    )
+    return build.write_shards(args.out, samples, synthetic.CLASSES, parse_size(args.shard_size), args.images, args.jobs)
 
 
 def _index(args: argparse.Namespace) -> ShardIndex:
@@ -69,5 +67,7 @@ def _index(args: argparse.Namespace) -> ShardIndex:
 
 def _describe(index: ShardIndex) -> str:
     size = sum(shard.bytes for shard in index.shards)
-    return (f"{index.directory}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, "
-            f"{size / 1e6:.1f} MB")
+    return (
+        f"{index.directory}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, "
+        f"{size / 1e6:.1f} MB"
+    )

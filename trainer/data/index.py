@@ -1,4 +1,4 @@
-"""What a shard directory holds: `index.json` (shards, counts, sizes, checksums) and `samples.npy` (where each image is).
+"""What a shard directory holds: `index.json` (shards, counts, checksums) and `samples.npy` (where each image is).
 
 With the offsets a reader opens a tar anywhere, and any position in an epoch is found by arithmetic.
 """
@@ -70,15 +70,19 @@ def open_index(directory: Path) -> ShardIndex:
         UsageError: no directory, no index, no samples, a shard that is missing or of another size.
     """
     if not directory.is_dir():
-        raise UsageError(f"shard directory {directory} does not exist; make one with 'mixmae shards build SRC {directory}'"
-                         f" or 'mixmae shards synth {directory}'")
+        raise UsageError(
+            f"shard directory {directory} does not exist; make one with 'mixmae shards build SRC {directory}'"
+            f" or 'mixmae shards synth {directory}'"
+        )
     if not (directory / INDEX).is_file():
         hint = f"run 'mixmae shards index {directory}'" if any(directory.glob("*.tar")) else "it holds no .tar files"
         raise UsageError(f"{directory} has no {INDEX}: {hint}")
     content = json.loads((directory / INDEX).read_text())
     if content.get("format") != FORMAT:
-        raise UsageError(f"{directory / INDEX} has format {content.get('format')!r}, expected {FORMAT}; "
-                         f"run 'mixmae shards index {directory}'")
+        raise UsageError(
+            f"{directory / INDEX} has format {content.get('format')!r}, expected {FORMAT}; "
+            f"run 'mixmae shards index {directory}'"
+        )
     shards = tuple(Shard(**shard) for shard in content["shards"])
     for shard in shards:
         _check_size(directory, shard)
@@ -86,8 +90,10 @@ def open_index(directory: Path) -> ShardIndex:
     if not len(samples):
         raise UsageError(f"the shards in {directory} hold no images")
     if len(samples) != sum(shard.samples for shard in shards):
-        raise UsageError(f"{directory / SAMPLES} lists {len(samples)} images, {INDEX} {sum(s.samples for s in shards)}; "
-                         f"run 'mixmae shards index {directory}'")
+        raise UsageError(
+            f"{directory / SAMPLES} lists {len(samples)} images, {INDEX} {sum(s.samples for s in shards)}; "
+            f"run 'mixmae shards index {directory}'"
+        )
     return ShardIndex(directory, shards, tuple(content["classes"]), samples, content["fingerprint"])
 
 
@@ -96,8 +102,10 @@ def _check_size(directory: Path, shard: Shard) -> None:
     if not file.is_file():
         raise UsageError(f"shard {file} is listed in {INDEX} but missing")
     if (size := file.stat().st_size) != shard.bytes:
-        raise UsageError(f"shard {file} has {size} bytes, {INDEX} says {shard.bytes}; it was changed or cut short: "
-                         f"restore it, or run 'mixmae shards index {directory}' to accept it")
+        raise UsageError(
+            f"shard {file} has {size} bytes, {INDEX} says {shard.bytes}; it was changed or cut short: "
+            f"restore it, or run 'mixmae shards index {directory}' to accept it"
+        )
 
 
 def write_index(
@@ -127,7 +135,9 @@ def write_index(
     for shard in shards:
         digest.update(json.dumps(shard).encode())
     content = {
-        "format": FORMAT, "fingerprint": digest.hexdigest(), "classes": list(classes),
+        "format": FORMAT,
+        "fingerprint": digest.hexdigest(),
+        "classes": list(classes),
         "shards": [shard._asdict() for shard in shards],
     }
     _replace(directory / SAMPLES, lambda file: np.save(file, samples))

@@ -33,12 +33,16 @@ class Position:
     def require(self, seed: int, index: ShardIndex) -> None:
         """Raises UsageError if a run at this position cannot go on with that seed or those shards."""
         if seed != self.seed:
-            raise UsageError(f"seed={seed}, but the run was started with {self.seed}; its order would change: set "
-                             f"seed={self.seed} or start another run_dir")
+            raise UsageError(
+                f"seed={seed}, but the run was started with {self.seed}; its order would change: set "
+                f"seed={self.seed} or start another run_dir"
+            )
         if index.fingerprint != self.fingerprint:
-            raise UsageError(f"the shards in {index.directory} changed since the run was started (fingerprint "
-                             f"{index.fingerprint[:12]}, then {self.fingerprint[:12]}); restore them or start another "
-                             "run_dir")
+            raise UsageError(
+                f"the shards in {index.directory} changed since the run was started (fingerprint "
+                f"{index.fingerprint[:12]}, then {self.fingerprint[:12]}); restore them or start another "
+                "run_dir"
+            )
 
 
 class Ticket(NamedTuple):
@@ -87,14 +91,14 @@ def _permutation(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int6
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
-class Views(Dataset[tuple[Pixels, int]]):
+class Views(Dataset[tuple[Pixels | str, int]]):
     """Ticket to augmented view."""
 
     def __init__(self, index: ShardIndex, recipe: Recipe) -> None:
         self.index = index
         self.recipe = recipe
 
-    def __getitem__(self, ticket: Ticket) -> tuple[Pixels, int] | tuple[str, int]:
+    def __getitem__(self, ticket: Ticket) -> tuple[Pixels | str, int]:
         """The view and its sample, or what is wrong with it and the sample."""
         random = np.random.default_rng([self.recipe.seed, ticket.epoch, ticket.sample])
         try:
@@ -139,8 +143,10 @@ def stream(recipe: Recipe, ranks: Ranks, index: ShardIndex, position: Position) 
     )
     for images, samples, fault in loader:
         if fault is not None:
-            raise UsageError(f"{index.name_of(fault[1])} in {index.directory} cannot be read: {fault[0]}; repair or "
-                             "remove it and rebuild the shards")
+            raise UsageError(
+                f"{index.name_of(fault[1])} in {index.directory} cannot be read: {fault[0]}; repair or "
+                "remove it and rebuild the shards"
+            )
         yield Batch(images, samples)
 
 

@@ -104,8 +104,10 @@ def _mask(shape: str, size: int, random: np.random.Generator) -> Floats:
     def ring_of(count: int, *radii: float) -> list[tuple[float, float]]:
         angles = [turn + 2 * math.pi * i / count for i in range(count)]
         return [
-            (scale * (centre[0] + radii[i % len(radii)] * radius * math.cos(a)),
-             scale * (centre[1] + radii[i % len(radii)] * radius * math.sin(a)))
+            (
+                scale * (centre[0] + radii[i % len(radii)] * radius * math.cos(a)),
+                scale * (centre[1] + radii[i % len(radii)] * radius * math.sin(a)),
+            )
             for i, a in enumerate(angles)
         ]
 

@@ -1,0 +1,39 @@
+# `make demo` and `make test` need python3 (3.11 to 3.13, with venv) and a C++ compiler; everything else goes to .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+
+.PHONY: install demo test test-slow check clean
+
+install: $(VENV)/.installed
+
+# torch first, then the packages that are built from source against it: an isolated build would fetch torch once more.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip setuptools wheel ninja
+	$(PIP) torch torchvision
+	$(PIP) --no-build-isolation deepspeed fairscale
+	$(PIP) --no-build-isolation --editable ".[plots]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --no-build-isolation --editable ".[plots,test,check]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/mixmae demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .hypothesis

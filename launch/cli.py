@@ -1,0 +1,49 @@
+"""The command `mixmae`. Subcommands are modules with a `main(argv)`, imported only when they are called for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from trainer.errors import run_in_words
+
+COMMANDS = {
+    "launch": ("launch.local", "start a pretraining run on this machine's accelerators or cores"),
+    "shards": ("trainer.data.cli", "make WebDataset shards: build, synth, index"),
+    "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
+    "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),
+    "probe": ("trainer.probe", "kNN and linear probe of an encoder on labelled shards"),
+    "curves": ("trainer.curves", "draw a run's loss curve"),
+    "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
+}
+
+_HEAD = """usage: mixmae COMMAND ...
+
+MixMAE pretraining of Swin backbones under DeepSpeed, from WebDataset shards to a timm encoder.
+
+commands:
+"""
+
+
+def usage() -> str:
+    lines = [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    return _HEAD + "\n".join(lines) + "\n\n'mixmae COMMAND --help' tells more."
+
+
+def main() -> int:
+    command, *rest = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command not in COMMANDS:
+        print(f"mixmae: error: no command {command!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run_in_words(lambda argv: _run(command, argv), rest)
+
+
+def _run(command: str, argv: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[command][0])
+    return int(module.main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

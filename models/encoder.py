@@ -1,0 +1,30 @@
+"""What MixMAE and the trainer ask of an encoder; each family implements it."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module):
+    """`encoder(images, groups=None) -> features`, the same object in pretraining and in fine-tuning."""
+
+    grid: tuple[int, int]
+    """Cells (Gh, Gw): the token grid of the last stage."""
+    stride: int
+    """Pixels along a cell's side."""
+    num_features: int
+    """Width of the last stage."""
+    num_stages: int
+
+    @abstractmethod
+    def forward(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W], normalised; groups [Gh, Gw] or [B, Gh, Gw] when the images are mixed."""
+
+    @abstractmethod
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        """The blocks of a stage, counted from 1."""
+
+    @abstractmethod
+    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] = (1, 2, 3, 4)) -> None:
+        """Recomputes the blocks of the named stages, counted from 1, in the backward pass."""

@@ -1,0 +1,26 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.data import build, synthetic
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """54 synthetic images of 72 px in a few small shards."""
+    out = tmp_path_factory.mktemp("corpus") / "shards"
+    samples = synthetic.samples(54, 72, seed=0)
+    build.write_shards(out, samples, synthetic.CLASSES, shard_bytes=60_000, total=54)
+    return out
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

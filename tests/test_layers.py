@@ -1,0 +1,51 @@
+"""The layers hold: launch -> trainer.config, trainer -> models and monitoring, those two import none of ours."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("trainer", "models", "launch", "monitoring")
+ALLOWED = {
+    "models": ("models",),
+    "monitoring": ("monitoring",),
+    "trainer": ("trainer", "models", "monitoring"),
+    "launch": ("launch", "trainer.config", "trainer.errors"),
+}
+WITHOUT_TORCH = [
+    *ROOT.glob("launch/**/*.py"),
+    ROOT / "trainer" / "config.py",
+    ROOT / "trainer" / "errors.py",
+    *ROOT.glob("monitoring/**/*.py"),
+]
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_packages_import_only_downwards(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        for name in imports(file):
+            if name.split(".")[0] in OURS:
+                assert any(name == a or name.startswith(a + ".") for a in ALLOWED[package]), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("file", WITHOUT_TORCH, ids=lambda file: str(file.relative_to(ROOT)))
+def test_login_nodes_need_no_torch(file: Path) -> None:
+    heavy = {"torch", "deepspeed", "timm", "torchvision", "fairscale", "webdataset", "numpy"}
+    assert not heavy & {name.split(".")[0] for name in imports(file)}
+
+
+def test_models_use_torch_and_timm_alone() -> None:
+    used = {name.split(".")[0] for file in (ROOT / "models").rglob("*.py") for name in imports(file)}
+    assert used <= {"torch", "timm", "models", "typing", "collections", "itertools"}

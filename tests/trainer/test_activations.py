@@ -1,0 +1,62 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.mixing import draw_mix
+from tests.helpers import tiny_recipe
+from trainer.activations import checkpoint_activations
+from trainer.config import ActivationCheckpointing
+from trainer.engine import build_model
+
+
+def gradients(dtype: torch.dtype, **settings: Any) -> dict[str, Tensor]:
+    model = build_model(tiny_recipe(**{"model.sizes.depths": [2, 1, 2, 1]})).to(dtype)
+    checkpoint_activations(model, ActivationCheckpointing(**settings))
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mix = draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
+    model(images, *mix).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{"stages": (1, 2)}, {}], ids=str)
+def test_torch_gives_the_same_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    expected, actual = gradients(dtype), gradients(dtype, kind="torch", **settings)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("settings", [{"stages": (1, "decoder")}, {}, {"cpu_offload": True}], ids=str)
+def test_fairscale_gives_the_same_gradients_to_rounding(settings: dict[str, Any]) -> None:
+    """Not to the bit: its forward pass runs without gradients, for which torch takes another attention kernel."""
+    exact = flat(gradients(torch.float32))
+    assert (flat(gradients(torch.float32, kind="fairscale", **settings)) - exact).norm() < 1e-5 * exact.norm()
+    rounding = (flat(gradients(torch.bfloat16)) - exact).norm()
+    assert (flat(gradients(torch.bfloat16, kind="fairscale", **settings)) - exact).norm() < 1.2 * rounding
+
+
+def flat(values: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.float().flatten() for _, value in sorted(values.items())])
+
+
+def saved_bytes(**settings: Any) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    model = build_model(tiny_recipe(**{"model.sizes.depths": [2, 2, 2, 2]}))
+    checkpoint_activations(model, ActivationCheckpointing(**settings))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images, mix = torch.randn(4, 3, 64, 64), draw_mix(4, 2, (2, 2), torch.Generator())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(images, *mix)
+    return sum(kept.values())
+
+
+def test_the_first_stages_hold_most_of_what_is_saved() -> None:
+    everything = saved_bytes()
+    assert saved_bytes(kind="torch", stages=(1, 2)) < 0.8 * everything

@@ -1,0 +1,255 @@
+"""The main job as a user starts it: processes, run directories, and mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models import build_encoder
+from tests.helpers import tiny_recipe
+from trainer.consolidate import master_weights
+from trainer.errors import run_in_words
+from trainer.export import main as export
+from trainer.pretrain import main
+from trainer.run_dir import read_events
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return subprocess.run(
+        argv,
+        cwd=ROOT,
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe_file(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = tiny_recipe(
+        **{
+            "data.shards": str(shards),
+            "run_dir": str(folder / "run"),
+            "train.precision": "bf16",
+            "checkpoint.every": "4 steps",
+            "log.pictures": "4 steps",
+            "checkpoint.keep": 1,
+        }
+    )
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path) -> Path:
+    """The run directory of a run under the DeepSpeed launcher on two ranks."""
+    done = start(sys.executable, "-m", "launch.cli", "launch", str(recipe_file), "--local", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 8/8 loss" in done.stdout
+    return recipe_file.parent / "run"
+
+
+def test_a_run_leaves_its_record(finished: Path) -> None:
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe["optim"]["weight_decay"] == 0.05
+    assert json.loads((finished / "versions.json").read_text())["torch"] == torch.__version__
+    steps = read_events(finished, "step")
+    assert [event["step"] for event in steps] == list(range(1, 9))
+    assert all(0.5 < event["loss"] < 2 for event in steps)
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    assert [s.step for s in board.Scalars("train/loss")] == list(range(1, 9))
+    assert len(board.Images("reconstructions")) == 2
+    picture = Image.open(finished / "pictures" / "step-00000008.png")
+    assert picture.width == 5 * 64 + 4 * 4  # mixed input, two images, two reconstructions
+    assert [p.name for p in (finished / "checkpoints").iterdir() if p.is_dir()] == ["step-00000008"]
+
+
+def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> None:
+    assert export([str(finished), str(tmp_path / "encoder")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=0)
+    weights = master_weights(finished / "checkpoints" / "step-00000008")
+    assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in model.state_dict().items())
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
+    head = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=7)
+    assert head(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    export([str(finished), str(tmp_path / "encoder")])
+    done = start(
+        sys.executable,
+        "-m",
+        "trainer.pretrain",
+        str(recipe_file),
+        f"run_dir={tmp_path / 'next'}",
+        f"model.init={tmp_path / 'encoder'}",
+        "train.duration=1 step",
+        "optim.warmup=0 steps",
+    )
+    assert done.returncode == 0, done.stderr
+    last = read_events(finished, "step")[-1]["loss"]
+    assert abs(read_events(tmp_path / "next", "step")[0]["loss"] - last) < 0.1
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [sys.executable, "-m", "trainer.pretrain"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "29611",
+            "-m",
+            "trainer.pretrain",
+        ],
+    ],
+)
+def test_every_launcher_gives_the_same_losses(
+    finished: Path, recipe_file: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    done = start(*launcher, str(recipe_file), f"run_dir={tmp_path / 'run'}", "log.pictures=null")
+    assert done.returncode == 0, done.stderr
+    expected, actual = ([e["loss"] for e in read_events(d, "step")] for d in (finished, tmp_path / "run"))
+    tolerance = 0.05 if "torch.distributed.run" not in launcher else 0.0  # one rank mixes other partners than two do
+    assert actual == pytest.approx(expected, abs=tolerance, rel=0)
+
+
+def test_srun_variables_are_enough(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    done = start(
+        sys.executable,
+        "-m",
+        "trainer.pretrain",
+        str(recipe_file),
+        f"run_dir={tmp_path / 'run'}",
+        "train.duration=3 steps",
+        SLURM_PROCID="0",
+        SLURM_STEP_NUM_TASKS="1",
+        SLURM_LOCALID="0",
+        SLURM_JOB_ID="7",
+        SLURM_STEP_ID="0",
+        MASTER_ADDR="127.0.0.1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 1 cpu ranks" in done.stdout
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished: Path, recipe_file: Path) -> None:
+    done = start(sys.executable, "-m", "launch.cli", "launch", str(recipe_file), "--local", "2")
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 8" in done.stdout
+    assert len(read_events(finished, "step")) == 8
+
+
+def test_resuming_with_other_ranks_is_refused(finished: Path, recipe_file: Path) -> None:
+    done = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file))
+    assert done.returncode == 2
+    assert "saved by 2 ranks, this run has 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "newest").unlink()
+    done = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file), f"run_dir={copy}")
+    assert done.returncode == 2
+    assert "newest is missing although 1 checkpoints are there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.microbatch=4"], "did you mean 'train.micro_batch'"),
+        (["data.shards={tmp}/nowhere"], "does not exist"),
+        (["data.shards={tmp}"], "holds no .tar files"),
+        (["train.global_batch=7"], "does not divide"),
+        (["model.img_size=96"], "would fit"),
+        (["model.img_size=100"], "nearest that does"),
+        (["model.num_images=4"], "raise it to 4"),
+        (["model.encoder=resnet50"], "unknown encoder"),
+        (["model.init={tmp}"], "mixmae export"),
+        (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
+        (["optim.warmup=9 steps"], "shorten it"),
+        (
+            [
+                "model.num_images=3",
+                "train.micro_batch=4",
+                "model.img_size=32",
+                "model.sizes.window_size=[8,4,2,1]",
+                "run_dir={tmp}/other",
+            ],
+            "no room for 3 images",
+        ),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    finished: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    argv = [str(recipe_file), *(override.format(tmp=tmp_path) for override in overrides)]
+    assert run_in_words(main, argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mixmae: error:")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:
+    done = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file), RANK="1")
+    assert done.returncode == 2
+    assert "WORLD_SIZE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_initial_weights_must_fit(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer.artifact import write_artifact
+
+    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, build_encoder("mixmae_swin_nano").state_dict())
+    argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'encoder'}"]
+    assert run_in_words(main, argv) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["{tmp}/nowhere", "{tmp}/out"], ["{tmp}", "{tmp}/out"]])
+def test_exporting_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert run_in_words(export, [a.format(tmp=tmp_path) for a in argv]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_checkpoints_are_named_only_when_complete(finished: Path, tmp_path: Path) -> None:
+    from trainer.checkpoint import complete, newest_checkpoint
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "partial-00000012").mkdir()
+    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    newest: Any = newest_checkpoint(copy)
+    assert newest.name == "step-00000008"
