@@ -15,7 +15,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mixmae_swin_nano": {
         "img_size": 128,
         "embed_dim": 32,
-        "depths": (1, 1, 3, 1),
+        "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 4, 8),
         "window_size": (8, 8, 8, 4),
     },

@@ -1,6 +1,7 @@
 """Which rank this is, from the environment of whatever started it; joining and leaving the process group."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def peak_memory(ranks: Ranks) -> int:
+    """Most bytes this rank ever held: allocated on its GPU, or resident on a machine without one."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def leave(code: int) -> None:

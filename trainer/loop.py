@@ -1,7 +1,7 @@
 """The training loop: one step as a list of verbs, and what happens between steps."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor
 from models.mixing import Mix, draw_mix
 from monitoring.throughput import Throughput
 from trainer import checkpoint, picture
-from trainer.config import Recipe
+from trainer.config import Recipe, Span
 from trainer.data.index import ShardIndex
 from trainer.data.stream import Batch, Position, ToDevice
-from trainer.distributed import Ranks, all_reduce_sum
+from trainer.distributed import Ranks, all_reduce_sum, peak_memory
 from trainer.errors import UsageError
 from trainer.optim import Schedule, refuse_non_finite, set_lr
 from trainer.report import NullReporter, Reporter
@@ -56,39 +56,34 @@ def fit(run: Run) -> None:
         DivergedError: `train.max_skipped_steps` steps in a row were skipped.
     """
     recipe, state = run.recipe, run.state
-    every = {
-        "checkpoint": recipe.checkpoint.every.steps(len(run.index), recipe.train.global_batch),
-        "picture": recipe.log.pictures.steps(len(run.index), recipe.train.global_batch) if recipe.log.pictures else 0,
-    }
     accumulation = recipe.accumulation(run.ranks.world_size)
     meter = Throughput()
     window = torch.zeros(2, device=run.ranks.device)  # sum and number of finite losses since the last report
     while state.step < run.schedule.total_steps:
-        micro_batches = list(islice(run.batches, accumulation))
-        losses = train_step(run, micro_batches)
+        losses, samples, batch = train_step(run, islice(run.batches, accumulation))
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         run.reporter.step(state.step)
-        last = state.step == run.schedule.total_steps
         if state.skipped_in_row:
-            report_skipped(run, micro_batches, losses)
-        if state.step % recipe.log.every == 0 or last:
+            report_skipped(run, samples, losses)
+        if due(run, Span(recipe.log.every, "step")):
             report(run, window, meter)
             window.zero_()
-        if _due(state.step, every["picture"], last):
-            show(run, micro_batches[0])
-        if _due(state.step, every["checkpoint"], last):
+        if recipe.log.pictures is not None and due(run, recipe.log.pictures):
+            show(run, batch)
+            meter.restart()
+        if due(run, recipe.checkpoint.every):
             folder = checkpoint.save(run.engine, recipe, state, run.position, run.ranks)
             run.reporter.event("checkpoint", f"saved {folder}", step=state.step, folder=str(folder))
             meter.restart()
 
 
-def train_step(run: Run, micro_batches: list[Batch]) -> Tensor:
-    """One optimizer step; returns the micro-batches' losses [accumulation], on the device."""
+def train_step(run: Run, micro_batches: Iterable[Batch]) -> tuple[Tensor, list[list[int]], Batch]:
+    """One optimizer step; returns losses [accumulation] on the device, their samples, and the last micro-batch."""
     engine, state = run.engine, run.state
     set_lr(engine.optimizer, run.schedule.lr(state.step))
-    losses = []
+    losses, samples = [], []
     for micro_step, batch in enumerate(micro_batches):
         images = run.to_device(batch.images)
         mix = mix_for(run, micro_step, len(images))
@@ -96,7 +91,8 @@ def train_step(run: Run, micro_batches: list[Batch]) -> Tensor:
         engine.backward(refuse_non_finite(loss))
         engine.step()
         losses.append(loss.detach())
-    return torch.stack(losses)
+        samples.append(batch.samples)
+    return torch.stack(losses), samples, batch
 
 
 def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
@@ -122,12 +118,13 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
             "epoch": state.samples / len(run.index),
             "images_per_second": meter.rate(),
             "skipped_steps": state.skipped,
+            "peak_memory_bytes": peak_memory(run.ranks),
         },
     )
     meter.restart()
 
 
-def report_skipped(run: Run, micro_batches: list[Batch], losses: Tensor) -> None:
+def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
     state = run.state
     run.reporter.event(
@@ -138,9 +135,7 @@ def report_skipped(run: Run, micro_batches: list[Batch], losses: Tensor) -> None
     if state.skipped_in_row < run.recipe.train.max_skipped_steps:
         return
     finite = losses.isfinite().tolist()
-    suspects = [
-        sample for batch, good in zip(micro_batches, finite, strict=True) if not good for sample in batch.samples
-    ]
+    suspects = [sample for part, good in zip(samples, finite, strict=True) if not good for sample in part]
     gathered: list[list[int]] = [[] for _ in range(run.ranks.world_size)]
     dist.all_gather_object(gathered, suspects)
     names = [run.index.name_of(sample) for part in gathered for sample in part[:4]]
@@ -166,5 +161,7 @@ def show(run: Run, batch: Batch) -> None:
         run.reporter.picture(run.state.step, picture.draw(grid, run.recipe.data))
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
+def due(run: Run, every: Span) -> bool:
+    """Whether something that happens every so often happens now; at the last step everything does."""
+    step, steps = run.state.step, every.steps(len(run.index), run.recipe.train.global_batch)
+    return step == run.schedule.total_steps or step % max(1, steps) == 0

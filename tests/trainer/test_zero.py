@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def losses(run_dir: Path) -> list[float]:
     return [event["loss"] for event in read_events(run_dir, "step")]
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return float(torch.stack([(a[name] - b[name]).norm() for name in a]).norm())
 
 

@@ -1,7 +1,7 @@
 """A procedural, labelled corpus, so that a first run needs no download.
 
-Class = shape x texture. Everything else is nuisance: colours, place, size, angle, light, blur, and a background of
-1/f noise, whose spectrum is that of photographs. Each image is a function of (seed, number).
+Class = shape x texture. Everything else is nuisance: colours, place, size, direction, light, blur, sensor noise, and a
+clouded background. Each image is a function of (seed, number).
 """
 
 import io
@@ -39,44 +39,43 @@ def _sample(number: int, size: int, seed: int) -> Sample:
 def draw(label: int, size: int, random: np.random.Generator) -> Image.Image:
     """One image of a class."""
     shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
-    background = _tint(_pink_noise(size, random), *_colours(random))
-    pattern = _tint(_texture(texture, size, random), *_colours(random))
+    background = _tint(_clouds(size, random), *_colours(0.5, random))
+    pattern = _tint(_texture(texture, size, random), *_colours(0.6, random))
     mask = _mask(shape, size, random)[..., None]
     light = 1 + 0.25 * _ramp(size, random)[..., None]
-    pixels = (background * (1 - mask) + pattern * mask) * light + random.normal(0, 0.02, (size, size, 1))
+    pixels = (background * (1 - mask) + pattern * mask) * light + random.normal(0, 0.01, (size, size, 1))
     image = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.8)))
 
 
-def _colours(random: np.random.Generator) -> tuple[Floats, Floats]:
-    """Two colours far enough apart to be told from each other."""
-    first = random.uniform(0, 1, 3)
-    second = random.uniform(0, 1, 3)
-    while np.abs(first - second).sum() < 0.9:
-        second = random.uniform(0, 1, 3)
-    return first, second
+def _colours(contrast: float, random: np.random.Generator) -> tuple[Floats, Floats]:
+    """Two colours that differ in luminance by `contrast` and a little in hue: in photographs channels go together."""
+    luminance = random.uniform(0.15, 0.85)
+    other = luminance + (contrast if luminance < 0.5 else -contrast)
+    first, second = (level + random.uniform(-0.1, 0.1, 3) for level in (luminance, other))
+    return first.clip(0, 1), second.clip(0, 1)
 
 
 def _tint(values: Floats, low: Floats, high: Floats) -> Floats:
     return low + values[..., None] * (high - low)
 
 
-def _pink_noise(size: int, random: np.random.Generator) -> Floats:
-    """Noise with amplitude 1/f, scaled to 0..1."""
+def _clouds(size: int, random: np.random.Generator) -> Floats:
+    """Noise with amplitude 1/f^2, scaled to 0..1."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij"))
     frequency[0, 0] = 1.0
-    spectrum = np.fft.rfft2(random.normal(size=(size, size))) / frequency
+    spectrum = np.fft.rfft2(random.normal(size=(size, size))) / frequency**2
     noise = np.fft.irfft2(spectrum, (size, size))
     low, high = np.percentile(noise, (2, 98))
     return ((noise - low) / (high - low)).clip(0, 1)
 
 
 def _texture(name: str, size: int, random: np.random.Generator) -> Floats:
-    angle = random.uniform(0, math.pi)
-    period = random.uniform(0.07, 0.11) * size
-    y, x = np.mgrid[:size, :size] * (2 * math.pi / period)
-    u = x * math.cos(angle) + y * math.sin(angle) + random.uniform(0, 2 * math.pi)
-    v = y * math.cos(angle) - x * math.sin(angle) + random.uniform(0, 2 * math.pi)
+    """A pattern in one of four directions, with five periods to the image."""
+    angle = random.integers(4) * math.pi / 4 + random.uniform(-0.06, 0.06)
+    y, x = (np.mgrid[:size, :size] - size / 2) * (2 * math.pi * 5 / size)
+    u = x * math.cos(angle) + y * math.sin(angle)
+    v = y * math.cos(angle) - x * math.sin(angle)
     wave = {
         "stripes": np.sin(u),
         "checks": np.sin(u / 1.4) * np.sin(v / 1.4) * 2,
@@ -95,11 +94,11 @@ def _ramp(size: int, random: np.random.Generator) -> Floats:
 def _mask(shape: str, size: int, random: np.random.Generator) -> Floats:
     """The shape's coverage 0..1, drawn at four times the size for smooth edges."""
     scale = 4
-    radius = random.uniform(0.26, 0.38) * size
-    centre = random.uniform(radius, size - radius, 2)
+    radius = random.uniform(0.38, 0.5) * size
+    centre = random.uniform(0.44, 0.56, 2) * size
     canvas = Image.new("L", (size * scale, size * scale))
     pen = ImageDraw.Draw(canvas)
-    turn = random.uniform(0, 2 * math.pi)
+    turn = random.uniform(-0.15, 0.15) - math.pi / 2
 
     def ring_of(count: int, *radii: float) -> list[tuple[float, float]]:
         angles = [turn + 2 * math.pi * i / count for i in range(count)]
