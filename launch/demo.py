@@ -13,16 +13,19 @@ from pathlib import Path
 from trainer.errors import UsageError
 
 RECIPE = Path("configs/pretrain/demo.yaml")
+OWN = ("shards", "probe-shards", "run", "encoder")
 
 
 def steps(folder: Path, recipe: Path, images: int, seed: int) -> list[list[str]]:
     """The commands, in order; each is an argument list behind `mixmae`."""
-    shards, run, encoder = str(folder / "shards"), str(folder / "run"), str(folder / "encoder")
+    shards, probe, run, encoder = (str(folder / name) for name in OWN)
+    size = ["--img-size", "96", "--shard-size", "8MB"]
     return [
-        ["shards", "synth", shards, "--images", str(images), "--img-size", "128", "--shard-size", "8MB"],
+        ["shards", "synth", shards, "--images", str(images), *size],
+        ["shards", "synth", probe, "--images", str(images // 2), "--seed", "1", *size],
         ["launch", str(recipe), "--local", "2", f"run_dir={run}", f"data.shards={shards}", f"seed={seed}"],
         ["export", run, encoder],
-        ["probe", encoder, shards, "--json", str(folder / "probe.json")],
+        ["probe", encoder, probe, "--json", str(folder / "probe.json")],
         ["curves", run, str(folder / "loss.png")],
     ]
 
@@ -36,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if not args.recipe.is_file():
         raise UsageError(f"{args.recipe} does not exist; run this where the repository's configs/ is, or give --recipe")
-    shutil.rmtree(args.out, ignore_errors=True)
+    for name in OWN:  # what an earlier demo left; nothing else in the folder is touched
+        shutil.rmtree(args.out / name, ignore_errors=True)
     started = time.monotonic()
     for step in steps(args.out, args.recipe, args.images, args.seed):
         print(f"\n$ mixmae {shlex.join(step)}", flush=True)

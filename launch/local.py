@@ -10,21 +10,14 @@ from pathlib import Path
 
 from trainer.config import load_recipe
 from trainer.errors import UsageError
+from trainer.ports import free_port
 
 
 def local_command(recipe: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
-    """What starts `ranks` ranks here."""
-    return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--module",
-        "trainer.pretrain",
-        str(recipe),
-        *overrides,
-    ]
+    """What starts `ranks` ranks on this machine alone, whatever hostfile and ports it has."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning"]
+    here = ["--hostfile", os.devnull, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, *here, "--module", "trainer.pretrain", str(recipe), *overrides]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,10 +33,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.local < 1:
         raise UsageError(f"--local {args.local}: expected 1 or more ranks")
-    load_recipe(args.recipe, args.overrides).accumulation(args.local)
+    recipe = load_recipe(args.recipe, args.overrides)
+    recipe.accumulation(args.local)
     command = local_command(args.recipe, args.local, args.overrides)
     if args.dry_run:
         print(shlex.join(command))
         return 0
+    if not recipe.data.shards.is_dir():
+        raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
     threads = str(max(1, (os.cpu_count() or 1) // args.local))
     return subprocess.call(command, env={"OMP_NUM_THREADS": threads, **os.environ})

@@ -35,20 +35,24 @@ def draw_mix(
     Raises:
         ValueError: K is not in 2..5, or the micro-batch or the grid is smaller than K.
     """
-    if not 2 <= num_images <= 5:
-        raise ValueError(f"num_images is {num_images}; expected 2 to 5")
+    check_num_images(num_images, grid)
     if batch < num_images:
         raise ValueError(
             f"a micro-batch of {batch} cannot mix {num_images} different images; raise micro_batch to "
             f"{num_images} or more, or lower num_images"
         )
-    cells = grid[0] * grid[1]
-    if cells < num_images:
-        raise ValueError(f"a grid of {grid[0]}x{grid[1]} cells has no room for {num_images} images; raise img_size")
     return Mix(
         _draw_groups(batch if per_sample else None, num_images, grid, generator),
         _draw_partners(batch, num_images, generator),
     )
+
+
+def check_num_images(num_images: int, grid: tuple[int, int]) -> None:
+    """Raises ValueError unless K is in 2..5 and the grid has a cell for each image."""
+    if not 2 <= num_images <= 5:
+        raise ValueError(f"num_images is {num_images}; expected 2 to 5")
+    if grid[0] * grid[1] < num_images:
+        raise ValueError(f"a grid of {grid[0]}x{grid[1]} cells has no room for {num_images} images; raise img_size")
 
 
 def _draw_groups(batch: int | None, num_images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.decoder import Decoder
 from models.encoder import Encoder
-from models.mixing import mix_images
+from models.mixing import check_num_images, mix_images
 
 
 class MixMAE(nn.Module):
@@ -32,6 +32,7 @@ class MixMAE(nn.Module):
         separate_groups: bool = True,
     ) -> None:
         super().__init__()
+        check_num_images(num_images, encoder.grid)
         self.encoder = encoder
         self.num_images = num_images
         self.norm_pix_loss = norm_pix_loss
@@ -51,7 +52,7 @@ class MixMAE(nn.Module):
         if self.norm_pix_loss:
             targets = normalise_cells(targets)
         targets = targets[partners[: len(visible)]]
-        # Each sequence has the same number of cells to guess, so a mean over the guessed ones is one weighted sum.
+        # One mean over all guessed cells of all sequences, whose numbers differ by one where K does not divide L.
         guessed = (~visible).to(targets.dtype)[..., None]
         error = ((predictions.float() - targets) * guessed).square().sum()
         return error / (guessed.expand(*targets.shape[:3], 1).sum() * targets.shape[-1])

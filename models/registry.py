@@ -26,13 +26,13 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def default_cfg(name: str, img_size: int | None = None, num_classes: int = 0) -> dict[str, Any]:
-    """timm's pretrained_cfg of an encoder: how its input is made and what its parts are called."""
+def default_cfg(name: str, img_size: int | None = None, **facts: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg of an encoder: how its input is made, what its parts are called; `facts` come last."""
     side = img_size or SIZES[name].get("img_size", 224)
     return {
         "input_size": (3, side, side),
         "fixed_input_size": True,
-        "num_classes": num_classes,
+        "num_classes": 0,
         "pool_size": (side // 32, side // 32),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
@@ -40,7 +40,7 @@ def default_cfg(name: str, img_size: int | None = None, num_classes: int = 0) ->
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head.fc",
-        "license": "apache-2.0",
+        **facts,
     }
 
 

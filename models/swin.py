@@ -87,6 +87,8 @@ class Swin(Encoder):
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if embed_dim % 4:
+            raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
         self.num_classes = num_classes
         self.stride = patch_size * 2 ** (NUM_STAGES - 1)
         grids = token_grids((height, width), patch_size, window_size)
@@ -166,9 +168,6 @@ class Swin(Encoder):
             else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         )
         return {"stem": r"^patch_embed", "blocks": block}
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from trainer.config import Recipe, parse_recipe
-from trainer.distributed import Ranks, join, leave, read_ranks
+from trainer.distributed import join, leave, read_ranks
+from trainer.ports import free_port
 
 RANKS_TIMEOUT = 600
 
@@ -22,7 +23,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        port = str(read_ranks({}).master_port)
+        port = str(free_port())
         processes = [
             context.Process(target=_child, args=(function, rank, world_size, port, folder, args))
             for rank in range(world_size)
@@ -74,6 +75,3 @@ def tiny_recipe(**changes: Any) -> Recipe:
             here = here.setdefault(section, {})
         here[key] = value
     return parse_recipe(content, "tiny")
-
-
-SINGLE = Ranks(master_port=0)

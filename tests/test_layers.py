@@ -13,7 +13,7 @@ ALLOWED = {
     "models": ("models",),
     "monitoring": ("monitoring",),
     "trainer": ("trainer", "models", "monitoring"),
-    "launch": ("launch", "trainer.config", "trainer.errors"),
+    "launch": ("launch", "trainer.config", "trainer.errors", "trainer.ports"),
 }
 WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),

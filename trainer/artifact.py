@@ -25,12 +25,14 @@ def write_artifact(
     encoder: dict[str, Tensor],
     decoder: dict[str, Tensor] | None = None,
     facts: dict[str, Any] | None = None,
+    normalisation: dict[str, tuple[float, ...]] | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
     Args:
         architecture: a registered name; `model_args` are what differs from its defaults.
         encoder: the encoder's state dict, with a head if it has one.
+        normalisation: mean and std of the input, if not ImageNet's.
         facts: whatever else config.json should say of where the weights come from.
 
     Raises:
@@ -44,7 +46,9 @@ def write_artifact(
         "num_classes": num_classes,
         "num_features": encoder["norm.weight"].shape[0],
         "model_args": model_args,
-        "pretrained_cfg": default_cfg(architecture, model_args.get("img_size"), num_classes),
+        "pretrained_cfg": default_cfg(
+            architecture, model_args.get("img_size"), num_classes=num_classes, **(normalisation or {})
+        ),
         **(facts or {}),
     }
     partial = out.with_name(out.name + ".partial")
@@ -57,8 +61,8 @@ def write_artifact(
     partial.rename(out)
 
 
-def initialise(model: MixMAE, directory: Path) -> list[str]:
-    """Loads an encoder directory into `model`; returns which parts it found ("encoder", perhaps "decoder").
+def initialise(model: MixMAE, directory: Path) -> None:
+    """Loads an encoder directory into `model`: the encoder, and the decoder if there is one.
 
     Raises:
         UsageError: no such directory, or weights that do not fit the model.
@@ -71,10 +75,8 @@ def initialise(model: MixMAE, directory: Path) -> list[str]:
     encoder = load_file(directory / ENCODER)
     weights = {name: value for name, value in encoder.items() if not name.startswith("head.")}
     _load(model.encoder, fit_to_model(weights, model.encoder), directory / ENCODER)
-    if not (directory / DECODER).is_file():
-        return ["encoder"]
-    _load(model.decoder, load_file(directory / DECODER), directory / DECODER)
-    return ["encoder", "decoder"]
+    if (directory / DECODER).is_file():
+        _load(model.decoder, load_file(directory / DECODER), directory / DECODER)
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:

@@ -32,7 +32,7 @@ _MAY_CHANGE = {
     "train.max_skipped_steps",
     "model.init",
 }
-"""Settings that a resumed run may change: none of them changes what is computed."""
+"""Settings that a resumed run may change: none of them changes what is computed, but for rounding."""
 
 
 def save(engine: Any, recipe: Recipe, state: TrainState, position: Position, ranks: Ranks) -> Path:
@@ -55,8 +55,8 @@ def save(engine: Any, recipe: Recipe, state: TrainState, position: Position, ran
         shutil.rmtree(folder / final, ignore_errors=True)
         (folder / partial).rename(folder / final)
         _point_to(folder, final)
-        for old in complete(recipe.run_dir)[: -recipe.checkpoint.keep]:
-            shutil.rmtree(old)
+        for stale in _not_kept(complete(recipe.run_dir), folder / final, recipe.checkpoint.keep):
+            shutil.rmtree(stale)
     dist.barrier()
     return folder / final
 
@@ -74,6 +74,9 @@ def resume(engine: Any, recipe: Recipe, ranks: Ranks) -> tuple[TrainState, Posit
     loaded, client_state = engine.load_checkpoint(str(newest.parent), tag=newest.name)
     assert loaded is not None, newest
     ours = client_state[_KEY]
+    if ours["world_size"] != ranks.world_size:
+        raise UsageError(_other_ranks(newest, ours["world_size"], ranks))
+    require_same_recipe(recipe, ours["recipe"], recipe.run_dir)
     return TrainState.from_state_dict(ours["state"]), Position(**ours["position"])
 
 
@@ -131,9 +134,17 @@ def _differences(before: Section, now: Section, prefix: str = "") -> list[tuple[
 def _require_parts(checkpoint: Path, recipe: Recipe, ranks: Ranks) -> None:
     shards = len(list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")))
     if recipe.train.zero_stage > 0 and shards != ranks.world_size:
-        raise UsageError(
-            f"{checkpoint} was saved by {shards} ranks, this run has {ranks.world_size}; resume with {shards} ranks"
-        )
+        raise UsageError(_other_ranks(checkpoint, shards, ranks))
+
+
+def _other_ranks(checkpoint: Path, saved_by: int, ranks: Ranks) -> str:
+    return f"{checkpoint} was saved by {saved_by} ranks, this run has {ranks.world_size}; resume with {saved_by} ranks"
+
+
+def _not_kept(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
+    """All but the last `keep` up to the newest; what lies behind it belongs to a history that was given up."""
+    history = [checkpoint for checkpoint in checkpoints if checkpoint.name <= newest.name]
+    return [checkpoint for checkpoint in checkpoints if checkpoint not in history[-keep:]]
 
 
 def _sync_folder(folder: Path, ranks: Ranks) -> None:

@@ -54,13 +54,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+Positive = Annotated[int, Field(gt=0)]
+Stages = tuple[Positive, Positive, Positive, Positive]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Deviation = Annotated[float, Field(gt=0)]
+
+
 class EncoderSizes(Section):
     """Sizes that replace those of the named encoder; what is not given stays as it is there."""
 
     embed_dim: int | None = Field(None, gt=0)
-    depths: tuple[int, int, int, int] | None = None
-    num_heads: tuple[int, int, int, int] | None = None
-    window_size: tuple[int, int, int, int] | None = None
+    depths: Stages | None = None
+    num_heads: Stages | None = None
+    window_size: Stages | None = None
     drop_path_rate: float | None = Field(None, ge=0, lt=1)
 
 
@@ -88,7 +94,14 @@ class Data(Section):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _crops_are_shares_of_the_image(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale={[low, high]}: expected shares of the image's area, 0 < low <= high <= 1")
+        return self
 
 
 class ActivationCheckpointing(Section):
@@ -138,7 +151,7 @@ class Optim(Section):
     base_lr: float = Field(1.5e-4, gt=0)
     """Learning rate at a global batch of 256; the run's is base_lr * global_batch / 256."""
     min_lr: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     no_decay: tuple[str, ...] = ("relative_position_bias_table", "mask_token")
@@ -236,7 +249,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
         inner = here.get(section)
         here[section] = inner = dict(inner) if isinstance(inner, dict) else {}
         here = inner
-    here[key] = yaml.safe_load(text)
+    try:
+        here[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
 
 
 def _explain(detail: Any) -> str:

@@ -31,7 +31,10 @@ def draw(run_dir: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
     figure.suptitle(str(run_dir))
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except ValueError as error:
+        raise UsageError(f"{out}: {error}") from error
 
 
 def main(argv: Sequence[str]) -> int:

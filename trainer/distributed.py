@@ -2,7 +2,6 @@
 
 import os
 import resource
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import UsageError
+from trainer.ports import free_port
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,19 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     Raises:
         UsageError: a launcher's variables are set only in part, or are not numbers.
     """
-    given = [name for name in _LAUNCHER if name in env]
-    if "RANK" in given or "WORLD_SIZE" in given:
+    if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _ranks(env, _LAUNCHER, env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID", "").isdigit():
         port = 20_000 + (int(env.get("SLURM_JOB_ID", "0")) * 16 + int(env["SLURM_STEP_ID"])) % 20_000
         return _ranks(env, _SLURM, env.get("MASTER_ADDR") or _first_host(env), env.get("MASTER_PORT", str(port)))
-    return Ranks(master_port=int(env.get("MASTER_PORT", "0")) or _free_port())
+    return Ranks(master_port=free_port())
 
 
 def _ranks(env: Mapping[str, str], names: tuple[str, ...], address: str, port: str) -> Ranks:
     missing = [name for name in names if name not in env]
     if missing:
         raise UsageError(
-            f"{', '.join(missing)} not set although {names[0] if names[0] in env else names[1]} is; start "
+            f"{', '.join(missing)} not set although {next(name for name in names if name in env)} is; start "
             "the run with deepspeed, torchrun or srun, or unset them all for a single process"
         )
     try:
@@ -71,14 +70,11 @@ def _ranks(env: Mapping[str, str], names: tuple[str, ...], address: str, port: s
 
 def _first_host(env: Mapping[str, str]) -> str:
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    found = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
-    return found.stdout.split()[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    try:
+        found = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        return found.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UsageError(f"scontrol names no first host of {hosts!r} ({error}); set MASTER_ADDR") from error
 
 
 def join(ranks: Ranks) -> None:
@@ -91,6 +87,11 @@ def join(ranks: Ranks) -> None:
         MASTER_PORT=str(ranks.master_port),
     )
     if ranks.device.type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"LOCAL_RANK={ranks.local_rank}, but this host shows {torch.cuda.device_count()} GPUs; start as many "
+                "ranks on a host as it has GPUs"
+            )
         torch.cuda.set_device(ranks.device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -31,7 +31,9 @@ def export(run_dir: Path, out: Path) -> Path:
     facts = {
         "pretraining": {"step": int(checkpoint.name.removeprefix("step-")), **recipe.model.model_dump(mode="json")}
     }
-    write_artifact(out, recipe.model.encoder, model_args, encoder, decoder, facts)
+    write_artifact(
+        out, recipe.model.encoder, model_args, encoder, decoder, facts, recipe.data.model_dump(include={"mean", "std"})
+    )
     return out
 
 

@@ -20,7 +20,7 @@ from trainer.distributed import Ranks, all_reduce_sum, peak_memory
 from trainer.errors import UsageError
 from trainer.optim import Schedule, refuse_non_finite, set_lr
 from trainer.report import NullReporter, Reporter
-from trainer.rng import generator_at
+from trainer.rng import Purpose, seed_at, torch_at
 from trainer.state import TrainState
 
 _PICTURE_ROWS = 4
@@ -87,6 +87,7 @@ def train_step(run: Run, micro_batches: Iterable[Batch]) -> tuple[Tensor, list[l
     for micro_step, batch in enumerate(micro_batches):
         images = run.to_device(batch.images)
         mix = mix_for(run, micro_step, len(images))
+        torch.manual_seed(seed_at(Purpose.DROP_PATH, *place(run, micro_step)))
         loss = engine(images, *mix)
         engine.backward(refuse_non_finite(loss))
         engine.step()
@@ -95,17 +96,22 @@ def train_step(run: Run, micro_batches: Iterable[Batch]) -> tuple[Tensor, list[l
     return torch.stack(losses), samples, batch
 
 
+def place(run: Run, micro_step: int) -> tuple[int, int, int, int]:
+    """Where in the run a micro-batch is computed: the key of all randomness in it."""
+    return run.recipe.seed, run.state.step, run.ranks.rank, micro_step
+
+
 def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
-    """How this rank mixes its micro-batch: a function of (seed, step, rank, micro_step)."""
+    """How this rank mixes its micro-batch."""
     settings = run.recipe.model
-    generator = generator_at(run.recipe.seed, run.state.step, run.ranks.rank, micro_step)
+    generator = torch_at(Purpose.MIX, *place(run, micro_step))
     grid = run.engine.module.grid
     mix = draw_mix(batch, settings.num_images, grid, generator, per_sample=settings.group_map == "sample")
     return mix.to(run.ranks.device)
 
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
-    """Reduces and reports what happened since the last report; the only host synchronisation between checkpoints."""
+    """Reduces and reports what happened since the last report; only here does the loop itself wait for the device."""
     total, count = all_reduce_sum(window.clone()).tolist()
     norm = run.engine.get_global_grad_norm()
     state = run.state
@@ -136,18 +142,21 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
         return
     finite = losses.isfinite().tolist()
     suspects = [sample for part, good in zip(samples, finite, strict=True) if not good for sample in part]
-    gathered: list[list[int]] = [[] for _ in range(run.ranks.world_size)]
-    dist.all_gather_object(gathered, suspects)
-    names = [run.index.name_of(sample) for part in gathered for sample in part[:4]]
+    everything = [sample for part in samples for sample in part]
+    gathered: list[tuple[list[int], list[int]]] = [([], [])] * run.ranks.world_size
+    dist.all_gather_object(gathered, (suspects, everything))
+    bad = [sample for part, _ in gathered for sample in part]
+    shown = bad or [sample for _, part in gathered for sample in part]
+    names = ", ".join(run.index.name_of(sample) for sample in shown[:8]) + (", ..." if len(shown) > 8 else "")
     raise DivergedError(
         f"{state.skipped_in_row} steps in a row up to step {state.step} had no finite loss and gradient "
         f"(train.max_skipped_steps={run.recipe.train.max_skipped_steps}); "
         + (
-            f"loss not finite on {sum(map(len, gathered))} samples, among them {', '.join(names[:8])}"
-            if names
-            else "every loss was finite, a gradient was not"
+            f"loss not finite on {len(bad)} samples: "
+            if bad
+            else f"losses finite, gradient not, on {len(shown)} samples: "
         )
-        + "; lower optim.base_lr, set optim.clip_grad, or look at these images"
+        + f"{names}; lower optim.base_lr, set optim.clip_grad, or look at these images"
     )
 
 

@@ -23,14 +23,15 @@ def reconstructions(model: MixMAE, images: Tensor, mix: Mix, rows: int) -> Tenso
     ranks must come here together: under ZeRO-3 the weights are gathered from all of them.
     """
     predictions, visible = model.reconstruct(images, *mix)
-    sources = images[mix.partners[: len(predictions)]]
+    predictions, visible = predictions[:, :rows], visible[:, :rows]
+    sources = images[mix.partners[: len(predictions), :rows]]
     true = torch.stack([cells(source, model.cell) for source in sources])
     if model.norm_pix_loss:
         predictions = predictions * cell_deviation(true) + true.mean(-1, keepdim=True)
     painted = torch.where(visible[..., None], true, predictions)
     columns = [mix_images(images, *mix)[:rows]]
     for source, guess in zip(sources, painted, strict=True):
-        columns += [source[:rows], uncells(guess[:rows], model.grid)]
+        columns += [source, uncells(guess, model.grid)]
     return torch.stack(columns, dim=1)
 
 

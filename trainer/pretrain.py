@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from models import MixMAE
 from trainer import artifact, checkpoint, distributed
 from trainer.config import Recipe, load_recipe
@@ -68,14 +66,13 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
 def prepare(job: Job, ranks: Ranks) -> Run:
     """Engine, position, batches and reporter: everything up to the first step."""
     recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
-    dist.barrier()  # every rank checked the run directory before the main one writes to it
-    if ranks.is_main:
-        write_run_dir(recipe)
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, recipe, ranks)
     resumed = checkpoint.resume(engine, recipe, ranks)
     state, position = resumed or (TrainState(), Position(recipe.seed, 0, index.fingerprint))
     position.require(recipe.seed, index)
+    if ranks.is_main:
+        write_run_dir(recipe)
     reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
@@ -87,8 +84,9 @@ def prepare(job: Job, ranks: Ranks) -> Run:
         world_size=ranks.world_size,
         parameters=parameters,
     )
+    to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     batches = stream(recipe, ranks, index, position)
-    return Run(recipe, ranks, engine, index, schedule, state, batches, ToDevice(ranks.device, recipe.data), reporter)
+    return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import models  # registers the encoders with timm
 from trainer.artifact import CONFIG
-from trainer.config import Data
-from trainer.data.decode import evaluation_view
+from trainer.data.decode import Pixels, UnreadableImageError, evaluation_view
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import ToDevice
 from trainer.errors import UsageError
@@ -33,8 +32,8 @@ class Accuracy(NamedTuple):
     linear: float
 
 
-def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, int]:
-    """An encoder directory as a model that gives pooled features, and its image size.
+def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """An encoder directory as a model that gives pooled features, and timm's facts about its input.
 
     Args:
         pretrained: False for its twin with random weights.
@@ -44,22 +43,34 @@ def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, i
     """
     if not (directory / CONFIG).is_file():
         raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
-    img_size: int = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]["input_size"][1]
-    return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval(), img_size
+    facts: dict[str, Any] = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]
+    return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval(), facts
 
 
 @torch.inference_mode()
-def features(encoder: nn.Module, index: ShardIndex, img_size: int, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Pooled features [N, C] and labels [N] of every image of a shard directory, on the CPU."""
+def features(encoder: nn.Module, facts: dict[str, Any], index: ShardIndex, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """Pooled features [N, C] and labels [N] of every image of a shard directory, on the CPU.
+
+    Raises:
+        UsageError: an image cannot be read.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder.to(device)
-    to_device = ToDevice(device, Data())
+    to_device = ToDevice(device, facts["mean"], facts["std"])
     found = []
     for first in range(0, len(index), batch):
-        rows = index.samples[first : first + batch]
-        views = np.stack([evaluation_view(index.read(row), img_size) for row in rows])
-        found.append(encoder(to_device(torch.from_numpy(views))).float().cpu())
+        views = [
+            _view(index, sample, facts["input_size"][1]) for sample in range(first, min(first + batch, len(index)))
+        ]
+        found.append(encoder(to_device(torch.from_numpy(np.stack(views)))).float().cpu())
     return torch.cat(found), torch.from_numpy(index.samples["label"].astype(np.int64))
+
+
+def _view(index: ShardIndex, sample: int, size: int) -> Pixels:
+    try:
+        return evaluation_view(index.read(index.samples[sample]), size)
+    except UnreadableImageError as error:
+        raise UsageError(f"{index.name_of(sample)} cannot be read: {error}") from error
 
 
 def probe(x: Tensor, labels: Tensor, seed: int = 0, neighbours: int = 10) -> Accuracy:
@@ -75,7 +86,7 @@ def probe(x: Tensor, labels: Tensor, seed: int = 0, neighbours: int = 10) -> Acc
 
 def _nearest(known: Tensor, labels: Tensor, unknown: Tensor, neighbours: int) -> Tensor:
     similarity = F.normalize(unknown, dim=1) @ F.normalize(known, dim=1).T
-    weight, place = similarity.topk(neighbours, dim=1)
+    weight, place = similarity.topk(min(neighbours, len(known)), dim=1)
     votes = torch.zeros(len(unknown), int(labels.max()) + 1)
     return votes.scatter_add_(1, labels[place], weight.clamp(min=0)).argmax(1)
 
@@ -107,13 +118,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     index = open_index(args.shards)
+    if len(index) < 2:
+        raise UsageError(f"{args.shards} holds one image; a probe needs some to learn from and some to test on")
     if (index.samples["label"] < 0).any():
         raise UsageError(f"{args.shards} holds images without a label; a probe needs a .cls beside every image")
     found: dict[str, Any] = {"classes": int(index.samples["label"].max()) + 1}
     for name, pretrained in (("pretrained", True), ("untrained", False)):
         torch.manual_seed(0)
-        encoder, img_size = open_encoder(args.encoder, pretrained)
-        accuracy = probe(*features(encoder, index, img_size))
+        encoder, facts = open_encoder(args.encoder, pretrained)
+        accuracy = probe(*features(encoder, facts, index))
         print(f"{name:<12} kNN {accuracy.knn:6.1%}   linear {accuracy.linear:6.1%}", flush=True)
         found[name] = accuracy._asdict()
     if args.json is not None:

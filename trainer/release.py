@@ -5,6 +5,7 @@ and classifier). Sizes are read off the shapes.
 """
 
 import argparse
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.decoder import Decoder
 from models.layers import sincos_positions
-from models.registry import SIZES
+from models.registry import SIZES, build_encoder
+from models.swin import Swin
 from trainer.artifact import write_artifact
 from trainer.errors import UsageError
 
@@ -44,10 +47,10 @@ def convert(released: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
         UsageError: names we do not know, or positions that are not the fixed sin-cos ones.
     """
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
-    foreign = []
+    foreign, fixed = [], {}
     for name, value in released.items():
         if name in _FIXED:
-            _check_positions(name, value)
+            fixed[name] = value
         elif (ours := _our_name(name)) is not None:
             part, key = ours.split(".", 1)
             parts[part][key] = value
@@ -58,6 +61,8 @@ def convert(released: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
             f"{len(foreign)} names are not of a released MixMIM Swin checkpoint, the first is "
             f"{foreign[0]!r}; expected names such as 'layers.0.blocks.0.attn.qkv.weight'"
         )
+    for name, value in fixed.items():
+        _check_positions(name, value)
     return parts["encoder"], parts["decoder"] or None
 
 
@@ -78,7 +83,7 @@ def sizes(encoder: dict[str, Tensor], image_positions: Tensor | None) -> dict[st
 
 def name_size(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The registered architecture of these sizes, and the arguments that differ from its defaults."""
-    defaults = {"img_size": 224, "depths": (2, 2, 18, 2), "window_size": (14, 14, 14, 7)}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Swin).parameters.items()}
     candidates = {
         name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v} for name, size in SIZES.items()
     }
@@ -96,9 +101,11 @@ def _our_name(name: str) -> str | None:
 
 
 def _check_positions(name: str, value: Tensor) -> None:
-    side = int(value.shape[1] ** 0.5)
-    expected = sincos_positions((side, side), value.shape[2]).flatten(0, 1)
-    if not torch.allclose(value[0].float(), expected, atol=1e-4):
+    side = int(value.shape[1] ** 0.5) if value.dim() == 3 else 0
+    square = value.dim() == 3 and value.shape[1] == side**2 and value.shape[2] % 4 == 0
+    if not square or not torch.allclose(
+        value[0].float(), sincos_positions((side, side), value.shape[2]).flatten(0, 1), atol=1e-4
+    ):
         raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
 
 
@@ -129,9 +136,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     released = read_release(args.file)
     encoder, decoder = convert(released)
-    if missing := sorted(_required(encoder)):
-        raise UsageError(f"{args.file} lacks {len(missing)} weights of a MixMIM encoder, the first is {missing[0]!r}")
+    if missing := sorted(_SIZED - encoder.keys()):
+        raise UsageError(f"{args.file} lacks {missing[0]!r} (and {len(missing) - 1} more) of a MixMIM encoder")
     name, model_args = name_size(sizes(encoder, released.get("absolute_pos_embed")))
+    _check_complete(args.file, name, model_args, encoder, decoder)
     write_artifact(args.out, name, model_args, encoder, decoder, {"source": args.file.name})
     kind = "fine-tuned" if decoder is None else "pretraining"
     print(
@@ -141,7 +149,39 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _required(encoder: dict[str, Tensor]) -> set[str]:
-    tables = {f"stages.{i}.blocks.0.attn.relative_position_bias_table" for i in range(4)}
-    merges = {f"stages.{i}.downsample.reduction.weight" for i in range(1, 4)}
-    return ({"patch_embed.proj.weight", "norm.weight"} | tables | merges) - encoder.keys()
+_SIZED = {
+    "patch_embed.proj.weight",
+    "norm.weight",
+    *(f"stages.{stage}.blocks.0.attn.relative_position_bias_table" for stage in range(4)),
+}
+"""The weights from which sizes are read."""
+
+
+def _check_complete(
+    file: Path, name: str, model_args: dict[str, Any], encoder: dict[str, Tensor], decoder: dict[str, Tensor] | None
+) -> None:
+    """Raises UsageError unless the weights are exactly those of models of these sizes."""
+    try:
+        with torch.device("meta"):
+            own = build_encoder(name, **model_args)
+            found = {f"encoder.{k}": v for k, v in encoder.items() if not k.startswith("head.")}
+            expected = {f"encoder.{k}": v for k, v in own.state_dict().items()}
+            if decoder is not None:
+                found |= {f"decoder.{k}": v for k, v in decoder.items()}
+                expected |= {f"decoder.{k}": v for k, v in _decoder_like(own, decoder).state_dict().items()}
+    except ValueError as error:
+        raise UsageError(f"{file} holds weights of sizes that do not fit each other: {error}") from error
+    wrong = sorted(found.keys() ^ expected.keys()) or sorted(k for k in found if found[k].shape != expected[k].shape)
+    if wrong:
+        raise UsageError(
+            f"{file}: {len(wrong)} weights are missing, foreign or of another shape, the first is {wrong[0]!r}"
+        )
+
+
+def _decoder_like(encoder: Swin, decoder: dict[str, Tensor]) -> Decoder:
+    if "mask_token" not in decoder:
+        raise ValueError("no mask_token beside the decoder's weights")
+    depth = len({key.split(".")[1] for key in decoder if key.startswith("blocks.")})
+    return Decoder(
+        encoder.num_features, encoder.grid, 3 * encoder.stride**2, decoder["mask_token"].shape[-1], depth, num_heads=1
+    )

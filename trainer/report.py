@@ -19,7 +19,7 @@ class Reporter:
         self.run_dir = run_dir
         self.total_steps = total_steps
         self.events = Events(run_dir)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self.bar: Any = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)

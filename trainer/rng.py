@@ -1,10 +1,33 @@
-"""Randomness as a function of where a run stands, so that no generator has to be saved."""
+"""Randomness as a function of where a run stands, so that no generator has to be saved.
+
+A key is (seed, ...place...); a purpose keeps equal keys of different users apart.
+"""
+
+from enum import IntEnum
 
 import numpy as np
 import torch
 
 
-def generator_at(*key: int) -> torch.Generator:
-    """A generator whose stream belongs to this key, such as (seed, step, rank, micro_step)."""
-    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(state)
+class Purpose(IntEnum):
+    """What random numbers are for; a value, once given, stays."""
+
+    ORDER = 1
+    VIEW = 2
+    MIX = 3
+    DROP_PATH = 4
+
+
+def numpy_at(purpose: Purpose, *key: int) -> np.random.Generator:
+    """NumPy's generator of a key, such as (seed, epoch, sample)."""
+    return np.random.default_rng([purpose, *key])
+
+
+def seed_at(purpose: Purpose, *key: int) -> int:
+    """A 64-bit seed of a key, such as (seed, step, rank, micro_step)."""
+    return int(np.random.SeedSequence([purpose, *key]).generate_state(1, np.uint64)[0])
+
+
+def torch_at(purpose: Purpose, *key: int) -> torch.Generator:
+    """torch's generator (CPU) of a key."""
+    return torch.Generator().manual_seed(seed_at(purpose, *key))

@@ -15,18 +15,18 @@ from typing import Any
 
 import yaml
 
-from trainer.checkpoint import require_same_recipe
+from trainer.checkpoint import newest_checkpoint, require_same_recipe
 from trainer.config import Recipe, parse_recipe
 from trainer.errors import UsageError
 
-RECIPE = "recipe.yaml"
+RECIPE, EVENTS = "recipe.yaml", "events.jsonl"
 PACKAGES = ("mixmae", "torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset", "numpy", "pillow")
 
 
 def check_run_dir(recipe: Recipe) -> None:
-    """Raises UsageError if the recipe's run directory exists and belongs to another recipe."""
+    """Raises UsageError if the run directory holds checkpoints of another recipe."""
     file = recipe.run_dir / RECIPE
-    if file.is_file():
+    if file.is_file() and newest_checkpoint(recipe.run_dir) is not None:
         require_same_recipe(recipe, yaml.safe_load(file.read_text()), recipe.run_dir)
 
 
@@ -58,7 +58,11 @@ class Events:
     """`events.jsonl`: append-only, one JSON object a line, flushed as written; null where a number is not finite."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / "events.jsonl").open("a", buffering=1)
+        file = run_dir / EVENTS
+        cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
+        self._file = file.open("a", buffering=1)
+        if cut_short:
+            self._file.write("\n")  # what a killed run left of a line ends here
 
     def write(self, event: str, **fields: Any) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
@@ -69,6 +73,9 @@ class Events:
 
 
 def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
-    """The events of one kind, oldest first."""
-    lines = (run_dir / "events.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
+    """The events of one kind, by step; of a step that was done again after a restart, the last."""
+    file = run_dir / EVENTS
+    lines = file.read_text().splitlines() if file.is_file() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    by_step = {record["step"]: record for record in records if record["event"] == event}
+    return [by_step[step] for step in sorted(by_step)]

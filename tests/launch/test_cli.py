@@ -38,19 +38,12 @@ def test_unknown_commands() -> None:
 
 
 def test_launching_works_without_torch() -> None:
-    done = run(
-        "launch",
-        "configs/pretrain/demo.yaml",
-        "--local",
-        "2",
-        "--dry-run",
-        "seed=3",
-        "run_dir=/tmp/a b",
-        prelude=BLOCKED,
-    )
+    argv = ["configs/pretrain/demo.yaml", "--local", "2", "--dry-run", "seed=3", "run_dir=/tmp/a b"]
+    done = run("launch", *argv, prelude=BLOCKED)
     assert done.returncode == 0, done.stderr
-    assert "deepspeed.launcher.runner --num_gpus 2 --module trainer.pretrain configs/pretrain/demo.yaml" in done.stdout
-    assert done.stdout.endswith("seed=3 'run_dir=/tmp/a b'\n")
+    assert "-m deepspeed.launcher.runner" in done.stdout
+    assert "--hostfile /dev/null --num_gpus 2" in done.stdout
+    assert done.stdout.endswith("--module trainer.pretrain configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'\n")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +51,7 @@ def test_launching_works_without_torch() -> None:
     [
         (["nowhere.yaml", "--local", "2"], "does not exist"),
         (["configs/pretrain/demo.yaml", "--local", "0"], "expected 1 or more"),
+        (["configs/pretrain/demo.yaml", "--local", "2", "data.shards=nowhere"], "shard directory nowhere does not"),
         (["configs/pretrain/demo.yaml", "--local", "3"], "does not divide"),
         (["configs/pretrain/demo.yaml", "--local", "2", "train.zero=1"], "did you mean 'train.zero_stage'"),
     ],

@@ -75,7 +75,7 @@ def test_cells_and_back() -> None:
     assert torch.equal(uncells(x, (2, 3)), images)
 
 
-def test_loss_is_fp32_in_a_bf16_model_and_positions_keep_their_precision() -> None:
+def test_loss_is_fp32_in_a_bf16_model() -> None:
     model = small_model().bfloat16()
     assert model(torch.randn(BATCH, 3, SIDE, SIDE), *drawn(3)).dtype == torch.float32
 

@@ -57,6 +57,6 @@ def saved_bytes(**settings: Any) -> int:
     return sum(kept.values())
 
 
-def test_the_first_stages_hold_most_of_what_is_saved() -> None:
+def test_recomputing_the_first_stages_saves_memory() -> None:
     everything = saved_bytes()
     assert saved_bytes(kind="torch", stages=(1, 2)) < 0.8 * everything

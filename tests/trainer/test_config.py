@@ -44,6 +44,11 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_file: Path) -> None:
         ("model.num_images=6", "less than or equal to 5"),
         ("train.activation_checkpointing.cpu_offload=true", "kind=fairscale only"),
         ("train.micro_batch", "key.path=value"),
+        ("model.sizes.depths=[1,2", "close its brackets"),
+        ("model.sizes.window_size=[0,4,4,2]", "greater than 0"),
+        ("optim.betas=[2,3]", "less than 1"),
+        ("data.crop_scale=[1.0,0.2]", "low <= high"),
+        ("data.std=[0,1,1]", "greater than 0"),
     ],
 )
 def test_mistakes_are_explained(recipe_file: Path, override: str, message: str) -> None:

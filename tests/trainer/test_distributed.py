@@ -42,10 +42,15 @@ def test_alone() -> None:
     assert ranks.master_port > 0
 
 
-@pytest.mark.parametrize("missing", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_half_set_environments_are_refused(missing: str) -> None:
     with pytest.raises(UsageError, match=missing):
         read_ranks({name: value for name, value in LAUNCHER.items() if name != missing})
+
+
+def test_a_local_rank_alone_is_half_set() -> None:
+    with pytest.raises(UsageError, match="RANK, WORLD_SIZE"):
+        read_ranks({"LOCAL_RANK": "3"})
 
 
 def test_numbers_are_expected() -> None:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -18,11 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models import build_encoder
 from tests.helpers import tiny_recipe
+from trainer.checkpoint import complete, newest_checkpoint
 from trainer.consolidate import master_weights
 from trainer.errors import run_in_words
 from trainer.export import main as export
+from trainer.ports import free_port
 from trainer.pretrain import main
-from trainer.run_dir import read_events
+from trainer.run_dir import Events, read_events
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +96,16 @@ def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> N
     assert head(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
 
 
+def test_own_normalisation_travels_with_the_encoder(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["data"]["mean"] = [0.1, 0.2, 0.3]
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    export([str(copy), str(tmp_path / "encoder")])
+    assert timm.create_model(f"local-dir:{tmp_path / 'encoder'}").pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+
+
 def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
     export([str(finished), str(tmp_path / "encoder")])
     done = start(
@@ -106,10 +117,12 @@ def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Pat
         f"model.init={tmp_path / 'encoder'}",
         "train.duration=1 step",
         "optim.warmup=0 steps",
+        "optim.base_lr=1e-30",
     )
     assert done.returncode == 0, done.stderr
-    last = read_events(finished, "step")[-1]["loss"]
-    assert abs(read_events(tmp_path / "next", "step")[0]["loss"] - last) < 0.1
+    before = master_weights(finished / "checkpoints" / "step-00000008")
+    after = master_weights(tmp_path / "next" / "checkpoints" / "step-00000001")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())  # its one step has no length
 
 
 @pytest.mark.parametrize(
@@ -123,7 +136,7 @@ def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Pat
             "--nproc_per_node",
             "2",
             "--master_port",
-            "29611",
+            str(free_port()),
             "-m",
             "trainer.pretrain",
         ],
@@ -246,11 +259,53 @@ def test_exporting_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_checkpoints_are_named_only_when_complete(finished: Path, tmp_path: Path) -> None:
-    from trainer.checkpoint import complete, newest_checkpoint
-
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     (copy / "checkpoints" / "partial-00000012").mkdir()
     assert [folder.name for folder in complete(copy)] == ["step-00000008"]
-    newest: Any = newest_checkpoint(copy)
+    newest = newest_checkpoint(copy)
+    assert newest is not None
     assert newest.name == "step-00000008"
+
+
+def test_a_history_that_was_given_up_does_not_cost_the_new_one(
+    finished: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """Back to step 4 by hand although later ones exist, keep=1: the checkpoints of the new history stay."""
+    copy = tmp_path / "run"
+    options = [f"run_dir={copy}", "log.pictures=null", "data.num_workers=0"]
+    first = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file), *options, "checkpoint.keep=3")
+    assert first.returncode == 0, first.stderr
+    (copy / "checkpoints" / "step-00000008").rename(copy / "checkpoints" / "step-00000099")
+    (copy / "checkpoints" / "newest").write_text("step-00000004\n")
+    again = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file), *options, "checkpoint.keep=1")
+    assert again.returncode == 0, again.stderr
+    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    assert [event["step"] for event in read_events(copy, "step")] == list(range(1, 9))
+
+
+def test_a_run_directory_without_checkpoints_takes_another_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    from trainer.run_dir import check_run_dir, write_run_dir
+
+    recipe = tiny_recipe(run_dir=str(tmp_path / "run"))
+    write_run_dir(recipe)
+    check_run_dir(tiny_recipe(**{"run_dir": str(tmp_path / "run"), "train.micro_batch": 4}))
+
+
+def test_half_a_line_in_the_record_is_stepped_over(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
+    events = Events(tmp_path)
+    events.write("step", step=2, loss=float("nan"))
+    events.close()
+    assert [(event["step"], event.get("loss", 0)) for event in read_events(tmp_path, "step")] == [(1, 0), (2, None)]
+
+
+def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.cli", "launch", str(recipe_file), "--local", "2"]
+    early = start(*command, f"data.shards={tmp_path / 'nowhere'}")
+    assert early.returncode == 2
+    assert early.stderr.count("error:") == 1
+    late = start(*command, f"run_dir={tmp_path / 'run'}", "model.img_size=96")
+    assert late.returncode != 0
+    assert "mixmae: error: model: img_size 96x96" in late.stderr
+    assert "Traceback" not in late.stderr

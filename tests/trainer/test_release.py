@@ -72,7 +72,21 @@ def test_sizes_of_the_paper_are_recognised(tmp_path: Path) -> None:
     assert config["model_args"] == {"depths": [1, 1, 1, 1]}
 
 
-@pytest.mark.parametrize("change", ["foreign", "missing", "positions", "no model", "not a checkpoint", "no file"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "foreign",
+        "missing",
+        "missing block",
+        "half a decoder",
+        "other shape",
+        "positions",
+        "mae",
+        "no model",
+        "not a checkpoint",
+        "no file",
+    ],
+)
 def test_anything_unknown_is_one_clear_line(
     released: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
@@ -82,6 +96,14 @@ def test_anything_unknown_is_one_clear_line(
         state["layers.0.blocks.0.attn.logit_scale"] = torch.zeros(1)
     elif change == "missing":
         del state["layers.1.downsample.reduction.weight"]
+    elif change == "missing block":
+        del state["layers.2.blocks.1.attn.qkv.weight"]
+    elif change == "half a decoder":
+        del state["decoder_pred.weight"]
+    elif change == "other shape":
+        state["layers.2.blocks.1.mlp.fc1.bias"] = torch.zeros(3)
+    elif change == "mae":
+        state = {"decoder_pos_embed": torch.zeros(1, 197, 512), "blocks.0.attn.qkv.weight": torch.zeros(3, 3)}
     elif change == "positions":
         state["absolute_pos_embed"] = state["absolute_pos_embed"] + 0.1
     torch.save({"state": state} if change == "no model" else {"model": state}, file)

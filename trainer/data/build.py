@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,34 +22,41 @@ class Sample(NamedTuple):
 
 
 def find_images(source: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names and (file, label) of a folder of class folders.
+    """Class names and (file, label) of a folder of class folders; of a folder of images: no classes, label -1.
 
     Raises:
-        UsageError: no such folder, or no images in class folders.
+        UsageError: no such folder, no images in it, or images beside class folders.
     """
     if not source.is_dir():
-        raise UsageError(f"{source} does not exist; expected a folder with one folder of images for each class")
+        raise UsageError(f"{source} does not exist; expected a folder of images, or of one folder for each class")
     classes = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
+    flat = [(file, -1) for file in sorted(source.iterdir()) if _is_image(file)]
     images = [
         (file, label)
         for label, name in enumerate(classes)
         for file in sorted((source / name).rglob("*"))
-        if file.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+        if _is_image(file)
     ]
-    if not images:
-        raise UsageError(
-            f"{source} holds no images in class folders; expected files such as {source}/cat/1.jpg "
-            f"({', '.join(IMAGE_EXTENSIONS)})"
-        )
-    return classes, images
+    if not images and not flat:
+        raise UsageError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), alone or in class folders")
+    if images and flat:
+        raise UsageError(f"{source} holds images, such as {flat[0][0].name}, beside class folders; move them into one")
+    return (classes, images) if images else ([], flat)
+
+
+def _is_image(file: Path) -> bool:
+    return file.is_file() and file.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
 
 
 def read_images(source: Path, images: list[tuple[Path, int]], seed: int) -> Iterator[Sample]:
-    """The images in a seeded random order, so that every shard holds a mixture of classes."""
-    shuffled = random.Random(seed).sample(images, len(images))
-    for file, label in shuffled:
-        key = str(file.relative_to(source).with_suffix("")).replace(".", "_")
-        yield Sample(key, file.suffix.lower().removeprefix("."), file.read_bytes(), label)
+    """The images in a seeded random order, so that every shard holds a mixture of classes; keys are unique."""
+    taken: Counter[str] = Counter()
+    for file, label in random.Random(seed).sample(images, len(images)):
+        # A WebDataset key ends at the first dot of the file's name.
+        key = str(file.relative_to(source).with_name(file.stem.replace(".", "_")))
+        taken[key] += 1
+        unique = key if taken[key] == 1 else f"{key}-{taken[key]}"
+        yield Sample(unique, file.suffix.lower().removeprefix("."), file.read_bytes(), label)
 
 
 def write_shards(
@@ -69,7 +77,8 @@ def write_shards(
         str(partial / "%06d.tar"), maxcount=1_000_000, maxsize=shard_bytes, verbose=0, mtime=0, user="", group=""
     ) as writer:
         for sample in tqdm(samples, total=total, unit="image", desc="shards", disable=None):
-            writer.write({"__key__": sample.key, sample.extension: sample.content, "cls": sample.label})
+            label = {"cls": sample.label} if sample.label >= 0 else {}
+            writer.write({"__key__": sample.key, sample.extension: sample.content, **label})
     write_index(partial, classes, jobs)
     partial.rename(out)
     return open_index(out)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,22 +23,33 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """An argument's type: a whole number not below `low`."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise UsageError(f"{text!r}: expected a whole number, {low} or more")
+        return int(text)
+
+    return number
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae shards", description="Make WebDataset shards and their index.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build_ = commands.add_parser("build", help="tar shards from a folder of class folders")
-    build_.add_argument("source", type=Path, help="folder with one folder of images for each class")
+    build_ = commands.add_parser("build", help="tar shards from a folder of images, or of class folders")
+    build_.add_argument("source", type=Path, help="folder of images, or with one folder of images for each class")
     synth = commands.add_parser("synth", help="a procedural, labelled corpus")
-    synth.add_argument("--images", type=int, default=6000)
-    synth.add_argument("--img-size", type=int, default=160)
+    synth.add_argument("--images", type=at_least(1), default=6000)
+    synth.add_argument("--img-size", type=at_least(16), default=160)
     index = commands.add_parser("index", help="index shards that others wrote")
     index.add_argument("directory", type=Path)
     for writing in (build_, synth):
         writing.add_argument("out", type=Path, help="shard directory to write")
         writing.add_argument("--shard-size", default="250MB", help="bytes in a shard (default %(default)s)")
-        writing.add_argument("--seed", type=int, default=0)
+        writing.add_argument("--seed", type=at_least(0), default=0)
     for command in (build_, synth, index):
-        command.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+        command.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)")
     args = parser.parse_args(argv)
     print(_describe({"build": _build, "synth": _synth, "index": _index}[args.command](args)))
     return 0
@@ -51,8 +62,6 @@ def _build(args: argparse.Namespace) -> ShardIndex:
 
 
 def _synth(args: argparse.Namespace) -> ShardIndex:
-    if args.images < 1:
-        raise UsageError(f"--images {args.images}: expected 1 or more")
     samples = synthetic.samples(args.images, args.img_size, args.seed, args.jobs)
     return build.write_shards(args.out, samples, synthetic.CLASSES, parse_size(args.shard_size), args.images, args.jobs)
 

@@ -25,11 +25,11 @@ def open_image(content: bytes) -> Image.Image:
     """An RGB image.
 
     Raises:
-        UnreadableImageError: the bytes are damaged, empty or not an image.
+        UnreadableImageError: the bytes are damaged, empty, not an image, or have suspiciously many pixels.
     """
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(str(error)) from error
 
 

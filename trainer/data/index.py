@@ -56,10 +56,13 @@ class ShardIndex:
         """`shard: member` of a sample, read from the tar's header; for messages."""
         row = self.samples[sample]
         shard = self.directory / self.shards[row["shard"]].name
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                if member.offset_data == row["offset"]:
-                    return f"{shard.name}: {member.name}"
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    if member.offset_data == row["offset"]:
+                        return f"{shard.name}: {member.name}"
+        except (OSError, tarfile.TarError):
+            pass  # the shard itself is gone or damaged: the offset has to do for a name
         return f"{shard.name}: offset {row['offset']}"
 
 
@@ -77,7 +80,13 @@ def open_index(directory: Path) -> ShardIndex:
     if not (directory / INDEX).is_file():
         hint = f"run 'mixmae shards index {directory}'" if any(directory.glob("*.tar")) else "it holds no .tar files"
         raise UsageError(f"{directory} has no {INDEX}: {hint}")
-    content = json.loads((directory / INDEX).read_text())
+    try:
+        content = json.loads((directory / INDEX).read_text())
+        samples = np.load(directory / SAMPLES, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the index of {directory} is damaged ({error}); run 'mixmae shards index {directory}'"
+        ) from error
     if content.get("format") != FORMAT:
         raise UsageError(
             f"{directory / INDEX} has format {content.get('format')!r}, expected {FORMAT}; "
@@ -86,7 +95,6 @@ def open_index(directory: Path) -> ShardIndex:
     shards = tuple(Shard(**shard) for shard in content["shards"])
     for shard in shards:
         _check_size(directory, shard)
-    samples = np.load(directory / SAMPLES, mmap_mode="r")
     if not len(samples):
         raise UsageError(f"the shards in {directory} hold no images")
     if len(samples) != sum(shard.samples for shard in shards):
@@ -151,7 +159,7 @@ def read_shard(file: Path) -> tuple[Shard, npt.NDArray[Any]]:
     labels: dict[str, int] = {}
     keys: list[str] = []
     try:
-        with tarfile.open(file) as tar:
+        with tarfile.open(file, "r:") as tar:
             for member in tar:
                 key, extension = base_plus_ext(member.name)
                 if not member.isfile() or key is None:
@@ -163,8 +171,8 @@ def read_shard(file: Path) -> tuple[Shard, npt.NDArray[Any]]:
                     payload = tar.extractfile(member)
                     assert payload is not None
                     labels[key] = int(payload.read())
-    except (tarfile.TarError, ValueError) as error:
-        raise UsageError(f"{file} is not a readable WebDataset shard: {error}") from error
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise UsageError(f"{file} is not a readable, uncompressed WebDataset shard: {error}") from error
     table = np.array(rows, dtype=SAMPLE)
     table["label"] = [labels.get(key, -1) for key in keys]
     with file.open("rb") as stream:

@@ -4,7 +4,7 @@ The order is the epochs' permutations one behind the other; a global batch is th
 function of (seed, index) alone, so a position in the run is one number, the samples seen.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.config import Data, Recipe
+from trainer.config import Recipe
 from trainer.data.decode import Pixels, UnreadableImageError, training_view
 from trainer.data.index import ShardIndex
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.rng import Purpose, numpy_at
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ class Batch(NamedTuple):
 class ToDevice:
     """uint8 [B, 3, H, W] on the host to normalised fp32 on the device, without blocking the host."""
 
-    def __init__(self, device: torch.device, settings: Data) -> None:
+    def __init__(self, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> None:
         self.device = device
-        self.mean = torch.tensor(settings.mean, device=device)[:, None, None] * 255
-        self.inverse_std = 1 / (torch.tensor(settings.std, device=device)[:, None, None] * 255)
+        self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
+        self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * 255)
 
     def __call__(self, images: Tensor) -> Tensor:
         return (images.to(self.device, non_blocking=True) - self.mean) * self.inverse_std
@@ -88,7 +89,7 @@ class Order:
 
 
 def _permutation(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+    return numpy_at(Purpose.ORDER, seed, epoch).permutation(num_samples)
 
 
 class Views(Dataset[tuple[Pixels | str, int]]):
@@ -100,7 +101,7 @@ class Views(Dataset[tuple[Pixels | str, int]]):
 
     def __getitem__(self, ticket: Ticket) -> tuple[Pixels | str, int]:
         """The view and its sample, or what is wrong with it and the sample."""
-        random = np.random.default_rng([self.recipe.seed, ticket.epoch, ticket.sample])
+        random = numpy_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, ticket.sample)
         try:
             content = self.index.read(self.index.samples[ticket.sample])
             view = training_view(content, self.recipe.model.img_size, self.recipe.data, random)

@@ -52,7 +52,7 @@ def _colours(contrast: float, random: np.random.Generator) -> tuple[Floats, Floa
     """Two colours that differ in luminance by `contrast` and a little in hue: in photographs channels go together."""
     luminance = random.uniform(0.15, 0.85)
     other = luminance + (contrast if luminance < 0.5 else -contrast)
-    first, second = (level + random.uniform(-0.1, 0.1, 3) for level in (luminance, other))
+    first, second = (level + random.uniform(-0.06, 0.06, 3) for level in (luminance, other))
     return first.clip(0, 1), second.clip(0, 1)
 
 

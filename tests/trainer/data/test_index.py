@@ -51,6 +51,17 @@ def test_class_folders_become_shards(tmp_path: Path) -> None:
     assert labels != sorted(labels)
 
 
+def test_a_flat_folder_becomes_unlabelled_shards(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.b.jpg", "a_b.jpg", "a_b.png"):
+        (tmp_path / "images" / name).write_bytes(name.encode())
+    assert main(["build", str(tmp_path / "images"), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    index = open_index(tmp_path / "out")
+    assert index.samples["label"].tolist() == [-1, -1, -1]
+    assert {index.read(row) for row in index.samples} == {b"a.b.jpg", b"a_b.jpg", b"a_b.png"}
+    assert len({index.name_of(n).split(": ")[1].split(".")[0] for n in range(3)}) == 3
+
+
 def test_building_is_reproducible(tmp_path: Path) -> None:
     samples = [Sample(f"{i}", "jpg", bytes([i]) * 100, i % 3) for i in range(20)]
     first, second = (write_shards(tmp_path / n, samples, ["a", "b", "c"], 4000, 20) for n in ("one", "two"))

@@ -98,4 +98,4 @@ def test_normalisation() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
     expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
-    torch.testing.assert_close(ToDevice(torch.device("cpu"), recipe.data)(images), expected)
+    torch.testing.assert_close(ToDevice(torch.device("cpu"), recipe.data.mean, recipe.data.std)(images), expected)
