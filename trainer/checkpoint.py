@@ -52,9 +52,12 @@ def save(engine: Any, recipe: Recipe, state: TrainState, position: Position, ran
     _sync_folder(folder / partial, ranks)
     dist.barrier()
     if ranks.is_main:
-        shutil.rmtree(folder / final, ignore_errors=True)
+        given_up = folder / f"partial-before-{final}"
+        if (folder / final).exists():  # of a history that was left by hand, for an earlier checkpoint
+            (folder / final).rename(given_up)
         (folder / partial).rename(folder / final)
         _point_to(folder, final)
+        shutil.rmtree(given_up, ignore_errors=True)
         for stale in _not_kept(complete(recipe.run_dir), folder / final, recipe.checkpoint.keep):
             shutil.rmtree(stale)
     dist.barrier()
@@ -65,12 +68,11 @@ def resume(engine: Any, recipe: Recipe, ranks: Ranks) -> tuple[TrainState, Posit
     """Continues from the newest checkpoint: state and position, or None in a run directory without any.
 
     Raises:
-        UsageError: the newest checkpoint is missing, or of another recipe or number of ranks.
+        UsageError: the newest checkpoint is of another recipe or number of ranks.
     """
     newest = newest_checkpoint(recipe.run_dir)
     if newest is None:
         return None
-    _require_parts(newest, recipe, ranks)
     loaded, client_state = engine.load_checkpoint(str(newest.parent), tag=newest.name)
     assert loaded is not None, newest
     ours = client_state[_KEY]
@@ -131,7 +133,11 @@ def _differences(before: Section, now: Section, prefix: str = "") -> list[tuple[
     return found
 
 
-def _require_parts(checkpoint: Path, recipe: Recipe, ranks: Ranks) -> None:
+def check_resumable(recipe: Recipe, ranks: Ranks) -> None:
+    """Raises UsageError if the run directory's newest checkpoint cannot be continued; needs no process group."""
+    checkpoint = newest_checkpoint(recipe.run_dir)
+    if checkpoint is None:
+        return
     shards = len(list(checkpoint.glob("*zero_pp_rank_*_optim_states.pt")))
     if recipe.train.zero_stage > 0 and shards != ranks.world_size:
         raise UsageError(_other_ranks(checkpoint, shards, ranks))

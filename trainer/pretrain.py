@@ -57,6 +57,7 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     index = open_index(recipe.data.shards)
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe)
+    checkpoint.check_resumable(recipe, ranks)
     model = build_model(recipe)
     if recipe.model.init is not None and checkpoint.newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)

@@ -122,7 +122,10 @@ def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Pat
     assert done.returncode == 0, done.stderr
     before = master_weights(finished / "checkpoints" / "step-00000008")
     after = master_weights(tmp_path / "next" / "checkpoints" / "step-00000001")
-    assert all(torch.equal(value, after[name]) for name, value in before.items())  # its one step has no length
+    # The one step has no length, and DeepSpeed makes its fp32 masters from weights rounded to bf16.
+    assert all(
+        torch.allclose(value.bfloat16().float(), after[name], rtol=0, atol=1e-20) for name, value in before.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,13 +181,6 @@ def test_a_finished_run_has_nothing_left_to_do(finished: Path, recipe_file: Path
     assert len(read_events(finished, "step")) == 8
 
 
-def test_resuming_with_other_ranks_is_refused(finished: Path, recipe_file: Path) -> None:
-    done = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file))
-    assert done.returncode == 2
-    assert "saved by 2 ranks, this run has 1" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
@@ -201,11 +197,12 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
         (["data.shards={tmp}/nowhere"], "does not exist"),
         (["data.shards={tmp}"], "holds no .tar files"),
         (["train.global_batch=7"], "does not divide"),
-        (["model.img_size=96"], "would fit"),
-        (["model.img_size=100"], "nearest that does"),
+        (["model.img_size=96", "run_dir={tmp}/other"], "would fit"),
+        (["model.img_size=100", "run_dir={tmp}/other"], "nearest that does"),
         (["model.num_images=4"], "raise it to 4"),
-        (["model.encoder=resnet50"], "unknown encoder"),
-        (["model.init={tmp}"], "mixmae export"),
+        (["model.encoder=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
+        (["model.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
+        ([], "saved by 2 ranks, this run has 1; resume with 2 ranks"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
         (["optim.warmup=9 steps"], "shorten it"),
         (

@@ -28,7 +28,7 @@ def at_least(low: int) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < low:
-            raise UsageError(f"{text!r}: expected a whole number, {low} or more")
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, {low} or more")
         return int(text)
 
     return number

@@ -145,7 +145,6 @@ def test_broken_directories_are_explained(shards: Path, tmp_path: Path, damage: 
         ["build", "nowhere", "out"],
         ["build", "{empty}", "out"],
         ["synth", "{empty}"],
-        ["synth", "out", "--images", "0"],
         ["synth", "out", "--shard-size", "big"],
         ["index", "nowhere"],
         ["index", "{empty}"],
@@ -157,6 +156,14 @@ def test_wrong_calls_are_one_line(argv: list[str], tmp_path: Path, capsys: pytes
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [["--images", "0"], ["--img-size", "x"], ["--jobs", "0"], ["--seed", "-1"]])
+def test_numbers_have_ranges(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["synth", "out", *option])
+    assert caught.value.code == 2
+    assert f"argument {option[0]}: '{option[1]}', expected a whole number" in capsys.readouterr().err
 
 
 def test_a_broken_build_leaves_nothing_under_its_name(tmp_path: Path) -> None:
