@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 class UsageError(ValueError):
     """A value the user gave; the message says the value, what was expected and what to change."""
 
+    exit_code = 2
+
 
 def run_in_words(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command; a UsageError becomes one line on standard error and exit code 2."""
+    """Runs a command; a UsageError becomes one line on standard error and its exit code."""
     try:
         return main(argv)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")
         print(f"mixmae: error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code

@@ -27,7 +27,9 @@ _PICTURE_ROWS = 4
 
 
 class DivergedError(UsageError):
-    """Too many steps in a row without a finite loss and gradient."""
+    """Too many steps in a row without a finite loss and gradient: the run failed, not the call."""
+
+    exit_code = 1
 
 
 @dataclass

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -44,8 +45,6 @@ class Reporter:
         tqdm.write(message) if self.bar is not None else print(message, flush=True)
 
     def picture(self, step: int, image: Image.Image) -> None:
-        import numpy as np
-
         folder = self.run_dir / "pictures"
         folder.mkdir(exist_ok=True)
         image.save(folder / f"step-{step:08d}.png")

@@ -50,8 +50,16 @@ def read_recipe(run_dir: Path) -> Recipe:
 
 
 def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    """What a run ran with."""
+    found = {name: _version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "machine": platform.machine(), **found}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, or an environment without an optional one
+        return "not installed"
 
 
 class Events:
