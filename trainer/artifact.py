@@ -79,9 +79,13 @@ def initialise(model: MixMAE, directory: Path) -> None:
         _load(model.decoder, load_file(directory / DECODER), directory / DECODER)
 
 
+def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """Names of weights that are missing or foreign; where there are none, of those of another shape."""
+    return sorted(found.keys() ^ expected.keys()) or sorted(k for k in found if found[k].shape != expected[k].shape)
+
+
 def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    own = module.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+    wrong = misfits(state, module.state_dict())
     if wrong:
         raise UsageError(
             f"{file} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "

@@ -18,7 +18,7 @@ from models.decoder import Decoder
 from models.layers import sincos_positions
 from models.registry import SIZES, build_encoder
 from models.swin import Swin
-from trainer.artifact import write_artifact
+from trainer.artifact import misfits, write_artifact
 from trainer.errors import UsageError
 
 _BLOCK = (
@@ -171,7 +171,7 @@ def _check_complete(
                 expected |= {f"decoder.{k}": v for k, v in _decoder_like(own, decoder).state_dict().items()}
     except ValueError as error:
         raise UsageError(f"{file} holds weights of sizes that do not fit each other: {error}") from error
-    wrong = sorted(found.keys() ^ expected.keys()) or sorted(k for k in found if found[k].shape != expected[k].shape)
+    wrong = misfits(found, expected)
     if wrong:
         raise UsageError(
             f"{file}: {len(wrong)} weights are missing, foreign or of another shape, the first is {wrong[0]!r}"
