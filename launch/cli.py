@@ -8,11 +8,12 @@ from trainer.errors import run_in_words
 
 COMMANDS = {
     "launch": ("launch.local", "start a pretraining run on this machine's accelerators or cores"),
-    "shards": ("trainer.data.cli", "make WebDataset shards: build, synth, index"),
+    "shards": ("trainer.shards.cli", "WebDataset shards: build, synth, index, check"),
     "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
     "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),
     "probe": ("trainer.probe", "kNN and linear probe of an encoder on labelled shards"),
     "curves": ("trainer.curves", "draw a run's loss curve"),
+    "bench": ("trainer.bench", "measure parts of a run here, beside a reference: data"),
     "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
 }
 

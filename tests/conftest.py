@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.data import build, synthetic
+from trainer.shards.build import build_shards
+from trainer.shards.synthetic import Synthetic
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -13,8 +14,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """54 synthetic images of 72 px in a few small shards."""
     out = tmp_path_factory.mktemp("corpus") / "shards"
-    samples = synthetic.samples(54, 72, seed=0)
-    build.write_shards(out, samples, synthetic.CLASSES, shard_bytes=60_000, total=54)
+    build_shards(Synthetic(54, 72, seed=0), out, shard_bytes=60_000, seed=0, jobs=1)
     return out
 
 

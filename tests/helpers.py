@@ -1,12 +1,16 @@
 """What several tests share: ranks as processes, small recipes, small shards."""
 
+import io
 import multiprocessing
 import os
+import shutil
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from trainer.config import Recipe, parse_recipe
@@ -48,6 +52,24 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, port: str, 
     join(ranks)
     torch.save(function(ranks, *args), Path(folder) / f"{rank}.pt")
     leave(0)
+
+
+def needs_jpegtran() -> None:
+    """Skips a test where jpegtran is missing; fails it in CI, which installs it."""
+    if shutil.which("jpegtran") is None:
+        reason = "needs the program jpegtran: apt-get install libjpeg-turbo-progs"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def tar_of(files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar of files by name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def tiny_recipe(**changes: Any) -> Recipe:

@@ -50,6 +50,26 @@ def _parse_span(value: object) -> object:
 Duration = Annotated[Span, BeforeValidator(_parse_span), PlainSerializer(str)]
 
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(value: object) -> object:
+    """`500MB`, `1G` or plain bytes to bytes.
+
+    Raises:
+        ValueError: text that is not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip().upper())
+    if match is None:
+        raise ValueError("expected a number of bytes, such as 500MB or 1GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -87,14 +107,52 @@ class Model(Section):
     """Encoder directory to start from (`mixmae import`, `mixmae export`); None starts from random weights."""
 
 
+class Network(Section):
+    """How shards behind a URL are read."""
+
+    timeout: float = Field(30.0, gt=0)
+    """Seconds without an answer after which a read is given up and tried again."""
+    retries: int = Field(5, ge=0)
+    """Further tries of a failed read, 0.5, 1, 2, ... seconds apart."""
+    allow_shell: bool = False
+    """Whether `pipe:COMMAND` may be a shard directory: its command runs in a shell on every node."""
+
+
+class Cache(Section):
+    """Where blocks of shards behind a URL are kept on this node."""
+
+    dir: Path | None = None
+    """Shared by the ranks of a node, and kept. None: a temporary folder of each rank, gone when the run ends."""
+    max_bytes: Size = 20 * 10**9
+
+
 class Data(Section):
-    shards: Path = Path("shards")
+    shards: str = "shards"
+    """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens."""
     num_workers: int = Field(4, ge=0)
     prefetch_factor: int = Field(4, ge=1)
+    decoder: Literal["fast", "pillow"] = "fast"
+    """`fast` decodes no more of a JPEG than the crop needs; `pillow` is the plain reference."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     hflip: float = Field(0.5, ge=0, le=1)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+    streams: int | None = Field(None, gt=0)
+    """Canonical streams, dealt to the ranks in whole numbers; None: the most, up to 128, that divide global_batch."""
+    window: int = Field(256, gt=0)
+    """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
+    drop_last: bool = False
+    """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
+    max_bad_share: float = Field(0.01, ge=0, lt=1)
+    """Unusable samples that a rank steps over in an epoch, as a share of its samples; more end the run."""
+    network: Network = Network()
+    cache: Cache = Cache()
+
+    @property
+    def directory(self) -> Path | None:
+        """The shards' directory; None if they are behind a URL or a command."""
+        elsewhere = "://" in self.shards or self.shards.startswith("pipe:")
+        return None if elsewhere else Path(self.shards)
 
     @model_validator(mode="after")
     def _crops_are_shares_of_the_image(self) -> Self:
@@ -192,6 +250,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _streams_share_the_global_batch(self) -> Self:
+        if self.train.global_batch % self.streams:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} does not divide by data.streams={self.streams}: each "
+                "batch takes the same number of samples from each stream"
+            )
+        return self
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimizer step and rank.
 
@@ -207,6 +274,31 @@ class Recipe(Section):
                 f"{self.train.micro_batch} on {world_size} ranks; {change}"
             )
         return self.train.global_batch // at_once
+
+    @property
+    def streams(self) -> int:
+        """Canonical streams of the data's order."""
+        if self.data.streams is not None:
+            return self.data.streams
+        return max(n for n in range(1, 129) if self.train.global_batch % n == 0)
+
+    def streams_of(self, rank: int, world_size: int) -> range:
+        """The streams that a rank serves.
+
+        Raises:
+            UsageError: the streams cannot be dealt to so many ranks.
+        """
+        if self.streams % world_size:
+            allowed = [str(n) for n in range(1, self.streams + 1) if self.streams % n == 0]
+            fits = next(n for n in range(world_size, 0, -1) if self.streams % n == 0)
+            raise UsageError(
+                f"{world_size} ranks cannot share data.streams={self.streams} in whole numbers; use "
+                f"{', '.join(allowed)} ranks "
+                f"({fits} is the nearest below), or, in a new run, data.streams set to a multiple of {world_size} that "
+                f"divides train.global_batch={self.train.global_batch}"
+            )
+        share = self.streams // world_size
+        return range(rank * share, (rank + 1) * share)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,7 +1,7 @@
 """The training loop: one step as a list of verbs, and what happens between steps."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from monitoring.throughput import Throughput
 from trainer import checkpoint, picture
 from trainer.config import Recipe, Span
 from trainer.data.index import ShardIndex
-from trainer.data.stream import Batch, Position, ToDevice
+from trainer.data.stream import Batch, Position, Stream, ToDevice
 from trainer.distributed import Ranks, all_reduce_sum, peak_memory
 from trainer.errors import UsageError
 from trainer.optim import Schedule, refuse_non_finite, set_lr
@@ -42,7 +42,7 @@ class Run:
     index: ShardIndex
     schedule: Schedule
     state: TrainState
-    batches: Iterator[Batch]
+    batches: Stream
     to_device: ToDevice
     reporter: Reporter | NullReporter
 
@@ -114,7 +114,8 @@ def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
     """Reduces and reports what happened since the last report; only here does the loop itself wait for the device."""
-    total, count = all_reduce_sum(window.clone()).tolist()
+    data = torch.tensor([run.batches.tally.total, run.batches.retried], device=window.device)
+    total, count, replaced, retried = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
     state = run.state
     run.reporter.scalars(
@@ -126,6 +127,8 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
             "epoch": state.samples / len(run.index),
             "images_per_second": meter.rate(),
             "skipped_steps": state.skipped,
+            "replaced_samples": replaced,
+            "retried_reads": retried,
             "peak_memory_bytes": peak_memory(run.ranks),
         },
     )

@@ -11,15 +11,16 @@ from pathlib import Path
 from models import MixMAE
 from trainer import artifact, checkpoint, distributed
 from trainer.config import Recipe, load_recipe
+from trainer.data.admit import admit
 from trainer.data.index import ShardIndex, open_index
-from trainer.data.stream import Position, ToDevice, stream
+from trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
 from trainer.distributed import Ranks, read_ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
 from trainer.errors import run_in_words
 from trainer.loop import Run, fit
 from trainer.optim import Schedule, build_schedule
 from trainer.report import NullReporter, Reporter
-from trainer.run_dir import check_run_dir, write_run_dir
+from trainer.run_dir import check_run_dir, replaced_file, write_run_dir
 from trainer.state import TrainState
 
 
@@ -31,6 +32,8 @@ class Job:
     index: ShardIndex
     schedule: Schedule
     model: MixMAE
+    data_note: str | None
+    """What of the data will be stepped over."""
 
 
 def pretrain(recipe: Recipe, ranks: Ranks) -> None:
@@ -46,7 +49,10 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
     try:
         fit(run)
         run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
+    except RuntimeError as error:  # torch raises it in the main thread, wherever that is
+        raise lost_worker(error, ranks.rank) from error
     finally:
+        run.batches.close()
         run.reporter.close()
         run.engine.destroy()
 
@@ -54,14 +60,17 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
 def check(recipe: Recipe, ranks: Ranks) -> Job:
     """Looks at everything that a user can get wrong; each rank by itself."""
     deepspeed_config(recipe, ranks.world_size)
-    index = open_index(recipe.data.shards)
+    recipe.streams_of(ranks.rank, ranks.world_size)
+    index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
+    order_of(recipe, index)
+    note = admit(index, recipe.data.max_bad_share)
     schedule = build_schedule(recipe, len(index))
-    check_run_dir(recipe)
+    check_run_dir(recipe, index)
     checkpoint.check_resumable(recipe, ranks)
     model = build_model(recipe)
     if recipe.model.init is not None and checkpoint.newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)
-    return Job(recipe, index, schedule, model)
+    return Job(recipe, index, schedule, model, note)
 
 
 def prepare(job: Job, ranks: Ranks) -> Run:
@@ -73,7 +82,7 @@ def prepare(job: Job, ranks: Ranks) -> Run:
     state, position = resumed or (TrainState(), Position(recipe.seed, 0, index.fingerprint))
     position.require(recipe.seed, index)
     if ranks.is_main:
-        write_run_dir(recipe)
+        write_run_dir(recipe, index)
     reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
@@ -86,7 +95,9 @@ def prepare(job: Job, ranks: Ranks) -> Run:
         parameters=parameters,
     )
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
-    batches = stream(recipe, ranks, index, position)
+    if job.data_note is not None:
+        reporter.event("data", job.data_note, step=state.step)
+    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import models  # registers the encoders with timm
 from trainer.artifact import CONFIG
-from trainer.data.decode import Pixels, UnreadableImageError, evaluation_view
+from trainer.data.decode import evaluation_view
+from trainer.data.faults import UnusableError
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import ToDevice
 from trainer.errors import UsageError
@@ -62,15 +63,15 @@ def features(encoder: nn.Module, facts: dict[str, Any], index: ShardIndex, batch
         views = [
             _view(index, sample, facts["input_size"][1]) for sample in range(first, min(first + batch, len(index)))
         ]
-        found.append(encoder(to_device(torch.from_numpy(np.stack(views)))).float().cpu())
+        found.append(encoder(to_device(torch.stack(views))).float().cpu())
     return torch.cat(found), torch.from_numpy(index.samples["label"].astype(np.int64))
 
 
-def _view(index: ShardIndex, sample: int, size: int) -> Pixels:
+def _view(index: ShardIndex, sample: int, size: int) -> Tensor:
     try:
-        return evaluation_view(index.read(index.samples[sample]), size)
-    except UnreadableImageError as error:
-        raise UsageError(f"{index.name_of(sample)} cannot be read: {error}") from error
+        return evaluation_view(index.read(sample), int(index.samples[sample]["state"]), size)
+    except UnusableError as error:
+        raise UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}") from error
 
 
 def probe(x: Tensor, labels: Tensor, seed: int = 0, neighbours: int = 10) -> Accuracy:

@@ -16,6 +16,8 @@ class Purpose(IntEnum):
     VIEW = 2
     MIX = 3
     DROP_PATH = 4
+    WINDOW = 5
+    REPLACEMENT = 6
 
 
 def numpy_at(purpose: Purpose, *key: int) -> np.random.Generator:

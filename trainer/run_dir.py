@@ -3,6 +3,7 @@
 recipe.yaml     resolved, with every default       events.jsonl   one line per logged step and per event
 versions.json   what it ran with                   tensorboard/   curves and pictures
 checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
+shards.json     the shards it is trained on        replaced/      by rank, samples that could not be used
 """
 
 import importlib.metadata
@@ -17,23 +18,50 @@ import yaml
 
 from trainer.checkpoint import newest_checkpoint, require_same_recipe
 from trainer.config import Recipe, parse_recipe
+from trainer.data.index import ShardIndex
 from trainer.errors import UsageError
 
-RECIPE, EVENTS = "recipe.yaml", "events.jsonl"
-PACKAGES = ("mixmae", "torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset", "numpy", "pillow")
+RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
+PACKAGES = (
+    "mixmae",
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "fairscale",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+)
 
 
-def check_run_dir(recipe: Recipe) -> None:
-    """Raises UsageError if the run directory holds checkpoints of another recipe."""
-    file = recipe.run_dir / RECIPE
-    if file.is_file() and newest_checkpoint(recipe.run_dir) is not None:
+def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
+    """Raises UsageError if the run directory holds checkpoints of another recipe or other shards."""
+    if newest_checkpoint(recipe.run_dir) is None:
+        return
+    file, shards = recipe.run_dir / RECIPE, recipe.run_dir / SHARDS
+    if file.is_file():
         require_same_recipe(recipe, yaml.safe_load(file.read_text()), recipe.run_dir)
+    if shards.is_file():
+        earlier = json.loads(shards.read_text())
+        if earlier["fingerprint"] != index.fingerprint:
+            raise UsageError(
+                f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
+                f"{index.first_difference(earlier)}; restore the shards or name another run_dir"
+            )
 
 
-def write_run_dir(recipe: Recipe) -> None:
+def replaced_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank names the samples that it could not use."""
+    return run_dir / "replaced" / f"rank-{rank:05d}.jsonl"
+
+
+def write_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Creates the run directory and says in it what runs; for the main rank, after every rank checked."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     (recipe.run_dir / RECIPE).write_text(recipe.to_yaml())
+    (recipe.run_dir / SHARDS).write_text(json.dumps(index.listing()) + "\n")
     (recipe.run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
 
 

@@ -20,11 +20,12 @@ from models import build_encoder
 from tests.helpers import tiny_recipe
 from trainer.checkpoint import complete, newest_checkpoint
 from trainer.consolidate import master_weights
+from trainer.data.index import open_index
 from trainer.errors import run_in_words
 from trainer.export import main as export
 from trainer.ports import free_port
 from trainer.pretrain import main
-from trainer.run_dir import Events, read_events
+from trainer.run_dir import Events, check_run_dir, read_events, write_run_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -282,12 +283,10 @@ def test_a_history_that_was_given_up_does_not_cost_the_new_one(
     assert [event["step"] for event in read_events(copy, "step")] == list(range(1, 9))
 
 
-def test_a_run_directory_without_checkpoints_takes_another_recipe(recipe_file: Path, tmp_path: Path) -> None:
-    from trainer.run_dir import check_run_dir, write_run_dir
-
-    recipe = tiny_recipe(run_dir=str(tmp_path / "run"))
-    write_run_dir(recipe)
-    check_run_dir(tiny_recipe(**{"run_dir": str(tmp_path / "run"), "train.micro_batch": 4}))
+def test_a_run_directory_without_checkpoints_takes_another_recipe(shards: Path, tmp_path: Path) -> None:
+    recipe, index = tiny_recipe(run_dir=str(tmp_path / "run")), open_index(shards)
+    write_run_dir(recipe, index)
+    check_run_dir(tiny_recipe(**{"run_dir": str(tmp_path / "run"), "train.micro_batch": 4}), index)
 
 
 def test_half_a_line_in_the_record_is_stepped_over(tmp_path: Path) -> None:

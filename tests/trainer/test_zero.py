@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from trainer.checkpoint import complete
 from trainer.config import Recipe
 from trainer.consolidate import master_weights
 from trainer.data.index import open_index
-from trainer.data.stream import Position, ToDevice, stream
+from trainer.data.stream import Position, Stream, ToDevice
 from trainer.distributed import Ranks
 from trainer.engine import build_model
 from trainer.loop import DivergedError, Run, fit
@@ -91,7 +91,7 @@ def plain_loop(recipe: Recipe, master_dtype: torch.dtype = torch.float32) -> tup
     schedule = build_schedule(recipe, len(index))
     groups = parameter_groups(masters.named_parameters(), recipe.optim.weight_decay, recipe.optim.no_decay)
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
-    streams = [stream(recipe, Ranks(rank, WORLD_SIZE), index, Position(0, 0, "")) for rank in range(WORLD_SIZE)]
+    streams = [Stream(recipe, Ranks(rank, WORLD_SIZE), index, Position(0, 0, "")) for rank in range(WORLD_SIZE)]
     accumulation = recipe.accumulation(WORLD_SIZE)
     means = []
     for step in range(STEPS):
@@ -118,7 +118,7 @@ def plain_loop(recipe: Recipe, master_dtype: torch.dtype = torch.float32) -> tup
 
 
 def micro_losses(
-    recipe: Recipe, model: torch.nn.Module, streams: list[Iterator[Any]], step: int, accumulation: int
+    recipe: Recipe, model: torch.nn.Module, streams: Sequence[Iterator[Any]], step: int, accumulation: int
 ) -> Iterator[Tensor]:
     from models.mixing import draw_mix
     from trainer.rng import Purpose, seed_at, torch_at

@@ -1,36 +1,47 @@
-"""Bytes to pixels: decode, random resized crop and flip, with random numbers that belong to (seed, epoch, sample)."""
+"""Bytes to pixels: decode, random resized crop and flip, with random numbers that belong to (seed, epoch, sample).
+
+A view is planned first (which box, how turned) and rendered then, by one of two decoders: `pillow`, the plain
+reference, and `fast`, which decodes no more of a JPEG than the box needs and resizes in uint8.
+"""
 
 import io
 import math
+import warnings
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import simplejpeg
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
 from trainer.config import Data
+from trainer.data import jpeg
+from trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
 
 Pixels = npt.NDArray[np.uint8]
-"""uint8 [3, H, W]."""
-Box = tuple[float, float, float, float]
+"""uint8 [H, W, 3]."""
+Box = tuple[int, int, int, int]
 """left, upper, right, lower, in pixels of the image."""
+Decoder = Literal["fast", "pillow"]
 
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+"""Images with more pixels are taken for decompression bombs, as Pillow takes them: 179 million."""
 _ASPECT = (3 / 4, 4 / 3)
+_TURNS = {  # Exif orientation: transpose, then mirror, then flip upside down
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+_BENIGN = "extraneous bytes before marker"
 
-
-class UnreadableImageError(ValueError):
-    """Bytes that are not an image."""
-
-
-def open_image(content: bytes) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        UnreadableImageError: the bytes are damaged, empty, not an image, or have suspiciously many pixels.
-    """
-    try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(str(error)) from error
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
 
 def random_crop(width: int, height: int, scale: tuple[float, float], random: np.random.Generator) -> Box:
@@ -53,20 +64,201 @@ def center_crop(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0
     return left, upper, left + w, upper + h
 
 
-def training_view(content: bytes, size: int, settings: Data, random: np.random.Generator) -> Pixels:
-    """A random crop, resized (bicubic) and perhaps flipped: the view that pretraining sees."""
-    image = open_image(content)
-    box = random_crop(*image.size, settings.crop_scale, random)
+class View(NamedTuple):
+    """What to show of an image: a box of its pixels as they are stored, and how to turn it."""
+
+    box: Box
+    reduction: int
+    """1, 2, 4 or 8: decoding one of so many pixels loses no resolution; the box lies on multiples of it."""
+    transpose: bool
+    mirror: bool
+    upside_down: bool
+
+
+def plan_view(upright: Box, width: int, height: int, orientation: int, flip: bool, size: int) -> View:
+    """The view of a box of the upright image.
+
+    Args:
+        width, height: of the stored image, before it is turned upright.
+        orientation: Exif's, 1 to 8.
+        flip: whether the view is mirrored.
+        size: pixels of the view's sides.
+    """
+    transpose, mirror, upside_down = _TURNS[orientation]
+    if transpose:
+        width, height = height, width
+    left, upper, right, lower = upright
+    if mirror:
+        left, right = width - right, width - left
+    if upside_down:
+        upper, lower = height - lower, height - upper
+    if transpose:
+        left, upper, right, lower = upper, left, lower, right
+    reduction = next((r for r in (8, 4, 2) if min(right - left, lower - upper) // r >= size), 1)
+    # A reduced pixel stands for whole blocks: a box between them would be shifted by a part of a pixel.
+    left, upper = left // reduction * reduction, upper // reduction * reduction
+    right, lower = (right - left) // reduction * reduction + left, (lower - upper) // reduction * reduction + upper
+    return View((left, upper, right, lower), reduction, transpose, mirror != flip, upside_down)
+
+
+class Encoded(Protocol):
+    """An image of which boxes can be decoded."""
+
+    width: int
+    height: int
+    orientation: int
+
+    def pixels(self, box: Box, reduction: int) -> Pixels:
+        """The pixels of a box, at one of `reduction` or more."""
+
+
+class JpegRows:
+    """A JPEG of which the rows of a box alone are decoded. Its bytes were decoded without a warning before."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.header = content, jpeg.read_header(content)
+        self.width, self.height, self.orientation = self.header.width, self.header.height, self.header.orientation
+
+    def pixels(self, box: Box, reduction: int) -> Pixels:
+        left, upper, right, lower = box
+        rows = jpeg.rows_of(self.content, self.header, upper, lower)
+        height, width = -(-rows.height // reduction), -(-self.width // reduction)
+        found = simplejpeg.decode_jpeg(rows.content, min_height=height, min_width=width, strict=rows.strict)
+        assert found.shape == (height, width, 3), (found.shape, box, reduction)
+        top = rows.top
+        return found[(upper - top) // reduction : (lower - top) // reduction, left // reduction : right // reduction]
+
+
+class WholeImage:
+    """Any image, decoded as a whole by Pillow."""
+
+    def __init__(self, content: bytes) -> None:
+        image = Image.open(io.BytesIO(content))
+        self.orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if self.orientation not in _TURNS:
+            self.orientation = 1
+        self.image = to_rgb(image)
+        self.width, self.height = self.image.size
+
+    def pixels(self, box: Box, reduction: int) -> Pixels:
+        return np.array(self.image.crop(box))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it."""
+    if image.mode.startswith("I"):
+        high = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def training_view(
+    content: bytes, state: int, size: int, settings: Data, random: np.random.Generator, out: Tensor | None = None
+) -> Tensor:
+    """A random crop, resized (bicubic) and perhaps flipped: the view that pretraining sees.
+
+    Args:
+        state: what `judge` said of the content.
+        out: where the view goes, uint8 [3, size, size] in channels-last memory; None allocates.
+
+    Raises:
+        UnusableError: the content cannot be decoded after all.
+    """
+    source = open_encoded(content, state, settings.decoder)
+    view = random_view(source, size, settings, random)
+    return render(decode_view(source, view), view, size, settings.decoder, out)
+
+
+def evaluation_view(content: bytes, state: int, size: int) -> Tensor:
+    """The largest centred square, resized: the view that a probe sees; uint8 [3, size, size]."""
+    source = open_encoded(content, state)
+    box = center_crop(*_upright_size(source))
+    view = plan_view(box, source.width, source.height, source.orientation, False, size)
+    return render(decode_view(source, view), view, size)
+
+
+def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> Encoded:
+    """Raises UnusableError for bytes that are not what they were judged to be."""
+    try:
+        return JpegRows(content) if state == JPEG and decoder == "fast" else WholeImage(content)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnusableError(Reason.DAMAGED, str(error)) from error
+
+
+def random_view(source: Encoded, size: int, settings: Data, random: np.random.Generator) -> View:
+    """Where to look in training: a random crop of the upright image, and whether it is mirrored."""
+    box = random_crop(*_upright_size(source), settings.crop_scale, random)
     flip = random.random() < settings.hflip
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return _channels_first(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view)
+    return plan_view(box, source.width, source.height, source.orientation, flip, size)
 
 
-def evaluation_view(content: bytes, size: int) -> Pixels:
-    """The largest centred square, resized: the view that a probe sees."""
-    image = open_image(content)
-    return _channels_first(image.resize((size, size), Image.Resampling.BICUBIC, box=center_crop(*image.size)))
+def _upright_size(source: Encoded) -> tuple[int, int]:
+    sideways = _TURNS[source.orientation][0]
+    return (source.height, source.width) if sideways else (source.width, source.height)
 
 
-def _channels_first(image: Image.Image) -> Pixels:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+def decode_view(source: Encoded, view: View) -> Pixels:
+    """The pixels of a view's box. Raises UnusableError if the decoder finds damage in them."""
+    try:
+        return source.pixels(view.box, view.reduction)
+    except ValueError as error:
+        raise UnusableError(Reason.DAMAGED, str(error)) from error
+
+
+def render(pixels: Pixels, view: View, size: int, decoder: Decoder = "fast", out: Tensor | None = None) -> Tensor:
+    """Resizes a view's pixels and turns them upright; uint8 [3, size, size], into `out` if it is given."""
+    out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
+    if decoder == "pillow":
+        small = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+        out.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    else:
+        # F.interpolate would unpack its result to channels first; this is the operator that it calls.
+        whole = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
+        torch.ops.aten._upsample_bicubic2d_aa.out(whole, [size, size], False, out=out[None])
+    if view.transpose:
+        out.copy_(out.transpose(1, 2).clone())
+    turned = [dim for dim, turn in ((1, view.upside_down), (2, view.mirror)) if turn]
+    return out.copy_(out.flip(turned)) if turned else out
+
+
+def judge(content: bytes) -> int:
+    """How an image's bytes decode: `JPEG`, `PILLOW`, or the `Reason` why they do not. Decodes the whole image."""
+    if not content:
+        return Reason.EMPTY
+    try:
+        if jpeg.is_jpeg(content) and (state := _judge_jpeg(content)) is not None:
+            return state
+        return _judge_any(content)
+    except (OSError, SyntaxError, ValueError, OverflowError, EOFError):
+        return Reason.DAMAGED
+
+
+def _judge_jpeg(content: bytes) -> int | None:
+    """The state of a JPEG, or None where Pillow has to look at it."""
+    try:
+        header = jpeg.read_header(content)
+    except ValueError:
+        return None
+    if header.width * header.height > MAX_PIXELS:
+        return Reason.TOO_LARGE
+    if header.components not in (1, 3):
+        return None
+    try:
+        simplejpeg.decode_jpeg(content)
+    except ValueError as error:
+        return None if _BENIGN in str(error) else Reason.DAMAGED
+    return JPEG
+
+
+def _judge_any(content: bytes) -> int:
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        return Reason.DAMAGED if jpeg.is_jpeg(content) else Reason.NOT_AN_IMAGE
+    except Image.DecompressionBombError:
+        return Reason.TOO_LARGE
+    image.load()
+    return PILLOW

@@ -3,26 +3,31 @@
 With the offsets a reader opens a tar anywhere, and any position in an epoch is found by arithmetic.
 """
 
-import hashlib
+import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from webdataset.tariterators import base_plus_ext
+import xxhash
 
+from trainer.config import Cache, Network
+from trainer.data.faults import Reason, UnusableError
 from trainer.errors import UsageError
+from trainer.stores.store import Store, open_store
 
 INDEX, SAMPLES = "index.json", "samples.npy"
-FORMAT = 1
-SAMPLE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4")])
-"""One image: its shard's number, where its bytes start in the tar, how many they are, its class or -1."""
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+FORMAT = 2
+SAMPLE = np.dtype(
+    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("hash", "<u8"), ("state", "u1")]
+)
+"""One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class or -1, their
+XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a `faults.Reason`."""
+Table = npt.NDArray[Any]
 
 
 class Shard(NamedTuple):
@@ -36,151 +41,131 @@ class Shard(NamedTuple):
 class ShardIndex:
     """A shard directory, opened."""
 
-    directory: Path
+    store: Store
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
-    samples: npt.NDArray[Any]
+    samples: Table
+    """Rows of `SAMPLE`."""
     fingerprint: str
     """Identifies the images and their order: equal fingerprints mean equal data."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, row: Any) -> bytes:
-        """The bytes of one image, given its row of `samples`."""
-        with (self.directory / self.shards[row["shard"]].name).open("rb") as file:
-            file.seek(int(row["offset"]))
-            return file.read(int(row["size"]))
+    def read(self, sample: int) -> bytes:
+        """The bytes of one image, as they were when it was indexed.
+
+        Raises:
+            UnusableError: why they cannot be had.
+        """
+        row = self.samples[sample]
+        if row["state"] >= min(Reason):
+            raise UnusableError(Reason(row["state"]), "found when the shards were indexed")
+        shard, offset, size = self.shards[row["shard"]], int(row["offset"]), int(row["size"])
+        for last in (False, True):
+            content = self._read(shard, offset, size)
+            if xxhash.xxh3_64_intdigest(content) == row["hash"]:
+                return content
+            if not last:  # a damaged copy in the cache, perhaps
+                self.store.forget(shard.name, offset, size)
+        raise UnusableError(Reason.CHANGED, f"other bytes in {shard.name} than were indexed")
+
+    def _read(self, shard: Shard, offset: int, size: int) -> bytes:
+        try:
+            return self.store.read(shard.name, offset, size)
+        except FileNotFoundError as error:
+            raise UnusableError(Reason.SHARD_GONE, f"{shard.name} is gone") from error
+        except TimeoutError as error:
+            raise UnusableError(Reason.STALLED, str(error)) from error
+        except OSError as error:
+            raise UnusableError(self._why_unreadable(shard, offset + size), str(error)) from error
+
+    def _why_unreadable(self, shard: Shard, end: int) -> Reason:
+        try:
+            return Reason.SHARD_CUT if self.store.size(shard.name) < end else Reason.UNREADABLE
+        except OSError:
+            return Reason.UNREADABLE
 
     def name_of(self, sample: int) -> str:
         """`shard: member` of a sample, read from the tar's header; for messages."""
         row = self.samples[sample]
-        shard = self.directory / self.shards[row["shard"]].name
+        shard, offset = self.shards[row["shard"]].name, int(row["offset"])
         try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    if member.offset_data == row["offset"]:
-                        return f"{shard.name}: {member.name}"
-        except (OSError, tarfile.TarError):
-            pass  # the shard itself is gone or damaged: the offset has to do for a name
-        return f"{shard.name}: offset {row['offset']}"
+            header = self.store.read(shard, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+            return f"{shard}: {tarfile.TarInfo.frombuf(header, 'utf-8', 'replace').name}"
+        except (OSError, tarfile.TarError):  # the shard itself is gone or damaged: the offset has to do for a name
+            return f"{shard}: offset {offset}"
+
+    def altered_shards(self) -> dict[str, str]:
+        """Shards that are not there as they were indexed, as far as a look at their sizes tells, and what is wrong."""
+        with ThreadPoolExecutor(16) as pool:
+            faults = pool.map(self._alteration, self.shards)
+            return {shard.name: fault for shard, fault in zip(self.shards, faults, strict=True) if fault}
+
+    def _alteration(self, shard: Shard) -> str | None:
+        try:
+            size = self.store.size(shard.name)
+        except OSError as error:
+            return "missing" if isinstance(error, FileNotFoundError) else str(error)
+        return None if size == shard.bytes else f"{size} bytes, {shard.bytes} when indexed"
+
+    def listing(self) -> dict[str, Any]:
+        """What identifies the data, for a run to remember."""
+        return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards]}
+
+    def first_difference(self, earlier: dict[str, Any]) -> str:
+        """Where this directory departs from an earlier `listing`."""
+        before = [Shard(**shard) for shard in earlier["shards"]]
+        for then, now in zip(before, self.shards, strict=False):
+            for field in Shard._fields:
+                if (a := getattr(then, field)) != (b := getattr(now, field)):
+                    return (
+                        f"{then.name} had {field}={a}, now {f'{now.name} with ' if field == 'name' else ''}{field}={b}"
+                    )
+        if len(before) != len(self.shards):
+            return f"{len(before)} shards then, {len(self.shards)} now"
+        return "equal shards, other labels or classes"
 
 
-def open_index(directory: Path) -> ShardIndex:
-    """Reads a directory's index.
+def open_index(location: str | Path, network: Network | None = None, cache: Cache | None = None) -> ShardIndex:
+    """Reads the index of a directory or URL.
 
     Raises:
-        UsageError: no directory, no index, no samples, a shard that is missing or of another size.
+        UsageError: no directory, no index, a damaged one, no samples.
     """
-    if not directory.is_dir():
+    store = open_store(location, network or Network(), cache or Cache())
+    if store.directory is not None and not store.directory.is_dir():
         raise UsageError(
-            f"shard directory {directory} does not exist; make one with 'mixmae shards build SRC {directory}'"
-            f" or 'mixmae shards synth {directory}'"
+            f"shard directory {location} does not exist; make one with 'mixmae shards build SRC {location}'"
+            f" or 'mixmae shards synth {location}'"
         )
-    if not (directory / INDEX).is_file():
-        hint = f"run 'mixmae shards index {directory}'" if any(directory.glob("*.tar")) else "it holds no .tar files"
-        raise UsageError(f"{directory} has no {INDEX}: {hint}")
+    local = store.directory is not None
+    again = f"run 'mixmae shards index {location}'" if local else "index it where it is local, and upload it"
     try:
-        content = json.loads((directory / INDEX).read_text())
-        samples = np.load(directory / SAMPLES, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the index of {directory} is damaged ({error}); run 'mixmae shards index {directory}'"
-        ) from error
-    if content.get("format") != FORMAT:
-        raise UsageError(
-            f"{directory / INDEX} has format {content.get('format')!r}, expected {FORMAT}; "
-            f"run 'mixmae shards index {directory}'"
-        )
-    shards = tuple(Shard(**shard) for shard in content["shards"])
-    for shard in shards:
-        _check_size(directory, shard)
+        content = json.loads(store.read_whole(INDEX))
+        if (format_ := dict(content).get("format")) != FORMAT:
+            raise UsageError(f"{INDEX} of {location} has format {format_!r}, expected {FORMAT}; {again}")
+        samples = _read_samples(store)
+        shards = tuple(Shard(**shard) for shard in content["shards"])
+        classes, fingerprint = tuple(content["classes"]), content["fingerprint"]
+    except FileNotFoundError as error:
+        no_shards = store.directory is not None and not any(store.directory.glob("*.tar"))
+        hint = "it holds no .tar files" if no_shards else again
+        raise UsageError(f"{location} has no {Path(str(error.filename or INDEX)).name}: {hint}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the index of {location} is damaged or out of reach ({error}); {again}") from error
     if not len(samples):
-        raise UsageError(f"the shards in {directory} hold no images")
+        raise UsageError(f"the shards in {location} hold no images")
     if len(samples) != sum(shard.samples for shard in shards):
         raise UsageError(
-            f"{directory / SAMPLES} lists {len(samples)} images, {INDEX} {sum(s.samples for s in shards)}; "
-            f"run 'mixmae shards index {directory}'"
+            f"{SAMPLES} of {location} lists {len(samples)} images, {INDEX} {sum(s.samples for s in shards)}; {again}"
         )
-    return ShardIndex(directory, shards, tuple(content["classes"]), samples, content["fingerprint"])
+    return ShardIndex(store, shards, classes, samples, fingerprint)
 
 
-def _check_size(directory: Path, shard: Shard) -> None:
-    file = directory / shard.name
-    if not file.is_file():
-        raise UsageError(f"shard {file} is listed in {INDEX} but missing")
-    if (size := file.stat().st_size) != shard.bytes:
-        raise UsageError(
-            f"shard {file} has {size} bytes, {INDEX} says {shard.bytes}; it was changed or cut short: "
-            f"restore it, or run 'mixmae shards index {directory}' to accept it"
-        )
-
-
-def write_index(
-    directory: Path, classes: Sequence[str] = (), jobs: int = 1, progress: Callable[[int], object] = lambda shards: None
-) -> ShardIndex:
-    """Reads every shard of a directory once and writes its index.
-
-    Args:
-        classes: names of the labels 0, 1, ...
-        progress: called with 1 after each shard.
-
-    Raises:
-        UsageError: no shards, or one that is not a tar of WebDataset samples.
-    """
-    files = sorted(directory.glob("*.tar"))
-    if not files:
-        raise UsageError(f"{directory} holds no .tar files")
-    shards, tables = [], []
-    with ProcessPoolExecutor(jobs) as pool:
-        for number, (shard, table) in enumerate(pool.map(read_shard, files)):
-            table["shard"] = number
-            shards.append(shard)
-            tables.append(table)
-            progress(1)
-    samples = np.concatenate(tables)
-    digest = hashlib.sha256(samples.tobytes())
-    for shard in shards:
-        digest.update(json.dumps(shard).encode())
-    content = {
-        "format": FORMAT,
-        "fingerprint": digest.hexdigest(),
-        "classes": list(classes),
-        "shards": [shard._asdict() for shard in shards],
-    }
-    _replace(directory / SAMPLES, lambda file: np.save(file, samples))
-    _replace(directory / INDEX, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
-    return open_index(directory)
-
-
-def read_shard(file: Path) -> tuple[Shard, npt.NDArray[Any]]:
-    """Counts, checksum and sample table of one shard, with shard number 0."""
-    rows: list[tuple[int, int, int, int]] = []
-    labels: dict[str, int] = {}
-    keys: list[str] = []
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                if not member.isfile() or key is None:
-                    continue
-                if extension.lower() in IMAGE_EXTENSIONS:
-                    rows.append((0, member.offset_data, member.size, -1))
-                    keys.append(key)
-                elif extension == "cls":
-                    payload = tar.extractfile(member)
-                    assert payload is not None
-                    labels[key] = int(payload.read())
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise UsageError(f"{file} is not a readable, uncompressed WebDataset shard: {error}") from error
-    table = np.array(rows, dtype=SAMPLE)
-    table["label"] = [labels.get(key, -1) for key in keys]
-    with file.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Shard(file.name, len(rows), file.stat().st_size, checksum), table
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    partial = file.with_name("." + file.name)
-    write(partial)
-    partial.rename(file)
+def _read_samples(store: Store) -> Table:
+    if store.directory is not None:  # all ranks and workers of a node share its pages
+        return np.load(store.directory / SAMPLES, mmap_mode="r")
+    return np.load(io.BytesIO(store.read_whole(SAMPLES)))

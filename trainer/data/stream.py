@@ -1,26 +1,37 @@
-"""The sequence of batches: which sample comes when, and workers that turn samples into uint8 batches.
+"""The stream of batches: workers turn the order's samples into uint8 batches; what cannot be used is replaced.
 
-The order is the epochs' permutations one behind the other; a global batch is the next `global_batch` of it. It is a
-function of (seed, index) alone, so a position in the run is one number, the samples seen.
+A position in it is one number, the samples seen; see `trainer.data.order`.
 """
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.config import Recipe
-from trainer.data.decode import Pixels, UnreadableImageError, training_view
+from trainer.data.decode import training_view
+from trainer.data.faults import Fault, Tally, TooManyFaultsError, UnusableError
 from trainer.data.index import ShardIndex
+from trainer.data.order import Order, Share, Stretch, Ticket
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
 from trainer.rng import Purpose, numpy_at
+
+_SUBSTITUTES = 32
+"""Samples tried in place of one that cannot be used."""
+_LOST = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
+
+
+class LostWorkerError(UsageError):
+    """A data worker's process ended: the machine failed, not the call."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -40,24 +51,22 @@ class Position:
             )
         if index.fingerprint != self.fingerprint:
             raise UsageError(
-                f"the shards in {index.directory} changed since the run was started (fingerprint "
-                f"{index.fingerprint[:12]}, then {self.fingerprint[:12]}); restore them or start another "
-                "run_dir"
+                f"the shards in {index.store.location} are not those that the run was started with (fingerprint "
+                f"{index.fingerprint[:12]}, then {self.fingerprint[:12]}); restore them or start another run_dir"
             )
 
 
-class Ticket(NamedTuple):
-    """One sample of one epoch."""
-
-    epoch: int
-    sample: int
-
-
 class Batch(NamedTuple):
-    """A micro-batch: images uint8 [B, 3, H, W] and the samples they show."""
+    """A micro-batch."""
 
     images: Tensor
+    """uint8 [B, 3, H, W], channels last in memory, pinned where there is a GPU."""
     samples: list[int]
+    """The samples that the images show."""
+    faults: list[Fault]
+    """What should have been in the batch and had to be replaced."""
+    retried: int
+    """Reads that were tried again for it."""
 
 
 class ToDevice:
@@ -72,88 +81,168 @@ class ToDevice:
         return (images.to(self.device, non_blocking=True) - self.mean) * self.inverse_std
 
 
-class Order:
-    """Which samples make up a stretch of the run."""
-
-    def __init__(self, seed: int, num_samples: int) -> None:
-        self.num_samples = num_samples
-        # Two epochs: a stretch may cross from one into the next.
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: _permutation(seed, epoch, num_samples))
-
-    def tickets(self, start: int, count: int) -> list[Ticket]:
-        """The samples number `start` to `start + count` of the run."""
-        return [
-            Ticket(epoch, int(self._permutation(epoch)[place]))
-            for epoch, place in (divmod(number, self.num_samples) for number in range(start, start + count))
-        ]
-
-
-def _permutation(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
-    return numpy_at(Purpose.ORDER, seed, epoch).permutation(num_samples)
-
-
-class Views(Dataset[tuple[Pixels | str, int]]):
-    """Ticket to augmented view."""
+class Views(Dataset[Batch]):
+    """A micro-batch's tickets to its pixels; what runs in a worker."""
 
     def __init__(self, index: ShardIndex, recipe: Recipe) -> None:
-        self.index = index
-        self.recipe = recipe
+        self.index, self.recipe = index, recipe
 
-    def __getitem__(self, ticket: Ticket) -> tuple[Pixels | str, int]:
-        """The view and its sample, or what is wrong with it and the sample."""
-        random = numpy_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, ticket.sample)
-        try:
-            content = self.index.read(self.index.samples[ticket.sample])
-            view = training_view(content, self.recipe.model.img_size, self.recipe.data, random)
-        except (UnreadableImageError, OSError) as error:
-            return str(error), ticket.sample
-        return view, ticket.sample
+    def __getitems__(self, request: Share) -> Batch:
+        for stretch in request.ahead:
+            self._announce(stretch)
+        retried = self.index.store.retried
+        images = _empty_batch(len(request.tickets), self.recipe.model.img_size)
+        samples: list[int] = []
+        faults: list[Fault] = []
+        for ticket, out in zip(request.tickets, images, strict=True):
+            samples.append(self._render(ticket, out, faults))
+        return Batch(images, samples, faults, self.index.store.retried - retried)
+
+    def _render(self, ticket: Ticket, out: Tensor, faults: list[Fault]) -> int:
+        """Draws a ticket's sample, or the first usable one of its substitutes; returns which, or -1."""
+        for sample in self._candidates(ticket):
+            random = numpy_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, sample)
+            try:
+                content = self.index.read(sample)
+                state = int(self.index.samples[sample]["state"])
+                training_view(content, state, self.recipe.model.img_size, self.recipe.data, random, out)
+            except UnusableError as error:
+                if sample == ticket.sample:
+                    faults.append(Fault(ticket.epoch, sample, error.reason, str(error)))
+            else:
+                return sample
+        return -1
+
+    def _candidates(self, ticket: Ticket) -> Iterator[int]:
+        """The ticket's sample, then others that are a function of the ticket."""
+        yield ticket.sample
+        substitutes = numpy_at(Purpose.REPLACEMENT, self.recipe.seed, ticket.epoch, ticket.sample)
+        yield from substitutes.integers(len(self.index), size=_SUBSTITUTES).tolist()
+
+    def _announce(self, stretch: Stretch) -> None:
+        first, last = self.index.samples[stretch.first], self.index.samples[stretch.last - 1]
+        start = int(first["offset"])
+        shard = self.index.shards[first["shard"]].name
+        with suppress(OSError):  # it is a hint; the read itself will say what is wrong
+            self.index.store.will_need(shard, start, int(last["offset"]) + int(last["size"]) - start)
 
 
-class _Batches:
-    """Endless micro-batches of one rank, as lists of tickets."""
+def _empty_batch(count: int, size: int) -> Tensor:
+    """uint8 [count, 3, size, size], channels last; in a worker in shared memory, where the main process finds it."""
+    shape = (count, size, size, 3)
+    if get_worker_info() is None:
+        flat = torch.empty(shape, dtype=torch.uint8)
+    else:
+        storage = torch.UntypedStorage._new_shared(count * size * size * 3, device="cpu")
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    return flat.permute(0, 3, 1, 2)
 
-    def __init__(self, order: Order, start: int, recipe: Recipe, ranks: Ranks) -> None:
-        self.order, self.start, self.recipe, self.ranks = order, start, recipe, ranks
 
-    def __iter__(self) -> Iterator[list[Ticket]]:
-        global_batch, micro_batch = self.recipe.train.global_batch, self.recipe.train.micro_batch
-        share = global_batch // self.ranks.world_size
-        start = self.start + self.ranks.rank * share
+class _Requests:
+    """Endless micro-batches of one rank, as shares of its streams."""
+
+    def __init__(self, order: Order, first_batch: int, recipe: Recipe, ranks: Ranks) -> None:
+        self.order, self.first_batch, self.micro_batch = order, first_batch, recipe.train.micro_batch
+        self.streams = recipe.streams_of(ranks.rank, ranks.world_size)
+
+    def __iter__(self) -> Iterator[Share]:
+        batch = self.first_batch
         while True:
-            tickets = self.order.tickets(start, share)
-            for first in range(0, share, micro_batch):
-                yield tickets[first : first + micro_batch]
-            start += global_batch
+            tickets, ahead = self.order.share(batch, self.streams)
+            for first in range(0, len(tickets), self.micro_batch):
+                yield Share(tickets[first : first + self.micro_batch], ahead if first == 0 else [])
+            batch += 1
 
 
-def stream(recipe: Recipe, ranks: Ranks, index: ShardIndex, position: Position) -> Iterator[Batch]:
-    """Endless micro-batches of this rank from `position` on, in pinned memory where there is a GPU.
+class Stream:
+    """Endless micro-batches of this rank from a position on. Close it, or use it as a context.
+
+    Args:
+        record: JSON lines file that names samples which could not be used.
+    """
+
+    def __init__(
+        self, recipe: Recipe, ranks: Ranks, index: ShardIndex, position: Position, record: Path | None = None
+    ) -> None:
+        self.index = index
+        self.rank = ranks.rank
+        self.tally = Tally(recipe.data.max_bad_share * len(index) / ranks.world_size, record)
+        self.retried = 0
+        workers = recipe.data.num_workers
+        first_batch = position.samples // recipe.train.global_batch
+        loader: DataLoader[Batch] = DataLoader(
+            Views(index, recipe),
+            batch_sampler=_Requests(order_of(recipe, index), first_batch, recipe, ranks),  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=recipe.data.prefetch_factor if workers else None,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._batches: Iterator[Batch] | None = iter(loader)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """
+        Raises:
+            TooManyFaultsError: more samples could not be used than `data.max_bad_share` allows.
+            LostWorkerError: a worker's process ended.
+        """
+        assert self._batches is not None, "closed"
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            raise lost_worker(error, self.rank) from error
+        self.retried += batch.retried
+        for fault in batch.faults:
+            shard = self.index.shards[self.index.samples[fault.sample]["shard"]].name
+            self.tally.add(fault, shard, self.index.name_of(fault.sample))
+        if -1 in batch.samples:
+            raise TooManyFaultsError(
+                f"rank {self.rank}: none of {_SUBSTITUTES} samples that could have replaced an unusable one is usable; "
+                f"see 'mixmae shards check {self.index.store.location}'"
+            )
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers; lets go of files and shared memory."""
+        self._batches = None
+        self.index.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def order_of(recipe: Recipe, index: ShardIndex) -> Order:
+    """The order of a recipe's samples.
 
     Raises:
-        UsageError: an image cannot be read; its name is in the message.
+        UsageError: an epoch that drops its last samples has none left.
     """
-    workers = recipe.data.num_workers
-    loader: DataLoader[Any] = DataLoader(
-        Views(index, recipe),
-        batch_sampler=_Batches(Order(recipe.seed, len(index)), position.samples, recipe, ranks),
-        num_workers=workers,
-        prefetch_factor=recipe.data.prefetch_factor if workers else None,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
+    if recipe.data.drop_last and len(index) < recipe.train.global_batch:
+        raise UsageError(
+            f"data.drop_last=true drops all of the {len(index)} images, which do not fill one global batch of "
+            f"{recipe.train.global_batch}; lower train.global_batch or set data.drop_last=false"
+        )
+    counts = [shard.samples for shard in index.shards]
+    data = recipe.data
+    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.window, data.drop_last)
+
+
+def lost_worker(error: RuntimeError, rank: int) -> RuntimeError | LostWorkerError:
+    """What to say of a RuntimeError that may be torch's for a worker that died: it can come up anywhere in a step."""
+    found = _LOST.search(str(error))
+    if found is None:
+        return error
+    return LostWorkerError(
+        f"rank {rank}: data worker process {found[1]} ended ({str(error).splitlines()[0]}); if the machine ran out of "
+        "memory, lower data.num_workers or data.prefetch_factor; the run resumes from its newest checkpoint"
     )
-    for images, samples, fault in loader:
-        if fault is not None:
-            raise UsageError(
-                f"{index.name_of(fault[1])} in {index.directory} cannot be read: {fault[0]}; repair or "
-                "remove it and rebuild the shards"
-            )
-        yield Batch(images, samples)
 
 
-def _collate(views: list[tuple[Any, int]]) -> tuple[Tensor, list[int], tuple[str, int] | None]:
-    """Images, samples and the first fault among them, if any."""
-    for view, sample in views:
-        if isinstance(view, str):
-            return torch.empty(0), [], (view, sample)
-    return torch.from_numpy(np.stack([view for view, _ in views])), [sample for _, sample in views], None
+def _as_it_is(batch: Any) -> Any:
+    return batch

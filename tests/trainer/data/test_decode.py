@@ -2,28 +2,48 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop as their_center_crop
 from torchvision.transforms.functional import resized_crop
 
 from trainer.config import Data
-from trainer.data.decode import UnreadableImageError, center_crop, evaluation_view, random_crop, training_view
+from trainer.data import jpeg
+from trainer.data.decode import (
+    MAX_PIXELS,
+    JpegRows,
+    WholeImage,
+    center_crop,
+    evaluation_view,
+    judge,
+    plan_view,
+    random_crop,
+    training_view,
+)
+from trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from trainer.data.photos import jpeg_photo, photo
+
+FAST, PLAIN = Data(decoder="fast"), Data(decoder="pillow")
 
 
-@pytest.fixture
-def photo() -> Image.Image:
-    random = np.random.default_rng(0)
-    small = Image.fromarray(random.integers(0, 256, (9, 13, 3), dtype=np.uint8))
-    return small.resize((130, 90), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def small_photo() -> Image.Image:
+    return photo(0).resize((130, 90), Image.Resampling.BICUBIC)
+
+
+def view(content: bytes, data: Data, seed: int, size: int = 64, state: int | None = None) -> np.ndarray:
+    """[H, W, 3] as integers, to take differences."""
+    state = judge(content) if state is None else state
+    return training_view(content, state, size, data, np.random.default_rng(seed)).permute(1, 2, 0).numpy().astype(int)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
@@ -46,42 +66,194 @@ def test_crops_are_distributed_like_torchvisions() -> None:
         assert np.abs(np.quantile(mine, (0.1, 0.5, 0.9)) - np.quantile(other, (0.1, 0.5, 0.9))).max() < 15
 
 
-def test_views_are_torchvisions_resized_crops(photo: Image.Image) -> None:
-    settings = Data(hflip=0.0)
-    view = training_view(encoded(photo), 32, settings, np.random.default_rng(5))
-    left, upper, right, lower = random_crop(*photo.size, settings.crop_scale, np.random.default_rng(5))
-    expected = resized_crop(
-        photo, int(upper), int(left), int(lower - upper), int(right - left), [32, 32], interpolation=3
-    )
-    # Ours resizes from the box, theirs from a cut-out: only pixels at the crop's edge see different neighbours.
-    difference = np.abs(view.astype(int) - np.asarray(expected).transpose(2, 0, 1))
-    assert difference[:, 3:-3, 3:-3].max() <= 1
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 300))
+@settings(max_examples=300)
+def test_plans_lose_no_resolution(width: int, height: int, seed: int, orientation: int, size: int) -> None:
+    upright = (height, width) if orientation > 4 else (width, height)
+    box = random_crop(*upright, (0.2, 1.0), np.random.default_rng(seed))
+    plan = plan_view(box, width, height, orientation, False, size)
+    left, upper, right, lower = plan.box
+    assert 0 <= left < right <= width
+    assert 0 <= upper < lower <= height
+    assert not any(side % plan.reduction for side in plan.box)
+    assert plan.reduction == 1 or min(right - left, lower - upper) // plan.reduction >= size
+    # At most the rounding to whole reduced pixels away from the box that was asked for.
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    assert (right - left) * (lower - upper) >= area * (1 - 2 * plan.reduction / min(box[2] - box[0], box[3] - box[1]))
 
 
-def test_flips(photo: Image.Image) -> None:
-    views = [training_view(encoded(photo), 32, Data(hflip=p), np.random.default_rng(1)) for p in (0.0, 1.0)]
-    assert np.array_equal(views[0], views[1][:, :, ::-1])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reference_is_torchvisions_resized_crop(seed: int) -> None:
+    image = small_photo()
+    left, upper, right, lower = random_crop(*image.size, PLAIN.crop_scale, np.random.default_rng(seed))
+    expected = resized_crop(image, upper, left, lower - upper, right - left, [64, 64], interpolation=3)
+    found = view(encoded(image), Data(decoder="pillow", hflip=0.0), seed, 64)
+    assert np.array_equal(found, np.asarray(expected))
 
 
-def test_evaluation_sees_the_middle(photo: Image.Image) -> None:
-    expected = their_center_crop(photo, [90, 90])
-    assert np.array_equal(evaluation_view(encoded(photo), 90), np.asarray(expected).transpose(2, 0, 1))
+def test_fast_views_are_the_references_to_less_than_a_level() -> None:
+    differences = [
+        np.abs(view(content, FAST, seed, 224) - view(content, PLAIN, seed, 224)).mean()
+        for number in range(21)
+        for content, seed in [(jpeg_photo(number), number)]
+    ]
+    assert np.mean(differences) < 0.5
+    assert max(differences) < 1.0
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_reduced_views_are_the_references_too(scale: int) -> None:
+    """Images so large that they are decoded at a half, a quarter, an eighth."""
+    size = 112
+    whole = Data(crop_scale=(0.9, 1.0)), Data(crop_scale=(0.9, 1.0), decoder="pillow")
+    content = encoded(photo(1).resize((size * scale * 3 // 2, size * scale * 9 // 8)), "JPEG", quality=95)
+    header = jpeg.read_header(content)
+    for seed in range(4):
+        box = random_crop(header.width, header.height, (0.9, 1.0), np.random.default_rng(seed))
+        assert plan_view(box, header.width, header.height, 1, False, size).reduction == scale
+        # Blocks of pixels are averaged before they are resized: a little off the one filter over all of them.
+        assert np.abs(view(content, whole[0], seed, size) - view(content, whole[1], seed, size)).mean() < 1.5
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}])
+def test_boxes_are_bit_for_bit_those_of_the_whole_decode(options: dict[str, object]) -> None:
+    content = encoded(photo(2), "JPEG", quality=92, **options)
+    source = JpegRows(content)
+    whole = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+    for seed in range(20):
+        left, upper, right, lower = random_crop(source.width, source.height, (0.1, 1.0), np.random.default_rng(seed))
+        found = source.pixels((left, upper, right, lower), 1)
+        assert np.abs(found.astype(int) - whole[upper:lower, left:right]).max() == 0
+
+
+@pytest.mark.parametrize("data", [FAST, PLAIN], ids=["fast", "pillow"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_flips(kind: str, data: Data) -> None:
+    content = encoded(small_photo(), kind)
+    one, other = (view(content, data.model_copy(update={"hflip": p}), 1) for p in (0.0, 1.0))
+    assert np.array_equal(one, other[:, ::-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_photographs_stand_upright(orientation: int, decoder: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photo(3), "JPEG", quality=95, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert judge(content) == JPEG
+    state = JPEG if decoder == "fast" else PILLOW
+    found = evaluation_view(content, state, 192).permute(1, 2, 0).numpy().astype(int)
+    side = min(upright.size)
+    expected = their_center_crop(upright, [side, side]).resize((192, 192), Image.Resampling.BICUBIC)
+    assert np.abs(found - np.asarray(expected)).mean() < 1.0
+
+
+def test_a_flip_mirrors_what_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(photo(3), "JPEG", quality=95, exif=exif)
+    one, other = (view(content, Data(hflip=p), 1) for p in (0.0, 1.0))
+    assert np.abs(one - other[:, ::-1]).mean() < 0.5
+
+
+def test_evaluation_sees_the_middle() -> None:
+    image = small_photo()
+    expected = their_center_crop(image, [90, 90])
+    found = evaluation_view(encoded(image), PILLOW, 90)
+    assert np.array_equal(found.permute(1, 2, 0), np.asarray(expected))
     assert center_crop(90, 130) == (0, 20, 90, 110)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_other_colour_modes_become_rgb(photo: Image.Image, mode: str) -> None:
-    kind = "JPEG" if mode == "CMYK" else "PNG"
-    assert evaluation_view(encoded(photo.convert(mode), kind), 16).shape == (3, 16, 16)
+def test_grey_jpegs() -> None:
+    content = encoded(small_photo().convert("L"), "JPEG")
+    assert judge(content) == JPEG
+    assert np.abs(view(content, FAST, 0) - view(content, PLAIN, 0)).mean() < 1.0
+    assert not np.ptp(view(content, FAST, 0), axis=2).any()
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF", b"\xff\xd8\xff" + b"\0" * 50])
-def test_what_is_not_an_image(content: bytes) -> None:
-    with pytest.raises(UnreadableImageError):
-        evaluation_view(content, 16)
+def test_cmyk_jpegs_are_as_torchvision_sees_them() -> None:
+    content = encoded(small_photo().convert("CMYK"), "JPEG", quality=95)
+    assert judge(content) == PILLOW
+    theirs = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    found = evaluation_view(content, PILLOW, 90)
+    expected = their_center_crop(theirs, [90, 90])
+    assert (found.int() - expected.int()).abs().float().mean() < 2.0
 
 
-def test_cut_images_are_damaged(photo: Image.Image) -> None:
-    whole = encoded(photo, "JPEG")
-    with pytest.raises(UnreadableImageError):
-        evaluation_view(whole[: len(whole) // 2], 16)
+def test_sixteen_bits_keep_their_range() -> None:
+    grey = np.asarray(small_photo().convert("L"))
+    content = encoded(Image.fromarray(grey.astype(np.uint16) * 257))
+    assert Image.open(io.BytesIO(content)).mode.startswith("I;16")
+    found = evaluation_view(content, judge(content), 90)
+    assert np.array_equal(found[0], np.asarray(their_center_crop(Image.fromarray(grey), [90, 90])))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_lies_over_white(mode: str) -> None:
+    layer = small_photo().convert("RGBA")
+    layer.putalpha(Image.linear_gradient("L").resize(layer.size))
+    image = layer.quantize(64) if mode == "P" else layer.convert(mode)
+    content = encoded(image)
+    rgba = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA")).astype(float)
+    share = rgba[..., 3:] / 255
+    expected = rgba[..., :3] * share + 255 * (1 - share)
+    found = evaluation_view(content, judge(content), 90).permute(1, 2, 0).numpy()
+    assert np.abs(found - expected[:, 20:110]).max() <= 1.01
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_other_colour_modes_become_rgb(mode: str) -> None:
+    image = small_photo().convert(mode)
+    found = evaluation_view(encoded(image), PILLOW, 90).permute(1, 2, 0)
+    assert np.array_equal(found, np.asarray(their_center_crop(image.convert("RGB"), [90, 90])))
+
+
+def test_very_large_images() -> None:
+    content = encoded(Image.linear_gradient("L").resize((12_000, 9_000)), "JPEG", quality=75)
+    assert judge(content) == JPEG
+    found = evaluation_view(content, JPEG, 64)
+    expected = np.linspace(0, 255, 64)[None, :, None]
+    assert np.abs(found.numpy() - expected).mean() < 4
+    assert MAX_PIXELS > 12_000 * 9_000
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", Reason.EMPTY),
+        (b"GIF", Reason.NOT_AN_IMAGE),
+        (b"\xff\xd8\xff" + b"\0" * 50, Reason.DAMAGED),
+        (encoded(Image.new("RGB", (8, 8)), "JPEG"), JPEG),
+        (encoded(Image.new("RGB", (8, 8)), "JPEG") + b"left over", JPEG),
+        (encoded(Image.new("RGB", (8, 8)), "WEBP"), PILLOW),
+        (encoded(Image.new("RGB", (8, 8)), "JPEG")[:-40], Reason.DAMAGED),
+    ],
+)
+def test_judgements(content: bytes, expected: int) -> None:
+    assert judge(content) == expected
+
+
+@given(st.integers(0, 30), st.integers(1, 400), st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_damage_is_judged_and_never_crashes(start: int, length: int, seed: int) -> None:
+    content = bytearray(encoded(Image.linear_gradient("L").resize((64, 64)).convert("RGB"), "JPEG"))
+    place = len(content) * start // 31
+    noise = np.random.default_rng(seed).integers(0, 256, length, dtype=np.uint8).tobytes()
+    content[place : place + length] = noise[: len(content) - place]
+    state = judge(bytes(content))
+    if state in (JPEG, PILLOW):
+        view(bytes(content), FAST, 0, 32, state)
+
+
+def test_content_that_is_not_what_was_judged() -> None:
+    whole = encoded(small_photo(), "JPEG")
+    for content in (b"", whole[:50], b"text"):
+        with pytest.raises(UnusableError):
+            view(content, FAST, 0, 32, JPEG)
+
+
+def test_pillow_reads_what_jpeg_source_reads() -> None:
+    content = jpeg_photo(5)
+    one, other = JpegRows(content), WholeImage(content)
+    assert (one.width, one.height, one.orientation) == (other.width, other.height, other.orientation)

@@ -1,20 +1,19 @@
 import hashlib
-import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
-from trainer.data.build import Sample, find_images, read_images, write_shards
-from trainer.data.cli import main, parse_size
+from tests.helpers import tar_of
+from trainer.data.faults import Reason, UnusableError
 from trainer.data.index import open_index
-from trainer.errors import UsageError, run_in_words
+from trainer.errors import UsageError
+from trainer.shards.cli import main
+from trainer.shards.indexing import write_index
 
 
 def test_shards_are_webdataset_shards(shards: Path) -> None:
@@ -24,7 +23,7 @@ def test_shards_are_webdataset_shards(shards: Path) -> None:
     assert len(theirs) == len(index) == 54
     for number in range(len(index)):
         key = index.name_of(number).split(": ")[1].removesuffix(".jpg")
-        assert theirs[key] == (index.read(index.samples[number]), index.samples[number]["label"])
+        assert theirs[key] == (index.read(number), index.samples[number]["label"])
 
 
 def test_index_tells_counts_sizes_and_checksums(shards: Path) -> None:
@@ -36,51 +35,6 @@ def test_index_tells_counts_sizes_and_checksums(shards: Path) -> None:
         assert shard.samples == int((index.samples["shard"] == number).sum())
 
 
-def test_class_folders_become_shards(tmp_path: Path) -> None:
-    for number in range(12):
-        folder = tmp_path / "images" / ("cat" if number % 2 else "a dog")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 10), (number, 0, 0)).save(folder / f"{number}.v1.png")
-    assert main(["build", str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "2KB", "--jobs", "1"]) == 0
-    index = open_index(tmp_path / "out")
-    assert index.classes == ("a dog", "cat")
-    for number in range(12):
-        red = Image.open(io.BytesIO(index.read(index.samples[number]))).getpixel((0, 0))[0]  # type: ignore[index]
-        assert index.samples[number]["label"] == red % 2
-    labels = index.samples["label"].tolist()
-    assert labels != sorted(labels)
-
-
-def test_a_flat_folder_becomes_unlabelled_shards(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for name in ("a.b.jpg", "a_b.jpg", "a_b.png"):
-        (tmp_path / "images" / name).write_bytes(name.encode())
-    assert main(["build", str(tmp_path / "images"), str(tmp_path / "out"), "--jobs", "1"]) == 0
-    index = open_index(tmp_path / "out")
-    assert index.samples["label"].tolist() == [-1, -1, -1]
-    assert {index.read(row) for row in index.samples} == {b"a.b.jpg", b"a_b.jpg", b"a_b.png"}
-    assert len({index.name_of(n).split(": ")[1].split(".")[0] for n in range(3)}) == 3
-
-
-def test_building_is_reproducible(tmp_path: Path) -> None:
-    samples = [Sample(f"{i}", "jpg", bytes([i]) * 100, i % 3) for i in range(20)]
-    first, second = (write_shards(tmp_path / n, samples, ["a", "b", "c"], 4000, 20) for n in ("one", "two"))
-    assert first.fingerprint == second.fingerprint
-    changed = write_shards(tmp_path / "three", [*samples[:-1], samples[0]._replace(key="x")], [], 4000, 20)
-    assert changed.fingerprint != first.fingerprint
-
-
-def test_the_order_of_files_is_seeded(tmp_path: Path) -> None:
-    (tmp_path / "c").mkdir()
-    for i in range(20):
-        (tmp_path / "c" / f"{i:02d}.jpg").write_bytes(b"x")
-    _, images = find_images(tmp_path)
-    keys = [[s.key for s in read_images(tmp_path, images, seed)] for seed in (0, 0, 1)]
-    assert keys[0] == keys[1]
-    assert keys[0] != keys[2]
-    assert sorted(keys[0]) == sorted(keys[2])
-
-
 def test_an_index_can_be_made_for_foreign_shards(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("index.json", "samples.npy"))
@@ -88,14 +42,45 @@ def test_an_index_can_be_made_for_foreign_shards(shards: Path, tmp_path: Path) -
     assert np.array_equal(open_index(copy).samples, open_index(shards).samples)
 
 
-def test_unlabelled_images_and_other_members_are_fine(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for name in ("a.jpg", "a.json", "b.PNG", "notes"):
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            tar.addfile(member, io.BytesIO(b"123"))
-    main(["index", str(tmp_path), "--jobs", "1"])
-    assert open_index(tmp_path).samples["label"].tolist() == [-1, -1]
+def test_an_index_made_again_keeps_the_names_of_the_classes(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    assert main(["index", str(tmp_path / "copy"), "--jobs", "1"]) == 0
+    assert open_index(tmp_path / "copy").fingerprint == open_index(shards).fingerprint
+
+
+def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"a.jpg": b"", "b.json": b"{}", "c.PNG": b"no image", "d.webp": b"", "notes": b"", "e.cls": b"1"}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    assert main(["index", str(tmp_path), "--jobs", "1"]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == (
+        "5 samples cannot be used (2 empty, 2 missing, 1 not an image): "
+        "0.tar: a.jpg, 0.tar: b.json, 0.tar: c.PNG and 2 more"
+    )
+    index = open_index(tmp_path)
+    assert index.samples["state"].tolist() == [
+        Reason.EMPTY, Reason.MISSING, Reason.NOT_AN_IMAGE, Reason.EMPTY, Reason.MISSING
+    ]  # fmt: skip
+    assert index.samples["label"].tolist() == [-1, -1, -1, -1, 1]
+    with pytest.raises(UnusableError) as caught:
+        index.read(0)
+    assert caught.value.reason == Reason.EMPTY
+
+
+def test_what_changed_since_is_told(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    index = open_index(tmp_path / "copy")
+    assert index.altered_shards() == {}
+    (tmp_path / "copy" / "000000.tar").unlink()
+    with (tmp_path / "copy" / "000001.tar").open("ab") as stream:
+        stream.write(b"more")
+    was = index.shards[1].bytes
+    assert index.altered_shards() == {"000000.tar": "missing", "000001.tar": f"{was + 4} bytes, {was} when indexed"}
+    (tmp_path / "copy" / "000001.tar").unlink()
+    fewer = write_index(tmp_path / "copy", index.classes)
+    assert (
+        fewer.first_difference(index.listing()) == "000000.tar had name=000000.tar, now 000002.tar with name=000002.tar"
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,16 +89,19 @@ def test_unlabelled_images_and_other_members_are_fine(tmp_path: Path) -> None:
         ("no directory", "does not exist"),
         ("no index", "mixmae shards index"),
         ("nothing", "holds no .tar files"),
-        ("missing shard", "missing"),
-        ("cut shard", "cut short"),
-        ("empty", "hold no images"),
+        ("no samples", "has no samples.npy"),
+        ("cut samples", "damaged or out of reach"),
+        ("other samples", r"lists \d+ images"),
         ("format", "format 99"),
+        ("list", "damaged or out of reach"),
+        ("half", "damaged or out of reach"),
     ],
 )
 def test_broken_directories_are_explained(shards: Path, tmp_path: Path, damage: str, message: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
-    first = copy / "000000.tar"
+    samples = copy / "samples.npy"
+    content = json.loads((copy / "index.json").read_text())
     if damage == "no directory":
         shutil.rmtree(copy)
     elif damage == "no index":
@@ -121,60 +109,34 @@ def test_broken_directories_are_explained(shards: Path, tmp_path: Path, damage: 
     elif damage == "nothing":
         shutil.rmtree(copy)
         copy.mkdir()
-    elif damage == "missing shard":
-        first.unlink()
-    elif damage == "cut shard":
-        first.write_bytes(first.read_bytes()[:-1024])
-    elif damage == "empty":
-        shutil.rmtree(copy)
-        copy.mkdir()
-        tarfile.open(first, "w").close()
-        with pytest.raises(UsageError, match=message):
-            main(["index", str(copy), "--jobs", "1"])
-        return
+    elif damage == "no samples":
+        samples.unlink()
+    elif damage == "cut samples":
+        samples.write_bytes(samples.read_bytes()[:-5])
+    elif damage == "other samples":
+        np.save(samples, np.load(samples)[:-1])
     elif damage == "format":
-        content = json.loads((copy / "index.json").read_text())
         (copy / "index.json").write_text(json.dumps({**content, "format": 99}))
+    elif damage == "list":
+        (copy / "index.json").write_text("[1]")
+    elif damage == "half":
+        (copy / "index.json").write_text(json.dumps({"format": content["format"]}))
     with pytest.raises(UsageError, match=message):
         open_index(copy)
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("damage", "message"),
     [
-        ["build", "nowhere", "out"],
-        ["build", "{empty}", "out"],
-        ["synth", "{empty}"],
-        ["synth", "out", "--shard-size", "big"],
-        ["index", "nowhere"],
-        ["index", "{empty}"],
+        ("empty tar", "hold no images"),
+        ("cut tar", r"0\.tar is not a whole, .* 'mixmae shards check"),
+        ("none", "no .tar"),
     ],
 )
-def test_wrong_calls_are_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    assert run_in_words(main, [a.format(empty=tmp_path / "empty") for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("mixmae: error:")
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("option", [["--images", "0"], ["--img-size", "x"], ["--jobs", "0"], ["--seed", "-1"]])
-def test_numbers_have_ranges(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["synth", "out", *option])
-    assert caught.value.code == 2
-    assert f"argument {option[0]}: '{option[1]}', expected a whole number" in capsys.readouterr().err
-
-
-def test_a_broken_build_leaves_nothing_under_its_name(tmp_path: Path) -> None:
-    def failing() -> Iterator[Sample]:
-        yield Sample("a", "jpg", b"x", 0)
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_shards(tmp_path / "out", failing(), [], 1000, 2)
-    assert not (tmp_path / "out").exists()
-
-
-def test_sizes() -> None:
-    assert [parse_size(s) for s in ("250MB", "1g", "12", "1.5 KB")] == [250_000_000, 10**9, 12, 1500]
+def test_what_cannot_be_indexed_is_explained(damage: str, message: str, tmp_path: Path) -> None:
+    if damage == "empty tar":
+        tarfile.open(tmp_path / "0.tar", "w").close()
+    elif damage == "cut tar":
+        (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"x" * 2000})[:1500])
+    with pytest.raises(UsageError, match=message):
+        main(["index", str(tmp_path), "--jobs", "1"])

@@ -1,69 +1,108 @@
+import gc
 import itertools
+import multiprocessing
+import os
+import signal
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import tiny_recipe
+from tests.trainer.data.servers import http_server
+from trainer.config import Cache, Network, Recipe
 from trainer.data.index import open_index
-from trainer.data.stream import Order, Position, ToDevice, stream
+from trainer.data.stream import LostWorkerError, Position, Stream, ToDevice, order_of
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.shards.build import build_shards
+from trainer.shards.synthetic import Synthetic
+from trainer.stores.remote import RemoteStore
 
 
-@given(st.integers(0, 2**32), st.integers(1, 200), st.integers(0, 5), st.integers(1, 50))
-@settings(max_examples=50)
-def test_every_epoch_visits_every_sample_once(seed: int, num_samples: int, epoch: int, step: int) -> None:
-    order = Order(seed, num_samples)
-    tickets = list(
-        itertools.chain.from_iterable(
-            order.tickets(start, min(step, num_samples * (epoch + 1) - start))
-            for start in range(num_samples * epoch, num_samples * (epoch + 1), step)
-        )
-    )
-    assert sorted(tickets) == [(epoch, sample) for sample in range(num_samples)]
+def recipe_for(shards: Path, workers: int = 0, **changes: Any) -> Recipe:
+    settings = {"data.num_workers": workers, "data.shards": str(shards), "train.global_batch": 16}
+    return tiny_recipe(**{**settings, **changes})
 
 
-def test_epochs_and_seeds_differ() -> None:
-    orders = [[t.sample for t in Order(seed, 100).tickets(start, 100)] for seed, start in ((0, 0), (0, 100), (1, 0))]
-    assert orders[0] != orders[1]
-    assert orders[0] != orders[2]
-
-
-def global_batches(shards: Path, world_size: int, workers: int, start: int, count: int) -> list[list[int]]:
-    """Samples of `count` global batches, the ranks' shares one behind the other."""
-    recipe = tiny_recipe(**{"data.num_workers": workers, "data.shards": str(shards), "train.global_batch": 16})
-    index = open_index(shards)
+def global_batches(recipe: Recipe, world_size: int, start: int, count: int) -> list[list[int]]:
+    """Samples of `count` global batches from a position on, the ranks' shares one behind the other."""
     batches: list[list[int]] = [[] for _ in range(count)]
     for rank in range(world_size):
-        own = stream(recipe, Ranks(rank, world_size), index, Position(0, start, index.fingerprint))
-        for number in range(count):
-            for _ in range(recipe.accumulation(world_size)):
-                batches[number] += next(own).samples
+        index = open_index(recipe.data.shards)
+        with Stream(recipe, Ranks(rank, world_size), index, Position(0, start, index.fingerprint)) as own:
+            for number in range(count):
+                for _ in range(recipe.accumulation(world_size)):
+                    batches[number] += next(own).samples
     return batches
 
 
-def test_global_batches_depend_on_neither_ranks_nor_workers(shards: Path) -> None:
-    expected = global_batches(shards, 1, 0, 0, 8)
-    for world_size, workers in ((2, 0), (4, 0), (8, 0), (1, 1), (2, 3)):
-        assert global_batches(shards, world_size, workers, 0, 8) == expected
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_global_batches_depend_on_neither_ranks_nor_workers(shards: Path, world_size: int, workers: int) -> None:
+    expected = global_batches(recipe_for(shards), 1, 0, 8)
+    assert global_batches(recipe_for(shards, workers), world_size, 0, 8) == expected
 
 
-def test_a_position_continues_the_sequence(shards: Path) -> None:
-    whole = global_batches(shards, 1, 0, 0, 8)  # 128 samples, more than two epochs of 54
-    for done in (1, 3, 5):
-        assert global_batches(shards, 2, 0, 16 * done, 8 - done) == whole[done:]
+@given(st.data())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_run_goes_on_anywhere_with_other_ranks_and_batches(shards: Path, data: st.DataObject) -> None:
+    """Stopped after any number of steps, again and again, each time with another world size and micro-batch."""
+    drop_last = data.draw(st.booleans(), "drop_last")
+    window = data.draw(st.integers(1, 60), "window")
+    whole = recipe_for(shards, **{"data.drop_last": drop_last, "data.window": window})
+    expected = global_batches(whole, 1, 0, 12)
+    found: list[list[int]] = []
+    while len(found) < 12:
+        count = data.draw(st.integers(1, 12 - len(found)), "steps")
+        world_size = data.draw(st.sampled_from([1, 2, 4, 8]), "ranks")
+        micro_batch = data.draw(st.sampled_from([m for m in (2, 4, 8, 16) if m * world_size <= 16]), "micro_batch")
+        changes = {"data.drop_last": drop_last, "data.window": window, "train.micro_batch": micro_batch}
+        found += global_batches(recipe_for(shards, **changes), world_size, 16 * len(found), count)
+    assert found == expected
 
 
-def test_pixels_belong_to_seed_epoch_and_sample(shards: Path) -> None:
-    index = open_index(shards)
+def test_sixteen_to_eight_to_sixteen(shards: Path) -> None:
+    recipe = recipe_for(shards, **{"train.global_batch": 32})
+    expected = global_batches(recipe, 1, 0, 6)
+    parts = [global_batches(recipe, ranks, 32 * done, 2) for ranks, done in ((16, 0), (8, 2), (16, 4))]
+    assert list(itertools.chain.from_iterable(parts)) == expected
+
+
+def test_every_epoch_shows_every_image(shards: Path) -> None:
+    recipe = recipe_for(shards)
+    seen = list(itertools.chain.from_iterable(global_batches(recipe, 2, 0, 27)))  # 8 epochs of 54
+    assert {seen.count(sample) for sample in range(54)} == {8}
+
+
+def test_other_numbers_of_ranks_are_refused_with_those_that_fit(shards: Path) -> None:
+    recipe = recipe_for(shards, **{"train.global_batch": 24, "train.micro_batch": 2, "data.streams": 8})
+    with pytest.raises(UsageError, match=r"3 ranks cannot share data.streams=8 .* use 1, 2, 4, 8 ranks \(2 is"):
+        recipe.streams_of(0, 3)
+    with pytest.raises(UsageError, match=r"train.global_batch=24 does not divide by data.streams=16"):
+        recipe_for(shards, **{"train.global_batch": 24, "data.streams": 16})
+
+
+def test_dropping_everything_is_refused(shards: Path) -> None:
+    recipe = recipe_for(shards, **{"train.global_batch": 64, "data.drop_last": True})
+    with pytest.raises(UsageError, match="drops all of the 54 images"):
+        order_of(recipe, open_index(shards))
+
+
+@pytest.mark.parametrize("decoder", ["fast", "pillow"])
+def test_pixels_belong_to_seed_epoch_and_sample(shards: Path, decoder: str) -> None:
     views = []
-    for workers, start in ((0, 0), (2, 0), (0, 8)):
-        recipe = tiny_recipe(**{"data.num_workers": workers, "data.shards": str(shards)})
-        first = list(itertools.islice(stream(recipe, Ranks(), index, Position(0, start, "")), 8))
-        views.append({(s): b.images[i] for b in first for i, s in enumerate(b.samples)})
+    for workers, start in ((0, 0), (2, 0), (0, 16)):
+        recipe, index = recipe_for(shards, workers, **{"data.decoder": decoder}), open_index(shards)
+        with Stream(recipe, Ranks(), index, Position(0, start, "")) as stream:
+            first = list(itertools.islice(stream, 16))
+        views.append({s: b.images[i].clone() for b in first for i, s in enumerate(b.samples)})
     assert all(torch.equal(view, views[1][sample]) for sample, view in views[0].items())
     assert all(torch.equal(view, views[0][sample]) for sample, view in views[2].items() if sample in views[0])
     image = next(iter(views[0].values()))
@@ -74,23 +113,49 @@ def test_resuming_on_other_data_or_seed_is_refused(shards: Path) -> None:
     index = open_index(shards)
     with pytest.raises(UsageError, match="seed=1"):
         Position(0, 0, index.fingerprint).require(1, index)
-    with pytest.raises(UsageError, match="changed since"):
+    with pytest.raises(UsageError, match="not those that the run was started with"):
         Position(0, 0, "other").require(0, index)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named(shards: Path, tmp_path: Path, workers: int) -> None:
-    import shutil
+def holdings() -> tuple[set[str], set[str], int]:
+    """This process's open files, shared memory, and children."""
+    gc.collect()
+    files = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own
+            files.add(f"{link.name} {link.readlink()}")
+    return files, {file.name for file in Path("/dev/shm").iterdir()}, len(multiprocessing.active_children())
 
-    copy = tmp_path / "copy"
-    shutil.copytree(shards, copy)
-    index = open_index(copy)
-    with (copy / "000000.tar").open("r+b") as file:
-        file.seek(int(index.samples[0]["offset"]))
-        file.write(b"\0" * 200)
-    recipe = tiny_recipe(**{"data.num_workers": workers, "data.shards": str(copy)})
-    with pytest.raises(UsageError, match=r"000000\.tar: 0000000\.jpg"):
-        list(itertools.islice(stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)), 40))
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
+def test_a_stream_left_in_mid_epoch_leaves_nothing_behind(shards: Path) -> None:
+    def use() -> None:
+        index = open_index(shards)
+        with Stream(recipe_for(shards, 2), Ranks(), index, Position(0, 0, "")) as stream:
+            kept = [next(stream) for _ in range(3)]
+            assert len(multiprocessing.active_children()) == 2
+        del kept
+
+    use()  # what libraries open once
+    before = holdings()
+    use()
+    after = holdings()
+    assert after[2] == before[2] == 0
+    assert after[1] == before[1]
+    assert len(after[0]) <= len(before[0])
+
+
+def test_a_killed_worker_is_noticed_and_named(shards: Path) -> None:
+    index = open_index(shards)
+    with Stream(recipe_for(shards, 2), Ranks(), index, Position(0, 0, "")) as stream:
+        next(stream)
+        victim = multiprocessing.active_children()[0].pid
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(LostWorkerError, match=rf"rank 0: data worker process {victim} ended.*Killed"):
+            list(itertools.islice(stream, 1000))
+        assert time.monotonic() - started < 10  # the bound that a user is promised, a hundred times what it takes
 
 
 def test_normalisation() -> None:
@@ -99,3 +164,54 @@ def test_normalisation() -> None:
     mean, std = torch.tensor(recipe.data.mean), torch.tensor(recipe.data.std)
     expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(ToDevice(torch.device("cpu"), recipe.data.mean, recipe.data.std)(images), expected)
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that a process shares with no other."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Private_"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="looks into Linux's /proc")
+def test_memory_of_workers_stays_flat(shards: Path) -> None:
+    index = open_index(shards)
+    held = []
+    with Stream(recipe_for(shards, 1), Ranks(), index, Position(0, 0, "")) as stream:
+        (worker,) = multiprocessing.active_children()
+        assert worker.pid is not None
+        for _ in range(4):
+            for _ in range(8 * 27):  # 8 epochs
+                next(stream)
+            held.append(private_bytes(worker.pid))
+    assert max(held[1:]) - held[0] < 4 * 2**20, held
+
+
+def test_each_byte_crosses_the_network_once_an_epoch(tmp_path: Path) -> None:
+    """Two ranks with one cache that holds little more than the open windows; then a resume in mid-epoch."""
+    build_shards(Synthetic(400, 72, seed=0), tmp_path / "shards", shard_bytes=120_000, seed=0, jobs=2)
+    recipe = recipe_for(tmp_path / "shards", **{"data.streams": 4, "data.window": 16})
+    steps = 400 // 16
+    local = open_index(tmp_path / "shards")
+    total = sum(shard.bytes for shard in local.shards)
+    block = 4096
+    windows = 4 * (16 * total // 400 + 2 * block)
+
+    def sent(first: int, last: int) -> int:
+        """Bytes that the server sent for the global batches from `first` up to `last`."""
+        with ExitStack() as stack:
+            server = stack.enter_context(http_server(tmp_path))
+            cache = Cache(dir=tmp_path / f"cache-{first}", max_bytes=3 * windows)
+            streams = []
+            for rank in range(2):
+                store = RemoteStore(f"{server.url}/shards", Network(), cache, block_bytes=block)
+                own = Stream(
+                    recipe, Ranks(rank, 2), replace(local, store=store), Position(0, 16 * first, local.fingerprint)
+                )
+                streams.append(stack.enter_context(own))
+            for _ in range((last - first) * recipe.accumulation(2)):
+                for own in streams:
+                    next(own)
+            return server.bytes_sent
+
+    assert sent(0, steps) <= 1.05 * total
+    assert sent(steps // 2, steps) <= total * (steps - steps // 2) / steps + windows

@@ -6,15 +6,12 @@ clouded background. Each image is a function of (seed, number).
 
 import io
 import math
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from trainer.data.build import Sample
+from trainer.shards.sources import Entry
 
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("stripes", "checks", "dots")
@@ -23,17 +20,26 @@ CLASSES = [f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES]
 Floats = npt.NDArray[np.float64]
 
 
-def samples(count: int, size: int, seed: int, jobs: int = 1) -> Iterator[Sample]:
-    """`count` JPEG samples of `size` px, the classes in turn."""
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(partial(_sample, size=size, seed=seed), range(count), chunksize=32)
+class Synthetic:
+    """`count` JPEGs of `size` px, the classes in turn; drawn when they are read."""
 
+    def __init__(self, count: int, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.classes = CLASSES
+        expected = round(30 * size + 0.08 * size**2)  # within some percent: shards are planned before images are drawn
+        self.entries = [Entry(f"{number:07d}", number, expected, number % len(CLASSES)) for number in range(count)]
 
-def _sample(number: int, size: int, seed: int) -> Sample:
-    label = number % len(CLASSES)
-    buffer = io.BytesIO()
-    draw(label, size, np.random.default_rng([seed, number])).save(buffer, "JPEG", quality=90)
-    return Sample(f"{number:07d}", "jpg", buffer.getvalue(), label)
+    def read(self, entry: Entry) -> tuple[str, bytes]:
+        buffer = io.BytesIO()
+        random = np.random.default_rng([self.seed, entry.reference])
+        draw(entry.label, self.size, random).save(buffer, "JPEG", quality=90)
+        return "jpg", buffer.getvalue()
+
+    def place(self, entry: Entry) -> str:
+        return f"synthetic image {entry.reference}"
+
+    def describe(self) -> str:
+        return f"{len(self.entries)} synthetic images of {self.size} px, seed {self.seed}"
 
 
 def draw(label: int, size: int, random: np.random.Generator) -> Image.Image:

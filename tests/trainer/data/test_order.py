@@ -1,0 +1,131 @@
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.order import Order, Stretch, Ticket
+
+
+@st.composite
+def orders(draw: st.DrawFn, drop_last: bool | None = None) -> tuple[Order, int]:
+    """An order of any shape, and its global batch."""
+    streams = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 16, 48]))
+    global_batch = streams * draw(st.integers(1, 4))
+    counts = draw(st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(sum))
+    drop = draw(st.booleans()) if drop_last is None else drop_last
+    if drop and sum(counts) < global_batch:
+        counts.append(global_batch)
+    seed, window = draw(st.integers(0, 2**32)), draw(st.integers(1, 50))
+    return Order(seed, counts, streams, global_batch, window, drop), global_batch
+
+
+def batches(order: Order, first: int, count: int, world_size: int = 1) -> list[list[Ticket]]:
+    """Global batches, put together from the ranks' shares."""
+    share = order.streams // world_size
+    return [
+        [
+            ticket
+            for rank in range(world_size)
+            for ticket in order.share(batch, range(rank * share, (rank + 1) * share)).tickets
+        ]
+        for batch in range(first, first + count)
+    ]
+
+
+@given(orders(drop_last=False), st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_every_epoch_visits_every_sample_once(drawn: tuple[Order, int], epochs: int) -> None:
+    order, global_batch = drawn
+    enough = -(-epochs * order.num_samples // global_batch)
+    seen = Counter(itertools.chain.from_iterable(batches(order, 0, enough)))
+    # Streams enter an epoch one after the other: with whole epochs served, all of them have left it.
+    whole = [t for t in seen if t.epoch < (enough * global_batch) // order.num_samples]
+    assert sorted(whole) == [(e, s) for e in range(len(whole) // order.num_samples) for s in range(order.num_samples)]
+    assert set(seen.values()) == {1}
+    assert len(whole) >= epochs * order.num_samples
+
+
+@given(orders(drop_last=True), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_dropping_leaves_whole_batches_of_one_epoch(drawn: tuple[Order, int], epochs: int) -> None:
+    order, global_batch = drawn
+    per_epoch = order.num_samples // global_batch
+    for epoch in range(epochs):
+        tickets = [t for batch in batches(order, epoch * per_epoch, per_epoch) for t in batch]
+        assert {t.epoch for t in tickets} == {epoch}
+        assert len({t.sample for t in tickets}) == len(tickets) == per_epoch * global_batch
+
+
+@given(orders(), st.integers(0, 60), st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_place_is_computed_at_any_world_size(drawn: tuple[Order, int], first: int, data: st.DataObject) -> None:
+    order, global_batch = drawn
+    kept = order.kept is not None
+    again = Order(order.seed, order.counts.tolist(), order.streams, global_batch, order.window, kept)
+    divisors = [n for n in range(1, order.streams + 1) if order.streams % n == 0]
+    expected = batches(order, 0, first + 3)[first:]
+    assert batches(again, first, 3, data.draw(st.sampled_from(divisors))) == expected
+
+
+def test_sixteen_ranks_then_eight_then_sixteen() -> None:
+    order = Order(3, [100] * 40, streams=32, global_batch=128, window=20)
+    expected = batches(order, 0, 60)
+    fresh = [Order(3, [100] * 40, streams=32, global_batch=128, window=20) for _ in range(3)]
+    parts = [batches(o, f, 20, w) for o, f, w in zip(fresh, (0, 20, 40), (16, 8, 16), strict=True)]
+    assert list(itertools.chain.from_iterable(parts)) == expected
+
+
+def test_epochs_and_seeds_differ_and_classes_mix() -> None:
+    def samples(seed: int, first: int) -> list[int]:
+        return [t.sample for batch in batches(Order(seed, [50] * 8, 8, 40, 25), first, 10) for t in batch]
+
+    first, second, other = samples(0, 0), samples(0, 10), samples(1, 0)
+    assert sorted(first) == sorted(second) == sorted(other) == list(range(400))
+    assert first != second
+    assert first != other
+    # Shards sorted by class: a global batch sees most of them, since each stream starts in another one.
+    assert len({s // 50 for s in first[:40]}) >= 5
+
+
+@given(orders())
+@settings(max_examples=60, deadline=None)
+def test_stretches_announce_each_sample_once_an_epoch_and_before_it_comes(drawn: tuple[Order, int]) -> None:
+    order, global_batch = drawn
+    announced: Counter[int] = Counter()
+    served = 0
+    for batch in range(2 * order.num_samples // global_batch + 2):
+        tickets, ahead = order.share(batch, range(order.streams))
+        for stretch in ahead:
+            shard = np.searchsorted(order.first_samples, [stretch.first, stretch.last - 1], side="right")
+            assert shard[0] == shard[1]
+            announced.update(range(stretch.first, stretch.last))
+        served += len(tickets)
+        assert {t.sample for t in tickets} <= set(announced)
+    if order.kept is None:  # what was announced but not served yet lies in open windows
+        assert announced.total() <= served + order.streams * order.window
+
+
+def test_reading_is_sequential() -> None:
+    """A stream moves through its shards one way, a window at a time."""
+    order = Order(0, [1000] * 8, streams=4, global_batch=64, window=100)
+    opened: list[Stretch] = []
+    for batch in range(order.num_samples // 64):
+        opened += order.share(batch, range(1, 2)).ahead
+    line = order._epoch(0)
+    places = [int(line.starts[np.flatnonzero(line.shards == s.first // 1000)[0]]) + s.first % 1000 for s in opened]
+    inside = places[: places.index(max(places)) + 1]
+    assert inside == sorted(inside)
+    assert sum(s.last - s.first for s in opened) <= 1.05 * 2000 + 100
+
+
+def test_a_far_place_is_found_at_once(benchmark_order: Order) -> None:
+    tickets = benchmark_order.share(2 * 10**6, range(128)).tickets
+    assert len({t.sample for t in tickets}) == 1024
+
+
+@pytest.fixture
+def benchmark_order() -> Order:
+    return Order(0, [2300] * 557, streams=128, global_batch=1024, window=256)

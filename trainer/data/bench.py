@@ -1,0 +1,264 @@
+"""`mixmae bench data RECIPE`: images per second of the input pipeline alone, beside the usual one, in the same run.
+
+All variants load the same JPEGs with the recipe's crops, image size, micro-batch and workers. The reference is the
+usual way: torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize. Variants take turns, and
+the median of the rounds counts.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+from tqdm import tqdm
+
+from trainer.bench import RESULTS, write_result
+from trainer.config import Data, Recipe, load_recipe
+from trainer.data import photos
+from trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
+from trainer.data.faults import JPEG
+from trainer.data.index import ShardIndex, open_index
+from trainer.data.order import Share, Ticket
+from trainer.data.stream import Position, Stream, Views
+from trainer.distributed import Ranks
+from trainer.errors import UsageError
+from trainer.rng import Purpose, numpy_at
+from trainer.shards.build import build_shards
+from trainer.shards.sources import open_source
+
+REFERENCE = "imagefolder"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to load the images."""
+
+    name: str
+    shards: Path
+    settings: Data
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae bench data", description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.num_workers=8")
+    parser.add_argument("--images", type=int, default=600, help="images of the recipe's shards to load again and again")
+    parser.add_argument("--photos", action="store_true", help="photographs that packages ship, not the recipe's shards")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each variant and round (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS, help=f"write the figures to a file, or to {RESULTS}/data-*.json"
+    )
+    args = parser.parse_args(argv)
+    recipe = load_recipe(args.recipe, args.overrides)
+    with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
+        result = measure(recipe, Path(folder), args.images, args.photos, args.seconds, args.rounds)
+    print(table(result))
+    if args.json is not None:
+        name = f"data-{'photos' if args.photos else args.recipe.stem}-{recipe.data.num_workers}-workers.json"
+        write_result(args.json if args.json.suffix == ".json" else args.json / name, result)
+    return 0
+
+
+def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float, rounds: int) -> dict[str, Any]:
+    """All variants' rates and the parts of their time, with files below `folder`."""
+    mean_bytes = _write_images(recipe, folder / "images", images, own)
+    variants = list(_variants(recipe, folder))
+    makers: dict[str, Callable[[], Generator[int, None, None]]] = {
+        REFERENCE: lambda: _reference(recipe, folder / "images")
+    }
+    for variant in variants:
+        makers[variant.name] = lambda variant=variant: _ours(recipe, variant)  # type: ignore[misc]
+    rates: dict[str, list[float]] = {name: [] for name in makers}
+    with tqdm(total=rounds * len(makers), unit="run", desc="bench", disable=None) as bar:
+        for _ in range(rounds):
+            for name, make in makers.items():
+                rates[name].append(_rate(make(), seconds, 2 * max(1, recipe.data.num_workers)))
+                bar.update()
+    reference = statistics.median(rates[REFERENCE])
+    parts = {variant.name: _parts(recipe, variant) for variant in variants}
+    return {
+        "img_size": recipe.model.img_size,
+        "crop_scale": recipe.data.crop_scale,
+        "micro_batch": recipe.train.micro_batch,
+        "num_workers": recipe.data.num_workers,
+        "images": images,
+        "mean_bytes": mean_bytes,
+        "mean_abs_difference_to_pillow": _difference(recipe, variants[0].shards),
+        "variants": {
+            name: {
+                "images_per_second": round(statistics.median(values), 1),
+                "ratio_to_reference": round(statistics.median(values) / reference, 3),
+                "rounds": [round(value, 1) for value in values],
+                **({"microseconds_per_image": parts[name]} if name in parts else {}),
+            }
+            for name, values in rates.items()
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures for people."""
+    lines = [
+        f"{result['images']} images of {result['mean_bytes'] / 1000:.0f} KB, {result['img_size']} px, "
+        f"{result['num_workers']} workers; fast differs from pillow by "
+        f"{result['mean_abs_difference_to_pillow']:.2f} of 255",
+        f"{'':<16}{'images/s':>9}{'ratio':>7}   microseconds of one core per image",
+    ]
+    for name, row in result["variants"].items():
+        parts = row.get("microseconds_per_image", {})
+        shown = "  ".join(f"{part} {value:.0f}" for part, value in parts.items())
+        lines.append(f"{name:<16}{row['images_per_second']:>9.0f}{row['ratio_to_reference']:>7.2f}   {shown}")
+    return "\n".join(lines)
+
+
+def _write_images(recipe: Recipe, folder: Path, count: int, own: bool) -> float:
+    """Files for all variants to load; returns their mean size in bytes."""
+    if own:
+        files = list(photos.write_photos(folder, count))
+    else:
+        index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
+        files = list(_copy_jpegs(index, folder, count, recipe.seed))
+        index.store.close()
+    return statistics.mean(file.stat().st_size for file in files)
+
+
+def _copy_jpegs(index: ShardIndex, folder: Path, count: int, seed: int) -> Iterator[Path]:
+    jpegs = np.flatnonzero(index.samples["state"] == JPEG)
+    if not len(jpegs):
+        raise UsageError(f"{index.store.location} holds no JPEGs to measure with; give --photos")
+    chosen = np.random.default_rng(seed).permutation(jpegs)[:count]
+    for number, sample in enumerate(np.sort(chosen)):
+        file = folder / "images" / f"{number:06d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(index.read(int(sample)))
+        yield file
+
+
+def _variants(recipe: Recipe, folder: Path) -> Iterator[Variant]:
+    source = open_source(str(folder / "images"))
+    plain = folder / "shards"
+    build_shards(source, plain, 2**24, seed=0, jobs=2)
+    for decoder in ("pillow", "fast"):
+        yield Variant(decoder, plain, recipe.data.model_copy(update={"decoder": decoder}))
+    if shutil.which("jpegtran") is not None:
+        seekable = folder / "seekable"
+        build_shards(source, seekable, 2**24, seed=0, jobs=2, seekable=True)
+        yield Variant("fast, seekable", seekable, recipe.data.model_copy(update={"decoder": "fast"}))
+
+
+def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
+    index = open_index(variant.shards)
+    with Stream(_with(recipe, variant), Ranks(), index, Position(recipe.seed, 0, index.fingerprint)) as stream:
+        for batch in stream:
+            yield len(batch.images)
+
+
+def _with(recipe: Recipe, variant: Variant) -> Recipe:
+    """The recipe on one rank: a global batch is a micro-batch."""
+    train = recipe.train.model_copy(update={"global_batch": recipe.train.micro_batch})
+    return recipe.model_copy(update={"data": variant.settings, "train": train})
+
+
+def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
+    """The usual recipe, epoch after epoch, with its workers kept between them."""
+    data = recipe.data
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                recipe.model.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+            ),
+            transforms.RandomHorizontalFlip(data.hflip),
+            transforms.ToTensor(),
+            transforms.Normalize(data.mean, data.std),
+        ]
+    )
+    loader: DataLoader[Any] = DataLoader(
+        datasets.ImageFolder(folder, transform),
+        batch_size=recipe.train.micro_batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor if data.num_workers else None,
+        persistent_workers=data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    if not len(loader):
+        raise UsageError(f"--images holds less than one train.micro_batch={recipe.train.micro_batch}; raise it")
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> float:
+    """Images per second after the first batches."""
+    with closing(batches):
+        for _ in range(warm_up):
+            next(batches)
+        started, images = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - started) < seconds:
+            images += next(batches)
+        return images / elapsed
+
+
+def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, float]:
+    """Microseconds of one core for an image: the same work as a worker's, one step behind the other."""
+    index, size = open_index(variant.shards), recipe.model.img_size
+    settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
+    samples = [number % len(index) for number in range(count)]
+    views = Views(index, _with(recipe, variant))
+    request = Share([Ticket(0, sample) for sample in samples], [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    views.__getitems__(request)
+    for sample in samples:
+        times = [time.perf_counter()]
+        content = index.read(sample)
+        times.append(time.perf_counter())
+        source = open_encoded(content, int(index.samples[sample]["state"]), settings.decoder)
+        view = random_view(source, size, settings, numpy_at(Purpose.VIEW, recipe.seed, 0, sample))
+        pixels = decode_view(source, view)
+        times.append(time.perf_counter())
+        render(pixels, view, size, settings.decoder)
+        times.append(time.perf_counter())
+        for part, (start, end) in zip(spent, pairwise(times), strict=False):
+            spent[part] += end - start
+    started = time.perf_counter()
+    views.__getitems__(request)
+    whole = time.perf_counter() - started
+    spent["collate"] = max(0.0, whole - sum(spent.values()))
+    torch.set_num_threads(threads)
+    index.store.close()
+    return {part: round(value / count * 1e6, 1) for part, value in spent.items()}
+
+
+def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
+    """Mean absolute difference, of 255, between the views of both decoders."""
+    index = open_index(shards)
+    differences = []
+    for sample in range(min(count, len(index))):
+        content, state = index.read(sample), int(index.samples[sample]["state"])
+        fast, plain = (
+            training_view(
+                content,
+                state,
+                recipe.model.img_size,
+                recipe.data.model_copy(update={"decoder": decoder}),
+                numpy_at(Purpose.VIEW, recipe.seed, 0, sample),
+            )
+            for decoder in ("fast", "pillow")
+        )
+        differences.append(float((fast.int() - plain.int()).abs().float().mean()))
+    index.store.close()
+    return statistics.mean(differences)

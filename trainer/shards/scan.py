@@ -1,0 +1,134 @@
+"""A shard's tar file as a table of samples; also of one that is damaged."""
+
+import hashlib
+import mmap
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from webdataset.tariterators import base_plus_ext
+
+from trainer.data.faults import Reason
+from trainer.data.index import SAMPLE, Shard, Table
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+
+
+class DamagedTarError(ValueError):
+    """A tar whose members cannot all be found; says at which byte."""
+
+
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+
+
+def scan_shard(file: Path, judge: Callable[[bytes], int], classes: int = 0) -> tuple[Shard, Table]:
+    """Counts, checksums and the table (with shard number 0) of one shard.
+
+    Args:
+        judge: says how an image's bytes decode (`decode.judge`).
+        classes: number of known classes; labels outside of them make a sample unusable. 0: any label is fine.
+
+    Raises:
+        DamagedTarError: not an uncompressed tar, or one whose members cannot all be found.
+    """
+    if not file.stat().st_size:
+        raise DamagedTarError("it is empty")
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        table = tabulate(list(members(file)), content, judge, classes)
+        return Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest()), table
+
+
+def members(file: Path) -> Iterable[Member]:
+    """The files of a tar that belong to samples, in order.
+
+    Raises:
+        DamagedTarError: the tar ends early, or a header is damaged: tarfile alone would pass over what lies behind it.
+    """
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for info in tar:
+                yield from _member(info)
+            end = tar.offset
+    except (OSError, tarfile.TarError) as error:
+        with file.open("rb") as stream:
+            compression = _COMPRESSIONS.get(stream.read(2))
+        raise DamagedTarError(f"it is compressed with {compression}" if compression else str(error)) from error
+    with file.open("rb") as stream:
+        stream.seek(end)
+        rest = stream.read()
+    if rest.count(0) != len(rest):
+        raise DamagedTarError(f"no valid header at byte {end}")
+    if len(rest) < 2 * _BLOCK:
+        raise DamagedTarError(f"it ends at byte {end} without the mark that ends a tar; it may have been cut there")
+
+
+def salvage(file: Path) -> list[Member]:
+    """The whole files that can be found in a tar, whatever is damaged between them."""
+    size, at = file.stat().st_size, 0
+    found: list[Member] = []
+    with file.open("rb") as stream:
+        while at < size:
+            stream.seek(at)
+            try:
+                with tarfile.open(fileobj=stream, mode="r:", ignore_zeros=True) as tar:
+                    for info in tar:
+                        found += [member for member in _member(info) if member.offset + member.size <= size]
+                        at = info.offset_data
+                return found
+            except tarfile.TarError:
+                at += _BLOCK  # a damaged extended header: go on behind it
+    return found
+
+
+def _member(info: tarfile.TarInfo) -> Iterable[Member]:
+    key, extension = base_plus_ext(info.name)
+    # As webdataset: a name without a dot is no part of a sample, __name__ is about the shard.
+    about_shard = "/" not in info.name and info.name.startswith("__") and info.name.endswith("__")
+    if info.isfile() and key and not about_shard:
+        yield Member(key, extension.lower(), info.offset_data, info.size)
+
+
+def tabulate(files: list[Member], content: Any, judge: Callable[[bytes], int], classes: int = 0) -> Table:
+    """The sample table of a tar's members; samples stand where their first member does."""
+    labels: dict[str, int | None] = {}
+    images: set[str] = set()
+    for file in files:
+        if file.extension == "cls":
+            labels[file.key] = parse_label(content[file.offset : file.offset + file.size], classes)
+        elif file.extension in IMAGE_EXTENSIONS:
+            images.add(file.key)
+    rows = []
+    missing: set[str] = set()
+    for file in files:
+        label = labels.get(file.key, -1)
+        if file.extension in IMAGE_EXTENSIONS:
+            image = content[file.offset : file.offset + file.size]
+            state = Reason.BAD_LABEL if label is None else judge(image)
+            rows.append(
+                (0, file.offset, file.size, -1 if label is None else label, xxhash.xxh3_64_intdigest(image), state)
+            )
+        elif file.key not in images and file.key not in missing:
+            missing.add(file.key)
+            rows.append((0, file.offset, 0, -1 if label is None else label, 0, Reason.MISSING))
+    return np.array(rows, dtype=SAMPLE)
+
+
+def parse_label(text: bytes, classes: int) -> int | None:
+    """A class number, or None for what is none."""
+    try:
+        label = int(text)
+    except ValueError:
+        return None
+    in_range = 0 <= label < (classes or 2**31)
+    return label if in_range else None
