@@ -67,7 +67,7 @@ METRICS = (
     Metric("estimated_end_timestamp_seconds", _G, _M, "When the run ends at its present rate", unit="seconds"),
     Metric("run_info", _G, _M, "Always 1; what runs",
            ("encoder", "parameters", "world_size", "zero_stage", "precision", "torch", "deepspeed", "version")),
-    Metric("resumes_total", _C, _M, "Times that the run was continued, by what had ended it", ("reason",)),
+    Metric("resumes_total", _C, _M, "Times that the run was continued from a checkpoint"),
     # speed
     Metric("step_seconds", _H, _R, "Time from the end of one step to the end of the next", unit="seconds"),
     Metric("step_part_seconds", _H, _R, "Time of the parts of a step", ("part",), "seconds"),
@@ -92,7 +92,7 @@ METRICS = (
     Metric("read_bytes_total", _C, _R, "Bytes of images read from shards", unit="bytes"),
     Metric("read_retries_total", _C, _R, "Reads that were tried again"),
     Metric("replaced_samples_total", _C, _R, "Samples that could not be used, by reason", ("reason",)),
-    Metric("data_queue_batches", _G, _R, "Micro-batches that are ready or being made"),
+    Metric("data_queue_batches", _G, _R, "Micro-batches that are ready and not yet taken"),
     # checkpoints
     Metric("checkpoint_seconds", _H, _M, "Time that the step waits for a checkpoint", unit="seconds"),
     Metric("checkpoint_bytes", _G, _M, "Size of the newest checkpoint", unit="bytes"),

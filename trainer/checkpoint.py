@@ -31,6 +31,7 @@ _MAY_CHANGE = {
     "train.compile",
     "checkpoint",
     "log",
+    "monitoring",
     "train.activation_checkpointing",
     "train.max_skipped_steps",
     "model.init",

@@ -1,9 +1,8 @@
 """The training loop: one step as a list of verbs, and what happens between steps."""
 
 import math
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from trainer.data.index import ShardIndex
 from trainer.data.stream import Batch, Position, Stream, ToDevice
 from trainer.distributed import Ranks, all_reduce_sum, peak_memory
 from trainer.errors import UsageError
+from trainer.observe import Observer
 from trainer.optim import Schedule, refuse_non_finite, set_lr
 from trainer.report import NullReporter, Reporter
 from trainer.rng import Purpose, seed_at, torch_at
@@ -45,6 +45,7 @@ class Run:
     batches: Stream
     to_device: ToDevice
     reporter: Reporter | NullReporter
+    observer: Observer
 
     @property
     def position(self) -> Position:
@@ -57,42 +58,50 @@ def fit(run: Run) -> None:
     Raises:
         DivergedError: `train.max_skipped_steps` steps in a row were skipped.
     """
-    recipe, state = run.recipe, run.state
-    accumulation = recipe.accumulation(run.ranks.world_size)
+    recipe, state, observer = run.recipe, run.state, run.observer
+    per_rank = recipe.train.global_batch // run.ranks.world_size
     meter = Throughput()
     window = torch.zeros(2, device=run.ranks.device)  # sum and number of finite losses since the last report
     while state.step < run.schedule.total_steps:
-        losses, samples, batch = train_step(run, islice(run.batches, accumulation))
+        losses, samples, batch = train_step(run)
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         run.reporter.step(state.step)
+        observer.data(run.batches)
         if state.skipped_in_row:
             report_skipped(run, samples, losses)
         if due(run, Span(recipe.log.every, "step")):
-            report(run, window, meter)
+            with observer.clock.part("logging"):
+                report(run, window, meter)
             window.zero_()
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
             show(run, batch)
             meter.restart()
         if due(run, recipe.checkpoint.every):
-            folder = checkpoint.save(run.engine, recipe, state, run.position, run.ranks)
-            run.reporter.event("checkpoint", f"saved {folder}", step=state.step, folder=str(folder))
+            with observer.clock.part("checkpoint"):
+                save(run)
             meter.restart()
+        observer.step(state, per_rank)
 
 
-def train_step(run: Run, micro_batches: Iterable[Batch]) -> tuple[Tensor, list[list[int]], Batch]:
+def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
     """One optimizer step; returns losses [accumulation] on the device, their samples, and the last micro-batch."""
-    engine, state = run.engine, run.state
+    engine, state, clock = run.engine, run.state, run.observer.clock
     set_lr(engine.optimizer, run.schedule.lr(state.step))
     losses, samples = [], []
-    for micro_step, batch in enumerate(micro_batches):
-        images = run.to_device(batch.images)
-        mix = mix_for(run, micro_step, len(images))
-        torch.manual_seed(seed_at(Purpose.DROP_PATH, *place(run, micro_step)))
-        loss = engine(images, *mix)
-        engine.backward(refuse_non_finite(loss))
-        engine.step()
+    for micro_step in range(run.recipe.accumulation(run.ranks.world_size)):
+        with clock.part("data_wait"):
+            batch = next(run.batches)
+        with clock.part("forward"):
+            images = run.to_device(batch.images)
+            mix = mix_for(run, micro_step, len(images))
+            torch.manual_seed(seed_at(Purpose.DROP_PATH, *place(run, micro_step)))
+            loss = engine(images, *mix)
+        with clock.part("backward"):
+            engine.backward(refuse_non_finite(loss))
+        with clock.part("optimizer"):
+            engine.step()
         losses.append(loss.detach())
         samples.append(batch.samples)
     return torch.stack(losses), samples, batch
@@ -118,26 +127,38 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
     total, count, replaced, retried = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
     state = run.state
-    run.reporter.scalars(
-        state.step,
-        {
-            "loss": total / count if count else math.nan,
-            "lr": run.schedule.lr(state.step - 1),
-            "grad_norm": float(norm),
-            "epoch": state.samples / len(run.index),
-            "images_per_second": meter.rate(),
-            "skipped_steps": state.skipped,
-            "replaced_samples": replaced,
-            "retried_reads": retried,
-            "peak_memory_bytes": peak_memory(run.ranks),
-        },
-    )
+    values = {
+        "loss": total / count if count else math.nan,
+        "lr": run.schedule.lr(state.step - 1),
+        "grad_norm": float(norm),
+        "epoch": state.samples / len(run.index),
+        "images_per_second": meter.rate(),
+        "skipped_steps": state.skipped,
+        "replaced_samples": replaced,
+        "retried_reads": retried,
+        "peak_memory_bytes": peak_memory(run.ranks),
+    }
+    run.reporter.scalars(state.step, values)
+    run.observer.process()
+    if run.ranks.is_main:
+        run.observer.logged(values, state, run.schedule.total_steps)
     meter.restart()
+
+
+def save(run: Run) -> None:
+    """Saves a checkpoint, and says so."""
+    started = time.perf_counter()
+    folder = checkpoint.save(run.engine, run.recipe, run.state, run.position, run.ranks)
+    run.reporter.event("checkpoint", f"saved {folder}", step=run.state.step, folder=str(folder))
+    if run.ranks.is_main:
+        run.observer.checkpoint(folder, time.perf_counter() - started)
 
 
 def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
     state = run.state
+    if run.ranks.is_main:
+        run.observer.skipped(state)
     run.reporter.event(
         "skipped",
         f"step {state.step}: loss or gradient not finite, step skipped on all ranks ({state.skipped_in_row} in a row)",

@@ -18,9 +18,10 @@ from trainer.distributed import Ranks, read_ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
 from trainer.errors import run_in_words
 from trainer.loop import Run, fit
+from trainer.observe import start_observer
 from trainer.optim import Schedule, build_schedule
 from trainer.report import NullReporter, Reporter
-from trainer.run_dir import check_run_dir, replaced_file, write_run_dir
+from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
 from trainer.state import TrainState
 
 
@@ -46,12 +47,15 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
     job = check(recipe, ranks)
     distributed.join(ranks)
     run = prepare(job, ranks)
+    clean = False
     try:
         fit(run)
         run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
+        clean = True
     except RuntimeError as error:  # torch raises it in the main thread, wherever that is
         raise lost_worker(error, ranks.rank) from error
     finally:
+        run.observer.close(clean)
         run.batches.close()
         run.reporter.close()
         run.engine.destroy()
@@ -83,6 +87,8 @@ def prepare(job: Job, ranks: Ranks) -> Run:
     position.require(recipe.seed, index)
     if ranks.is_main:
         write_run_dir(recipe, index)
+    observer, silent = start_observer(recipe, ranks)
+    resumes = count_resumes(recipe.run_dir) if ranks.is_main else 0
     reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
@@ -93,12 +99,17 @@ def prepare(job: Job, ranks: Ranks) -> Run:
         step=state.step,
         world_size=ranks.world_size,
         parameters=parameters,
+        total_steps=schedule.total_steps,
     )
+    if silent is not None:
+        reporter.event("monitoring", silent)
+    if ranks.is_main:
+        observer.begin(state, schedule.total_steps, parameters, resumes + bool(resumed))
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     if job.data_note is not None:
         reporter.event("data", job.data_note, step=state.step)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
-    return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter)
+    return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer)
 
 
 def main(argv: Sequence[str]) -> int:

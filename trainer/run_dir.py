@@ -110,8 +110,16 @@ class Events:
 
 def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     """The events of one kind, by step; of a step that was done again after a restart, the last."""
+    by_step = {record["step"]: record for record in _records(run_dir) if record["event"] == event}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def count_resumes(run_dir: Path) -> int:
+    """How often the run was continued so far."""
+    return sum(record["event"] == "resumed" for record in _records(run_dir))
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / EVENTS
     lines = file.read_text().splitlines() if file.is_file() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    by_step = {record["step"]: record for record in records if record["event"] == event}
-    return [by_step[step] for step in sorted(by_step)]
+    return [json.loads(line) for line in lines if line.endswith("}")]

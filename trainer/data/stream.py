@@ -67,6 +67,8 @@ class Batch(NamedTuple):
     """What should have been in the batch and had to be replaced."""
     retried: int
     """Reads that were tried again for it."""
+    bytes_read: int
+    """Of the images' files."""
 
 
 class ToDevice:
@@ -96,7 +98,8 @@ class Views(Dataset[Batch]):
         faults: list[Fault] = []
         for ticket, out in zip(request.tickets, images, strict=True):
             samples.append(self._render(ticket, out, faults))
-        return Batch(images, samples, faults, self.index.store.retried - retried)
+        bytes_read = int(self.index.samples["size"][samples].sum())
+        return Batch(images, samples, faults, self.index.store.retried - retried, bytes_read)
 
     def _render(self, ticket: Ticket, out: Tensor, faults: list[Fault]) -> int:
         """Draws a ticket's sample, or the first usable one of its substitutes; returns which, or -1."""
@@ -168,6 +171,7 @@ class Stream:
         self.rank = ranks.rank
         self.tally = Tally(recipe.data.max_bad_share * len(index) / ranks.world_size, record)
         self.retried = 0
+        self.bytes_read = 0
         workers = recipe.data.num_workers
         first_batch = position.samples // recipe.train.global_batch
         loader: DataLoader[Batch] = DataLoader(
@@ -195,6 +199,7 @@ class Stream:
         except RuntimeError as error:
             raise lost_worker(error, self.rank) from error
         self.retried += batch.retried
+        self.bytes_read += batch.bytes_read
         for fault in batch.faults:
             shard = self.index.shards[self.index.samples[fault.sample]["shard"]].name
             self.tally.add(fault, shard, self.index.name_of(fault.sample))
@@ -204,6 +209,12 @@ class Stream:
                 f"see 'mixmae shards check {self.index.store.location}'"
             )
         return batch
+
+    @property
+    def ready(self) -> int:
+        """Micro-batches that workers have finished and nobody has taken."""
+        finished = getattr(self._batches, "_worker_result_queue", None)  # torch tells it nowhere else
+        return finished.qsize() if finished is not None else 0
 
     def close(self) -> None:
         """Ends the workers; lets go of files and shared memory."""

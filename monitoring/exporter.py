@@ -1,0 +1,272 @@
+"""A node's exporter: /metrics and /healthz over HTTP, from what the node's ranks hand over.
+
+A process of its own, started by the node's first rank: it takes nothing from a rank's time, and goes on telling when
+ranks hang. It ends with the rank that started it. After a clean end its target file is gone; after a crash it stays, so
+that Prometheus sees a node that is down.
+"""
+
+import argparse
+import base64
+import errno
+import hmac
+import os
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app, push_to_gateway
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.registry import Collector
+
+from monitoring import node
+from monitoring.discovery import write_target
+from monitoring.handover import Value, cumulative, is_known, read_ranks
+from monitoring.metrics import METRICS, Kind, Metric, Source
+
+PORTS = 100
+"""Ports tried, from the wanted one on."""
+_PARENT_CHECK = 1.0
+
+
+class ExporterError(ValueError):
+    """Something the user gave cannot be used."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a node's exporter is reached."""
+
+    shared: Path
+    """Folder in which the ranks hand over."""
+    run_dir: Path
+    address: str = "127.0.0.1"
+    port: int = 9400
+    stall_seconds: float = 300.0
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    auth_file: Path | None = None
+    """One line, `user:password`."""
+    pushgateway: str | None = None
+
+
+class NodeCollector(Collector):
+    """The ranks' numbers and the node's own as Prometheus families, at the time of a scrape."""
+
+    def __init__(self, shared: Path, run_dir: Path) -> None:
+        self.shared, self.run_dir = shared, run_dir
+        self._gpus = node.Gpus()
+        self._scrapes = 0
+
+    def describe(self) -> Iterable[Family]:
+        return [_family(metric) for metric in METRICS]
+
+    def collect(self) -> Iterator[Family]:
+        self._scrapes += 1
+        found: dict[str, list[tuple[int, Value]]] = defaultdict(list)
+        for rank, values in read_ranks(self.shared):
+            for value in filter(is_known, values):
+                found[value.metric].append((rank, value))
+        here = defaultdict(list)
+        for reading in [*node.readings(self.run_dir, self._gpus), node.Reading("scrapes_total", (), self._scrapes)]:
+            here[reading.metric].append(reading)
+        for metric in METRICS:
+            family = _family(metric)
+            if metric.source is Source.NODE:
+                for reading in here[metric.name]:
+                    family.add_metric(reading.labels, reading.value)
+            elif metric.kind is Kind.HISTOGRAM:
+                _add_histograms(family, metric, found[metric.name])
+            else:
+                for rank, value in found[metric.name]:
+                    family.add_metric(_labels(metric, rank, value), value.value)
+            if family.samples:
+                yield family
+
+
+def _family(metric: Metric) -> Any:
+    kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
+    return kinds[metric.kind](metric.full_name, metric.help, labels=metric.label_names)
+
+
+def _labels(metric: Metric, rank: int, value: Value) -> tuple[str, ...]:
+    return (str(rank), *value.labels) if metric.source is Source.RANK else value.labels
+
+
+def _add_histograms(family: Any, metric: Metric, values: list[tuple[int, Value]]) -> None:
+    series: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for rank, value in values:
+        series[_labels(metric, rank, value)][value.part] = value.value
+    for labels, parts in series.items():
+        family.add_metric(labels, cumulative(parts), parts.get("sum", 0.0))
+
+
+class Exporter:
+    """The HTTP server of a node."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        """Binds the first free port.
+
+        Raises:
+            ExporterError: no port is free, the address is not this host's, or a file cannot be used.
+        """
+        self.settings, self._clock = settings, clock
+        self._started = clock()
+        self.registry = CollectorRegistry()
+        self.registry.register(NodeCollector(settings.shared, settings.run_dir))
+        self._metrics = make_wsgi_app(self.registry)
+        self._credentials = _read_credentials(settings.auth_file)
+        self._server = self._bind()
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    @property
+    def target(self) -> str:
+        """`host:port`, as another host would call it."""
+        everywhere = self.settings.address in ("", "0.0.0.0", "::")
+        return f"{socket.gethostname() if everywhere else self.settings.address}:{self._server.server_port}"
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.settings.certfile else 'http'}://{self.target}/metrics"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def push(self) -> None:
+        """Hands the last numbers to the Pushgateway, for runs that end between two scrapes."""
+        if self.settings.pushgateway is not None:
+            grouping = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
+            push_to_gateway(self.settings.pushgateway, job="mixmae", registry=self.registry, grouping_key=grouping)
+
+    def _bind(self) -> Any:
+        settings = self.settings
+        for port in range(settings.port, settings.port + PORTS) if settings.port else (0,):
+            try:
+                server = make_server(settings.address, port, self._answer, ThreadingWSGIServer, _QuietHandler)
+            except socket.gaierror as error:
+                raise ExporterError(f"monitoring.address={settings.address} is no address: {error}") from error
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):  # taken, or not ours to take
+                    continue
+                raise ExporterError(f"monitoring.address={settings.address}: {error}") from error
+            if settings.certfile is not None:
+                context = _tls(settings.certfile, settings.keyfile)
+                # The handshake waits for the first read, in its own thread: a client that is silent keeps no other out.
+                server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+            return server
+        raise ExporterError(f"monitoring.port={settings.port}: none of {PORTS} ports from there on is free")
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if self._credentials and not self._admits(environ.get("HTTP_AUTHORIZATION", "")):
+            start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="mixmae"')])
+            return [b"user and password, please\n"]
+        path = environ.get("PATH_INFO", "/")
+        if path == "/metrics":
+            return self._metrics(environ, start_response)
+        if path == "/healthz":
+            late = self.late_ranks()
+            start_response("503 Service Unavailable" if late else "200 OK", [("Content-Type", "text/plain")])
+            return [f"no step finished for {self.settings.stall_seconds:g} s: {late}\n".encode() if late else b"ok\n"]
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"/metrics or /healthz\n"]
+
+    def late_ranks(self) -> str:
+        """Ranks whose last step is too long ago, with their seconds; empty if there are none."""
+        now, late = self._clock(), []
+        for rank, values in read_ranks(self.settings.shared):
+            beats = [value.value for value in values if value.metric == "heartbeat_timestamp_seconds"]
+            age = now - (beats[0] if beats and beats[0] else self._started)
+            if age > self.settings.stall_seconds:
+                late.append(f"rank {rank} ({age:.0f} s)")
+        return ", ".join(late)
+
+    def _admits(self, header: str) -> bool:
+        kind, _, content = header.partition(" ")
+        try:
+            given = base64.b64decode(content, validate=True)
+        except ValueError:
+            return False
+        return kind.lower() == "basic" and hmac.compare_digest(given, self._credentials)
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = 10
+    """Seconds after which a scraper that says nothing is left."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are no news."""
+
+
+def _read_credentials(file: Path | None) -> bytes:
+    if file is None:
+        return b""
+    try:
+        content = file.read_text().strip()
+    except OSError as error:
+        raise ExporterError(f"monitoring.auth_file={file} cannot be read: {error.strerror}") from error
+    if ":" not in content or "\n" in content:
+        raise ExporterError(f"monitoring.auth_file={file}: expected one line, user:password")
+    return content.encode()
+
+
+def _tls(certfile: Path, keyfile: Path | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise ExporterError(f"monitoring.certfile={certfile}, keyfile={keyfile} cannot be used: {error}") from error
+    return context
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until the process that started it says so (SIGTERM: a clean end), or is gone."""
+    parser = argparse.ArgumentParser(prog="monitoring.exporter", description=__doc__)
+    for field in ("shared", "run-dir"):
+        parser.add_argument(f"--{field}", type=Path, required=True)
+    for field in ("certfile", "keyfile", "auth-file"):
+        parser.add_argument(f"--{field}", type=Path)
+    parser.add_argument("--address", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9400)
+    parser.add_argument("--stall-seconds", type=float, default=300.0)
+    parser.add_argument("--pushgateway")
+    args = parser.parse_args(argv)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks; the first of them ends this
+    parent = os.getppid()
+    try:
+        exporter = Exporter(Settings(**vars(args)))
+    except ExporterError as error:
+        print(f"mixmae: no metrics are exported: {error}", file=sys.stderr, flush=True)
+        return 2
+    target = write_target(args.run_dir, socket.gethostname(), exporter.target)
+    print(f"metrics at {exporter.url}, announced in {target}", flush=True)
+    while not ended.wait(_PARENT_CHECK) and os.getppid() == parent:
+        pass
+    clean = ended.is_set()
+    try:
+        if clean:
+            target.unlink(missing_ok=True)
+            exporter.push()
+    finally:
+        exporter.close()
+        shutil.rmtree(args.shared, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,194 @@
+"""A run and its exporter: what is told, what it costs, and that losing it costs nothing."""
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from monitoring.discovery import targets_folder
+from monitoring.metrics import BY_NAME, PREFIX, Source
+from tests.helpers import run_ranks, tiny_recipe
+from trainer.config import Recipe
+from trainer.distributed import Ranks
+from trainer.engine import build_model
+from trainer.flops import model_flops
+from trainer.loop import fit
+from trainer.observe import start_observer
+from trainer.pretrain import check, prepare
+from trainer.run_dir import count_resumes, read_events
+
+
+def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
+    settings = {"data.shards": str(shards), "run_dir": str(run_dir), "train.precision": "bf16"}
+    return tiny_recipe(**{**settings, "monitoring.port": 0, "monitoring.peak_flops": 1e12, **changes})
+
+
+def scrape(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a run's exporter says now: samples by metric."""
+    deadline = time.monotonic() + 60
+    while not (files := list(targets_folder(run_dir).glob("*.json"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (target,) = json.loads(files[0].read_text())[0]["targets"]
+    text = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+    return {
+        family.name: [{**sample.labels, "name": sample.name, "value": sample.value} for sample in family.samples]
+        for family in text_string_to_metric_families(text)
+    }
+
+
+def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
+    """Trains to the end; returns what the exporter said before it ended."""
+    run = prepare(check(recipe, ranks), ranks)
+    fit(run)
+    torch.distributed.barrier()
+    found = scrape(recipe.run_dir) if ranks.is_main else {}
+    torch.distributed.barrier()
+    run.observer.close(clean=True)
+    run.batches.close()
+    run.reporter.close()
+    run.engine.destroy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def scraped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    run_dir = tmp_path_factory.mktemp("observed") / "run"
+    recipe = recipe_for(shards, run_dir, **{"checkpoint.every": "4 steps", "monitoring.comms_logger": True})
+    found: dict[str, list[dict[str, Any]]] = run_ranks(train_and_scrape, 2, recipe)[0]
+    assert not list(targets_folder(run_dir).glob("*.json"))
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith("mixmae-")]  # noqa: PTH208
+    return found
+
+
+def value(found: dict[str, list[dict[str, Any]]], name: str, **labels: str) -> float:
+    told = [sample for family in found.values() for sample in family if sample["name"] == PREFIX + name]
+    (sample,) = [sample for sample in told if labels.items() <= sample.items()]
+    return float(sample["value"])
+
+
+def test_all_that_a_cpu_run_can_tell_is_told(scraped: dict[str, list[dict[str, Any]]]) -> None:
+    told = {name.removeprefix(PREFIX) for name in scraped}
+    expected = {name.removesuffix("_total") for name in BY_NAME}
+    only_on_gpus = {name for name in expected if name.startswith(("gpu_", "device_memory_"))}
+    only_when_it_happens = {"replaced_samples"}
+    assert told == expected - only_on_gpus - only_when_it_happens
+
+
+def test_ranks_tell_their_own_and_the_main_one_the_runs(scraped: dict[str, list[dict[str, Any]]]) -> None:
+    for metric in BY_NAME.values():
+        samples = scraped.get(PREFIX + metric.name.removesuffix("_total"), [])
+        if samples and metric.source is Source.RANK:
+            assert {sample["rank"] for sample in samples} == {"0", "1"}, metric
+        elif metric.source is Source.MAIN:
+            assert not any("rank" in sample for sample in samples), metric
+
+
+def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) -> None:
+    assert value(scraped, "step", rank="1") == value(scraped, "target_steps") == 8
+    assert value(scraped, "images_total", rank="0") == 32
+    assert value(scraped, "epoch") == pytest.approx(64 / 54)
+    assert value(scraped, "step_seconds_count", rank="0") == 7
+    assert value(scraped, "step_part_seconds_count", rank="1", part="forward") == 8
+    assert value(scraped, "checkpoint_seconds_count") == 2
+    assert 0 < value(scraped, "loss") < 10
+    assert value(scraped, "mfu_ratio") == pytest.approx(value(scraped, "model_flops_per_second") / 2e12)
+    assert time.time() - 300 < value(scraped, "heartbeat_timestamp_seconds", rank="1") <= time.time()
+    assert value(scraped, "communication_bytes_total", rank="0", operation="all_reduce") > 0
+
+
+def test_flops_are_those_of_a_real_pass() -> None:
+    recipe = tiny_recipe()
+    model = build_model(recipe)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 64, 64), torch.zeros(2, 2).long(), torch.tensor([[0, 1], [1, 0]]))
+    assert model_flops(recipe) == 3 * counter.get_total_flops() / 2
+
+
+class CountReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host: each would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
+    counts = []
+    for recipe in recipes:
+        run = prepare(check(recipe, ranks), ranks)
+        with CountReads() as counter:
+            fit(run)
+        counts.append(counter.reads)
+        run.observer.close(clean=True)
+        run.batches.close()
+        run.reporter.close()
+        run.engine.destroy()
+    return counts
+
+
+def test_observing_adds_no_read_of_the_device(shards: Path, tmp_path: Path) -> None:
+    recipes = []
+    for enabled in (False, True):
+        changes = {"monitoring.enabled": enabled, "log.every": 100}
+        recipes.append(recipe_for(shards, tmp_path / f"observed-{enabled}", **changes))
+    unobserved, observed = run_ranks(reads_of_a_run, 1, recipes)[0]
+    assert observed == unobserved
+
+
+def lose_the_exporter(ranks: Ranks, recipe: Recipe) -> int:
+    run = prepare(check(recipe, ranks), ranks)
+    exporter = run.observer._exporter
+    assert exporter is not None
+    scrape(recipe.run_dir)
+    exporter.send_signal(signal.SIGKILL)
+    fit(run)
+    run.observer.close(clean=True)
+    run.batches.close()
+    run.reporter.close()
+    run.engine.destroy()
+    return run.state.step
+
+
+def test_a_run_goes_on_without_its_exporter(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(lose_the_exporter, 1, recipe_for(shards, tmp_path / "run")) == [8]
+
+
+def observe_without_memory(ranks: Ranks, recipe: Recipe) -> str | None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    os.posix_fallocate = full
+    observer, silent = start_observer(recipe, ranks)
+    observer.process()
+    observer.close(clean=True)
+    return silent
+
+
+def test_a_run_goes_on_without_room_for_its_numbers(shards: Path, tmp_path: Path) -> None:
+    (silent,) = run_ranks(observe_without_memory, 1, recipe_for(shards, tmp_path / "run"))
+    assert "no metrics are exported" in str(silent)
+    assert "No space left" in str(silent)
+
+
+def test_resumes_are_counted(shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.every": "4 steps"})
+    run_ranks(train_and_scrape, 1, recipe)
+    (recipe.run_dir / "checkpoints" / "newest").write_text("step-00000004\n")
+    found = run_ranks(train_and_scrape, 1, recipe)[0]
+    assert value(found, "resumes_total") == 1
+    assert [event["step"] for event in read_events(recipe.run_dir, "resumed")] == [4]
+    assert count_resumes(recipe.run_dir) == 1

@@ -1,0 +1,209 @@
+"""What a rank hands to its node's exporter, and the exporter's life."""
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from monitoring.discovery import forget_targets
+from monitoring.handover import Recorder
+from trainer.config import Recipe
+from trainer.data.stream import Stream
+from trainer.distributed import Ranks
+from trainer.flops import model_flops, peak_flops
+from trainer.run_dir import versions
+from trainer.state import TrainState
+from trainer.timing import StepClock
+
+_ENDING = 5.0
+"""Seconds that an exporter has to end by itself."""
+
+
+class Silence:
+    """In place of a recorder where nothing is exported."""
+
+    def set(self, name: str, value: float, *labels: str) -> None: ...
+
+    def add(self, name: str, amount: float, *labels: str) -> None: ...
+
+    def observe(self, name: str, seconds: float, *labels: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Observer:
+    """A rank's side of monitoring. Nothing here waits: not for the device, a reader, or the exporter."""
+
+    def __init__(self, recorder: Recorder | Silence, recipe: Recipe, ranks: Ranks) -> None:
+        self.recorder, self.recipe, self.ranks = recorder, recipe, ranks
+        self.clock = StepClock(
+            ranks.device,
+            part=lambda name, seconds: recorder.observe("step_part_seconds", seconds, name),
+            step=lambda seconds: recorder.observe("step_seconds", seconds),
+        )
+        self._exporter: subprocess.Popen[bytes] | None = None
+        self._process = psutil.Process()
+        self._flops = 0.0
+        self._peak: float | None = None
+
+    def export(self, shared: Path) -> None:
+        """Starts the node's exporter; for the node's first rank."""
+        self._exporter = subprocess.Popen(_command(self.recipe, shared))
+
+    def begin(self, state: TrainState, total_steps: int, parameters: int, resumes: int) -> None:
+        """Says what runs; for the main rank."""
+        self._flops = model_flops(self.recipe)
+        self._peak = peak_flops(self.recipe, self.ranks.device)
+        train, found = self.recipe.train, versions()
+        self.recorder.set(
+            "run_info",
+            1,
+            self.recipe.model.encoder,
+            str(parameters),
+            str(self.ranks.world_size),
+            str(train.zero_stage),
+            train.precision,
+            found["torch"],
+            found["deepspeed"],
+            found["mixmae"],
+        )
+        self.recorder.set("start_timestamp_seconds", time.time())
+        self.recorder.set("target_steps", total_steps)
+        self.recorder.set("weight_decay", self.recipe.optim.weight_decay)
+        self.recorder.set("resumes_total", resumes)
+        self.recorder.set("skipped_steps_total", state.skipped)
+        self.recorder.set("checkpoint_failures_total", 0)
+
+    def step(self, state: TrainState, images: int) -> None:
+        """A step is finished."""
+        self.clock.finish()
+        self.recorder.add("optimizer_steps_total", 1)
+        self.recorder.add("images_total", images)
+        self.recorder.set("step", state.step)
+        self.recorder.set("heartbeat_timestamp_seconds", time.time())
+
+    def data(self, stream: Stream) -> None:
+        """Where the input stands."""
+        self.recorder.set("read_bytes_total", stream.bytes_read)
+        self.recorder.set("read_retries_total", stream.retried)
+        self.recorder.set("data_queue_batches", stream.ready)
+        for reason, count in stream.tally.counts.items():
+            self.recorder.set("replaced_samples_total", count, reason.label)
+
+    def process(self) -> None:
+        """What this rank holds; at logged steps."""
+        self.recorder.set("resident_memory_bytes", self._process.memory_info().rss)
+        self.recorder.set("open_files", self._process.num_fds() if hasattr(self._process, "num_fds") else math.nan)
+        if self.ranks.device.type == "cuda":
+            device = self.ranks.device
+            self.recorder.set("device_memory_allocated_bytes", torch.cuda.memory_allocated(device))
+            self.recorder.set("device_memory_reserved_bytes", torch.cuda.memory_reserved(device))
+            self.recorder.set("device_memory_peak_bytes", torch.cuda.max_memory_allocated(device))
+            limit = torch.cuda.get_device_properties(device).total_memory
+            self.recorder.set("device_memory_limit_bytes", limit)
+        for operation, count in _communication():
+            self.recorder.set("communication_bytes_total", count, operation)
+
+    def logged(self, values: dict[str, float], state: TrainState, total_steps: int) -> None:
+        """The run's own numbers at a logged step; for the main rank."""
+        rate = values["images_per_second"]
+        self.recorder.set("loss", values["loss"])
+        self.recorder.set("gradient_norm", values["grad_norm"])
+        self.recorder.set("learning_rate", values["lr"])
+        self.recorder.set("epoch", values["epoch"])
+        self.recorder.set("images_per_second", rate)
+        self.recorder.set("model_flops_per_second", rate * self._flops)
+        if self._peak is not None:
+            self.recorder.set("mfu_ratio", rate * self._flops / (self._peak * self.ranks.world_size))
+        if rate:
+            left = (total_steps - state.step) * self.recipe.train.global_batch / rate
+            self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
+
+    def skipped(self, state: TrainState) -> None:
+        self.recorder.set("skipped_steps_total", state.skipped)
+
+    def checkpoint(self, folder: Path, seconds: float) -> None:
+        """A checkpoint is saved; for the main rank."""
+        self.recorder.observe("checkpoint_seconds", seconds)
+        self.recorder.set("checkpoint_timestamp_seconds", time.time())
+        self.recorder.set("checkpoint_bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+
+    def checkpoint_failed(self) -> None:
+        self.recorder.add("checkpoint_failures_total", 1)
+
+    def close(self, clean: bool) -> None:
+        """Ends the exporter; after an unclean end its target stays, and Prometheus sees a node that is down."""
+        self.recorder.close()
+        if self._exporter is None:
+            return
+        if clean:
+            self._exporter.terminate()
+        else:
+            self._exporter.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._exporter.wait(_ENDING)
+
+
+def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
+    """This rank's observer, and why nothing is exported, if so. To be called by all ranks.
+
+    Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
+    """
+    if not recipe.monitoring.enabled:
+        return Observer(Silence(), recipe, ranks), None
+    if ranks.is_main:
+        forget_targets(recipe.run_dir)
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0)
+    shared = _shared_memory() / f"mixmae-{token[0]}"
+    try:
+        recorder = Recorder(shared, ranks.rank)
+    except OSError as error:
+        return Observer(Silence(), recipe, ranks), f"no metrics are exported: {shared}: {error.strerror}"
+    observer = Observer(recorder, recipe, ranks)
+    if ranks.local_rank == 0:
+        observer.export(shared)
+    return observer, None
+
+
+def _shared_memory() -> Path:
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(tempfile.gettempdir())
+
+
+def _command(recipe: Recipe, shared: Path) -> Sequence[str]:
+    settings = recipe.monitoring
+    options = {
+        "shared": shared,
+        "run-dir": recipe.run_dir,
+        "address": settings.address,
+        "port": settings.port,
+        "stall-seconds": settings.stall_seconds,
+        "certfile": settings.certfile,
+        "keyfile": settings.keyfile,
+        "auth-file": settings.auth_file,
+        "pushgateway": settings.pushgateway,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return [sys.executable, "-m", "monitoring.exporter", *given]
+
+
+def _communication() -> list[tuple[str, float]]:
+    """Bytes by operation, as far as DeepSpeed's logger of them counted any."""
+    from deepspeed import comm
+
+    logger: Any = comm.comm.comms_logger
+    return [
+        (operation, float(sum(size * records[0] for size, records in sizes.items())))
+        for operation, sizes in logger.comms_dict.items()
+    ]
