@@ -1,6 +1,7 @@
 """What a rank hands to its node's exporter, and the exporter's life."""
 
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ class Silence:
 class Observer:
     """A rank's side of monitoring. Nothing here waits: not for the device, a reader, or the exporter."""
 
-    def __init__(self, recorder: Recorder | Silence, recipe: Recipe, ranks: Ranks) -> None:
-        self.recorder, self.recipe, self.ranks = recorder, recipe, ranks
+    def __init__(self, recorder: Recorder | Silence, recipe: Recipe, ranks: Ranks, shared: Path | None = None) -> None:
+        self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
         self.clock = StepClock(
             ranks.device,
             part=lambda name, seconds: recorder.observe("step_part_seconds", seconds, name),
@@ -56,9 +57,10 @@ class Observer:
         self._flops = 0.0
         self._peak: float | None = None
 
-    def export(self, shared: Path) -> None:
+    def export(self) -> None:
         """Starts the node's exporter; for the node's first rank."""
-        self._exporter = subprocess.Popen(_command(self.recipe, shared))
+        assert self.shared is not None
+        self._exporter = subprocess.Popen(_command(self.recipe, self.shared))
 
     def begin(self, state: TrainState, total_steps: int, parameters: int, resumes: int) -> None:
         """Says what runs; for the main rank."""
@@ -144,14 +146,15 @@ class Observer:
     def close(self, clean: bool) -> None:
         """Ends the exporter; after an unclean end its target stays, and Prometheus sees a node that is down."""
         self.recorder.close()
-        if self._exporter is None:
-            return
-        if clean:
-            self._exporter.terminate()
-        else:
-            self._exporter.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._exporter.wait(_ENDING)
+        if self._exporter is not None:
+            if clean:
+                self._exporter.terminate()
+            else:
+                self._exporter.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._exporter.wait(_ENDING)
+        if self.shared is not None and self.ranks.local_rank == 0:
+            shutil.rmtree(self.shared, ignore_errors=True)
 
 
 def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
@@ -169,10 +172,10 @@ def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
     try:
         recorder = Recorder(shared, ranks.rank)
     except OSError as error:
-        return Observer(Silence(), recipe, ranks), f"no metrics are exported: {shared}: {error.strerror}"
-    observer = Observer(recorder, recipe, ranks)
+        return Observer(Silence(), recipe, ranks, shared), f"no metrics are exported: {shared}: {error.strerror}"
+    observer = Observer(recorder, recipe, ranks, shared)
     if ranks.local_rank == 0:
-        observer.export(shared)
+        observer.export()
     return observer, None
 
 
