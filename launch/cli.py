@@ -13,7 +13,7 @@ COMMANDS = {
     "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),
     "probe": ("trainer.probe", "kNN and linear probe of an encoder on labelled shards"),
     "curves": ("trainer.curves", "draw a run's loss curve"),
-    "bench": ("trainer.bench", "measure parts of a run here, beside a reference: data"),
+    "bench": ("trainer.benchmarks.cli", "measure parts of a run beside a reference: data, monitoring"),
     "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
 }
 

@@ -11,6 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop as their_center_crop
 from torchvision.transforms.functional import resized_crop
 
+from trainer.benchmarks.photos import jpeg_photo, photo
 from trainer.config import Data
 from trainer.data import jpeg
 from trainer.data.decode import (
@@ -25,7 +26,6 @@ from trainer.data.decode import (
     training_view,
 )
 from trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
-from trainer.data.photos import jpeg_photo, photo
 
 FAST, PLAIN = Data(decoder="fast"), Data(decoder="pillow")
 

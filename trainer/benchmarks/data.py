@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from trainer.bench import RESULTS, write_result
+from trainer.benchmarks import photos
+from trainer.benchmarks.results import RESULTS, write_result
 from trainer.config import Data, Recipe, load_recipe
-from trainer.data import photos
 from trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
 from trainer.data.faults import JPEG
 from trainer.data.index import ShardIndex, open_index

@@ -1,28 +1,16 @@
-"""`mixmae bench data RECIPE`: how fast parts of a run are here, beside a reference measured in the same run."""
+"""What a benchmark's result says beside its figures."""
 
-import argparse
-import importlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.run_dir import versions
 
-BENCHMARKS = {"data": ("trainer.data.bench", "images per second of a recipe's input pipeline")}
 RESULTS = Path("benchmarks/results")
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mixmae bench", description=__doc__)
-    listing = "; ".join(f"{name}: {text}" for name, (_, text) in BENCHMARKS.items())
-    parser.add_argument("benchmark", choices=BENCHMARKS, help=listing)
-    args = parser.parse_args(argv[:1])
-    return int(importlib.import_module(BENCHMARKS[args.benchmark][0]).main(argv[1:]))
 
 
 def circumstances() -> dict[str, Any]:

@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import tiny_recipe
+from trainer.benchmarks.cli import main
+from trainer.benchmarks.photos import jpeg_photo, photo
+from trainer.errors import run_in_words
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["recipe", "photos"])
+def test_variants_are_measured_beside_the_reference(own: bool, shards: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
+    recipe.write_text(tiny_recipe(**{"data.shards": str(shards)}).to_yaml())
+    options = [
+        "--images",
+        "24",
+        "--seconds",
+        "0.05",
+        "--rounds",
+        "1",
+        "--json",
+        str(out),
+        *(["--photos"] if own else []),
+    ]
+    assert main(["data", str(recipe), *options]) == 0
+    result = json.loads(out.read_text())
+    variants = result["variants"]
+    assert {"imagefolder", "pillow", "fast"} <= set(variants)
+    assert variants["imagefolder"]["ratio_to_reference"] == 1
+    for name, row in variants.items():
+        assert row["images_per_second"] > 0
+        assert name == "imagefolder" or set(row["microseconds_per_image"]) == {"read", "decode", "resize", "collate"}
+    assert result["mean_abs_difference_to_pillow"] < 2
+    assert result["versions"]["torch"]
+    assert result["cores"] >= 1
+
+
+def test_too_few_images_are_explained(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_recipe(**{"data.shards": str(shards)}).to_yaml())
+    assert run_in_words(main, ["data", str(recipe), "--images", "1", "--rounds", "1"]) == 2
+    assert "--images" in capsys.readouterr().err
+
+
+def test_photographs_are_a_function_of_their_number() -> None:
+    assert jpeg_photo(3) == jpeg_photo(3)
+    assert photo(0).tobytes() != photo(7).tobytes()
+    assert all(max(photo(number).size) == 500 for number in range(7))

@@ -1,0 +1,17 @@
+"""`mixmae bench data | monitoring`: how fast parts of a run are here, beside a reference measured in the same run."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "data": "images per second of a recipe's input pipeline",
+    "monitoring": "what metrics take from a step",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae bench", description=__doc__)
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{n}: {t}" for n, t in BENCHMARKS.items()))
+    args = parser.parse_args(argv[:1])
+    return int(importlib.import_module(f"trainer.benchmarks.{args.benchmark}").main(argv[1:]))

@@ -1,0 +1,117 @@
+"""`mixmae bench monitoring`: what metrics take from a step, with an exporter that is scraped.
+
+Steps with and without take turns, so that both see the same machine; medians are compared.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monitoring.discovery import targets_folder
+from monitoring.handover import Recorder
+from trainer.benchmarks.results import RESULTS, write_result
+from trainer.config import Recipe
+from trainer.distributed import Ranks
+from trainer.observe import Observer, Silence
+from trainer.state import TrainState
+
+_SCRAPER = """
+import json, sys, time, urllib.request
+target = json.load(open(sys.argv[1]))[0]["targets"][0]
+while True:
+    urllib.request.urlopen(f"http://{target}/metrics").read()
+    time.sleep(1)
+"""
+_PARTS = ("data_wait", "forward", "backward", "optimizer")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae bench monitoring", description=__doc__)
+    parser.add_argument("--step-ms", type=float, default=100.0, help="a step's length (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="with metrics, and as many without")
+    parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "monitoring.json", help="write the figures")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
+        result = measure(Path(folder), args.step_ms / 1000, args.steps)
+    print(
+        f"{result['step_ms_without']:.2f} ms a step without metrics, {result['step_ms_with']:.2f} ms with: "
+        f"{result['ratio'] - 1:+.3%}; the calls alone take {result['calls_us']:.0f} microseconds, "
+        f"{result['calls_share']:.3%} of a step"
+    )
+    if args.json is not None:
+        write_result(args.json, result)
+    return 0
+
+
+def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
+    """Step times with and without an observer, in turns."""
+    torch.set_num_threads(1)
+    recipe = Recipe.model_validate({"run_dir": str(folder / "run"), "monitoring": {"port": 0}})
+    recipe.run_dir.mkdir()
+    shared = folder / "shared"
+    observed = Observer(Recorder(shared, 0), recipe, Ranks(), shared)
+    silent = Observer(Silence(), recipe, Ranks())
+    observed.export()
+    scraper = _scrape(recipe.run_dir)
+    work = _work_of(seconds)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    try:
+        for number in range(2 * steps):
+            told = number % 2 == 1
+            times[told].append(_step(observed if told else silent, work, TrainState(step=number)))
+        calls = statistics.median(_step(observed, lambda: None, TrainState()) for _ in range(1000))
+    finally:
+        scraper.kill()
+        observed.close(clean=True)
+    without, with_ = statistics.median(times[False]), statistics.median(times[True])
+    return {
+        "step_ms_without": round(without * 1000, 4),
+        "step_ms_with": round(with_ * 1000, 4),
+        "ratio": round(with_ / without, 5),
+        "calls_us": round(calls * 1e6, 1),
+        "calls_share": round(calls / without, 6),
+        "steps": steps,
+    }
+
+
+def _step(observer: Observer, work: Callable[[], object], state: TrainState) -> float:
+    """Seconds of a step whose work is its forward part."""
+    started = time.perf_counter()
+    for part in _PARTS:
+        with observer.clock.part(part):
+            if part == "forward":
+                work()
+    observer.step(state, images=128)
+    return time.perf_counter() - started
+
+
+def _work_of(seconds: float) -> Callable[[], object]:
+    """Matrix products that take about so long."""
+    x = torch.randn(256, 256)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 1.0:
+        x @ x
+        count += 1
+    repeats = max(1, round(count * seconds))
+
+    def work() -> None:
+        for _ in range(repeats):
+            x @ x
+
+    return work
+
+
+def _scrape(run_dir: Path) -> "subprocess.Popen[bytes]":
+    """A process that reads the exporter every second, as no Prometheus would."""
+    while not (files := list(targets_folder(run_dir).glob("*.json"))):
+        time.sleep(0.05)
+    return subprocess.Popen([sys.executable, "-c", _SCRAPER, str(files[0])], env=os.environ)
