@@ -148,7 +148,11 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
 def save(run: Run) -> None:
     """Saves a checkpoint, and says so."""
     started = time.perf_counter()
-    folder = checkpoint.save(run.engine, run.recipe, run.state, run.position, run.ranks)
+    try:
+        folder = checkpoint.save(run.engine, run.recipe, run.state, run.position, run.ranks)
+    except OSError:
+        run.observer.checkpoint_failed()
+        raise
     run.reporter.event("checkpoint", f"saved {folder}", step=run.state.step, folder=str(folder))
     if run.ranks.is_main:
         run.observer.checkpoint(folder, time.perf_counter() - started)

@@ -52,8 +52,13 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
         fit(run)
         run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
         clean = True
-    except RuntimeError as error:  # torch raises it in the main thread, wherever that is
-        raise lost_worker(error, ranks.rank) from error
+    except Exception as error:
+        # That of a data worker which died comes up wherever the main thread is.
+        cause = lost_worker(error, ranks.rank) if isinstance(error, RuntimeError) else error
+        run.reporter.event("failed", f"step {run.state.step}: {cause}", step=run.state.step)
+        if cause is error:
+            raise
+        raise cause from error
     finally:
         run.observer.close(clean)
         run.batches.close()

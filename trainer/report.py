@@ -41,7 +41,7 @@ class Reporter:
             print(f"step {step}/{self.total_steps} {shown}", flush=True)
 
     def event(self, event: str, message: str, **fields: Any) -> None:
-        self.events.write(event, **fields)
+        self.events.write(event, message=message, **fields)
         tqdm.write(message) if self.bar is not None else print(message, flush=True)
 
     def picture(self, step: int, image: Image.Image) -> None:

@@ -9,5 +9,5 @@ def test_steps_with_and_without_metrics_are_compared(tmp_path: Path) -> None:
     assert main(["monitoring", "--step-ms", "2", "--steps", "5", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["steps"] == 5
-    assert result["ratio"] > 0.5
-    assert result["calls_share"] > 0
+    assert {"step_ms_without", "step_ms_with", "ratio", "calls_us", "calls_share"} <= set(result)
+    assert result["calls_us"] > 0
