@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-slow check clean
+.PHONY: install demo test test-slow check dashboards clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test-slow: $(VENV)/.installed-test
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# From the lists of metrics and panels: Grafana's JSON, the console page, docs/metrics.md.
+dashboards: $(VENV)/.installed-test
+	$(BIN)/python -m monitoring.generate
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if args.dry_run:
         print(shlex.join(command))
         return 0
+    recipe.streams_of(0, args.local)
     if recipe.data.directory is not None and not recipe.data.directory.is_dir():
         raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
     threads = str(max(1, (os.cpu_count() or 1) // args.local))

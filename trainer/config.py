@@ -74,6 +74,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+_STREAMS = 512
+"""The most that a recipe which does not say how many gets."""
 Positive = Annotated[int, Field(gt=0)]
 Stages = tuple[Positive, Positive, Positive, Positive]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -138,8 +140,8 @@ class Data(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     streams: int | None = Field(None, gt=0)
-    """Canonical streams, dealt to the ranks in whole numbers; None: the most, up to 128, that divide global_batch."""
-    window: int = Field(256, gt=0)
+    """Canonical streams, dealt to the ranks in whole numbers; None: up to 512 that divide global_batch."""
+    window: int = Field(64, gt=0)
     """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
     drop_last: bool = False
     """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
@@ -307,7 +309,8 @@ class Recipe(Section):
         """Canonical streams of the data's order."""
         if self.data.streams is not None:
             return self.data.streams
-        return max(n for n in range(1, 129) if self.train.global_batch % n == 0)
+        divisors = [n for n in range(1, _STREAMS + 1) if self.train.global_batch % n == 0]
+        return max(divisors, key=lambda n: (n & -n, n))  # clusters come in powers of two
 
     def streams_of(self, rank: int, world_size: int) -> range:
         """The streams that a rank serves.

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from models.mixing import Mix, draw_mix
 from monitoring.throughput import Throughput
 from trainer import checkpoint, picture
 from trainer.config import Recipe, Span
+from trainer.data.faults import Reason, too_many
 from trainer.data.index import ShardIndex
 from trainer.data.stream import Batch, Position, Stream, ToDevice
 from trainer.distributed import Ranks, all_reduce_sum, peak_memory
@@ -123,8 +125,9 @@ def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
     """Reduces and reports what happened since the last report; only here does the loop itself wait for the device."""
-    data = torch.tensor([run.batches.tally.total, run.batches.retried], device=window.device)
-    total, count, replaced, retried = all_reduce_sum(torch.cat([window, data])).tolist()
+    tally, epoch = run.batches.tally, run.state.samples // len(run.index)
+    data = torch.tensor([tally.total, run.batches.retried, tally.of_epoch(epoch).total()], device=window.device)
+    total, count, replaced, retried, of_epoch = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
     state = run.state
     values = {
@@ -143,6 +146,19 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
     if run.ranks.is_main:
         run.observer.logged(values, state, run.schedule.total_steps)
     meter.restart()
+    if of_epoch > run.batches.allowed:
+        refuse_data(run, epoch)
+
+
+def refuse_data(run: Run, epoch: int) -> None:
+    """Ends the run on all ranks, naming the shards of which too much could not be used."""
+    tally = run.batches.tally
+    own = tally.of_epoch(epoch), tally.counts
+    gathered = [own] * run.ranks.world_size
+    dist.all_gather_object(gathered, own)
+    shards: Counter[str] = sum((of_shard for of_shard, _ in gathered), Counter())
+    reasons: Counter[Reason] = sum((of_reason for _, of_reason in gathered), Counter())
+    raise too_many(shards, reasons, epoch, run.batches.allowed)
 
 
 def save(run: Run) -> None:

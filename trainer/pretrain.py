@@ -53,12 +53,11 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
         run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
         clean = True
     except Exception as error:
-        # That of a data worker which died comes up wherever the main thread is.
-        cause = lost_worker(error, ranks.rank) if isinstance(error, RuntimeError) else error
-        run.reporter.event("failed", f"step {run.state.step}: {cause}", step=run.state.step)
-        if cause is error:
-            raise
-        raise cause from error
+        lost = lost_worker(error, ranks.rank)
+        run.reporter.event("failed", f"step {run.state.step}: {lost or error}", step=run.state.step)
+        if lost is not None:
+            raise lost from error
+        raise
     finally:
         run.observer.close(clean)
         run.batches.close()

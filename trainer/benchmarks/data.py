@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
+from trainer.arguments import at_least
 from trainer.benchmarks import photos
 from trainer.benchmarks.results import RESULTS, write_result
 from trainer.config import Data, Recipe, load_recipe
@@ -53,10 +54,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench data", description=__doc__)
     parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.num_workers=8")
-    parser.add_argument("--images", type=int, default=600, help="images of the recipe's shards to load again and again")
+    parser.add_argument(
+        "--images", type=at_least(1), default=600, help="images of the recipe's shards to load again and again"
+    )
     parser.add_argument("--photos", action="store_true", help="photographs that packages ship, not the recipe's shards")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each variant and round (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"write the figures to a file, or to {RESULTS}/data-*.json"
     )
@@ -168,7 +171,8 @@ def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
 def _with(recipe: Recipe, variant: Variant) -> Recipe:
     """The recipe on one rank: a global batch is a micro-batch."""
     train = recipe.train.model_copy(update={"global_batch": recipe.train.micro_batch})
-    return recipe.model_copy(update={"data": variant.settings, "train": train})
+    data = variant.settings.model_copy(update={"streams": None})
+    return recipe.model_copy(update={"data": data, "train": train})
 
 
 def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:

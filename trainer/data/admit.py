@@ -10,9 +10,9 @@ from trainer.errors import UsageError
 
 
 def admit(index: ShardIndex, max_bad_share: float) -> str | None:
-    """Accepts a directory whose unusable samples are fewer than the allowed share.
+    """Accepts a directory whose unusable samples are not more than the allowed share.
 
-    Shards on a file system are compared with the index in size; of those behind a URL reading will tell.
+    Shards on a file system are looked at for their size; of those behind a URL reading will tell.
 
     Returns:
         a sentence about what will be stepped over, if anything.
@@ -20,22 +20,22 @@ def admit(index: ShardIndex, max_bad_share: float) -> str | None:
     Raises:
         UsageError: too many samples are unusable, or in shards that are missing or cut short.
     """
-    altered = index.altered_shards() if index.store.directory is not None else {}
-    numbers = [number for number, shard in enumerate(index.shards) if shard.name in altered]
-    in_altered = np.isin(index.samples["shard"], numbers)
-    states = index.samples["state"]
-    unusable = states >= min(Reason)
-    lost = int((unusable | in_altered).sum())
+    rows = index.samples
+    unusable = rows["state"] >= min(Reason)
+    gone = np.zeros(len(rows), dtype=bool)
+    parts = []
+    if index.store.directory is not None:
+        sizes = index.shard_sizes()
+        gone = rows["offset"] + rows["size"] > sizes[rows["shard"]]
+        for number in np.unique(rows["shard"][gone]):
+            shard, size = index.shards[number], sizes[number]
+            parts.append(f"{shard.name} ({'missing' if size < 0 else f'{size} bytes, {shard.bytes} when indexed'})")
+    lost = int((unusable | gone).sum())
     if not lost:
         return None
-    reasons = Counter(
-        {
-            Reason(state): int(count)
-            for state, count in zip(*np.unique(states[unusable], return_counts=True), strict=True)
-        }
-    )
-    parts = [f"{name} ({what})" for name, what in altered.items()]
-    if reasons:
+    states, counts = np.unique(rows["state"][unusable], return_counts=True)
+    if len(states):
+        reasons = Counter({Reason(state): int(count) for state, count in zip(states, counts, strict=True)})
         parts.append(f"{describe(reasons)} when indexed")
     found = f"{lost} of {len(index)} samples in {index.store.location} cannot be used: {first_names(parts)}"
     if lost > max_bad_share * len(index):

@@ -7,6 +7,7 @@ reference, and `fast`, which decodes no more of a JPEG than the box needs and re
 import io
 import math
 import warnings
+from contextlib import suppress
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -39,7 +40,10 @@ _TURNS = {  # Exif orientation: transpose, then mirror, then flip upside down
     7: (True, True, True),
     8: (True, False, True),
 }
-_BENIGN = "extraneous bytes before marker"
+_DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
+"""What libjpeg's messages about damage hold, in lower case; of others Pillow is asked."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What may be decoded: among Pillow's further formats are some that start programs."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
@@ -133,15 +137,22 @@ class WholeImage:
     """Any image, decoded as a whole by Pillow."""
 
     def __init__(self, content: bytes) -> None:
-        image = Image.open(io.BytesIO(content))
-        self.orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if self.orientation not in _TURNS:
-            self.orientation = 1
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        self.orientation = _orientation(content, image)
         self.image = to_rgb(image)
         self.width, self.height = self.image.size
 
     def pixels(self, box: Box, reduction: int) -> Pixels:
         return np.array(self.image.crop(box))
+
+
+def _orientation(content: bytes, image: Image.Image) -> int:
+    """Exif's; of a JPEG as `jpeg` reads it, so that both decoders agree."""
+    with suppress(ValueError):
+        if jpeg.is_jpeg(content):
+            return jpeg.read_header(content).orientation
+    found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in _TURNS else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -184,7 +195,7 @@ def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> Encod
     """Raises UnusableError for bytes that are not what they were judged to be."""
     try:
         return JpegRows(content) if state == JPEG and decoder == "fast" else WholeImage(content)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise what they like
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
@@ -204,7 +215,7 @@ def decode_view(source: Encoded, view: View) -> Pixels:
     """The pixels of a view's box. Raises UnusableError if the decoder finds damage in them."""
     try:
         return source.pixels(view.box, view.reduction)
-    except ValueError as error:
+    except Exception as error:  # decoders raise what they like
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
@@ -232,7 +243,7 @@ def judge(content: bytes) -> int:
         if jpeg.is_jpeg(content) and (state := _judge_jpeg(content)) is not None:
             return state
         return _judge_any(content)
-    except (OSError, SyntaxError, ValueError, OverflowError, EOFError):
+    except Exception:  # decoders raise what they like
         return Reason.DAMAGED
 
 
@@ -249,16 +260,15 @@ def _judge_jpeg(content: bytes) -> int | None:
     try:
         simplejpeg.decode_jpeg(content)
     except ValueError as error:
-        return None if _BENIGN in str(error) else Reason.DAMAGED
+        return Reason.DAMAGED if any(sign in str(error).lower() for sign in _DAMAGE) else None
     return JPEG
 
 
 def _judge_any(content: bytes) -> int:
     try:
-        image = Image.open(io.BytesIO(content))
+        WholeImage(content)
     except UnidentifiedImageError:
         return Reason.DAMAGED if jpeg.is_jpeg(content) else Reason.NOT_AN_IMAGE
     except Image.DecompressionBombError:
         return Reason.TOO_LARGE
-    image.load()
     return PILLOW

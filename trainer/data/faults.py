@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -36,6 +36,10 @@ class Reason(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+OUT_OF_REACH = (Reason.SHARD_GONE, Reason.STALLED, Reason.UNREADABLE)
+"""Reasons that lie in a shard's place and not in the sample: what is tried instead may well fail too."""
+
+
 class Fault(NamedTuple):
     """One unusable sample, and the epoch in which it was met."""
 
@@ -43,6 +47,8 @@ class Fault(NamedTuple):
     sample: int
     reason: Reason
     detail: str
+    shard: str
+    name: str
 
 
 class UnusableError(ValueError):
@@ -60,56 +66,64 @@ class TooManyFaultsError(UsageError):
 
 
 class Tally:
-    """What a rank met: counts by reason, one line for each name, and the end of the run above the allowed share."""
+    """What a rank met: counts by reason and epoch, and one line for each name."""
 
     CONSOLE_LINES = 10
 
-    def __init__(self, allowed: float, record: Path | None = None) -> None:
+    def __init__(self, record: Path | None = None) -> None:
         """
         Args:
-            allowed: unusable samples in one epoch that the run survives.
-            record: JSON lines file that names each unusable sample once.
+            record: JSON lines file that names each unusable sample once, over all starts of a run.
         """
-        self.allowed = allowed
         self.record = record
         self.counts: Counter[Reason] = Counter()
-        self._named: set[int] = set()
-        self._epoch = -1
-        self._in_epoch: Counter[str] = Counter()
+        self._by_epoch: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._named: set[str] = _names_in(record)
+        self._shown = 0
 
     @property
     def total(self) -> int:
         return self.counts.total()
 
-    def add(self, fault: Fault, shard: str, name: str) -> None:
-        """Counts a fault.
-
-        Raises:
-            TooManyFaultsError: this epoch's faults exceed what is allowed.
-        """
-        if fault.epoch > self._epoch:
-            self._epoch, self._in_epoch = fault.epoch, Counter()
+    def add(self, fault: Fault) -> None:
+        """Counts a fault."""
         self.counts[fault.reason] += 1
-        self._in_epoch[shard] += 1
-        if fault.sample not in self._named:
-            self._named.add(fault.sample)
-            self._name(fault, name)
-        if self._in_epoch.total() > self.allowed:
-            raise TooManyFaultsError(
-                f"{self._in_epoch.total()} samples of epoch {self._epoch} could not be used "
-                f"({describe(self.counts)}), more than the {self.allowed:.4g} that data.max_bad_share allows a rank; "
-                f"shards: {_most(self._in_epoch)}; see 'mixmae shards check', or raise data.max_bad_share"
-            )
+        self._by_epoch[fault.epoch][fault.shard] += 1
+        if fault.name not in self._named:
+            self._named.add(fault.name)
+            self._name(fault)
 
-    def _name(self, fault: Fault, name: str) -> None:
+    def of_epoch(self, epoch: int) -> Counter[str]:
+        """This rank's faults of an epoch, by shard; forgets epochs that every stream has left."""
+        for past in [e for e in self._by_epoch if e < epoch - 1]:
+            del self._by_epoch[past]
+        return self._by_epoch[epoch]
+
+    def _name(self, fault: Fault) -> None:
         if self.record is not None:
             self.record.parent.mkdir(parents=True, exist_ok=True)
-            line = {"sample": name, "reason": fault.reason.label, "detail": fault.detail, "epoch": fault.epoch}
+            line = {"sample": fault.name, "reason": fault.reason.label, "detail": fault.detail, "epoch": fault.epoch}
             with self.record.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if len(self._named) <= self.CONSOLE_LINES:
-            last = f" (further ones only in {self.record})" if len(self._named) == self.CONSOLE_LINES else ""
-            print(f"replaced {name}: {fault.reason.label}: {fault.detail}{last}", file=sys.stderr, flush=True)
+        self._shown += 1
+        if self._shown <= self.CONSOLE_LINES:
+            where = f" (further ones only in {self.record})" if self.record is not None else " (further ones not shown)"
+            last = where if self._shown == self.CONSOLE_LINES else ""
+            print(f"replaced {fault.name}: {fault.reason.label}: {fault.detail}{last}", file=sys.stderr, flush=True)
+
+
+def _names_in(record: Path | None) -> set[str]:
+    lines = record.read_text().splitlines() if record is not None and record.is_file() else []
+    return {json.loads(line)["sample"] for line in lines if line.endswith("}")}
+
+
+def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allowed: float) -> TooManyFaultsError:
+    """The end of a run whose data has too much that cannot be used."""
+    return TooManyFaultsError(
+        f"{by_shard.total()} samples of epoch {epoch} could not be used ({describe(reasons)} in all), more than the "
+        f"{allowed:.4g} that data.max_bad_share allows; shards: {_most(by_shard)}; see 'mixmae shards check', or raise "
+        "data.max_bad_share"
+    )
 
 
 def describe(counts: Counter[Reason]) -> str:

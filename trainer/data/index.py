@@ -3,9 +3,12 @@
 With the offsets a reader opens a tar anywhere, and any position in an epoch is found by arithmetic.
 """
 
+import errno
+import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +81,8 @@ class ShardIndex:
         except TimeoutError as error:
             raise UnusableError(Reason.STALLED, str(error)) from error
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UsageError(str(error)) from error  # the cache's disk, not the shard
             raise UnusableError(self._why_unreadable(shard, offset + size), str(error)) from error
 
     def _why_unreadable(self, shard: Shard, end: int) -> Reason:
@@ -96,18 +101,16 @@ class ShardIndex:
         except (OSError, tarfile.TarError):  # the shard itself is gone or damaged: the offset has to do for a name
             return f"{shard}: offset {offset}"
 
-    def altered_shards(self) -> dict[str, str]:
-        """Shards that are not there as they were indexed, as far as a look at their sizes tells, and what is wrong."""
+    def shard_sizes(self) -> npt.NDArray[np.int64]:
+        """The shards' bytes as they are now; -1 where one is missing or out of reach."""
         with ThreadPoolExecutor(16) as pool:
-            faults = pool.map(self._alteration, self.shards)
-            return {shard.name: fault for shard, fault in zip(self.shards, faults, strict=True) if fault}
+            return np.array(list(pool.map(self._size_now, self.shards)), dtype=np.int64)
 
-    def _alteration(self, shard: Shard) -> str | None:
+    def _size_now(self, shard: Shard) -> int:
         try:
-            size = self.store.size(shard.name)
-        except OSError as error:
-            return "missing" if isinstance(error, FileNotFoundError) else str(error)
-        return None if size == shard.bytes else f"{size} bytes, {shard.bytes} when indexed"
+            return self.store.size(shard.name)
+        except OSError:
+            return -1
 
     def listing(self) -> dict[str, Any]:
         """What identifies the data, for a run to remember."""
@@ -124,7 +127,7 @@ class ShardIndex:
                     )
         if len(before) != len(self.shards):
             return f"{len(before)} shards then, {len(self.shards)} now"
-        return "equal shards, other labels or classes"
+        return "equal shards, indexed with other class names or other versions of the decoders"
 
 
 def open_index(location: str | Path, network: Network | None = None, cache: Cache | None = None) -> ShardIndex:
@@ -162,7 +165,16 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
         raise UsageError(
             f"{SAMPLES} of {location} lists {len(samples)} images, {INDEX} {sum(s.samples for s in shards)}; {again}"
         )
+    if fingerprint_of(shards, classes, samples) != fingerprint:
+        raise UsageError(f"{INDEX} and {SAMPLES} of {location} do not belong together; {again}")
     return ShardIndex(store, shards, classes, samples, fingerprint)
+
+
+def fingerprint_of(shards: Sequence[Shard], classes: Sequence[str], samples: Table) -> str:
+    """SHA-256 of all that an index says."""
+    digest = hashlib.sha256(samples.tobytes())
+    digest.update(json.dumps([shards, list(classes)]).encode())
+    return digest.hexdigest()
 
 
 def _read_samples(store: Store) -> Table:

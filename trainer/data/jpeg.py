@@ -52,7 +52,7 @@ def read_header(content: bytes) -> Header:
     """Raises ValueError for bytes that are no JPEG or break off before its first scan."""
     if content[:2] != _START:
         raise ValueError("no JPEG")
-    frame, sequential, restart, orientation, at = None, False, 0, 1, 2
+    frame, sequential, restart, exif, at = None, False, 0, b"", 2
     try:
         while True:
             while content[at + 1] == 0xFF:  # fill bytes
@@ -67,7 +67,7 @@ def read_header(content: bytes) -> Header:
             elif marker == 0xDD:
                 restart = int.from_bytes(content[at + 4 : at + 6], "big")
             elif marker == 0xE1 and content[at + 4 : at + 10] == b"Exif\0\0":
-                orientation = _orientation(content[at + 10 : at + 2 + size])
+                exif += content[at + 10 : at + 2 + size]  # a further segment goes on where the last one ended
             at += 2 + size
         if frame is None:
             raise ValueError("no frame header before the first scan")
@@ -88,7 +88,7 @@ def read_header(content: bytes) -> Header:
         one_scan=sequential and in_scan == components,
         restart_interval=restart,
         scan_at=at + 2 + size,
-        orientation=orientation,
+        orientation=_orientation(exif),
     )
 
 
@@ -101,8 +101,9 @@ def _orientation(tiff: bytes) -> int:
         (directory,) = struct.unpack_from(order + "I", tiff, 4)
         (entries,) = struct.unpack_from(order + "H", tiff, directory)
         for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * entry)
-            if tag == 0x0112 and kind == 3:
+            tag, kind = struct.unpack_from(order + "HH", tiff, directory + 2 + 12 * entry)
+            if tag == 0x0112 and kind in (3, 4):
+                (value,) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, directory + 10 + 12 * entry)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
         pass  # a cut Exif segment turns nothing

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.config import Recipe
 from trainer.data.decode import training_view
-from trainer.data.faults import Fault, Tally, TooManyFaultsError, UnusableError
+from trainer.data.faults import OUT_OF_REACH, Fault, Tally, TooManyFaultsError, UnusableError, describe, too_many
 from trainer.data.index import ShardIndex
 from trainer.data.order import Order, Share, Stretch, Ticket
 from trainer.distributed import Ranks
@@ -25,6 +25,8 @@ from trainer.rng import Purpose, numpy_at
 
 _SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
+_OUTAGES = 3
+"""Samples tried although their shards are out of reach: each may take as long as all its retries."""
 _LOST = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 
 
@@ -69,6 +71,8 @@ class Batch(NamedTuple):
     """Reads that were tried again for it."""
     bytes_read: int
     """Of the images' files."""
+    refusal: str | None = None
+    """What the user has to change before anything can be read."""
 
 
 class ToDevice:
@@ -96,13 +100,17 @@ class Views(Dataset[Batch]):
         images = _empty_batch(len(request.tickets), self.recipe.model.img_size)
         samples: list[int] = []
         faults: list[Fault] = []
-        for ticket, out in zip(request.tickets, images, strict=True):
-            samples.append(self._render(ticket, out, faults))
+        try:
+            for ticket, out in zip(request.tickets, images, strict=True):
+                samples.append(self._render(ticket, out, faults))
+        except UsageError as error:  # raised here it would reach the main process as a traceback
+            return Batch(images, samples, faults, 0, 0, str(error))
         bytes_read = int(self.index.samples["size"][samples].sum())
         return Batch(images, samples, faults, self.index.store.retried - retried, bytes_read)
 
     def _render(self, ticket: Ticket, out: Tensor, faults: list[Fault]) -> int:
         """Draws a ticket's sample, or the first usable one of its substitutes; returns which, or -1."""
+        outages = 0
         for sample in self._candidates(ticket):
             random = numpy_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, sample)
             try:
@@ -111,7 +119,10 @@ class Views(Dataset[Batch]):
                 training_view(content, state, self.recipe.model.img_size, self.recipe.data, random, out)
             except UnusableError as error:
                 if sample == ticket.sample:
-                    faults.append(Fault(ticket.epoch, sample, error.reason, str(error)))
+                    faults.append(self._fault(ticket, error))
+                outages += error.reason in OUT_OF_REACH
+                if outages > _OUTAGES:
+                    return -1
             else:
                 return sample
         return -1
@@ -120,7 +131,16 @@ class Views(Dataset[Batch]):
         """The ticket's sample, then others that are a function of the ticket."""
         yield ticket.sample
         substitutes = numpy_at(Purpose.REPLACEMENT, self.recipe.seed, ticket.epoch, ticket.sample)
-        yield from substitutes.integers(len(self.index), size=_SUBSTITUTES).tolist()
+        found: list[int] = substitutes.integers(len(self.index), size=_SUBSTITUTES).tolist()
+        yield from (sample for sample in found if sample != ticket.sample)
+
+    def _fault(self, ticket: Ticket, error: UnusableError) -> Fault:
+        """A fault with the sample's name, for which a shard that is out of reach is not asked again."""
+        row = self.index.samples[ticket.sample]
+        shard = self.index.shards[row["shard"]].name
+        in_reach = error.reason not in OUT_OF_REACH
+        name = self.index.name_of(ticket.sample) if in_reach else f"{shard}: offset {row['offset']}"
+        return Fault(ticket.epoch, ticket.sample, error.reason, str(error), shard, name)
 
     def _announce(self, stretch: Stretch) -> None:
         first, last = self.index.samples[stretch.first], self.index.samples[stretch.last - 1]
@@ -169,7 +189,8 @@ class Stream:
     ) -> None:
         self.index = index
         self.rank = ranks.rank
-        self.tally = Tally(recipe.data.max_bad_share * len(index) / ranks.world_size, record)
+        self.allowed = recipe.data.max_bad_share * len(index)
+        self.tally = Tally(record)
         self.retried = 0
         self.bytes_read = 0
         workers = recipe.data.num_workers
@@ -190,23 +211,29 @@ class Stream:
     def __next__(self) -> Batch:
         """
         Raises:
-            TooManyFaultsError: more samples could not be used than `data.max_bad_share` allows.
+            TooManyFaultsError: this rank alone met more unusable samples in an epoch than `data.max_bad_share` allows.
+            UsageError: what the user has to change before anything can be read.
             LostWorkerError: a worker's process ended.
         """
         assert self._batches is not None, "closed"
         try:
             batch = next(self._batches)
         except RuntimeError as error:
-            raise lost_worker(error, self.rank) from error
+            if (lost := lost_worker(error, self.rank)) is not None:
+                raise lost from error
+            raise
+        if batch.refusal is not None:
+            raise UsageError(batch.refusal)
         self.retried += batch.retried
         self.bytes_read += batch.bytes_read
         for fault in batch.faults:
-            shard = self.index.shards[self.index.samples[fault.sample]["shard"]].name
-            self.tally.add(fault, shard, self.index.name_of(fault.sample))
+            self.tally.add(fault)
+            if (found := self.tally.of_epoch(fault.epoch)).total() > self.allowed:
+                raise too_many(found, self.tally.counts, fault.epoch, self.allowed)
         if -1 in batch.samples:
             raise TooManyFaultsError(
-                f"rank {self.rank}: none of {_SUBSTITUTES} samples that could have replaced an unusable one is usable; "
-                f"see 'mixmae shards check {self.index.store.location}'"
+                f"rank {self.rank}: nothing that could have replaced an unusable sample is usable either "
+                f"({describe(self.tally.counts)}); see 'mixmae shards check {self.index.store.location}'"
             )
         return batch
 
@@ -218,6 +245,9 @@ class Stream:
 
     def close(self) -> None:
         """Ends the workers; lets go of files and shared memory."""
+        end = getattr(self._batches, "_shutdown_workers", None)
+        if end is not None:  # an exception's traceback may hold the iterator, which ends them only when it goes
+            end()
         self._batches = None
         self.index.store.close()
 
@@ -244,11 +274,11 @@ def order_of(recipe: Recipe, index: ShardIndex) -> Order:
     return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.window, data.drop_last)
 
 
-def lost_worker(error: RuntimeError, rank: int) -> RuntimeError | LostWorkerError:
-    """What to say of a RuntimeError that may be torch's for a worker that died: it can come up anywhere in a step."""
-    found = _LOST.search(str(error))
+def lost_worker(error: BaseException, rank: int) -> LostWorkerError | None:
+    """What to say of an error that is torch's for a worker that died, which it raises wherever the main thread is."""
+    found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
-        return error
+        return None
     return LostWorkerError(
         f"rank {rank}: data worker process {found[1]} ended ({str(error).splitlines()[0]}); if the machine ran out of "
         "memory, lower data.num_workers or data.prefetch_factor; the run resumes from its newest checkpoint"

@@ -217,8 +217,15 @@ def _states(shard: str, table: Table, names: Sequence[str], content: Any) -> Ite
             yield Finding(kind_of(Reason(row["state"])), shard, name)
         elif row["state"] == PILLOW:
             image = content[row["offset"] : row["offset"] + row["size"]]
-            if jpeg.is_jpeg(image) and jpeg.read_header(image).components in (1, 3):
+            if jpeg.is_jpeg(image) and not _is_cmyk(image):
                 yield Finding(Kind.WARNING, shard, name)
+
+
+def _is_cmyk(image: bytes) -> bool:
+    try:
+        return jpeg.read_header(image).components == 4
+    except ValueError:
+        return False
 
 
 def _repeated_images(inspected: Sequence[Inspected]) -> Iterator[Finding]:

@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from trainer.arguments import at_least
 from trainer.config import parse_size
 from trainer.data.faults import Reason, describe, first_names
 from trainer.data.index import ShardIndex
@@ -30,17 +31,6 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}, {error}") from error
     if not isinstance(number, int) or number < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected 1 byte or more")
-    return number
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """An argument's type: a whole number not below `low`."""
-
-    def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, {low} or more")
-        return int(text)
-
     return number
 
 

@@ -1,6 +1,5 @@
 """Making the index of a shard directory: every shard is read once, every image decoded."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.data.decode import judge
-from trainer.data.index import FORMAT, INDEX, SAMPLES, Shard, ShardIndex, Table, open_index
+from trainer.data.index import FORMAT, INDEX, SAMPLES, Shard, ShardIndex, Table, fingerprint_of, open_index
 from trainer.errors import UsageError
 from trainer.shards.scan import DamagedTarError, scan_shard
 from trainer.shards.workers import run_jobs, tick
@@ -52,11 +51,9 @@ def save_index(directory: Path, scanned: Sequence[tuple[Shard, Table]], classes:
     for number, (_, table) in enumerate(scanned):
         table["shard"] = number
     samples = np.concatenate([table for _, table in scanned])
-    digest = hashlib.sha256(samples.tobytes())
-    digest.update(json.dumps([shards, list(classes)]).encode())
     content = {
         "format": FORMAT,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": fingerprint_of(shards, classes, samples),
         "classes": list(classes),
         "shards": [shard._asdict() for shard in shards],
     }

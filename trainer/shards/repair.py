@@ -1,5 +1,6 @@
 """Rewriting damaged shards with what can be saved. The damaged files stay beside them."""
 
+import gzip
 import json
 import os
 import zlib
@@ -57,9 +58,12 @@ def repair(checked: Checked, jobs: int) -> Repaired:
         UsageError: a shard cannot be read at all, a file cannot be written, or no sample is left.
     """
     expected, findings = checked.expected, checked.report.findings
-    unreadable = [finding.place for finding in findings if finding.kind == Kind.SHARD_UNREADABLE]
+    unreadable = [finding.shard for finding in findings if finding.kind in (Kind.SHARD_UNREADABLE, Kind.SHARD_GONE)]
     if unreadable:
-        raise UsageError(f"nothing was repaired: {unreadable[0]} cannot be read; see to that first")
+        raise UsageError(
+            f"nothing was repaired: {unreadable[0]} is missing or cannot be read; restore it, or give it up with "
+            f"'mixmae shards index {expected.directory}', and repair then"
+        )
     damaged = sorted({finding.shard for finding in findings if finding.kind.remedy == "rewrite"})
     sizes = {one.shard.name: one.shard.bytes for one in checked.inspected}
     total = sum(sizes[name] for name in damaged)
@@ -115,8 +119,8 @@ def _rewrite(expected: Expected, name: str) -> Rewritten:
         os.fsync(stream.fileno())
     states = rescue.states
     shard, table = scan_shard(beside, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
-    file.rename(original)
-    beside.rename(file)
+    os.link(file, original)
+    beside.replace(file)  # at every moment one of the two has the name
     return Rewritten(name, shard._replace(name=name), table, original.name, rescue.lost)
 
 
@@ -127,12 +131,11 @@ def _unpack(file: Path) -> Path:
             return file
         packed.seek(0)
         unpacked = file.with_name(f".{file.name}.unpacked")
-        unpacker = zlib.decompressobj(wbits=31)
-        with unpacked.open("wb") as stream:
+        with unpacked.open("wb") as stream, gzip.GzipFile(fileobj=packed) as unpacker:
             try:
-                while part := packed.read(2**20):
-                    stream.write(unpacker.decompress(part))
-            except zlib.error:
+                while part := unpacker.read1(2**20):
+                    stream.write(part)
+            except (EOFError, OSError, zlib.error):
                 pass  # what came before is what can be saved; the check named the damage
     return unpacked
 

@@ -13,7 +13,7 @@ from trainer.data.decode import judge
 from trainer.data.faults import Reason
 from trainer.data.index import Table
 from trainer.shards.check import name_at
-from trainer.shards.scan import IMAGE_EXTENSIONS, Member, parse_label
+from trainer.shards.scan import IMAGE_EXTENSIONS, Member, group, parse_label
 
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 _LABEL = "cls"
@@ -51,7 +51,7 @@ class Rescue:
         Args:
             is_damaged: whether members may be missing: then a sample without a label, among others with one, lost it.
         """
-        groups = _group(found)
+        groups = group(found)
         needs_label = is_damaged and any(_LABEL in files for files in groups.values())
         for key, files in groups.items():
             self._take(key, files, needs_label)
@@ -115,15 +115,3 @@ class Rescue:
 
     def _lose(self, sample: str, reason: str) -> None:
         self.lost.append(Lost(self._shard, sample, reason))
-
-
-def _group(found: Sequence[Member]) -> dict[str, dict[str, Member]]:
-    """Members by key and extension; a second sample with the same key becomes `KEY-2`."""
-    groups: dict[str, dict[str, Member]] = {}
-    for member in found:
-        key, number = member.key, 1
-        while member.extension in groups.setdefault(key, {}):
-            number += 1
-            key = f"{member.key}-{number}"
-        groups[key][member.extension] = member
-    return groups

@@ -3,7 +3,8 @@
 import hashlib
 import mmap
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,29 +100,28 @@ def _member(info: tarfile.TarInfo) -> Iterable[Member]:
         yield Member(key, extension.lower(), info.offset_data, info.size)
 
 
-def tabulate(files: list[Member], content: Any, judge: Callable[[bytes], int], classes: int = 0) -> Table:
-    """The sample table of a tar's members; samples stand where their first member does."""
-    labels: dict[str, int | None] = {}
-    images: set[str] = set()
-    for file in files:
-        if file.extension == "cls":
-            labels[file.key] = parse_label(content[file.offset : file.offset + file.size], classes)
-        elif file.extension in IMAGE_EXTENSIONS:
-            images.add(file.key)
+def tabulate(files: Sequence[Member], content: Any, judge: Callable[[bytes], int], classes: int = 0) -> Table:
+    """The sample table of a tar's members, in the order in which the images stand."""
     rows = []
-    missing: set[str] = set()
-    for file in files:
-        label = labels.get(file.key, -1)
-        if file.extension in IMAGE_EXTENSIONS:
-            image = content[file.offset : file.offset + file.size]
+    for members_of in group(files).values():
+        label = _label_of(members_of, content, classes)
+        images = [member for member in members_of.values() if member.extension in IMAGE_EXTENSIONS]
+        known = -1 if label is None else label
+        for place in images:
+            image = content[place.offset : place.offset + place.size]
             state = Reason.BAD_LABEL if label is None else judge(image)
-            rows.append(
-                (0, file.offset, file.size, -1 if label is None else label, xxhash.xxh3_64_intdigest(image), state)
-            )
-        elif file.key not in images and file.key not in missing:
-            missing.add(file.key)
-            rows.append((0, file.offset, 0, -1 if label is None else label, 0, Reason.MISSING))
-    return np.array(rows, dtype=SAMPLE)
+            rows.append((0, place.offset, place.size, known, xxhash.xxh3_64_intdigest(image), state))
+        if not images:
+            rows.append((0, next(iter(members_of.values())).offset, 0, known, 0, Reason.MISSING))
+    return np.array(sorted(rows, key=itemgetter(1)), dtype=SAMPLE)
+
+
+def _label_of(files: dict[str, Member], content: Any, classes: int) -> int | None:
+    """A sample's class, -1 without one, None where it makes no sense."""
+    if "cls" not in files:
+        return -1
+    place = files["cls"]
+    return parse_label(content[place.offset : place.offset + place.size], classes)
 
 
 def parse_label(text: bytes, classes: int) -> int | None:
@@ -132,3 +132,15 @@ def parse_label(text: bytes, classes: int) -> int | None:
         return None
     in_range = 0 <= label < (classes or 2**31)
     return label if in_range else None
+
+
+def group(found: Sequence[Member]) -> dict[str, dict[str, Member]]:
+    """Members by key and extension; a second sample with the same key becomes `KEY-2`."""
+    groups: dict[str, dict[str, Member]] = {}
+    for member in found:
+        key, number = member.key, 1
+        while member.extension in groups.setdefault(key, {}):
+            number += 1
+            key = f"{member.key}-{number}"
+        groups[key][member.extension] = member
+    return groups

@@ -5,10 +5,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from trainer.data.faults import Reason, UnusableError, first_names
 from trainer.data.index import INDEX
 from trainer.errors import UsageError
 from trainer.shards.lists import read_list
-from trainer.shards.scan import IMAGE_EXTENSIONS, DamagedTarError, Member, members, parse_label
+from trainer.shards.scan import IMAGE_EXTENSIONS, DamagedTarError, Member, group, members, parse_label
 from trainer.shards.workers import run_jobs, tick
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -151,19 +151,26 @@ def find_images(source: Path) -> tuple[list[str], list[tuple[Path, int]]]:
             f"{source} does not exist; expected a folder of images, of one folder for each class, or of shards, "
             "or a list of images: .csv or .jsonl"
         )
-    classes = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
-    flat = [(file, -1) for file in sorted(source.iterdir()) if _is_image(file)]
-    images = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for file in sorted((source / name).rglob("*"))
-        if _is_image(file)
-    ]
+    files = [file for file in sorted(source.rglob("*")) if file.is_file() and not _is_junk(file.relative_to(source))]
+    flat = [(file, -1) for file in files if _is_image(file) and file.parent == source]
+    inside = [file for file in files if _is_image(file) and file.parent != source]
+    classes = sorted({file.relative_to(source).parts[0] for file in inside})
+    numbers = {name: number for number, name in enumerate(classes)}
+    images = [(file, numbers[file.relative_to(source).parts[0]]) for file in inside]
+    passed = Counter(file.suffix or file.name for file in files if not _is_image(file))
+    if passed:
+        kinds = first_names([f"{count} {kind}" for kind, count in passed.most_common()])
+        print(f"{passed.total()} files are no {', '.join(IMAGE_EXTENSIONS)} and stay behind: {kinds}", file=sys.stderr)
     if not images and not flat:
         raise UsageError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), alone or in class folders")
     if images and flat:
         raise UsageError(f"{source} holds images, such as {flat[0][0].name}, beside class folders; move them into one")
     return (classes, images) if images else ([], flat)
+
+
+def _is_junk(path: Path) -> bool:
+    """Whether a path lies in a hidden folder, or one that archivers and notebooks leave."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def _is_image(file: Path) -> bool:
@@ -197,11 +204,12 @@ def open_list(file: Path) -> Files:
 def unique(keys: Iterable[str]) -> Iterator[str]:
     """The keys, of which those that were there before get `-2`, `-3`, ..."""
     taken: set[str] = set()
+    last: Counter[str] = Counter()
     for key in keys:
-        own, number = key, 1
+        own = key
         while own in taken:
-            number += 1
-            own = f"{key}-{number}"
+            last[key] = max(2, last[key] + 1)
+            own = f"{key}-{last[key]}"
         taken.add(own)
         yield own
 
@@ -246,28 +254,27 @@ def _list_shard(classes: int, file: Path) -> tuple[list[Entry], Counter[str]]:
             "what can be saved"
         ) from error
     tick()
-    labels = _labels(file, found, classes)
-    images = [member for member in found if member.extension in IMAGE_EXTENSIONS]
     entries = []
-    for image in images:
-        label = labels.get(image.key, -1)
-        fault = Reason.BAD_LABEL.value if label is None else None
-        reference = (file.name, image.offset, image.extension, fault)
-        entries.append(Entry(image.key, reference, image.size, -1 if label is None else label))
-    with_image = {image.key for image in images}
-    for key, first in {m.key: m for m in reversed(found) if m.key not in with_image}.items():
-        entries.append(Entry(key, (file.name, first.offset, first.extension, Reason.MISSING.value), 0, -1))
+    with file.open("rb") as stream:
+        for key, files in group(found).items():
+            label = _label(stream, files.get("cls"), classes)
+            known = -1 if label is None else label
+            images = [member for member in files.values() if member.extension in IMAGE_EXTENSIONS]
+            for image in images:
+                fault = Reason.BAD_LABEL.value if label is None else None
+                entries.append(Entry(key, (file.name, image.offset, image.extension, fault), image.size, known))
+            if not images:
+                first = next(iter(files.values()))
+                entries.append(Entry(key, (file.name, first.offset, first.extension, Reason.MISSING.value), 0, -1))
     return entries, Counter(m.extension for m in found if m.extension not in (*IMAGE_EXTENSIONS, "cls"))
 
 
-def _labels(file: Path, found: Sequence[Member], classes: int) -> dict[str, int | None]:
-    labels = {}
-    with file.open("rb") as stream:
-        for member in found:
-            if member.extension == "cls":
-                stream.seek(member.offset)
-                labels[member.key] = parse_label(stream.read(member.size), classes)
-    return labels
+def _label(stream: BinaryIO, place: Member | None, classes: int) -> int | None:
+    """A sample's class, -1 without one, None where it makes no sense."""
+    if place is None:
+        return -1
+    stream.seek(place.offset)
+    return parse_label(stream.read(place.size), classes)
 
 
 def class_names(directory: Path) -> list[str]:

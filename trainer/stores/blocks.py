@@ -1,5 +1,6 @@
 """Reading what is not on a file system: in blocks through the node's cache, and again where it failed."""
 
+import math
 import os
 import random
 import time
@@ -15,6 +16,8 @@ from trainer.stores.cache import BlockCache
 from trainer.stores.store import Store, plain_name
 
 _LONGEST_DELAY = 30.0
+_OUTAGE = 60.0
+"""Seconds after a read that failed in every try during which others get one try each."""
 T = TypeVar("T")
 _JITTER = random.SystemRandom()  # forked workers share the state of any other generator
 
@@ -39,6 +42,7 @@ class CachedStore(Store):
         self._network = network
         self._block_bytes = block_bytes
         self._first_delay = first_delay
+        self._down_until = -math.inf
         self._cache = BlockCache(cache.dir, cache.max_bytes)
         self._place = xxhash.xxh3_64_hexdigest(location.encode())
 
@@ -64,7 +68,8 @@ class CachedStore(Store):
 
     def _persist(self, attempt: Callable[[], T]) -> T:
         """What an attempt gives, after `network.retries` further ones at most."""
-        for number in range(self._network.retries):
+        retries = 0 if time.monotonic() < self._down_until else self._network.retries
+        for number in range(retries):
             try:
                 return attempt()
             except (FileNotFoundError, PermissionError, FinalError):
@@ -73,7 +78,11 @@ class CachedStore(Store):
                 self._retried[os.getpid()] += 1
                 delay = min(self._first_delay * 2**number, _LONGEST_DELAY)
                 time.sleep(delay * _JITTER.uniform(0.75, 1.25))
-        return attempt()
+        try:
+            return attempt()
+        except OSError:
+            self._down_until = time.monotonic() + _OUTAGE
+            raise
 
     def _key(self, name: str, number: int) -> str:
         return f"{self._place}/{plain_name(name)}/{number}"

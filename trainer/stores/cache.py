@@ -13,12 +13,14 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import xxhash
 from filelock import FileLock
 
 from trainer.errors import UsageError
 
 _BLOCKS = "[0-9a-f]" * 16 + "/*/[0-9]*"
+_PREFIX = "mixmae-cache-"
 _LOCKS = 1024
 """Locks that all blocks share, so that a cache of any size holds a bounded number of lock files."""
 _TOUCH = 1.0
@@ -45,7 +47,8 @@ class BlockCache:
         self.max_bytes = max_bytes
         self._removal: Callable[[], object] | None = None
         if directory is None:
-            self.directory = Path(tempfile.mkdtemp(prefix="mixmae-"))
+            _remove_abandoned()
+            self.directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
             self._removal = weakref.finalize(self, _remove, self.directory, os.getpid())
         else:
             self.directory = directory.absolute()
@@ -150,6 +153,14 @@ class BlockCache:
             file.unlink(missing_ok=True)
             total -= size
         return total
+
+
+def _remove_abandoned() -> None:
+    """Temporary directories whose process was killed before it could remove them."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(directory, ignore_errors=True)  # another rank may be doing the same
 
 
 def _remove(directory: Path, owner: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import tiny_recipe
+from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.data.servers import Fault, HttpServer, http_server
 from trainer.config import Recipe
 from trainer.data.admit import admit
@@ -27,6 +27,8 @@ from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, Stream
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.loop import fit
+from trainer.pretrain import check, prepare
 from trainer.shards.indexing import write_index
 
 GOOD = 39
@@ -350,3 +352,85 @@ def test_shell_commands_are_refused_and_nothing_is_unpickled(tmp_path: Path) -> 
     with pytest.raises(UsageError, match=r"damaged.*Python objects"):
         open_index(shards)
     assert not (tmp_path / "ran").exists()
+
+
+def test_faults_are_counted_in_their_own_epoch(tmp_path: Path) -> None:
+    """Of 40 images one is bad, in a global batch of 80: streams are two epochs apart, and 5 % would be two."""
+    index = open_index(directory(tmp_path / "shards", [("x.jpg", b"")]))
+    changes = {"train.global_batch": 80, "train.micro_batch": 8, "data.max_bad_share": 0.05}
+    recipe = tiny_recipe(**{"data.shards": str(tmp_path / "shards"), **changes})
+    with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
+        for _ in range(30):  # six epochs
+            next(stream)
+        assert stream.tally.counts == {Reason.EMPTY: 6}
+
+
+def test_the_share_is_that_of_all_ranks(tmp_path: Path) -> None:
+    """One shard of twelve is gone, and one rank of eight serves most of it: still less than the share."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(12):
+        write_tar(folder / f"{number:02d}.tar", good(10 * number, 10))
+    index = write_index(folder)
+    (folder / "03.tar").unlink()
+    assert admit(index, 0.1)
+    recipe = recipe_for(folder, share=0.1)
+    shown = 0
+    for rank in range(4):
+        with Stream(recipe, Ranks(rank, 4), open_index(folder), Position(0, 0, index.fingerprint)) as stream:
+            shown += sum(len(next(stream).samples) for _ in range(15))
+    assert shown == 120
+
+
+def lose_a_shard(ranks: Ranks, recipe: Recipe, victim: str) -> str:
+    """Trains; after the first step a tenth of the data turns bad. Returns how the run ended."""
+    run = prepare(check(recipe, ranks), ranks)
+    with Path(victim).open("r+b") as file:
+        for row in run.index.samples[run.index.samples["shard"] == 1]:
+            file.seek(int(row["offset"]))
+            file.write(b"\0" * 64)
+    try:
+        fit(run)
+        return "finished"
+    except TooManyFaultsError as error:
+        return str(error)
+    finally:
+        run.observer.close(clean=True)
+        run.batches.close()
+        run.reporter.close()
+        run.engine.destroy()
+
+
+def test_ranks_stop_together_when_they_together_met_too_much(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(5):
+        write_tar(folder / f"{number}.tar", good(16 * number, 16))
+    write_index(folder)
+    changes = {"data.shards": str(folder), "run_dir": str(tmp_path / "run"), "data.max_bad_share": 0.15}
+    recipe = tiny_recipe(**{**changes, "train.duration": "12 steps", "monitoring.enabled": False})
+    ends = run_ranks(lose_a_shard, 2, recipe, str(folder / "1.tar"))
+    assert all("of epoch 0 could not be used" in end and "shards: 1.tar" in end for end in ends), ends
+
+
+def test_an_outage_ends_a_run_and_does_not_hang_it(tmp_path: Path) -> None:
+    with http_server(tmp_path) as server:
+        index, recipe = stream_from(server, tmp_path, retries=1)
+        server.always = "503"
+        stream = Stream(recipe, Ranks(), index, Position(0, 0, ""))
+        with stream, pytest.raises(TooManyFaultsError, match="nothing that could have replaced"):
+            next(stream)
+        assert len(server.requests) < 20
+
+
+def test_names_are_written_once_over_all_starts(tmp_path: Path) -> None:
+    index = open_index(directory(tmp_path / "shards", [("x.jpg", b"")]))
+    stream_two_epochs(index, tmp_path)
+    assert stream_two_epochs(open_index(tmp_path / "shards"), tmp_path).named == ["b.tar: x.jpg"]
+
+
+def test_an_index_whose_parts_do_not_belong_together_is_refused(tmp_path: Path) -> None:
+    one, other = (directory(tmp_path / name, [("x.jpg", picture(seed))]) for name, seed in (("one", 1), ("two", 2)))
+    (other / "samples.npy").replace(one / "samples.npy")
+    with pytest.raises(UsageError, match="do not belong together"):
+        open_index(one)

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,35 @@ def test_damage_is_judged_and_never_crashes(start: int, length: int, seed: int) 
     state = judge(bytes(content))
     if state in (JPEG, PILLOW):
         view(bytes(content), FAST, 0, 32, state)
+
+
+def with_exif(image: bytes, tiff: bytes) -> bytes:
+    segment = b"Exif\0\0" + tiff
+    return image[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + image[2:]
+
+
+@pytest.mark.parametrize(
+    "tiff",
+    [b"XX", b"II*\0\0", b"II*\0\x08\0\0\0\xff\xff", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x04\0\0\0\x01\0\0\0\x06\0\0\0\0"],
+)
+def test_both_decoders_agree_on_odd_exif(tiff: bytes) -> None:
+    content = with_exif(jpeg_photo(1), tiff)
+    assert judge(content) == JPEG
+    assert np.abs(view(content, FAST, 3) - view(content, PLAIN, 3)).mean() < 1.5
+    png = io.BytesIO()
+    small_photo().save(png, "PNG", exif=b"Exif\0\0" + tiff)
+    state = judge(png.getvalue())
+    assert state == Reason.DAMAGED or view(png.getvalue(), FAST, 0, 32, state).shape == (32, 32, 3)
+
+
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    assert judge(content) == Reason.NOT_AN_IMAGE
+    assert not (tmp_path / "ran").exists()
 
 
 def test_content_that_is_not_what_was_judged() -> None:

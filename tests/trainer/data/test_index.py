@@ -70,12 +70,12 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path: Path, capsys: pytest
 def test_what_changed_since_is_told(shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path / "copy")
     index = open_index(tmp_path / "copy")
-    assert index.altered_shards() == {}
+    assert index.shard_sizes().tolist() == [shard.bytes for shard in index.shards]
     (tmp_path / "copy" / "000000.tar").unlink()
     with (tmp_path / "copy" / "000001.tar").open("ab") as stream:
         stream.write(b"more")
     was = index.shards[1].bytes
-    assert index.altered_shards() == {"000000.tar": "missing", "000001.tar": f"{was + 4} bytes, {was} when indexed"}
+    assert index.shard_sizes().tolist()[:2] == [-1, was + 4]
     (tmp_path / "copy" / "000001.tar").unlink()
     fewer = write_index(tmp_path / "copy", index.classes)
     assert (

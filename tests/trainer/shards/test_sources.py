@@ -23,17 +23,19 @@ def labels(source: Source) -> dict[str, int]:
     return {entry.key: entry.label for entry in source.entries}
 
 
-def test_class_folders(tmp_path: Path) -> None:
-    for name in ("dog/1.png", "a cat/x/1.v2.jpg", "a cat/x/1_v2.jpg", "v1.0/..k.JPEG", "empty/notes.txt"):
+def test_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    junk = ("__MACOSX/dog/1.png", "dog/.ipynb_checkpoints/2.png", "dog/._1.png")
+    for name in ("dog/1.png", "a cat/x/1.v2.jpg", "a cat/x/1_v2.jpg", "v1.0/k..x.JPEG", "empty/notes.txt", *junk):
         folder, _, file = name.rpartition("/")
         if file.endswith("txt"):
-            (tmp_path / folder).mkdir()
+            (tmp_path / folder).mkdir(parents=True)
             (tmp_path / name).write_text("no image")
         else:
             add_image(tmp_path / name)
     source = open_source(str(tmp_path))
-    assert source.classes == ["a cat", "dog", "empty", "v1.0"]
-    assert labels(source) == {"a cat/x/1_v2": 0, "a cat/x/1_v2-2": 0, "dog/1": 1, "v1.0/__k": 3}
+    assert source.classes == ["a cat", "dog", "v1.0"]
+    assert labels(source) == {"a cat/x/1_v2": 0, "a cat/x/1_v2-2": 0, "dog/1": 1, "v1.0/k__x": 2}
+    assert "1 files are no jpg, jpeg, png, webp and stay behind: 1 .txt" in capsys.readouterr().err
     for entry in source.entries:
         extension, content = source.read(entry)
         assert content == Path(source.place(entry)).read_bytes()

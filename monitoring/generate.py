@@ -1,0 +1,33 @@
+"""`python -m monitoring.generate`: writes what is made from the lists of metrics and panels.
+
+monitoring/dashboards/*.json   Grafana dashboards      monitoring/consoles/mixmae.html   page for Prometheus alone
+docs/metrics.md                table of all metrics
+"""
+
+from pathlib import Path
+
+from monitoring.boards import BOARDS
+from monitoring.consoles import console_page
+from monitoring.grafana import dashboard_json
+from monitoring.reference import metrics_page
+
+ROOT = Path(__file__).parents[1]
+
+
+def generated() -> dict[Path, str]:
+    """Text of every generated file, by its path in the repository."""
+    dashboards = {Path(f"monitoring/dashboards/{board.name}.json"): dashboard_json(board, BOARDS) for board in BOARDS}
+    page = {Path("monitoring/consoles/mixmae.html"): console_page(BOARDS)}
+    return {**dashboards, **page, Path("docs/metrics.md"): metrics_page()}
+
+
+def main() -> None:
+    for path, text in generated().items():
+        file = ROOT / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
