@@ -1,4 +1,4 @@
-"""The layers hold: launch -> monitoring, trainer.config; trainer -> models, monitoring; the latter import none of ours."""
+"""The layers hold: launch -> monitoring, trainer.config; trainer -> models, monitoring; these import none of ours."""
 
 import ast
 import sys

@@ -116,21 +116,22 @@ class Encoded(Protocol):
         """The pixels of a box, at one of `reduction` or more."""
 
 
-class JpegRows:
-    """A JPEG of which the rows of a box alone are decoded. Its bytes were decoded without a warning before."""
+class PartialJpeg:
+    """A JPEG of which little more than a box is decoded. Its bytes were decoded without a warning before."""
 
     def __init__(self, content: bytes) -> None:
         self.content, self.header = content, jpeg.read_header(content)
         self.width, self.height, self.orientation = self.header.width, self.header.height, self.header.orientation
 
     def pixels(self, box: Box, reduction: int) -> Pixels:
-        left, upper, right, lower = box
-        rows = jpeg.rows_of(self.content, self.header, upper, lower)
-        height, width = -(-rows.height // reduction), -(-self.width // reduction)
-        found = simplejpeg.decode_jpeg(rows.content, min_height=height, min_width=width, strict=rows.strict)
+        part = jpeg.cut_out(self.content, self.header, box)
+        height, width = -(-part.height // reduction), -(-part.width // reduction)
+        found = simplejpeg.decode_jpeg(part.content, min_height=height, min_width=width, strict=part.strict)
         assert found.shape == (height, width, 3), (found.shape, box, reduction)
-        top = rows.top
-        return found[(upper - top) // reduction : (lower - top) // reduction, left // reduction : right // reduction]
+        left, upper, right, lower = (
+            (side - start) // reduction for side, start in zip(box, 2 * (part.left, part.top), strict=True)
+        )
+        return found[upper:lower, left:right]
 
 
 class WholeImage:
@@ -194,7 +195,7 @@ def evaluation_view(content: bytes, state: int, size: int) -> Tensor:
 def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> Encoded:
     """Raises UnusableError for bytes that are not what they were judged to be."""
     try:
-        return JpegRows(content) if state == JPEG and decoder == "fast" else WholeImage(content)
+        return PartialJpeg(content) if state == JPEG and decoder == "fast" else WholeImage(content)
     except Exception as error:  # decoders raise what they like
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 

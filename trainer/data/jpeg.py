@@ -1,25 +1,33 @@
-"""JPEG files cut to the rows that a crop needs, without touching a coefficient.
+"""JPEG files cut to what a crop needs, without touching a coefficient.
 
-A decoder reads a JPEG from its top. Rows below a crop need not be decoded: the header is told a smaller height
-(`stop_below`). Rows above it need not be either where every row of blocks ends in a restart marker, as `add_restarts`
-leaves them: the rows of the crop alone make a small JPEG (`cut_rows`). Inside the crop the pixels are bit for bit
-those of the whole file.
+A decoder reads a JPEG from its top. What lies below a crop need not be decoded: the header is told a smaller height.
+What lies above and beside it need not be either where the coded data has restart markers several times in each row, as
+`add_restarts` leaves them: the pieces that the crop touches make a small JPEG of their own. Inside the crop the pixels
+are bit for bit those of the whole file.
 
 Layout of the file: ITU-T T.81, annex B; the orientation: Exif 2.3, section 4.6.4.
 """
 
-import re
 import shutil
 import struct
 import subprocess
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from trainer.errors import UsageError
 
+Bytes = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.int64]
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
-_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+_RESTART = 0xD0
+_TABLE, _NAME = 0xEB, b"mixmae\0"
+"""The application segment (APP11) in which `add_restarts` notes the lengths of pieces: looking for them takes long."""
+_INTERVAL = 4
+"""MCUs between two restart markers, at most: a crop decodes less than so many too many on either side."""
 
 
 class Header(NamedTuple):
@@ -33,8 +41,8 @@ class Header(NamedTuple):
     unit_width: int
     unit_height: int
     """Pixels of a minimum coded unit (MCU): 8 or, where chroma is subsampled, 16 or more."""
-    context: int
-    """Rows of MCUs beyond a crop that its pixels depend on: chroma is interpolated from its neighbours."""
+    context: tuple[int, int]
+    """MCUs beside and above or below a crop that its pixels depend on: subsampled chroma is interpolated."""
     one_scan: bool
     """Whether rows come one after another: baseline or extended, all components interleaved."""
     restart_interval: int
@@ -42,6 +50,8 @@ class Header(NamedTuple):
     """Offset of the first scan's coded data."""
     orientation: int
     """Exif's, 1 (upright) to 8."""
+    lengths: bytes
+    """Of the pieces between restart markers, as `add_restarts` noted them; empty in other files."""
 
 
 def is_jpeg(content: bytes) -> bool:
@@ -52,7 +62,7 @@ def read_header(content: bytes) -> Header:
     """Raises ValueError for bytes that are no JPEG or break off before its first scan."""
     if content[:2] != _START:
         raise ValueError("no JPEG")
-    frame, sequential, restart, exif, at = None, False, 0, b"", 2
+    frame, sequential, restart, exif, lengths, at = None, False, 0, b"", b"", 2
     try:
         while True:
             while content[at + 1] == 0xFF:  # fill bytes
@@ -68,6 +78,8 @@ def read_header(content: bytes) -> Header:
                 restart = int.from_bytes(content[at + 4 : at + 6], "big")
             elif marker == 0xE1 and content[at + 4 : at + 10] == b"Exif\0\0":
                 exif += content[at + 10 : at + 2 + size]  # a further segment goes on where the last one ended
+            elif marker == _TABLE and content[at + 4 : at + 4 + len(_NAME)] == _NAME:
+                lengths = content[at + 4 + len(_NAME) : at + 2 + size]
             at += 2 + size
         if frame is None:
             raise ValueError("no frame header before the first scan")
@@ -84,11 +96,12 @@ def read_header(content: bytes) -> Header:
         height_at=frame + 5,
         unit_width=8 * across,
         unit_height=8 * down,
-        context=int(down > 1),
+        context=(int(across > 1), int(down > 1)),
         one_scan=sequential and in_scan == components,
         restart_interval=restart,
         scan_at=at + 2 + size,
         orientation=_orientation(exif),
+        lengths=lengths,
     )
 
 
@@ -110,61 +123,97 @@ def _orientation(tiff: bytes) -> int:
     return 1
 
 
-class Rows(NamedTuple):
-    """A JPEG of some rows of another one."""
+class Cutout(NamedTuple):
+    """A JPEG of a part of another one."""
 
-    content: bytes
+    content: bytes | Bytes
+    width: int
     height: int
+    left: int
+    """Where its first column and row lie in the whole image."""
     top: int
-    """Which row of the whole image the first one is."""
     strict: bool
-    """Whether a decoder's warnings mean damage: bytes are left over behind rows that were not cut out."""
+    """Whether a decoder's warnings mean damage: bytes are left over where only the height was lowered."""
 
 
-def rows_of(content: bytes, header: Header, upper: int, lower: int) -> Rows:
-    """A JPEG that holds at least the pixel rows `upper` to `lower` of another one, the fewest that are cheap to get."""
+def cut_out(content: bytes, header: Header, box: tuple[int, int, int, int]) -> Cutout:
+    """The smallest JPEG that is cheap to get and holds a box (left, upper, right, lower) of another one."""
+    whole = Cutout(content, header.width, header.height, 0, 0, True)
     if not header.one_scan:
-        return Rows(content, header.height, 0, True)
-    units = -(-header.height // header.unit_height)
-    first = max(0, upper // header.unit_height - header.context)
-    last = min(units, -(-lower // header.unit_height) + header.context)
-    if last - first == units:
-        return Rows(content, header.height, 0, True)
-    if header.restart_interval == -(-header.width // header.unit_width):
-        pieces = _pieces(content, header)
-        if len(pieces) == units:
-            return cut_rows(content, header, pieces, first, last)
-    return stop_below(content, header, last)
+        return whole
+    left, upper, right, lower = box
+    across, down = -(-header.width // header.unit_width), -(-header.height // header.unit_height)
+    columns = _units(left, right, header.unit_width, header.context[0], across)
+    rows = _units(upper, lower, header.unit_height, header.context[1], down)
+    interval = header.restart_interval
+    if interval and across % interval == 0:
+        starts, ends = _pieces(content, header)
+        if len(starts) == down * across // interval:
+            wanted = range(columns.start // interval, -(-columns.stop // interval))
+            grid = (down, across // interval)
+            return _join(content, header, starts.reshape(grid), ends.reshape(grid), wanted, rows)
+    height = min(header.height, rows.stop * header.unit_height)
+    if height == header.height:
+        return whole
+    return Cutout(_with_size(content, header, header.width, height), header.width, height, 0, 0, False)
 
 
-def stop_below(content: bytes, header: Header, last: int) -> Rows:
-    """The JPEG, saying that it ends after `last` rows of MCUs."""
-    height = min(header.height, last * header.unit_height)
-    return Rows(_with_height(content, header, height), height, 0, height == header.height)
+def _units(start: int, end: int, unit: int, context: int, count: int) -> range:
+    """The MCUs, of `count`, that a stretch of pixels touches or depends on."""
+    return range(max(0, start // unit - context), min(count, -(-end // unit) + context))
 
 
-def cut_rows(content: bytes, header: Header, pieces: list[tuple[int, int]], first: int, last: int) -> Rows:
-    """The JPEG of the rows of MCUs `first` to `last`, each of which is a piece of the coded data."""
-    top = first * header.unit_height
-    height = min(header.height, last * header.unit_height) - top
-    parts = [_with_height(content[: header.scan_at], header, height)]
-    for place, (start, end) in enumerate(pieces[first:last]):
-        if place:
-            parts.append(bytes((0xFF, 0xD0 + (place - 1) % 8)))
-        parts.append(content[start:end])
-    parts.append(_END)
-    return Rows(b"".join(parts), height, top, True)
+def _pieces(content: bytes, header: Header) -> tuple[Places, Places]:
+    """Where the pieces of coded data between restart markers start and end."""
+    coded = np.frombuffer(content, np.uint8)
+    marks = _noted_marks(coded, header)
+    if marks is None:
+        marks = _find_marks(coded, header)
+    return np.concatenate([[header.scan_at], marks[:-1] + 2]), marks
 
 
-def _pieces(content: bytes, header: Header) -> list[tuple[int, int]]:
-    """Start and end of the coded data between restart markers."""
-    marks = [match.start() for match in _RESTART.finditer(content, header.scan_at)]
-    end = content.rfind(_END)
-    return list(zip([header.scan_at, *(mark + 2 for mark in marks)], [*marks, end], strict=True))
+def _noted_marks(coded: Bytes, header: Header) -> Places | None:
+    """Where the markers are by the file's own table, and the image's end; None if it has none that is right."""
+    lengths = np.frombuffer(header.lengths, ">u2")
+    marks = header.scan_at + np.cumsum(lengths, dtype=np.int64) + 2 * np.arange(len(lengths))
+    if not len(marks) or marks[-1] + 2 > len(coded) or coded[marks[-1] + 1] != _END[1]:
+        return None
+    expected = _RESTART + np.arange(len(marks) - 1) % 8
+    is_right = (coded[marks] == 0xFF).all() and (coded[marks[:-1] + 1] == expected).all()
+    return marks if is_right else None  # another program may have coded the image anew and kept the table
 
 
-def _with_height(content: bytes, header: Header, height: int) -> bytes:
-    return content[: header.height_at] + height.to_bytes(2, "big") + content[header.height_at + 2 :]
+def _find_marks(coded: Bytes, header: Header) -> Places:
+    scan = coded[header.scan_at :]
+    escapes = np.flatnonzero(scan[:-1] == 0xFF)
+    follows = scan[escapes + 1]
+    return escapes[(follows & 0xF8 == _RESTART) | (follows == _END[1])] + header.scan_at
+
+
+def _join(content: bytes, header: Header, starts: Places, ends: Places, columns: range, rows: range) -> Cutout:
+    """The JPEG of some columns of pieces [rows, columns], in some rows of MCUs."""
+    across = header.restart_interval * header.unit_width
+    left, top = columns.start * across, rows.start * header.unit_height
+    width = min(header.width, columns.stop * across) - left
+    height = min(header.height, rows.stop * header.unit_height) - top
+    ends = ends[rows.start : rows.stop, columns.start : columns.stop]
+    firsts = starts[rows.start : rows.stop, columns.start]
+    lengths = ends[:, -1] + 2 - firsts  # with the marker behind the row's last piece
+    places = header.scan_at + np.cumsum(lengths) - lengths
+    coded, joined = np.frombuffer(content, np.uint8), np.empty(header.scan_at + lengths.sum(), np.uint8)
+    joined[: header.scan_at] = np.frombuffer(_with_size(content[: header.scan_at], header, width, height), np.uint8)
+    for first, length, place in zip(firsts.tolist(), lengths.tolist(), places.tolist(), strict=True):
+        joined[place : place + length] = coded[first : first + length]
+    # Markers count from 0 to 7 again and again, which a decoder checks; behind the last piece the image ends.
+    markers = (ends + (places - firsts)[:, None]).ravel() + 1
+    joined[markers] = _RESTART + np.arange(len(markers)) % 8
+    joined[markers[-1]] = _END[1]
+    return Cutout(joined, width, height, left, top, True)
+
+
+def _with_size(content: bytes, header: Header, width: int, height: int) -> bytes:
+    at = header.height_at
+    return content[:at] + struct.pack(">HH", height, width) + content[at + 4 :]
 
 
 @lru_cache(maxsize=1)
@@ -184,13 +233,25 @@ def require_jpegtran() -> str:
 
 
 def add_restarts(content: bytes) -> bytes:
-    """The same JPEG, coefficient for coefficient, sequential, with a restart marker after every row of MCUs.
+    """The same JPEG, coefficient for coefficient, sequential, with restart markers after every few MCUs of each row.
 
     Raises:
-        ValueError: jpegtran could not read it.
+        ValueError: the bytes are no JPEG, or jpegtran could not read them.
     """
-    command = [require_jpegtran(), "-copy", "all", "-optimize", "-restart", "1"]
+    header = read_header(content)
+    across = -(-header.width // header.unit_width)
+    interval = next(n for n in range(_INTERVAL, 0, -1) if across % n == 0)
+    command = [require_jpegtran(), "-copy", "all", "-optimize", "-restart", f"{interval}B"]
     done = subprocess.run(command, input=content, capture_output=True, check=False)
     if done.returncode or not done.stdout:
         raise ValueError(done.stderr.decode(errors="replace").strip() or f"jpegtran ended with {done.returncode}")
-    return done.stdout
+    return _with_table(done.stdout)
+
+
+def _with_table(content: bytes) -> bytes:
+    """The JPEG with the lengths of its pieces, as far as a segment holds them."""
+    starts, ends = _pieces(content, read_header(content))
+    table = _NAME + (ends - starts).astype(">u2").tobytes()
+    if len(table) > 2**16 - 3 or (ends - starts).max() >= 2**16:
+        return content
+    return content[:2] + bytes((0xFF, _TABLE)) + (len(table) + 2).to_bytes(2, "big") + table + content[2:]

@@ -17,7 +17,7 @@ from trainer.config import Data
 from trainer.data import jpeg
 from trainer.data.decode import (
     MAX_PIXELS,
-    JpegRows,
+    PartialJpeg,
     WholeImage,
     center_crop,
     evaluation_view,
@@ -119,7 +119,7 @@ def test_reduced_views_are_the_references_too(scale: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}])
 def test_boxes_are_bit_for_bit_those_of_the_whole_decode(options: dict[str, object]) -> None:
     content = encoded(photo(2), "JPEG", quality=92, **options)
-    source = JpegRows(content)
+    source = PartialJpeg(content)
     whole = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
     for seed in range(20):
         left, upper, right, lower = random_crop(source.width, source.height, (0.1, 1.0), np.random.default_rng(seed))
@@ -285,5 +285,5 @@ def test_content_that_is_not_what_was_judged() -> None:
 
 def test_pillow_reads_what_jpeg_source_reads() -> None:
     content = jpeg_photo(5)
-    one, other = JpegRows(content), WholeImage(content)
+    one, other = PartialJpeg(content), WholeImage(content)
     assert (one.width, one.height, one.orientation) == (other.width, other.height, other.orientation)

@@ -15,6 +15,7 @@ from tests.helpers import needs_jpegtran
 from trainer.data import jpeg
 from trainer.errors import UsageError
 
+INTERVALS = [{"restart_marker_blocks": blocks} for blocks in range(1, 7)]
 SAMPLINGS = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16)}
 
 
@@ -56,7 +57,7 @@ def test_headers_say_what_pillow_says(mode: str, progressive: bool) -> None:
 def test_headers_tell_the_coded_units(sampling: str, unit: tuple[int, int]) -> None:
     header = jpeg.read_header(encode(picture(70, 37), subsampling=sampling))
     assert (header.unit_width, header.unit_height) == unit
-    assert header.context == (unit[1] > 8)
+    assert header.context == (unit[0] > 8, unit[1] > 8)
     assert header.restart_interval == 0
     with_restarts = jpeg.read_header(encode(picture(70, 37), subsampling=sampling, restart_marker_rows=1))
     assert with_restarts.restart_interval == -(-70 // unit[0])
@@ -75,35 +76,35 @@ def test_an_orientation_that_makes_no_sense_turns_nothing() -> None:
     assert jpeg.read_header(cut).orientation == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
-    st.integers(1, 120),
-    st.integers(1, 120),
+    st.integers(1, 150),
+    st.integers(1, 150),
     st.sampled_from(["grey", *SAMPLINGS]),
-    st.booleans(),
-    st.booleans(),
+    st.sampled_from(
+        [{}, {"progressive": True}, *({"restart_marker_blocks": n} for n in range(1, 7)), {"restart_marker_rows": 1}]
+    ),
     st.data(),
 )
-def test_rows_are_those_of_the_whole(
-    width: int, height: int, kind: str, has_restarts: bool, is_progressive: bool, data: st.DataObject
+def test_boxes_are_those_of_the_whole(
+    width: int, height: int, kind: str, options: dict[str, Any], data: st.DataObject
 ) -> None:
     image = picture(width, height, "L" if kind == "grey" else "RGB")
-    options: dict[str, Any] = {} if kind == "grey" else {"subsampling": kind}
-    content = encode(image, progressive=is_progressive, restart_marker_rows=int(has_restarts), **options)
-    upper = data.draw(st.integers(0, height - 1))
-    lower = data.draw(st.integers(upper + 1, height))
-    rows = jpeg.rows_of(content, jpeg.read_header(content), upper, lower)
-    found = simplejpeg.decode_jpeg(rows.content, strict=rows.strict)
-    assert found.shape[0] == rows.height
-    assert rows.top <= upper
-    assert np.array_equal(found[upper - rows.top : lower - rows.top], pixels(content)[upper:lower])
+    content = encode(image, **options, **({} if kind == "grey" else {"subsampling": kind}))
+    left, upper = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    right, lower = data.draw(st.integers(left + 1, width)), data.draw(st.integers(upper + 1, height))
+    part = jpeg.cut_out(content, jpeg.read_header(content), (left, upper, right, lower))
+    found = simplejpeg.decode_jpeg(part.content, strict=part.strict)
+    assert found.shape[:2] == (part.height, part.width)
+    box = found[upper - part.top : lower - part.top, left - part.left : right - part.left]
+    assert np.array_equal(box, pixels(content)[upper:lower, left:right])
 
 
-def test_few_rows_are_few_bytes() -> None:
-    content = encode(picture(400, 400), restart_marker_rows=1)
-    rows = jpeg.rows_of(content, jpeg.read_header(content), 200, 220)
-    assert rows.height <= 64
-    assert len(rows.content) < len(content) / 4
+def test_a_small_box_is_few_bytes() -> None:
+    content = encode(picture(400, 400), restart_marker_blocks=5)
+    part = jpeg.cut_out(content, jpeg.read_header(content), (200, 200, 220, 220))
+    assert (part.width, part.height) <= (160, 64)
+    assert len(part.content) < len(content) / 8
 
 
 @pytest.mark.services
@@ -116,13 +117,27 @@ def test_restarts_change_no_pixel(options: dict[str, Any], mode: str) -> None:
     assert np.array_equal(pixels(content), pixels(rewritten))
     header = jpeg.read_header(rewritten)
     assert header.one_scan
-    assert header.restart_interval == -(-header.width // header.unit_width)
+    assert -(-header.width // header.unit_width) % header.restart_interval == 0
+    assert header.restart_interval <= 4
     before, after = Image.open(io.BytesIO(content)), Image.open(io.BytesIO(rewritten))
     assert dict(before.getexif()) == dict(after.getexif())
     assert after.info["icc_profile"] == b"a profile"
-    rows = jpeg.rows_of(rewritten, header, 70, 90)
-    assert rows.height < 90
-    assert np.array_equal(pixels(rows.content)[70 - rows.top : 90 - rows.top], pixels(content)[70:90])
+    part = jpeg.cut_out(rewritten, header, (60, 70, 80, 90))
+    assert (part.width, part.height) < (120, 90)
+    box = pixels(bytes(part.content))[70 - part.top : 90 - part.top, 60 - part.left : 80 - part.left]
+    assert np.array_equal(box, pixels(content)[70:90, 60:80])
+
+
+@pytest.mark.services
+def test_a_table_that_is_wrong_is_passed_over() -> None:
+    """As when another program codes the image anew and keeps the segment."""
+    needs_jpegtran()
+    one, other = (jpeg.add_restarts(encode(picture(200, 150).rotate(angle))) for angle in (0, 180))
+    assert jpeg.read_header(one).lengths != jpeg.read_header(other).lengths
+    header = jpeg.read_header(one)
+    for wrong in (jpeg.read_header(other).lengths, header.lengths[:-2], b""):
+        part = jpeg.cut_out(one, header._replace(lengths=wrong), (60, 70, 80, 90))
+        assert np.array_equal(part.content, jpeg.cut_out(one, header, (60, 70, 80, 90)).content)
 
 
 @pytest.mark.services
