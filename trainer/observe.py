@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from monitoring.discovery import forget_targets
 from monitoring.handover import Recorder
+from trainer.checkpoint import newest_checkpoint
 from trainer.config import Recipe
 from trainer.data.stream import Stream
 from trainer.distributed import Ranks
@@ -85,6 +86,8 @@ class Observer:
         self.recorder.set("resumes_total", resumes)
         self.recorder.set("skipped_steps_total", state.skipped)
         self.recorder.set("checkpoint_failures_total", 0)
+        if (newest := newest_checkpoint(self.recipe.run_dir)) is not None:
+            self.recorder.set("checkpoint_timestamp_seconds", newest.stat().st_mtime)
 
     def step(self, state: TrainState, images: int) -> None:
         """A step is finished."""
