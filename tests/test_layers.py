@@ -19,6 +19,7 @@ WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),
     ROOT / "trainer" / "config.py",
     ROOT / "trainer" / "errors.py",
+    ROOT / "trainer" / "units.py",
     *ROOT.glob("monitoring/**/*.py"),
 ]
 

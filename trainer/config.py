@@ -5,69 +5,15 @@ nearest known one. Durations are given in steps, epochs or samples.
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import UsageError
-
-_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\+?\d+)?) (step|epoch|sample)s?")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of training: `40 epochs`, `1000 steps`, `5e6 samples`."""
-
-    amount: float
-    unit: Literal["step", "epoch", "sample"]
-
-    def steps(self, epoch_samples: int, global_batch: int) -> int:
-        """Whole optimizer steps, rounded to the nearest."""
-        if self.unit == "step":
-            return round(self.amount)
-        samples = self.amount * (epoch_samples if self.unit == "epoch" else 1)
-        return round(samples / global_batch)
-
-    def __str__(self) -> str:
-        amount = int(self.amount) if float(self.amount).is_integer() else self.amount
-        return f"{amount} {self.unit}{'' if amount == 1 else 's'}"
-
-
-def _parse_span(value: object) -> object:
-    if isinstance(value, Span):
-        return value
-    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError("expected an amount and a unit, such as '40 epochs', '1000 steps' or '5e6 samples'")
-    return Span(float(match[1]), match[2])  # type: ignore[arg-type]
-
-
-Duration = Annotated[Span, BeforeValidator(_parse_span), PlainSerializer(str)]
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_size(value: object) -> object:
-    """`500MB`, `1G` or plain bytes to bytes.
-
-    Raises:
-        ValueError: text that is not a size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip().upper())
-    if match is None:
-        raise ValueError("expected a number of bytes, such as 500MB or 1GB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+from trainer.units import Duration, Size, Span
 
 
 class Section(BaseModel):

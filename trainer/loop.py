@@ -13,7 +13,7 @@ from torch import Tensor
 from models.mixing import Mix, draw_mix
 from monitoring.throughput import Throughput
 from trainer import checkpoint, picture
-from trainer.config import Recipe, Span
+from trainer.config import Recipe
 from trainer.data.faults import Reason, too_many
 from trainer.data.index import ShardIndex
 from trainer.data.stream import Batch, Position, Stream, ToDevice
@@ -24,6 +24,7 @@ from trainer.optim import Schedule, refuse_non_finite, set_lr
 from trainer.report import NullReporter, Reporter
 from trainer.rng import Purpose, seed_at, torch_at
 from trainer.state import TrainState
+from trainer.units import Span
 
 _PICTURE_ROWS = 4
 

@@ -34,7 +34,7 @@ from trainer.data.order import Share, Ticket
 from trainer.data.stream import Position, Stream, Views
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
-from trainer.rng import Purpose, numpy_at
+from trainer.rng import Purpose, random_at
 from trainer.shards.build import build_shards
 from trainer.shards.sources import open_source
 
@@ -231,7 +231,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
         content = index.read(sample)
         times.append(time.perf_counter())
         source = open_encoded(content, int(index.samples[sample]["state"]), settings.decoder)
-        view = random_view(source, size, settings, numpy_at(Purpose.VIEW, recipe.seed, 0, sample))
+        view = random_view(source, size, settings, random_at(Purpose.VIEW, recipe.seed, 0, sample))
         pixels = decode_view(source, view)
         times.append(time.perf_counter())
         render(pixels, view, size, settings.decoder)
@@ -259,7 +259,7 @@ def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
                 state,
                 recipe.model.img_size,
                 recipe.data.model_copy(update={"decoder": decoder}),
-                numpy_at(Purpose.VIEW, recipe.seed, 0, sample),
+                random_at(Purpose.VIEW, recipe.seed, 0, sample),
             )
             for decoder in ("fast", "pillow")
         )

@@ -8,6 +8,7 @@ import io
 import math
 import warnings
 from contextlib import suppress
+from random import Random
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -48,14 +49,14 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
 
-def random_crop(width: int, height: int, scale: tuple[float, float], random: np.random.Generator) -> Box:
+def random_crop(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
     """A crop of `scale` of the area and an aspect of 3/4 to 4/3 (Inception's, as torchvision's RandomResizedCrop)."""
     for _ in range(10):
         area = width * height * random.uniform(*scale)
         aspect = math.exp(random.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, upper = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+            left, upper = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             return left, upper, left + w, upper + h
     return center_crop(width, height, _ASPECT)
 
@@ -168,7 +169,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def training_view(
-    content: bytes, state: int, size: int, settings: Data, random: np.random.Generator, out: Tensor | None = None
+    content: bytes, state: int, size: int, settings: Data, random: Random, out: Tensor | None = None
 ) -> Tensor:
     """A random crop, resized (bicubic) and perhaps flipped: the view that pretraining sees.
 
@@ -200,7 +201,7 @@ def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> Encod
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
-def random_view(source: Encoded, size: int, settings: Data, random: np.random.Generator) -> View:
+def random_view(source: Encoded, size: int, settings: Data, random: Random) -> View:
     """Where to look in training: a random crop of the upright image, and whether it is mirrored."""
     box = random_crop(*_upright_size(source), settings.crop_scale, random)
     flip = random.random() < settings.hflip

@@ -21,7 +21,8 @@ import xxhash
 from trainer.config import Cache, Network
 from trainer.data.faults import Reason, UnusableError
 from trainer.errors import UsageError
-from trainer.stores.store import Store, open_store
+from trainer.stores.opening import open_store
+from trainer.stores.store import Store
 
 INDEX, SAMPLES = "index.json", "samples.npy"
 FORMAT = 2

@@ -21,7 +21,7 @@ from trainer.data.index import ShardIndex
 from trainer.data.order import Order, Share, Stretch, Ticket
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
-from trainer.rng import Purpose, numpy_at
+from trainer.rng import Purpose, numpy_at, random_at
 
 _SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
@@ -112,7 +112,7 @@ class Views(Dataset[Batch]):
         """Draws a ticket's sample, or the first usable one of its substitutes; returns which, or -1."""
         outages = 0
         for sample in self._candidates(ticket):
-            random = numpy_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, sample)
+            random = random_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, sample)
             try:
                 content = self.index.read(sample)
                 state = int(self.index.samples[sample]["state"])

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from trainer.arguments import at_least
-from trainer.config import parse_size
 from trainer.data.faults import Reason, describe, first_names
 from trainer.data.index import ShardIndex
 from trainer.errors import UsageError
@@ -21,6 +20,7 @@ from trainer.shards.indexing import write_index
 from trainer.shards.repair import RECORD, Repaired, repair
 from trainer.shards.sources import class_names, is_url, open_source
 from trainer.shards.synthetic import Synthetic
+from trainer.units import parse_size
 
 
 def size(text: str) -> int:

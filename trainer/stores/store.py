@@ -10,11 +10,9 @@ from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from trainer.config import Cache, Network
 from trainer.errors import UsageError
 
 _DESCRIPTORS = 64
-_NETWORK, _CACHE = Network(), Cache()
 
 
 class Store(ABC):
@@ -61,30 +59,6 @@ class Store(ABC):
     @abstractmethod
     def close(self) -> None:
         """Closes what this process opened, and removes a temporary cache that it made."""
-
-
-def open_store(location: str | Path, network: Network = _NETWORK, cache: Cache = _CACHE) -> Store:
-    """The store of a path, a URL (`s3://bucket/photos`) or a command (`pipe:aws s3 cp s3://bucket/photos/{} -`).
-
-    Raises:
-        UsageError: an unknown kind of URL, one whose package is missing, a command that is not allowed or names no
-            file, a cache that cannot be made or is too small.
-    """
-    text = str(location)
-    scheme, separator, _ = text.partition("://")
-    if text.startswith("pipe:"):
-        from trainer.stores.pipe import PipeStore
-
-        return PipeStore(text, network, cache)
-    if isinstance(location, Path) or not separator:
-        return LocalStore(Path(location))
-    from fsspec.implementations.local import LocalFileSystem
-
-    if scheme.lower() in ("file", "local"):
-        return LocalStore(Path(LocalFileSystem._strip_protocol(text)))
-    from trainer.stores.remote import RemoteStore
-
-    return RemoteStore(text, network, cache)
 
 
 class LocalStore(Store):

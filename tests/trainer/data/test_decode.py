@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -44,18 +45,18 @@ def small_photo() -> Image.Image:
 def view(content: bytes, data: Data, seed: int, size: int = 64, state: int | None = None) -> np.ndarray:
     """[H, W, 3] as integers, to take differences."""
     state = judge(content) if state is None else state
-    return training_view(content, state, size, data, np.random.default_rng(seed)).permute(1, 2, 0).numpy().astype(int)
+    return training_view(content, state, size, data, Random(seed)).permute(1, 2, 0).numpy().astype(int)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
 def test_crops_lie_inside_the_image(width: int, height: int, seed: int) -> None:
-    left, upper, right, lower = random_crop(width, height, (0.2, 1.0), np.random.default_rng(seed))
+    left, upper, right, lower = random_crop(width, height, (0.2, 1.0), Random(seed))
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
 
 
 def test_crops_are_distributed_like_torchvisions() -> None:
-    random = np.random.default_rng(0)
+    random = Random(0)
     ours = np.array([random_crop(500, 375, (0.2, 1.0), random) for _ in range(4000)])
     ours = np.stack([ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 0], ours[:, 1]], axis=1)
     image = Image.new("RGB", (500, 375))
@@ -71,7 +72,7 @@ def test_crops_are_distributed_like_torchvisions() -> None:
 @settings(max_examples=300)
 def test_plans_lose_no_resolution(width: int, height: int, seed: int, orientation: int, size: int) -> None:
     upright = (height, width) if orientation > 4 else (width, height)
-    box = random_crop(*upright, (0.2, 1.0), np.random.default_rng(seed))
+    box = random_crop(*upright, (0.2, 1.0), Random(seed))
     plan = plan_view(box, width, height, orientation, False, size)
     left, upper, right, lower = plan.box
     assert 0 <= left < right <= width
@@ -86,7 +87,7 @@ def test_plans_lose_no_resolution(width: int, height: int, seed: int, orientatio
 @pytest.mark.parametrize("seed", range(4))
 def test_the_reference_is_torchvisions_resized_crop(seed: int) -> None:
     image = small_photo()
-    left, upper, right, lower = random_crop(*image.size, PLAIN.crop_scale, np.random.default_rng(seed))
+    left, upper, right, lower = random_crop(*image.size, PLAIN.crop_scale, Random(seed))
     expected = resized_crop(image, upper, left, lower - upper, right - left, [64, 64], interpolation=3)
     found = view(encoded(image), Data(decoder="pillow", hflip=0.0), seed, 64)
     assert np.array_equal(found, np.asarray(expected))
@@ -110,7 +111,7 @@ def test_reduced_views_are_the_references_too(scale: int) -> None:
     content = encoded(photo(1).resize((size * scale * 3 // 2, size * scale * 9 // 8)), "JPEG", quality=95)
     header = jpeg.read_header(content)
     for seed in range(4):
-        box = random_crop(header.width, header.height, (0.9, 1.0), np.random.default_rng(seed))
+        box = random_crop(header.width, header.height, (0.9, 1.0), Random(seed))
         assert plan_view(box, header.width, header.height, 1, False, size).reduction == scale
         # Blocks of pixels are averaged before they are resized: a little off the one filter over all of them.
         assert np.abs(view(content, whole[0], seed, size) - view(content, whole[1], seed, size)).mean() < 1.5
@@ -122,7 +123,7 @@ def test_boxes_are_bit_for_bit_those_of_the_whole_decode(options: dict[str, obje
     source = PartialJpeg(content)
     whole = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
     for seed in range(20):
-        left, upper, right, lower = random_crop(source.width, source.height, (0.1, 1.0), np.random.default_rng(seed))
+        left, upper, right, lower = random_crop(source.width, source.height, (0.1, 1.0), Random(seed))
         found = source.pixels((left, upper, right, lower), 1)
         assert np.abs(found.astype(int) - whole[upper:lower, left:right]).max() == 0
 

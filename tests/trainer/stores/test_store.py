@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from tests.trainer.data.servers import Fault, HttpServer, S3Server, http_server, s3_server
 from trainer.config import Cache, Network
 from trainer.errors import UsageError
+from trainer.stores.opening import open_store
 from trainer.stores.pipe import PipeStore
 from trainer.stores.remote import RemoteStore
-from trainer.stores.store import LocalStore, Store, open_store
+from trainer.stores.store import LocalStore, Store
 
 BLOCK = 1000
 SIZES = {"a.tar": 3500, "b.tar": 2 * BLOCK, "c.tar": 999}
