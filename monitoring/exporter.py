@@ -211,6 +211,13 @@ class _QuietHandler(WSGIRequestHandler):
         """Scrapes are no news."""
 
 
+def check_files(certfile: Path | None, keyfile: Path | None, auth_file: Path | None) -> None:
+    """Raises ExporterError if TLS or passwords could not be set up with these files."""
+    _read_credentials(auth_file)
+    if certfile is not None:
+        _tls(certfile, keyfile)
+
+
 def _read_credentials(file: Path | None) -> bytes:
     if file is None:
         return b""

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 
 from monitoring.discovery import forget_targets
+from monitoring.exporter import ExporterError, check_files
 from monitoring.handover import Recorder
 from trainer.checkpoint import newest_checkpoint
 from trainer.config import Recipe
 from trainer.data.stream import Stream
 from trainer.distributed import Ranks
+from trainer.errors import UsageError
 from trainer.flops import model_flops, peak_flops
 from trainer.run_dir import versions
 from trainer.state import TrainState
@@ -158,6 +160,15 @@ class Observer:
                 self._exporter.wait(_ENDING)
         if self.shared is not None and self.ranks.local_rank == 0:
             shutil.rmtree(self.shared, ignore_errors=True)
+
+
+def check_monitoring(recipe: Recipe) -> None:
+    """Raises UsageError if the exporters could not be set up as the recipe says."""
+    settings = recipe.monitoring
+    try:
+        check_files(settings.certfile, settings.keyfile, settings.auth_file)
+    except ExporterError as error:
+        raise UsageError(str(error)) from error
 
 
 def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:

@@ -18,7 +18,7 @@ from trainer.distributed import Ranks, read_ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
 from trainer.errors import run_in_words
 from trainer.loop import Run, fit
-from trainer.observe import start_observer
+from trainer.observe import check_monitoring, start_observer
 from trainer.optim import Schedule, build_schedule
 from trainer.report import NullReporter, Reporter
 from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
@@ -75,6 +75,7 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe, index)
     checkpoint.check_resumable(recipe, ranks)
+    check_monitoring(recipe)
     model = build_model(recipe)
     if recipe.model.init is not None and checkpoint.newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)

@@ -197,6 +197,8 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     [
         (["train.microbatch=4"], "did you mean 'train.micro_batch'"),
         (["data.shards={tmp}/nowhere"], "does not exist"),
+        (["monitoring.auth_file={tmp}/nowhere", "run_dir={tmp}/other"], "monitoring.auth_file="),
+        (["monitoring.certfile={tmp}/nowhere", "run_dir={tmp}/other"], "monitoring.certfile="),
         (["data.shards={tmp}"], "holds no .tar files"),
         (["train.global_batch=7"], "does not divide"),
         (["model.img_size=96", "run_dir={tmp}/other"], "would fit"),
