@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.config import load_recipe
 from trainer.errors import UsageError
 from trainer.ports import free_port
+from trainer.recipes import load_recipe
 
 
 def local_command(recipe: Path, ranks: int, overrides: Sequence[str]) -> list[str]:

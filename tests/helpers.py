@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.config import Recipe, parse_recipe
+from trainer.config import Recipe
 from trainer.distributed import join, leave, read_ranks
 from trainer.ports import free_port
+from trainer.recipes import parse_recipe
 
 RANKS_TIMEOUT = 600
 

@@ -13,12 +13,13 @@ ALLOWED = {
     "models": ("models",),
     "monitoring": ("monitoring",),
     "trainer": ("trainer", "models", "monitoring"),
-    "launch": ("launch", "monitoring", "trainer.config", "trainer.errors", "trainer.ports"),
+    "launch": ("launch", "monitoring", "trainer.config", "trainer.errors", "trainer.ports", "trainer.recipes"),
 }
 WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),
     ROOT / "trainer" / "config.py",
     ROOT / "trainer" / "errors.py",
+    ROOT / "trainer" / "recipes.py",
     ROOT / "trainer" / "units.py",
     *ROOT.glob("monitoring/**/*.py"),
 ]

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.config import Recipe, Section, parse_recipe
+from trainer.config import Recipe, Section
 from trainer.data.stream import Position
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.recipes import parse_recipe
 from trainer.state import TrainState
 
 NEWEST = "newest"

@@ -1,16 +1,10 @@
-"""The recipe: its schema, its loading, its overrides. No torch here: login nodes read recipes too.
+"""The recipe's schema, with every default; `trainer.recipes` reads recipes. No torch: login nodes read them too."""
 
-A recipe is defaults < YAML < dotted overrides (`train.micro_batch=64`). An unknown key is an error that names the
-nearest known one. Durations are given in steps, epochs or samples.
-"""
-
-import difflib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trainer.errors import UsageError
 from trainer.units import Duration, Size, Span
@@ -278,71 +272,3 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `key.path=value` overrides.
-
-    Raises:
-        UsageError: no such file, not YAML, an unknown key or a value outside its range.
-    """
-    if not file.is_file():
-        raise UsageError(f"recipe {file} does not exist; configs/pretrain holds some")
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds {type(content).__name__}; expected sections such as 'model:' and 'train:'")
-    for override in overrides:
-        _apply(content, override)
-    return parse_recipe(content, str(file))
-
-
-def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
-    """The recipe of nested values; `source` is what an error names."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise UsageError(f"{source}: {'; '.join(_explain(detail) for detail in error.errors()[:3])}") from error
-
-
-def _apply(content: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise UsageError(f"override {override!r} is not of the form key.path=value, such as train.micro_batch=64")
-    *sections, key = path.split(".")
-    here = content
-    for section in sections:
-        inner = here.get(section)
-        here[section] = inner = dict(inner) if isinstance(inner, dict) else {}
-        here = inner
-    try:
-        here[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
-
-
-def _explain(detail: Any) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest(path)}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    given = detail["input"]
-    shown = f"={given!r}" if path and not isinstance(given, (dict, BaseModel)) else ""
-    expected = message if detail["type"] == "value_error" else f"expected {message}"
-    return f"{path}{shown}: {expected}" if path else expected
-
-
-def _nearest(path: str) -> str:
-    known = list(_paths(Recipe))
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    nearest = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(Recipe.model_fields)}"
-
-
-def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _paths(field.annotation, f"{prefix}{name}.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models import MixMAE
 from trainer import artifact, checkpoint, distributed
-from trainer.config import Recipe, load_recipe
+from trainer.config import Recipe
 from trainer.data.admit import admit
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
@@ -20,6 +20,7 @@ from trainer.errors import run_in_words
 from trainer.loop import Run, fit
 from trainer.observe import check_monitoring, start_observer
 from trainer.optim import Schedule, build_schedule
+from trainer.recipes import load_recipe
 from trainer.report import NullReporter, Reporter
 from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
 from trainer.state import TrainState

@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint import newest_checkpoint, require_same_recipe
-from trainer.config import Recipe, parse_recipe
+from trainer.config import Recipe
 from trainer.data.index import ShardIndex
 from trainer.errors import UsageError
+from trainer.recipes import parse_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
 PACKAGES = (

@@ -5,8 +5,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import Recipe, load_recipe, parse_recipe
+from trainer.config import Recipe
 from trainer.errors import UsageError
+from trainer.recipes import load_recipe, parse_recipe
 from trainer.units import Span
 
 

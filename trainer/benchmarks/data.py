@@ -26,7 +26,7 @@ from tqdm import tqdm
 from trainer.arguments import at_least
 from trainer.benchmarks import photos
 from trainer.benchmarks.results import RESULTS, write_result
-from trainer.config import Data, Recipe, load_recipe
+from trainer.config import Data, Recipe
 from trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
 from trainer.data.faults import JPEG
 from trainer.data.index import ShardIndex, open_index
@@ -34,6 +34,7 @@ from trainer.data.order import Share, Ticket
 from trainer.data.stream import Position, Stream, Views
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.recipes import load_recipe
 from trainer.rng import Purpose, random_at
 from trainer.shards.build import build_shards
 from trainer.shards.sources import open_source
