@@ -19,6 +19,7 @@ import torch.distributed as dist
 from monitoring.discovery import forget_targets
 from monitoring.exporter import ExporterError, check_files
 from monitoring.handover import Recorder
+from monitoring.node import SHARED_MEMORY
 from trainer.checkpoint import newest_checkpoint
 from trainer.config import Recipe
 from trainer.data.stream import Stream
@@ -194,8 +195,7 @@ def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
 
 
 def _shared_memory() -> Path:
-    memory = Path("/dev/shm")
-    return memory if memory.is_dir() else Path(tempfile.gettempdir())
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
 def _command(recipe: Recipe, shared: Path) -> Sequence[str]:

@@ -119,21 +119,17 @@ def _names_in(record: Path | None) -> set[str]:
 
 def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allowed: float) -> TooManyFaultsError:
     """The end of a run whose data has too much that cannot be used."""
+    shards = [f"{name} ({count})" for name, count in by_shard.most_common()]
     return TooManyFaultsError(
         f"{by_shard.total()} samples of epoch {epoch} could not be used ({describe(reasons)} in all), more than the "
-        f"{allowed:.4g} that data.max_bad_share allows; shards: {_most(by_shard)}; see 'mixmae shards check', or raise "
-        "data.max_bad_share"
+        f"{allowed:.4g} that data.max_bad_share allows; shards: {first_names(shards, 5)}; see 'mixmae shards check', "
+        "or raise data.max_bad_share"
     )
 
 
 def describe(counts: Counter[Reason]) -> str:
     """`3 damaged, 1 empty`."""
     return ", ".join(f"{count} {reason.label}" for reason, count in counts.most_common())
-
-
-def _most(shards: Counter[str], shown: int = 5) -> str:
-    names = [f"{name} ({count})" for name, count in shards.most_common(shown)]
-    return ", ".join(names) + (f" and {len(shards) - shown} more" if len(shards) > shown else "")
 
 
 def first_names(names: Sequence[str], shown: int = 3) -> str:

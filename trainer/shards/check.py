@@ -1,12 +1,10 @@
 """Verifying shards against their index, their tar structure and their images, in parallel."""
 
 import hashlib
-import mmap
 import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from trainer.data.faults import PILLOW, Reason
 from trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
 from trainer.errors import UsageError
 from trainer.shards.findings import Finding, Kind, Report, kind_of
-from trainer.shards.scan import DamagedTarError, Member, members, salvage, tabulate
+from trainer.shards.scan import DamagedTarError, Member, mapped, members, salvage, tabulate
 from trainer.shards.sources import class_names
 from trainer.shards.workers import run_jobs, tick
 
@@ -127,17 +125,6 @@ def _inspect(expected: Expected, name: str) -> Inspected:
         nothing = Shard(name, 0, 0, "")
         finding = Finding(Kind.SHARD_UNREADABLE, name, detail=str(error))
         return Inspected(nothing, np.array([], dtype=SAMPLE), "", np.array([], dtype=np.uint64), [finding])
-
-
-@contextmanager
-def mapped(file: Path) -> Iterator[Any]:
-    """A file's bytes, read as they are asked for."""
-    with file.open("rb") as stream:
-        if file.stat().st_size == 0:  # which mmap does not take
-            yield b""
-            return
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield content
 
 
 def _inspect_content(expected: Expected, file: Path, content: Any) -> Inspected:

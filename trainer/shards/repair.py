@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from trainer.data.index import SAMPLE, Shard, ShardIndex, Table
 from trainer.errors import UsageError
-from trainer.shards.check import Checked, Expected, Inspected, find_members, mapped
+from trainer.shards.check import Checked, Expected, Inspected, find_members
 from trainer.shards.findings import Kind
 from trainer.shards.indexing import save_index
 from trainer.shards.rescue import Lost, Rescue
-from trainer.shards.scan import scan_shard
+from trainer.shards.scan import mapped, scan_shard
 from trainer.shards.workers import run_jobs, tick
 
 RECORD = "repair.jsonl"

@@ -3,7 +3,8 @@
 import hashlib
 import mmap
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +46,20 @@ def scan_shard(file: Path, judge: Callable[[bytes], int], classes: int = 0) -> t
     """
     if not file.stat().st_size:
         raise DamagedTarError("it is empty")
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with mapped(file) as content:
         table = tabulate(list(members(file)), content, judge, classes)
         return Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest()), table
+
+
+@contextmanager
+def mapped(file: Path) -> Iterator[Any]:
+    """A file's bytes, read as they are asked for."""
+    with file.open("rb") as stream:
+        if file.stat().st_size == 0:  # which mmap does not take
+            yield b""
+            return
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
 
 
 def members(file: Path) -> Iterable[Member]:
@@ -104,7 +116,7 @@ def tabulate(files: Sequence[Member], content: Any, judge: Callable[[bytes], int
     """The sample table of a tar's members, in the order in which the images stand."""
     rows = []
     for members_of in group(files).values():
-        label = _label_of(members_of, content, classes)
+        label = label_of(members_of, content, classes)
         images = [member for member in members_of.values() if member.extension in IMAGE_EXTENSIONS]
         known = -1 if label is None else label
         for place in images:
@@ -116,7 +128,7 @@ def tabulate(files: Sequence[Member], content: Any, judge: Callable[[bytes], int
     return np.array(sorted(rows, key=itemgetter(1)), dtype=SAMPLE)
 
 
-def _label_of(files: dict[str, Member], content: Any, classes: int) -> int | None:
+def label_of(files: dict[str, Member], content: Any, classes: int) -> int | None:
     """A sample's class, -1 without one, None where it makes no sense."""
     if "cls" not in files:
         return -1

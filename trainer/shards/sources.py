@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from trainer.data.faults import Reason, UnusableError, first_names
 from trainer.data.index import INDEX
 from trainer.errors import UsageError
 from trainer.shards.lists import read_list
-from trainer.shards.scan import IMAGE_EXTENSIONS, DamagedTarError, Member, group, members, parse_label
+from trainer.shards.scan import IMAGE_EXTENSIONS, DamagedTarError, group, label_of, mapped, members
 from trainer.shards.workers import run_jobs, tick
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -255,9 +255,9 @@ def _list_shard(classes: int, file: Path) -> tuple[list[Entry], Counter[str]]:
         ) from error
     tick()
     entries = []
-    with file.open("rb") as stream:
+    with mapped(file) as content:
         for key, files in group(found).items():
-            label = _label(stream, files.get("cls"), classes)
+            label = label_of(files, content, classes)
             known = -1 if label is None else label
             images = [member for member in files.values() if member.extension in IMAGE_EXTENSIONS]
             for image in images:
@@ -267,14 +267,6 @@ def _list_shard(classes: int, file: Path) -> tuple[list[Entry], Counter[str]]:
                 first = next(iter(files.values()))
                 entries.append(Entry(key, (file.name, first.offset, first.extension, Reason.MISSING.value), 0, -1))
     return entries, Counter(m.extension for m in found if m.extension not in (*IMAGE_EXTENSIONS, "cls"))
-
-
-def _label(stream: BinaryIO, place: Member | None, classes: int) -> int | None:
-    """A sample's class, -1 without one, None where it makes no sense."""
-    if place is None:
-        return -1
-    stream.seek(place.offset)
-    return parse_label(stream.read(place.size), classes)
 
 
 def class_names(directory: Path) -> list[str]:
