@@ -4,9 +4,11 @@ A position in it is one number, the samples seen; see `trainer.data.order`.
 """
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -27,6 +29,8 @@ _SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
 _OUTAGES = 3
 """Samples tried although their shards are out of reach: each may take as long as all its retries."""
+_NOTICE = 5.0
+"""Seconds that torch has to notice a worker whose connection broke."""
 _LOST = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 
 
@@ -218,8 +222,8 @@ class Stream:
         assert self._batches is not None, "closed"
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if (lost := lost_worker(error, self.rank)) is not None:
+        except (RuntimeError, OSError, EOFError) as error:
+            if (lost := lost_worker(self._told_by_torch(error), self.rank)) is not None:
                 raise lost from error
             raise
         if batch.refusal is not None:
@@ -237,6 +241,19 @@ class Stream:
             )
         return batch
 
+    def _told_by_torch(self, error: BaseException) -> BaseException:
+        """Torch's own error where the pipe of a worker that died broke before torch was told of its death."""
+        workers = getattr(self._batches, "_workers", [])
+        if isinstance(error, RuntimeError) or not workers:
+            return error
+        try:
+            connection.wait([worker.sentinel for worker in workers], _NOTICE)
+            time.sleep(0)  # torch's signal handler runs between two steps of the interpreter
+        except RuntimeError as told:
+            return told
+        dead = [worker.pid for worker in workers if not worker.is_alive()]
+        return RuntimeError(f"DataLoader worker (pid {dead[0]}) broke off its connection") if dead else error
+
     @property
     def ready(self) -> int:
         """Micro-batches that workers have finished and nobody has taken."""
@@ -247,7 +264,12 @@ class Stream:
         """Ends the workers; lets go of files and shared memory."""
         end = getattr(self._batches, "_shutdown_workers", None)
         if end is not None:  # an exception's traceback may hold the iterator, which ends them only when it goes
-            end()
+            try:
+                end()
+            except RuntimeError as error:
+                if lost_worker(error, self.rank) is None:
+                    raise
+                end()  # torch told of a worker's death while it was waiting for the others
         self._batches = None
         self.index.store.close()
 
