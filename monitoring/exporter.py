@@ -88,6 +88,8 @@ class NodeCollector(Collector):
                     family.add_metric(reading.labels, reading.value)
             elif metric.kind is Kind.HISTOGRAM:
                 _add_histograms(family, metric, found[metric.name])
+            elif metric.states:
+                _add_states(family, metric, found[metric.name])
             else:
                 for rank, value in found[metric.name]:
                     family.add_metric(_labels(metric, rank, value), value.value)
@@ -110,6 +112,12 @@ def _add_histograms(family: Any, metric: Metric, values: list[tuple[int, Value]]
         series[_labels(metric, rank, value)][value.part] = value.value
     for labels, parts in series.items():
         family.add_metric(labels, cumulative(parts), parts.get("sum", 0.0))
+
+
+def _add_states(family: Any, metric: Metric, values: list[tuple[int, Value]]) -> None:
+    for rank, value in values:
+        for number, state in enumerate(metric.states):
+            family.add_metric((*_labels(metric, rank, value), state), float(number == value.value))
 
 
 class Exporter:

@@ -179,7 +179,7 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
     state = run.state
     if run.ranks.is_main:
-        run.observer.skipped(state)
+        run.observer.skipped()
     run.reporter.event(
         "skipped",
         f"step {state.step}: loss or gradient not finite, step skipped on all ranks ({state.skipped_in_row} in a row)",

@@ -6,7 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from trainer.heartbeat import Heartbeat, begin_heartbeat
+
+if __name__ == "__main__":  # before torch is imported, which may take long on a shared file system
+    _HEARTBEAT = begin_heartbeat(os.environ)
 
 from models import MixMAE
 from trainer import artifact, checkpoint, distributed
@@ -16,13 +22,14 @@ from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
 from trainer.distributed import Ranks, read_ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
-from trainer.errors import run_in_words
+from trainer.errors import UsageError, run_in_words
+from trainer.exporting import check_monitoring
 from trainer.loop import Run, fit
-from trainer.observe import check_monitoring, start_observer
+from trainer.observe import Observer, start_observer
 from trainer.optim import Schedule, build_schedule
 from trainer.recipes import load_recipe
 from trainer.report import NullReporter, Reporter
-from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
+from trainer.run_dir import check_run_dir, past_ends, replaced_file, restarted, write_run_dir
 from trainer.state import TrainState
 
 
@@ -38,7 +45,7 @@ class Job:
     """What of the data will be stepped over."""
 
 
-def pretrain(recipe: Recipe, ranks: Ranks) -> None:
+def pretrain(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = None) -> None:
     """Trains a recipe to its end, from its newest checkpoint if there is one.
 
     Raises:
@@ -47,10 +54,11 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
     """
     job = check(recipe, ranks)
     distributed.join(ranks)
-    run = prepare(job, ranks)
+    run = prepare(job, ranks, heartbeat)
     clean = False
     try:
         fit(run)
+        run.observer.at("ending")
         run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
         clean = True
     except Exception as error:
@@ -83,8 +91,17 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     return Job(recipe, index, schedule, model, note)
 
 
-def prepare(job: Job, ranks: Ranks) -> Run:
-    """Engine, position, batches and reporter: everything up to the first step."""
+def prepare(job: Job, ranks: Ranks, heartbeat: Heartbeat | None = None) -> Run:
+    """Observer, engine, position, batches and reporter: everything up to the first step."""
+    observer, silent = start_observer(job.recipe, ranks, heartbeat)  # first, so that a start that hangs is seen
+    try:
+        return _build(job, ranks, observer, silent)
+    except UsageError:
+        observer.close(clean=True)  # there is no run: nothing to be missed
+        raise
+
+
+def _build(job: Job, ranks: Ranks, observer: Observer, silent: str | None) -> Run:
     recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, recipe, ranks)
@@ -93,8 +110,7 @@ def prepare(job: Job, ranks: Ranks) -> Run:
     position.require(recipe.seed, index)
     if ranks.is_main:
         write_run_dir(recipe, index)
-    observer, silent = start_observer(recipe, ranks)
-    resumes = count_resumes(recipe.run_dir) if ranks.is_main else 0
+    ends = past_ends(recipe.run_dir) if ranks.is_main else []
     reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
@@ -106,11 +122,12 @@ def prepare(job: Job, ranks: Ranks) -> Run:
         world_size=ranks.world_size,
         parameters=parameters,
         total_steps=schedule.total_steps,
+        **restarted(ends, os.environ),
     )
     if silent is not None:
         reporter.event("monitoring", silent)
     if ranks.is_main:
-        observer.begin(state, schedule.total_steps, parameters, resumes + bool(resumed))
+        observer.begin(schedule.total_steps, parameters, ends)
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     if job.data_note is not None:
         reporter.event("data", job.data_note, step=state.step)
@@ -118,7 +135,7 @@ def prepare(job: Job, ranks: Ranks) -> Run:
     return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], heartbeat: Heartbeat | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainer.pretrain", description=__doc__)
     parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
     parser.add_argument(
@@ -130,9 +147,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    pretrain(recipe, read_ranks(os.environ))
+    pretrain(recipe, read_ranks(os.environ), heartbeat)
     return 0
 
 
 if __name__ == "__main__":
-    distributed.leave(run_in_words(main, sys.argv[1:]))
+    distributed.leave(run_in_words(partial(main, heartbeat=_HEARTBEAT), sys.argv[1:]))

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from trainer.errors import UsageError
 from trainer.recipes import parse_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
+_STARTS = ("start", "resumed")
+_ENDS = {"preempted": "preempted", "failed": "failed", "end": "finished"}
+"""Events that are the last of an attempt; one without them was killed."""
 PACKAGES = (
     "mixmae",
     "torch",
@@ -115,9 +119,27 @@ def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def count_resumes(run_dir: Path) -> int:
-    """How often the run was continued so far."""
-    return sum(record["event"] == "resumed" for record in _records(run_dir))
+def past_ends(run_dir: Path) -> list[str]:
+    """How each attempt at the run ended so far, one of `monitoring.metrics.ENDS`, oldest first.
+
+    The last event of an attempt says so; to be asked before the present one writes its first.
+    """
+    ends: list[str] = []
+    for record in _records(run_dir):
+        event = record["event"]
+        if event in _STARTS:
+            ends.append("killed")
+        elif event in _ENDS and ends:
+            ends[-1] = _ENDS[event]
+    return ends
+
+
+def restarted(ends: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """What the first event of an attempt says of the ones before: how the last ended, and Slurm's count of restarts."""
+    fields: dict[str, Any] = {"reason": ends[-1]} if ends else {}
+    if env.get("SLURM_RESTART_COUNT", "").isdigit():
+        fields["slurm_restart_count"] = int(env["SLURM_RESTART_COUNT"])
+    return fields
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
