@@ -88,8 +88,15 @@ class Observer:
         if self.heartbeat is not None:
             self.heartbeat.at(place)
 
-    def begin(self, total_steps: int, parameters: int, past_ends: Sequence[str]) -> None:
-        """Says what runs, and how earlier attempts at it ended; for the main rank."""
+    def restarted(self, past_ends: Sequence[str]) -> None:
+        """Says how earlier attempts at the run ended, which the main rank knows."""
+        if self.ranks.is_main:
+            ends = Counter(past_ends)
+            for reason in ENDS:
+                self.recorder.set("resumes_total", ends[reason], reason)
+
+    def begin(self, total_steps: int, parameters: int) -> None:
+        """Says what runs; for the main rank."""
         self._flops = model_flops(self.recipe)
         self._peak = peak_flops(self.recipe, self.ranks.device)
         train, found = self.recipe.train, versions()
@@ -108,9 +115,6 @@ class Observer:
         self.recorder.set("start_timestamp_seconds", time.time())
         self.recorder.set("target_steps", total_steps)
         self.recorder.set("weight_decay", self.recipe.optim.weight_decay)
-        ends = Counter(past_ends)
-        for reason in ENDS:
-            self.recorder.set("resumes_total", ends[reason], reason)
         self.recorder.set("skipped_steps_total", 0)
         self.recorder.set("checkpoint_failures_total", 0)
         if (newest := newest_checkpoint(self.recipe.run_dir)) is not None:

@@ -29,7 +29,7 @@ from trainer.observe import Observer, start_observer
 from trainer.optim import Schedule, build_schedule
 from trainer.recipes import load_recipe
 from trainer.report import NullReporter, Reporter
-from trainer.run_dir import check_run_dir, past_ends, replaced_file, restarted, write_run_dir
+from trainer.run_dir import begin_attempt, check_run_dir, refuse_attempt, replaced_file, restarted, write_run_dir
 from trainer.state import TrainState
 
 
@@ -94,14 +94,18 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
 def prepare(job: Job, ranks: Ranks, heartbeat: Heartbeat | None = None) -> Run:
     """Observer, engine, position, batches and reporter: everything up to the first step."""
     observer, silent = start_observer(job.recipe, ranks, heartbeat)  # first, so that a start that hangs is seen
+    ends = begin_attempt(job.recipe.run_dir) if ranks.is_main else []
+    observer.restarted(ends)
     try:
-        return _build(job, ranks, observer, silent)
-    except UsageError:
+        return _build(job, ranks, observer, silent, ends)
+    except UsageError as error:
+        if ranks.is_main:
+            refuse_attempt(job.recipe.run_dir, str(error))
         observer.close(clean=True)  # there is no run: nothing to be missed
         raise
 
 
-def _build(job: Job, ranks: Ranks, observer: Observer, silent: str | None) -> Run:
+def _build(job: Job, ranks: Ranks, observer: Observer, silent: str | None, ends: list[str]) -> Run:
     recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, recipe, ranks)
@@ -110,7 +114,6 @@ def _build(job: Job, ranks: Ranks, observer: Observer, silent: str | None) -> Ru
     position.require(recipe.seed, index)
     if ranks.is_main:
         write_run_dir(recipe, index)
-    ends = past_ends(recipe.run_dir) if ranks.is_main else []
     reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
@@ -127,7 +130,7 @@ def _build(job: Job, ranks: Ranks, observer: Observer, silent: str | None) -> Ru
     if silent is not None:
         reporter.event("monitoring", silent)
     if ranks.is_main:
-        observer.begin(schedule.total_steps, parameters, ends)
+        observer.begin(schedule.total_steps, parameters)
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     if job.data_note is not None:
         reporter.event("data", job.data_note, step=state.step)

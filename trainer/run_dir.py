@@ -24,9 +24,9 @@ from trainer.errors import UsageError
 from trainer.recipes import parse_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
-_STARTS = ("start", "resumed")
+_ATTEMPT, _REFUSED = "attempt", "refused"
 _ENDS = {"preempted": "preempted", "failed": "failed", "end": "finished"}
-"""Events that are the last of an attempt; one without them was killed."""
+"""Events that end an attempt; one without them was killed."""
 PACKAGES = (
     "mixmae",
     "torch",
@@ -119,16 +119,35 @@ def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def past_ends(run_dir: Path) -> list[str]:
-    """How each attempt at the run ended so far, one of `monitoring.metrics.ENDS`, oldest first.
+def begin_attempt(run_dir: Path) -> list[str]:
+    """Records that the run is about to start; returns how each attempt before ended, see `past_ends`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ends = past_ends(run_dir)
+    again = f"starting again; attempts before: {len(ends)}, the last of them {ends[-1]}" if ends else "starting"
+    _note(run_dir, _ATTEMPT, message=again)
+    return ends
 
-    The last event of an attempt says so; to be asked before the present one writes its first.
-    """
+
+def refuse_attempt(run_dir: Path, why: str) -> None:
+    """Records that the start was refused: no attempt at all."""
+    _note(run_dir, _REFUSED, message=why)
+
+
+def _note(run_dir: Path, event: str, **fields: Any) -> None:
+    events = Events(run_dir)
+    events.write(event, **fields)
+    events.close()
+
+
+def past_ends(run_dir: Path) -> list[str]:
+    """How each attempt at the run ended so far, one of `monitoring.metrics.ENDS`, oldest first."""
     ends: list[str] = []
     for record in _records(run_dir):
         event = record["event"]
-        if event in _STARTS:
+        if event == _ATTEMPT:
             ends.append("killed")
+        elif event == _REFUSED and ends:
+            ends.pop()
         elif event in _ENDS and ends:
             ends[-1] = _ENDS[event]
     return ends

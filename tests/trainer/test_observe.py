@@ -27,7 +27,7 @@ from trainer.flops import model_flops
 from trainer.loop import fit
 from trainer.observe import start_observer
 from trainer.pretrain import check, prepare
-from trainer.run_dir import Events, past_ends, read_events, restarted
+from trainer.run_dir import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
@@ -223,31 +223,42 @@ def test_restarts_are_counted_by_how_the_attempt_before_ended(shards: Path, tmp_
 
 
 def test_the_record_says_how_attempts_ended(tmp_path: Path) -> None:
-    assert past_ends(tmp_path) == []
-    events = Events(tmp_path)
-    for attempt in (["preempted", "checkpoint"], ["failed"], [], ["end"], ["step"]):
-        for event in ["resumed" if past_ends(tmp_path) else "start", "step", *attempt]:
+    expected: list[str] = []
+    attempts = {
+        "preempted": ["checkpoint", "preempted", "checkpoint"],
+        "failed": ["failed"],
+        "killed": [],
+        "finished": ["end"],
+    }
+    assert set(attempts) == set(ENDS)
+    for end, record in [*attempts.items(), *attempts.items()]:
+        assert begin_attempt(tmp_path / "run") == expected
+        events = Events(tmp_path / "run")
+        for event in ["start", "step", *record]:
             events.write(event, step=0)
-    events.close()
-    ends = past_ends(tmp_path)
-    assert ends == ["preempted", "failed", "killed", "finished", "killed"]
-    assert set(ends) == set(ENDS)
-    assert restarted(ends, {}) == {"reason": "killed"}
+        events.close()
+        expected.append(end)
+    begin_attempt(tmp_path / "run")
+    refuse_attempt(tmp_path / "run", "another seed")
+    assert past_ends(tmp_path / "run") == expected
+    assert restarted(expected, {}) == {"reason": "finished"}
     assert restarted([], {"SLURM_RESTART_COUNT": "0"}) == {"slurm_restart_count": 0}
-    assert restarted(ends[:1], {"SLURM_RESTART_COUNT": "3"}) == {"reason": "preempted", "slurm_restart_count": 3}
+    assert restarted(["preempted"], {"SLURM_RESTART_COUNT": "3"}) == {"reason": "preempted", "slurm_restart_count": 3}
 
 
-def refused_when_built(ranks: Ranks, recipe: Recipe) -> tuple[list[Path], bool]:
+def refused_when_built(ranks: Ranks, recipe: Recipe) -> tuple[list[Path], bool, list[str]]:
     def refuse(*_: Any) -> None:
         raise UsageError("no")
 
     job = check(recipe, ranks)
     with mock.patch("trainer.pretrain.build_engine", refuse), pytest.raises(UsageError, match="no"):
         prepare(job, ranks)
-    return list(targets_folder(recipe.run_dir).glob("*.json")), any(Path("/dev/shm").glob("mixmae-*"))
+    left = list(targets_folder(recipe.run_dir).glob("*.json"))
+    return left, any(Path("/dev/shm").glob("mixmae-*")), past_ends(recipe.run_dir)
 
 
 def test_a_start_that_is_refused_leaves_nothing_to_be_missed(shards: Path, tmp_path: Path) -> None:
-    ((targets, shared),) = run_ranks(refused_when_built, 1, recipe_for(shards, tmp_path / "run"))
+    ((targets, shared, ends),) = run_ranks(refused_when_built, 1, recipe_for(shards, tmp_path / "run"))
     assert targets == []
     assert not shared
+    assert ends == []
