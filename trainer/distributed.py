@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer import exits
 from trainer.errors import UsageError
 from trainer.ports import free_port
 
@@ -104,6 +105,13 @@ def join(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def background_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks, for collectives that neither wait for a GPU nor get in between those of training."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "all ranks are members"
+    return group
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if dist.is_initialized():
@@ -123,7 +131,7 @@ def leave(code: int) -> None:
 
     After success all ranks wait for each other; after a failure nobody waits, since the others may never come.
     """
-    if code == 0 and dist.is_initialized():
+    if code in (exits.FINISHED, exits.PREEMPTED) and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -9,21 +9,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import MixMAE
-from trainer import artifact, checkpoint, distributed
+from trainer import artifact, distributed, exits
+from trainer.checkpoints.layout import newest_checkpoint
+from trainer.checkpoints.resume import resume
+from trainer.checkpoints.saver import Saver
 from trainer.config import Recipe
 from trainer.data.admit import admit
 from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
 from trainer.distributed import Ranks, read_ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
-from trainer.errors import run_in_words
-from trainer.loop import Run, fit
+from trainer.errors import UsageError, run_in_words
+from trainer.loop import fit
 from trainer.observe import check_monitoring, start_observer
 from trainer.optim import Schedule, build_schedule
 from trainer.recipes import load_recipe
 from trainer.report import NullReporter, Reporter
+from trainer.run import Run
 from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
+from trainer.same_run import require_same_recipe
+from trainer.signals import StopRequest
 from trainer.state import TrainState
+
+_LAST_SAVE = 10.0
+"""Seconds that a run which failed waits for a save that it began before."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,11 @@ class Job:
     """What of the data will be stepped over."""
 
 
-def pretrain(recipe: Recipe, ranks: Ranks) -> None:
-    """Trains a recipe to its end, from its newest checkpoint if there is one.
+def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None) -> int:
+    """Trains a recipe from its newest checkpoint, if there is one, to its end or until it is asked to stop.
+
+    Returns:
+        The exit code, `exits.FINISHED` or `exits.PREEMPTED`.
 
     Raises:
         UsageError: whatever in the recipe, the shards or the run directory does not fit; most of it is found before the
@@ -47,11 +59,19 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
     """
     job = check(recipe, ranks)
     distributed.join(ranks)
-    run = prepare(job, ranks)
+    run = prepare(job, ranks, stop)
     clean = False
     try:
-        fit(run)
-        run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
+        asked_by = fit(run)
+        if asked_by is None:
+            run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
+        else:
+            run.reporter.event(
+                "preempted",
+                f"stopped at step {run.state.step}, all saved, by {asked_by}; the same command goes on from here",
+                step=run.state.step,
+                reason=asked_by,
+            )
         clean = True
     except Exception as error:
         lost = lost_worker(error, ranks.rank)
@@ -60,10 +80,12 @@ def pretrain(recipe: Recipe, ranks: Ranks) -> None:
             raise lost from error
         raise
     finally:
+        run.saver.wait(_LAST_SAVE)
         run.observer.close(clean)
         run.batches.close()
         run.reporter.close()
         run.engine.destroy()
+    return exits.FINISHED if asked_by is None else exits.PREEMPTED
 
 
 def check(recipe: Recipe, ranks: Ranks) -> Job:
@@ -75,21 +97,23 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     note = admit(index, recipe.data.max_bad_share)
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe, index)
-    checkpoint.check_resumable(recipe, ranks)
     check_monitoring(recipe)
     model = build_model(recipe)
-    if recipe.model.init is not None and checkpoint.newest_checkpoint(recipe.run_dir) is None:
+    if recipe.model.init is not None and newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)
     return Job(recipe, index, schedule, model, note)
 
 
-def prepare(job: Job, ranks: Ranks) -> Run:
+def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None) -> Run:
     """Engine, position, batches and reporter: everything up to the first step."""
     recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
     parameters = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, recipe, ranks)
-    resumed = checkpoint.resume(engine, recipe, ranks)
-    state, position = resumed or (TrainState(), Position(recipe.seed, 0, index.fingerprint))
+    resumed = resume(engine, recipe.run_dir, ranks)
+    state, position = TrainState(), Position(recipe.seed, 0, index.fingerprint)
+    if resumed is not None:
+        require_same_recipe(recipe, dict(resumed.manifest.recipe), recipe.run_dir)
+        state, position = TrainState.from_state_dict(resumed.manifest.state), Position(**resumed.manifest.position)
     position.require(recipe.seed, index)
     if ranks.is_main:
         write_run_dir(recipe, index)
@@ -109,13 +133,16 @@ def prepare(job: Job, ranks: Ranks) -> Run:
     )
     if silent is not None:
         reporter.event("monitoring", silent)
+    for damage in resumed.given_up if resumed is not None else ():
+        reporter.event("damaged", f"set aside as damaged: {damage}; going on from step {state.step}", step=state.step)
     if ranks.is_main:
         observer.begin(state, schedule.total_steps, parameters, resumes + bool(resumed))
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     if job.data_note is not None:
         reporter.event("data", job.data_note, step=state.step)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
-    return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer)
+    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks)
+    return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer, saver, stop)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -127,11 +154,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # deepspeed's launcher passes it; the environment has it too
+    parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
     args = parser.parse_args(argv)
-    recipe = load_recipe(args.recipe, args.overrides)
+    stop = StopRequest()
+    recipe, ranks = load_recipe(args.recipe, args.overrides), read_ranks(os.environ)
+    if args.world_size is not None and ranks.world_size != args.world_size:
+        raise UsageError(
+            f"{ranks.world_size} ranks were started, but --world-size={args.world_size}; look at the hostfile or the "
+            "job's size: this is no smaller run"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    pretrain(recipe, read_ranks(os.environ))
-    return 0
+    return pretrain(recipe, ranks, stop)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
-from trainer.checkpoint import newest_checkpoint, require_same_recipe
+from trainer.checkpoints.layout import newest_checkpoint
 from trainer.config import Recipe
 from trainer.data.index import ShardIndex
 from trainer.errors import UsageError
 from trainer.recipes import parse_recipe
+from trainer.same_run import require_same_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
 PACKAGES = (

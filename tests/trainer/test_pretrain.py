@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models import build_encoder
 from tests.helpers import tiny_recipe
-from trainer.checkpoint import complete, newest_checkpoint
-from trainer.consolidate import master_weights
+from trainer.checkpoints.layout import complete, newest_checkpoint
+from trainer.checkpoints.weights import master_weights
 from trainer.data.index import open_index
 from trainer.errors import run_in_words
 from trainer.export import main as export
