@@ -63,15 +63,7 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None) -> i
     clean = False
     try:
         asked_by = fit(run)
-        if asked_by is None:
-            run.reporter.event("end", f"finished at step {run.state.step}: {recipe.run_dir}", step=run.state.step)
-        else:
-            run.reporter.event(
-                "preempted",
-                f"stopped at step {run.state.step}, all saved, by {asked_by}; the same command goes on from here",
-                step=run.state.step,
-                reason=asked_by,
-            )
+        say_end(run, asked_by)
         clean = True
     except Exception as error:
         lost = lost_worker(error, ranks.rank)
@@ -86,6 +78,15 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None) -> i
         run.reporter.close()
         run.engine.destroy()
     return exits.FINISHED if asked_by is None else exits.PREEMPTED
+
+
+def say_end(run: Run, asked_by: str | None) -> None:
+    step = run.state.step
+    if asked_by is None:
+        run.reporter.event("end", f"finished at step {step}: {run.recipe.run_dir}", step=step)
+    else:
+        message = f"stopped at step {step} by {asked_by}, all saved; the same command goes on from here"
+        run.reporter.event("preempted", message, step=step, reason=asked_by)
 
 
 def check(recipe: Recipe, ranks: Ranks) -> Job:
@@ -133,15 +134,15 @@ def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None) -> Run:
     )
     if silent is not None:
         reporter.event("monitoring", silent)
-    for damage in resumed.given_up if resumed is not None else ():
-        reporter.event("damaged", f"set aside as damaged: {damage}; going on from step {state.step}", step=state.step)
+    for note in resumed.notes if resumed is not None else ():
+        reporter.event("fallback", f"{note}; going on from step {state.step}", step=state.step)
     if ranks.is_main:
         observer.begin(state, schedule.total_steps, parameters, resumes + bool(resumed))
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     if job.data_note is not None:
         reporter.event("data", job.data_note, step=state.step)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
-    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks)
+    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
     return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer, saver, stop)
 
 

@@ -1,6 +1,5 @@
 """Continuing from the newest checkpoint that is whole, on any number of ranks and at any ZeRO stage."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ class Resumed:
     """What a run continues from.
 
     Attributes:
-        given_up: a line for each newer checkpoint that was damaged.
+        notes: why it is not the one that was expected, a line for each reason.
     """
 
     folder: Path
     manifest: Manifest
-    given_up: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
@@ -47,21 +46,20 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates = _agreed(list(layout.history(run_dir)) if ranks.is_main else [])
-    given_up: list[str] = []
+    candidates, notes = _agreed(list(layout.history(run_dir)), _lost_pointer(run_dir))
     for folder in candidates:
-        manifest = _verified(folder, ranks, given_up)
+        manifest = _verified(folder, ranks, notes)
         if manifest is not None:
-            return Resumed(folder, manifest, tuple(given_up))
+            return Resumed(folder, manifest, tuple(notes))
     if not candidates:
         return None
     raise NothingWholeError(
-        f"no checkpoint in {run_dir / layout.FOLDER} is whole: {'; '.join(given_up)}; restore one from a copy, or "
+        f"no checkpoint in {run_dir / layout.FOLDER} is whole: {'; '.join(notes)}; restore one from a copy, or "
         "name another run_dir to start from the beginning"
     )
 
 
-def _verified(folder: Path, ranks: Ranks, given_up: list[str]) -> Manifest | None:
+def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
     """The checkpoint's manifest if all its files hold what was written; ranks share the reading."""
     manifest, fault = None, None
     try:
@@ -77,13 +75,20 @@ def _verified(folder: Path, ranks: Ranks, given_up: list[str]) -> Manifest | Non
         return manifest
     if ranks.is_main:
         layout.set_aside(folder)
-    given_up.append(f"{folder.name}: {first}")
+    notes.append(f"{folder.name} is damaged and was set aside: {first}")
     return None
 
 
-def _agreed(folders: Sequence[Path]) -> list[Path]:
-    """The main rank's list on all ranks."""
-    answer = [list(folders)]
+def _lost_pointer(run_dir: Path) -> list[str]:
+    pointed = layout.pointed(run_dir)
+    if pointed is not None and pointed.is_dir():
+        return []
+    return [f"{layout.FOLDER}/{layout.NEWEST} names no checkpoint that is there, the last one was taken"]
+
+
+def _agreed(*found: list[Any]) -> list[list[Any]]:
+    """The main rank's lists on all ranks."""
+    answer = [list(found)]
     dist.broadcast_object_list(answer, src=0)
     return answer[0]
 

@@ -40,14 +40,16 @@ class Saver:
     """Writes an engine's checkpoints from all ranks.
 
     Attributes:
-        begun: the step at which a save was last begun.
+        begun: the step of the last save that was begun, or that the run continues from.
         error: why the last save failed, None if it did not; known to the main rank.
         failures: saves in a row that failed; known to the main rank.
     """
 
-    def __init__(self, engine: Any, run_dir: Path, settings: Checkpoint, ranks: Ranks) -> None:
+    def __init__(
+        self, engine: Any, run_dir: Path, settings: Checkpoint, ranks: Ranks, begun: int | None = None
+    ) -> None:
         self._engine, self._run_dir, self._settings, self._ranks = engine, run_dir, settings, ranks
-        self.begun: int | None = None
+        self.begun = begun
         self.error: str | None = None
         self.failures = 0
         self._snapshot = Snapshot()
