@@ -18,9 +18,9 @@ from trainer.data.index import open_index
 from trainer.data.stream import Position, Stream, ToDevice
 from trainer.distributed import Ranks
 from trainer.engine import build_model
+from trainer.job import check, prepare
 from trainer.loop import DivergedError, fit
 from trainer.optim import build_schedule, parameter_groups
-from trainer.pretrain import check, prepare
 from trainer.run_dir import read_events
 
 WORLD_SIZE, STEPS = 2, 8

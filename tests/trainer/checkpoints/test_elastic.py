@@ -14,8 +14,8 @@ from trainer.checkpoints.pieces import KINDS
 from trainer.checkpoints.weights import master_weights
 from trainer.config import Recipe
 from trainer.distributed import Ranks
+from trainer.job import check, prepare
 from trainer.loop import fit
-from trainer.pretrain import check, prepare
 from trainer.run_dir import read_events
 
 CHANGES = {

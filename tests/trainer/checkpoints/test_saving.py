@@ -20,8 +20,8 @@ from trainer.checkpoints.weights import master_weights
 from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.job import check, prepare
 from trainer.loop import fit, train_step
-from trainer.pretrain import check, prepare
 from trainer.run_dir import read_events
 from trainer.saving import SaveError
 
