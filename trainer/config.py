@@ -181,6 +181,8 @@ class Log(Section):
     """Optimizer steps between two logged ones."""
     pictures: Duration | None = Span(5, "epoch")
     """Between two pictures of reconstructions; null for none."""
+    samples: bool = False
+    """Writes which samples each step used, one file a rank; for audits of what a model has seen."""
 
 
 class Monitoring(Section):

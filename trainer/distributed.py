@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ class Ranks:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
 
@@ -110,6 +112,13 @@ def background_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup), "all ranks are members"
     return group
+
+
+def from_main(value: T) -> T:
+    """The main rank's value on all ranks; it is pickled."""
+    answer = [value]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from trainer.report import NullReporter, Reporter
 from trainer.run import Run
 from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
 from trainer.same_run import require_same_recipe
+from trainer.sample_log import SampleLog
 from trainer.signals import StopRequest
 from trainer.state import TrainState
 
@@ -135,4 +136,7 @@ def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None) -> Run:
         reporter.event("data", job.data_note, step=state.step)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
-    return Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer, saver, stop)
+    run = Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer, saver, stop)
+    if recipe.log.samples:
+        run.sample_log = SampleLog(recipe.run_dir, ranks)
+    return run

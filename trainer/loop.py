@@ -50,6 +50,8 @@ def fit(run: Run) -> str | None:
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         run.reporter.step(state.step)
+        if run.sample_log is not None:
+            run.sample_log.write(state.step, samples)
         observer.data(run.batches)
         if state.skipped_in_row:
             report_skipped(run, samples, losses)

@@ -12,6 +12,7 @@ from trainer.distributed import Ranks
 from trainer.observe import Observer
 from trainer.optim import Schedule
 from trainer.report import NullReporter, Reporter
+from trainer.sample_log import SampleLog
 from trainer.signals import StopRequest
 from trainer.state import TrainState
 from trainer.units import Span
@@ -40,6 +41,7 @@ class Run:
     stop: StopRequest | None = None
     vote: Vote = field(default_factory=Vote)
     loss: float | None = None
+    sample_log: SampleLog | None = None
 
     @property
     def position(self) -> Position:

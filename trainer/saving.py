@@ -5,6 +5,7 @@ import torch.distributed as dist
 from trainer.agreement import Wish
 from trainer.checkpoints.layout import Manifest
 from trainer.checkpoints.saver import Saved
+from trainer.distributed import from_main
 from trainer.errors import UsageError
 from trainer.run import Run
 from trainer.run_dir import versions
@@ -87,12 +88,11 @@ def conclude(run: Run, agreed: Wish) -> str | None:
         save(run)
     run.saver.wait()
     tell(run)
-    failure = [run.saver.error and f"{run.saver.failures} saves in a row failed, the last with {run.saver.error}"]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
+    failures, error = from_main((run.saver.failures, run.saver.error))
+    if error is not None:
         raise SaveError(
-            f"the run ends at step {run.state.step}: {failure[0]}; make room or mend the storage behind run_dir="
-            f"{run.recipe.run_dir}, then start the same command again"
+            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make room "
+            f"or mend the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
         )
     if run.state.step == run.schedule.total_steps:
         return None

@@ -10,7 +10,7 @@ from trainer.checkpoints import layout
 from trainer.checkpoints.files import Wanted, file_name, fill, read_buffers
 from trainer.checkpoints.layout import DamagedError, Manifest
 from trainer.checkpoints.pieces import KINDS, MOMENTS, Pieces
-from trainer.distributed import Ranks
+from trainer.distributed import Ranks, from_main
 from trainer.errors import UsageError
 
 
@@ -46,7 +46,7 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes = _agreed(list(layout.history(run_dir)), _lost_pointer(run_dir))
+    candidates, notes = from_main((list(layout.history(run_dir)), _lost_pointer(run_dir)))
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
@@ -84,13 +84,6 @@ def _lost_pointer(run_dir: Path) -> list[str]:
     if pointed is not None and pointed.is_dir():
         return []
     return [f"{layout.FOLDER}/{layout.NEWEST} names no checkpoint that is there, the last one was taken"]
-
-
-def _agreed(*found: list[Any]) -> list[list[Any]]:
-    """The main rank's lists on all ranks."""
-    answer = [list(found)]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
 
 
 def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ from trainer.distributed import Ranks
 from trainer.job import check, prepare
 from trainer.loop import fit
 from trainer.run_dir import read_events
+from trainer.sample_log import read_samples
 
 CHANGES = {
     "fp32 stages 0 1 2": ("fp32", [(0, 2), (1, 1), (2, 4)]),
@@ -44,6 +45,7 @@ def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recip
             "model.sizes.drop_path_rate": 0.2,
             "checkpoint.every": "4 steps",
             "monitoring.enabled": False,
+            "log.samples": True,
         }
     )
 
@@ -109,6 +111,13 @@ def test_weights_and_moments_do_too(runs: Path, change: str, kind: str) -> None:
     moved = torch.stack([(expected[name] - first[name]).norm() for name in expected]).norm()
     apart = torch.stack([(expected[name] - actual[name]).norm() for name in expected]).norm()
     assert apart < moved * (1e-4 if precision == "fp32" else 0.05)
+
+
+def test_every_step_takes_the_same_images_in_the_same_order(runs: Path) -> None:
+    expected = read_samples(runs / "fp32")
+    assert list(expected) == list(range(1, STEPS[-1] + 1))
+    for change in CHANGES:
+        assert read_samples(runs / change) == expected
 
 
 def test_every_change_took_every_step_of_the_optimizer(runs: Path) -> None:
