@@ -28,11 +28,13 @@ ALLOWED = {
 }
 WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),
+    ROOT / "trainer" / "checkpoints" / "layout.py",
     ROOT / "trainer" / "config.py",
     ROOT / "trainer" / "errors.py",
     ROOT / "trainer" / "exits.py",
     ROOT / "trainer" / "heartbeat.py",
     ROOT / "trainer" / "recipes.py",
+    ROOT / "trainer" / "signals.py",
     ROOT / "trainer" / "units.py",
     *ROOT.glob("monitoring/**/*.py"),
 ]

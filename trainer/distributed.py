@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer import exits
 from trainer.errors import UsageError
 from trainer.ports import free_port
 
@@ -34,6 +36,7 @@ class Ranks:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
+T = TypeVar("T")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
 
@@ -104,6 +107,20 @@ def join(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def background_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks, for collectives that neither wait for a GPU nor get in between those of training."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "all ranks are members"
+    return group
+
+
+def from_main(value: T) -> T:
+    """The main rank's value on all ranks; it is pickled."""
+    answer = [value]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if dist.is_initialized():
@@ -123,7 +140,7 @@ def leave(code: int) -> None:
 
     After success all ranks wait for each other; after a failure nobody waits, since the others may never come.
     """
-    if code == 0 and dist.is_initialized():
+    if code in (exits.FINISHED, exits.PREEMPTED) and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

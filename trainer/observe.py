@@ -17,7 +17,8 @@ from monitoring.discovery import forget_targets
 from monitoring.handover import Pulse, Recorder
 from monitoring.metrics import ENDS, PARTS, PLACES
 from monitoring.node import SHARED_MEMORY
-from trainer.checkpoint import newest_checkpoint
+from trainer.checkpoints.layout import newest_checkpoint
+from trainer.checkpoints.saver import Saved
 from trainer.communication import Communication
 from trainer.config import Recipe
 from trainer.data.stream import Stream
@@ -175,11 +176,12 @@ class Observer:
         """A step is skipped; for the main rank."""
         self.recorder.add("skipped_steps_total", 1)
 
-    def checkpoint(self, folder: Path, seconds: float) -> None:
+    def checkpoint(self, saved: Saved) -> None:
         """A checkpoint is saved; for the main rank."""
-        self.recorder.observe("checkpoint_seconds", seconds)
+        self.recorder.observe("checkpoint_seconds", saved.stall)
+        self.recorder.observe("checkpoint_write_seconds", saved.seconds)
         self.recorder.set("checkpoint_timestamp_seconds", time.time())
-        self.recorder.set("checkpoint_bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        self.recorder.set("checkpoint_bytes", saved.bytes)
 
     def checkpoint_failed(self) -> None:
         self.recorder.add("checkpoint_failures_total", 1)

@@ -69,7 +69,9 @@ def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> Non
 def test_a_run_tells_that_it_starts_before_torch_is_there(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(3)\n")
     environment = {**os.environ, FILE: str(tmp_path / "beat"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-m", "trainer.pretrain", "recipe"], env=environment, check=False)
+    (tmp_path / "recipe.yaml").touch()
+    command = [sys.executable, "-m", "trainer.pretrain", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, env=environment, check=False)
     beat = read_beat(tmp_path / "beat")
     assert done.returncode == 3
     assert beat is not None

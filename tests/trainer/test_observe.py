@@ -24,9 +24,9 @@ from trainer.distributed import Ranks
 from trainer.engine import build_model
 from trainer.errors import UsageError
 from trainer.flops import model_flops
+from trainer.job import check, prepare
 from trainer.loop import fit
 from trainer.observe import start_observer
-from trainer.pretrain import check, prepare
 from trainer.run_dir import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
 
 
@@ -118,7 +118,7 @@ def test_ranks_tell_where_they_are(scraped: dict[str, list[dict[str, Any]]], ran
     accumulated, logged, saved = 4 * 2, 1, 2
     assert value(scraped, "parts_total", rank=rank) == 8 * (accumulated + logged) + saved
     places = {place: value(scraped, "rank_part", rank=rank, part=place) for place in PLACES}
-    assert places == {place: float(place == "between") for place in PLACES}
+    assert places == {place: float(place == "ending") for place in PLACES}
     assert time.time() - 300 < value(scraped, "alive_timestamp_seconds", rank=rank) <= time.time()
 
 
@@ -251,7 +251,7 @@ def refused_when_built(ranks: Ranks, recipe: Recipe) -> tuple[list[Path], bool, 
         raise UsageError("no")
 
     job = check(recipe, ranks)
-    with mock.patch("trainer.pretrain.build_engine", refuse), pytest.raises(UsageError, match="no"):
+    with mock.patch("trainer.job.build_engine", refuse), pytest.raises(UsageError, match="no"):
         prepare(job, ranks)
     left = list(targets_folder(recipe.run_dir).glob("*.json"))
     return left, any(Path("/dev/shm").glob("mixmae-*")), past_ends(recipe.run_dir)
