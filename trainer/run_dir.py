@@ -7,9 +7,11 @@ shards.json     the shards it is trained on        replaced/      by rank, sampl
 samples/        by rank, which each step used, if log.samples is on
 """
 
+import errno
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -105,18 +107,28 @@ def _version(package: str) -> str:
 
 
 class Events:
-    """`events.jsonl`: append-only, one JSON object a line, flushed as written; null where a number is not finite."""
+    """`events.jsonl`: append-only, one JSON object a line, on disk as written; null where a number is not finite."""
 
     def __init__(self, run_dir: Path) -> None:
         file = run_dir / EVENTS
-        cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
-        self._file = file.open("a", buffering=1)
-        if cut_short:
-            self._file.write("\n")  # what a killed run left of a line ends here
+        self._torn = file.is_file() and not file.read_bytes().endswith(b"\n")
+        """Whether the file ends within a line: what a killed run, or a full disk, left of one."""
+        self._file = file.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
+        """Appends an event.
+
+        Raises:
+            OSError: it could not be written, or not all of it.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **finite}) + "\n")
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}).encode() + b"\n"
+        whole = b"\n" + line if self._torn else line
+        written = self._file.write(whole)
+        if written:
+            self._torn = written < len(whole)
+        if written < len(whole):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()
