@@ -27,6 +27,7 @@ from trainer.same_run import require_same_recipe
 from trainer.sample_log import SampleLog
 from trainer.signals import StopRequest
 from trainer.state import TrainState
+from trainer.tracking import Tracker, check_wandb, prepare_wandb, wandb_in_words
 
 _LAST_SAVE = 10.0
 """Seconds that a run which failed waits for a save that it began before."""
@@ -96,6 +97,7 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe, index)
     check_monitoring(recipe)
+    check_wandb(recipe)
     model = build_model(recipe)
     if recipe.model.init is not None and newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)
@@ -121,7 +123,9 @@ def _build(
 ) -> Run:
     recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(model, recipe, ranks)
+    prepare_wandb(recipe, ranks)
+    with wandb_in_words(recipe):
+        engine = build_engine(model, recipe, ranks)
     resumed = resume(engine, recipe.run_dir, ranks)
     state, position = TrainState(), Position(recipe.seed, 0, index.fingerprint)
     if resumed is not None:
@@ -130,7 +134,9 @@ def _build(
     position.require(recipe.seed, index)
     if ranks.is_main:
         write_run_dir(recipe, index)
-    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
+    tracker = Tracker.of(engine)
+    main = ranks.is_main
+    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
         f"{recipe.model.encoder}, {parameters / 1e6:.1f} M parameters with decoder, {len(index)} images, "

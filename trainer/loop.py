@@ -129,7 +129,7 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
         "retried_reads": retried,
         "peak_memory_bytes": peak_memory(run.ranks),
     }
-    run.reporter.scalars(state.step, values)
+    run.reporter.scalars(state.step, state.samples, values)
     run.observer.process()
     if run.ranks.is_main:
         run.observer.logged(values, state, run.schedule.total_steps)

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trainer.run_dir import EVENTS, Events
+from trainer.tracking import Tracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -52,13 +53,15 @@ class Board:
 class Reporter:
     """The main rank's reporter; `NullReporter` stands on the others. A full disk costs the record, not the run."""
 
-    def __init__(self, run_dir: Path, first_step: int, total_steps: int) -> None:
+    def __init__(self, run_dir: Path, first_step: int, total_steps: int, tracker: Tracker | None = None) -> None:
         self.run_dir = run_dir
         self.total_steps = total_steps
+        self.tracker = tracker
         self.events = Events(run_dir)
         self.board = Board(run_dir / _BOARD, first_step)
         self.bar: Any = None
         self._with_gaps: set[str] = set()
+        self._failed = False
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
@@ -66,17 +69,20 @@ class Reporter:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One logged step."""
+    def scalars(self, step: int, samples: int, values: dict[str, float]) -> None:
+        """One logged step, up to which so many samples were seen."""
+        curves = [(f"train/{name}", value) for name, value in values.items()]
 
         def add(writer: "SummaryWriter") -> None:
-            for name, value in values.items():
-                writer.add_scalar(f"train/{name}", value, step)
+            for name, value in curves:
+                writer.add_scalar(name, value, step)
 
         with self._recording(EVENTS):
             self.events.write("step", step=step, **values)
         with self._recording(_BOARD):
             self.board.write(add)
+        if self.tracker is not None:
+            self.tracker.scalars(samples, curves)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
         else:
@@ -86,6 +92,7 @@ class Reporter:
     def event(self, event: str, message: str, **fields: Any) -> None:
         with self._recording(EVENTS):
             self.events.write(event, message=message, **fields)
+        self._failed = self._failed or event == "failed"
         self._say(message)
 
     def picture(self, step: int, image: Image.Image) -> None:
@@ -102,6 +109,8 @@ class Reporter:
             self.bar.close()
         with self._recording(_BOARD):
             self.board.close()
+        if self.tracker is not None:
+            self.tracker.close(clean=not self._failed)
         self.events.close()
 
     @contextmanager
@@ -123,7 +132,7 @@ class NullReporter:
 
     def step(self, step: int) -> None: ...
 
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def scalars(self, step: int, samples: int, values: dict[str, float]) -> None: ...
 
     def event(self, event: str, message: str, **fields: Any) -> None: ...
 

@@ -50,7 +50,7 @@ def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path: Path, capsys: py
     reporter = Reporter(tmp_path, 0, 60)
     for step in range(1, 61):
         with full_disk(2000 if 20 < step <= 40 else resource.RLIM_INFINITY):
-            reporter.scalars(step, values(step))
+            reporter.scalars(step, 8 * step, values(step))
             if step in (10, 30, 50):
                 reporter.picture(step, Image.effect_noise((200, 200), 50).convert("RGB"))
                 with suppress(OSError):  # as its thread does every two minutes, which tells nobody
