@@ -17,8 +17,8 @@ import psutil
 import pytest
 import yaml
 
-from monitoring import local
 from monitoring.boards import BOARDS
+from monitoring.configuration import HERE
 from monitoring.panels import Board, Look
 from tests.helpers import tiny_recipe
 from tests.monitoring.browser import visit
@@ -27,7 +27,7 @@ from tests.monitoring.test_dashboards import NOW, QUERIES, fill
 from tests.monitoring.watching import Watching, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(3600)]
-HERE = socket.gethostname()
+NODE = socket.gethostname()
 ONLY_ON_GPUS = ("mixmae_gpu_", "mixmae_device_memory")
 
 
@@ -115,8 +115,8 @@ def test_a_loss_that_rises(run: Run) -> None:
 def test_a_rank_that_gets_no_data_is_named(run: Run) -> None:
     """All hang in the same step: only the parts that they came to tell who holds up whom."""
     told = switch(run, "no-data-1", "MixmaeRankBehind", "MixmaeNoProgress")
-    assert f"rank 1 on {HERE} hangs in data_wait" in told["MixmaeRankBehind"]
-    assert f"rank 1 on {HERE} is behind" in told["MixmaeNoProgress"]
+    assert f"rank 1 on {NODE} hangs in data_wait" in told["MixmaeRankBehind"]
+    assert f"rank 1 on {NODE} is behind" in told["MixmaeNoProgress"]
 
 
 def test_a_rank_that_is_stopped_is_named(run: Run) -> None:
@@ -124,7 +124,7 @@ def test_a_rank_that_is_stopped_is_named(run: Run) -> None:
     assert victim is not None
     os.kill(victim, signal.SIGSTOP)
     run.watching.fire("MixmaeRanksMissing", "MixmaeNoProgress")
-    assert f"1 of its ranks do not run; rank 1 on {HERE} is one" in run.watching.summary("MixmaeRanksMissing")
+    assert f"1 of its ranks do not run; rank 1 on {NODE} is one" in run.watching.summary("MixmaeRanksMissing")
     os.kill(victim, signal.SIGCONT)
     run.watching.resolve("MixmaeRanksMissing", "MixmaeNoProgress")
 
@@ -170,7 +170,7 @@ def test_every_expression_of_every_dashboard_returns_data(run: Run) -> None:
 
 
 def test_every_recording_rule_returns_data(run: Run) -> None:
-    groups = yaml.safe_load((local.HERE / "rules.yml").read_text())["groups"]
+    groups = yaml.safe_load((HERE / "rules.yml").read_text())["groups"]
     for name in [rule["record"] for group in groups for rule in group["rules"]]:
         expected = not any(part in name for part in ("device_memory", ":stopped"))  # no GPU, no fault
         assert bool(run.watching.query(f'{{__name__="{name}", run="run"}}')) == expected, name

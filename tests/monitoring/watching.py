@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from monitoring import local
+from monitoring.configuration import HERE
 from monitoring.local import Monitor, Programs, find_programs
 from tests.monitoring.services import needs
 from tests.monitoring.test_local import ask
@@ -83,8 +83,8 @@ class QuickMonitor(Monitor):
     def __init__(self, programs: Programs, folders: Sequence[Path], data: Path, messages: Messages) -> None:
         super().__init__(programs, folders, data, free_port(), free_port(), "1s")
         data.mkdir()
-        self._rules = {name: quick(local.HERE / name, data) for name in ("rules.yml", "alerts.yml")}
-        content = yaml.safe_load((local.HERE / "alertmanager.yml").read_text())
+        self._rules = {name: quick(HERE / name, data) for name in ("rules.yml", "alerts.yml")}
+        content = yaml.safe_load((HERE / "alertmanager.yml").read_text())
         content["route"] |= {"group_wait": "1s", "group_interval": "5s"}
         (people,) = content["receivers"]
         people["webhook_configs"] = [{"url": f"http://127.0.0.1:{messages.server_port}/"}]
@@ -99,7 +99,7 @@ class QuickMonitor(Monitor):
     @property
     def commands(self) -> dict[str, list[str]]:
         commands = super().commands
-        shipped, quick = str(local.HERE / "alertmanager.yml"), str(self.data / "alertmanager.yml")
+        shipped, quick = str(HERE / "alertmanager.yml"), str(self.data / "alertmanager.yml")
         commands["alertmanager"] = [part.replace(shipped, quick) for part in commands["alertmanager"]]
         return commands
 
