@@ -4,6 +4,7 @@ Writing is a store to memory: nothing waits for a reader, and nothing is lost to
 """
 
 import bisect
+import functools
 import json
 import os
 import threading
@@ -43,12 +44,14 @@ class Recorder:
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = _file(folder, rank)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        partial = file.with_suffix(".partial")  # under its name it is whole: it may be read from then on
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, _BYTES)  # a page that is missing later would be a bus error
         finally:
             os.close(descriptor)
-        self._values = MmapedDict(str(file))
+        self._values = MmapedDict(str(partial))
+        partial.rename(file)
         self._keys: dict[tuple[str, tuple[str, ...], str], str] = {}
 
     def set(self, name: str, value: float, *labels: str) -> None:
@@ -114,13 +117,18 @@ def read_ranks(folder: Path) -> Iterator[tuple[int, list[Value]]]:
         try:
             rows = list(MmapedDict.read_all_values_from_file(str(file)))
         except (FileNotFoundError, RuntimeError):
-            continue  # a rank that just begins or ends
+            continue  # a rank that just ends, or tells something new
         yield int(file.stem.removeprefix("rank-")), [_value(key, number) for key, number, _, _ in rows]
 
 
 def _value(key: str, number: float) -> Value:
+    return Value(*_parts_of(key), number)
+
+
+@functools.cache  # the same few hundred keys in every file, at every scrape
+def _parts_of(key: str) -> tuple[str, tuple[str, ...], str]:
     name, labels, part = json.loads(key)
-    return Value(name, tuple(labels), part, number)
+    return name, tuple(labels), part
 
 
 def cumulative(counts: dict[str, float]) -> list[tuple[str, float]]:
