@@ -2,9 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tests.cluster import cluster as clusters
 from tests.cluster.cluster import Cluster
@@ -77,9 +77,10 @@ def _shell(options: argparse.Namespace) -> int:
     except KeyError:
         known = ", ".join(host.name for host in (cluster.login, *cluster.hosts))
         raise UsageError(f"{options.host}: no such host; expected one of {known}") from None
-    os.environ.update(host.environment)
-    command = host.namespaces.command(options.inside or [os.environ.get("SHELL", "/bin/bash")], Path.cwd())
-    os.execvp(command[0], command)
+    shell = options.inside or [os.environ.get("SHELL", "/bin/bash")]
+    process = host.popen(shell, stdin=None, start_new_session=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which has the terminal too
+    return process.wait()
 
 
 def _status(_: argparse.Namespace) -> int:

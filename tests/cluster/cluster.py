@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster import clock, namespaces, network, slurm_files, ssh
+from tests.cluster import clock, namespaces, network, slurm, slurm_files, ssh
 from tests.cluster.host import Host
-from tests.cluster.slurm import Slurm, start_munge
+from tests.cluster.slurm import Slurm
 from trainer.errors import UsageError
 
 _PREFIX = "mixmae-cluster-"
 _SWITCH = "switch"
 _SIZES = "sizes.json"
+_DAEMONS = ("munged", ssh.DAEMON, "slurmctld", "slurmd ")
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,25 @@ class Cluster:
         """The host of this name; KeyError if there is none."""
         return {host.name: host for host in (self.login, *self.hosts)}[name]
 
+    def power_on(self, host: Host) -> None:
+        """Starts a host that was powered off: its link, an empty /dev/shm, its daemons."""
+        host.restore()
+        host.run(["find", "/dev/shm", "-mindepth", "1", "-delete"], check=True)
+        _start_daemons(host)
+        if host in self.hosts and not host.processes(slurm.DAEMON):
+            self.slurm.start_daemon(host)
+
     def mend(self) -> None:
         """Sets right what tests do to a cluster: jobs, links, clocks, daemons, nodes that are down or drained.
 
         What else runs on the hosts is killed; file systems that a test mounted are its own to unmount.
         """
-        for host in (self.login, *self.hosts):
-            host.restore()
-        self.slurm.mend()
-        for host in self.hosts:
+        everything = (self.login, *self.hosts)
+        for host in everything:
+            host.kill_all_but("|".join(_DAEMONS))
+            self.power_on(host)
             clock.set_right(host)
-        for host in (self.login, *self.hosts):
-            host.kill(r"^(?!sshd: /usr/sbin/sshd|munged|slurmctld|slurmd )")
+        self.slurm.mend()
         self.slurm.wait_until_idle()
 
     def down(self) -> None:
@@ -125,7 +133,7 @@ def find(name: str) -> Cluster:
     held = {mark.rpartition("/")[2]: spaces for mark, spaces in namespaces.find(f"{folder}/").items()}
     try:
         sizes = json.loads((folder / _SIZES).read_text())
-        hosts = [_host(held, name, address) for name, address in network.names(sizes["hosts"]).items()]
+        hosts = [_host(held, folder, name, address) for name, address in network.names(sizes["hosts"]).items()]
     except (FileNotFoundError, KeyError):
         raise UsageError(f"{name}: no such cluster is up, or not yet: python -m tests.cluster status") from None
     return Cluster(name, folder, hosts[0], hosts[1:], sizes["slots"])
@@ -150,12 +158,11 @@ def _build(name: str, folder: Path, hosts: int, slots: int, with_parent: bool) -
     switch = namespaces.hold(f"{folder}/{_SWITCH}", with_parent=with_parent)
     network.build_switch(switch)
     held = {_SWITCH: switch} | {host: namespaces.hold(f"{folder}/{host}", inside=switch) for host in addresses}
-    login, *others = [_host(held, host, address) for host, address in addresses.items()]
+    login, *others = [_host(held, folder, host, address) for host, address in addresses.items()]
     for host in (login, *others):
         network.connect(switch, host.namespaces, host.name, host.address)
         _furnish(host, folder)
-        start_munge(host, folder / "log" / host.name)
-        ssh.start(host, folder / "log" / host.name)
+        _start_daemons(host)
     cluster = Cluster(name, folder, login, others, slots)
     cluster.slurm.start()
     cluster.hostfile()
@@ -185,11 +192,19 @@ def _furnish(host: Host, folder: Path) -> None:
         host.bind(folder / "etc" / part, Path("/etc") / part)
 
 
-def _host(held: Mapping[str, namespaces.Namespaces], name: str, address: str) -> Host:
+def _start_daemons(host: Host) -> None:
+    """Starts those that every host has and this one lacks."""
+    if not host.processes("^munged"):
+        slurm.start_munge(host)
+    if not host.processes(f"^{ssh.DAEMON}"):
+        ssh.start(host)
+
+
+def _host(held: Mapping[str, namespaces.Namespaces], folder: Path, name: str, address: str) -> Host:
     folders = [str(Path(sys.executable).parent), *os.environ["PATH"].split(os.pathsep), "/usr/sbin", "/sbin"]
     path = os.pathsep.join(dict.fromkeys(folders))
     environment = {"PATH": path, "PDSH_RCMD_TYPE": "ssh", "GLOO_SOCKET_IFNAME": network.INTERFACE}
-    return Host(name, address, held[name], held[_SWITCH], environment)
+    return Host(name, address, folder / "log" / name, held[name], held[_SWITCH], environment)
 
 
 def _wait_until_it_works(cluster: Cluster) -> None:

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.cluster.namespaces import Namespaces, Process
+from tests.cluster.namespaces import Namespaces
 from tests.cluster.network import set_link
 
 _PATIENCE = 20.0
@@ -20,14 +20,19 @@ _PATIENCE = 20.0
 
 @dataclass(frozen=True)
 class Host:
-    """A host of a running cluster."""
+    """A host of a running cluster.
+
+    Attributes:
+        logs: the machine's folder with what its daemons wrote.
+        environment: what every command here gets in its environment, on top of the caller's.
+    """
 
     name: str
     address: str
-    namespaces: Namespaces
-    switch: Namespaces
-    environment: Mapping[str, str]
-    """What every command here gets in its environment, on top of the caller's."""
+    logs: Path
+    namespaces: Namespaces = field(repr=False)
+    switch: Namespaces = field(repr=False)
+    environment: Mapping[str, str] = field(repr=False)
 
     def popen(
         self,
@@ -35,17 +40,16 @@ class Host:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         **options: Any,
-    ) -> Process:
-        """Starts a command here; `env` is added to the caller's environment and the cluster's.
+    ) -> "subprocess.Popen[str]":
+        """Starts a command here, in a session of its own; `env` is added to the caller's environment and the cluster's.
 
-        The command leads a session of its own. `options` are Popen's; text is always on.
+        `options` are Popen's. Its pid is the machine's number for the command itself.
         """
-        return Process(
-            self.namespaces.command(command, cwd or Path.cwd()),
+        return self.namespaces.popen(
+            command,
+            cwd or Path.cwd(),
             env={**os.environ, **self.environment, **(env or {})},
-            text=True,
-            start_new_session=True,
-            **{"stdin": subprocess.DEVNULL, **options},
+            **{"stdin": subprocess.DEVNULL, "start_new_session": True, **options},
         )
 
     def run(
@@ -97,6 +101,15 @@ class Host:
             sent += 1
         return sent
 
+    def kill_all_but(self, pattern: str | None) -> None:
+        """Kills all processes here, save those whose command line begins with the regular expression."""
+        doomed = "" if pattern is None else f"^(?!{pattern})"
+        deadline = time.monotonic() + _PATIENCE
+        while self.kill(doomed):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name}: still running after SIGKILL: {self.processes(doomed)}")
+            time.sleep(0.02)
+
     def wait_until_gone(self, pattern: str, timeout: float = _PATIENCE) -> None:
         """Waits until no process matches. Raises TimeoutError with those that are left."""
         deadline = time.monotonic() + timeout
@@ -113,7 +126,12 @@ class Host:
         """Takes the link up again."""
         set_link(self.switch, self.name, up=True)
 
-    def reaches(self, other: "Host", port: int = 22, timeout: float = 3.0) -> bool:
+    def power_off(self) -> None:
+        """Ends everything here at once, and nobody hears of it; `Cluster.power_on` starts the daemons again."""
+        self.cut()
+        self.kill_all_but(None)
+
+    def reaches(self, other: "Host", port: int = 22, timeout: float = 1.0) -> bool:
         """Whether a TCP connection to the other host's port opens within `timeout` seconds."""
         connect = f"exec 3<>/dev/tcp/{other.address}/{port}"
         return self.run(["timeout", str(timeout), "bash", "-c", connect]).returncode == 0

@@ -1,20 +1,24 @@
 """Sets of namespaces, each held by one process that sleeps; commands inside them."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 MARK = "MIXMAE_TEST_CLUSTER"
 """The environment variable, CLUSTER/HOST, by which a holder is found in the list of processes."""
 
-_ENTER = ("--mount", "--uts", "--ipc", "--net", "--pid")
 _PATIENCE = 20.0
+_CLONE_NEWPID = 0x20000000  # of <sched.h>; os.setns comes with Python 3.12
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,11 @@ class Namespaces:
 
     pid: int
 
-    def command(self, arguments: Sequence[str | Path], cwd: Path | None = None) -> list[str]:
-        """The command line that runs `arguments` inside."""
-        where = [] if cwd is None else [f"--wdns={cwd}"]
-        return ["nsenter", f"--target={self.pid}", *_ENTER, *where, "--", *map(str, arguments)]
+    def popen(self, command: Sequence[str | Path], cwd: Path, **options: Any) -> "subprocess.Popen[str]":
+        """Starts a command inside; its pid here is the one by which the machine knows it. `options` are Popen's."""
+        enter = ["nsenter", f"--target={self.pid}", "--mount", "--uts", "--ipc", "--net", f"--wdns={cwd}", "--"]
+        with self._children_inside():
+            return subprocess.Popen([*enter, *map(str, command)], text=True, **options)
 
     def processes(self) -> Iterator[psutil.Process]:
         """Every process inside, other than the holder, those of namespaces further inside not included."""
@@ -35,22 +40,15 @@ class Namespaces:
             if process.pid != self.pid and here is not None and _pid_namespace(process.pid) == here:
                 yield process
 
-
-class Process(subprocess.Popen[str]):
-    """A command inside namespaces. Signals go to the command itself, not to the nsenter that waits for it."""
-
-    def send_signal(self, sig: int) -> None:
-        for child in self._children():
-            os.kill(child, sig)
-
-    def _children(self) -> list[int]:
-        """The command's pid as the machine counts, in a list that is empty when the command has ended."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        while self.poll() is None:
-            if found := children.read_text().split():
-                return [int(pid) for pid in found]
-            time.sleep(0.002)
-        return []
+    @contextmanager
+    def _children_inside(self) -> Iterator[None]:
+        """The processes that this thread starts are in the process namespace, without a process between."""
+        # nsenter --pid would stay as the parent: signals would go to it, and it would stop when its child is stopped.
+        _children_go_to(self.pid)
+        try:
+            yield
+        finally:
+            _children_go_to(os.getpid())
 
 
 def hold(mark: str, inside: Namespaces | None = None, with_parent: bool = False) -> Namespaces:
@@ -64,14 +62,14 @@ def hold(mark: str, inside: Namespaces | None = None, with_parent: bool = False)
     # Ignoring SIGCHLD, the first process need not reap: what daemons leave behind never becomes a zombie.
     unshare = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     sleep = ["env", "--ignore-signal=CHLD", "sleep", "infinity"]
-    before = ["nsenter", f"--target={inside.pid}", "--pid", "--"] if inside else []
     bound = ["setpriv", "--pdeathsig", "KILL"] if with_parent else []
-    process = subprocess.Popen(
-        [*bound, *before, *unshare, *sleep],
-        env={"PATH": os.environ["PATH"], MARK: mark},
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    with inside._children_inside() if inside else nullcontext():
+        process = subprocess.Popen(
+            [*bound, *unshare, *sleep],
+            env={"PATH": os.environ["PATH"], MARK: mark},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + _PATIENCE
     while mark not in (found := find(mark)):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -120,6 +118,13 @@ def _kill(process: psutil.Process) -> None:
         return
 
 
+def _children_go_to(pid: int) -> None:
+    """The processes that this thread starts from now on are in the process namespace of `pid`."""
+    with Path(f"/proc/{pid}/ns/pid").open() as namespace:
+        if _libc.setns(namespace.fileno(), _CLONE_NEWPID):
+            raise OSError(ctypes.get_errno(), f"setns to the process namespace of {pid}")
+
+
 def _is_first(pid: int) -> bool:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -136,9 +141,8 @@ def _pid_namespace(pid: int) -> int | None:
         return None
 
 
-def run_checked(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """Runs a command of the machine; returns its output, raises RuntimeError with what it said if it fails."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def run_checked(command: Sequence[str]) -> None:
+    """Runs a command of the machine. Raises RuntimeError with what it said if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout

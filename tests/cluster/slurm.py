@@ -9,14 +9,16 @@ from pathlib import Path
 from tests.cluster.host import Host
 from tests.cluster.slurm_files import GPU
 
+CONTROLLER = "^slurmctld"
+DAEMON = "^slurmd "
 ENDED = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 )
 """The states of a job that will not run again by itself."""
 
 
-def start_munge(host: Host, log: Path) -> None:
-    files = {"log-file": log / "munged.log", "pid-file": "/run/munge/munged.pid", "seed-file": "/run/munge/seed"}
+def start_munge(host: Host) -> None:
+    files = {"log-file": host.logs / "munged.log", "pid-file": "/run/munge/munged.pid", "seed-file": "/run/munge/seed"}
     host.run(["mkdir", "--parents", "/run/munge"], check=True)
     host.run(["munged", *(f"--{name}={path}" for name, path in files.items())], check=True)
 
@@ -49,8 +51,8 @@ class Slurm:
         self.login.run(["slurmctld"], check=True)
 
     def stop_controller(self) -> None:
-        self.login.kill("^slurmctld")
-        self.login.wait_until_gone("^slurmctld")
+        self.login.kill(CONTROLLER)
+        self.login.wait_until_gone(CONTROLLER)
 
     def restart_controller(self) -> None:
         """Kills slurmctld and starts it again on what it saved; returns when it answers."""
@@ -63,16 +65,16 @@ class Slurm:
 
     def stop_daemon(self, node: Host) -> None:
         """Kills slurmd; what it started goes on."""
-        node.kill("^slurmd ")
-        node.wait_until_gone("^slurmd ")
+        node.kill(DAEMON)
+        node.wait_until_gone(DAEMON)
 
     def mend(self) -> None:
         """Ends all jobs, starts daemons that do not run, takes back nodes that are down, drained or out of reach."""
-        if not self.login.processes("^slurmctld"):
+        if not self.login.processes(CONTROLLER):
             self.restart_controller()
         self.cancel_all()
         for node in self.nodes:
-            if (state := self.node_state(node)) != "IDLE" or not node.processes("^slurmd "):
+            if (state := self.node_state(node)) != "IDLE" or not node.processes(DAEMON):
                 # A daemon registers when it starts; one that was out of reach waits up to half a minute to do so.
                 self.stop_daemon(node)
                 self.start_daemon(node)
