@@ -34,7 +34,7 @@ class EndedError(BaseException):
 
 
 def main(argv: Sequence[str]) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
     ranks = read_ranks(os.environ)
     effort = SHORT if args.short else FULL
