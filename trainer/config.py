@@ -204,7 +204,7 @@ class Launch(Section):
     tasks: Literal["per_gpu", "per_node"] = "per_gpu"
     """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
     port: int | None = Field(None, ge=1024, le=64_000)
-    """On rank 0's host, the first of the few that the ranks meet on; None: 20000 to 30000, other ones for each start."""
+    """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
     join_seconds: float = Field(120.0, gt=0)
     """A run whose ranks are not all there by then is ended."""
     stuck_seconds: float = Field(600.0, gt=0)

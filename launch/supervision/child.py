@@ -1,5 +1,6 @@
 """A process with all its descendants in a group of their own, its output drained, its true end known."""
 
+import asyncio
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from launch.supervision.outcome import Exit
 from launch.supervision.output import Console, Output
 
 _DRAIN_SECONDS = 1.0
+_LOOK_SECONDS = 0.05
 
 
 class Child:
@@ -84,3 +86,11 @@ class Child:
         if self.ended is None:
             resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
             self.send(signal.SIGABRT)
+
+
+async def ended_within(child: Child, seconds: float) -> bool:
+    """Waits for the process's end, as long as that; whether it came."""
+    deadline = time.monotonic() + seconds
+    while child.poll() is None and time.monotonic() < deadline:
+        await asyncio.sleep(_LOOK_SECONDS)
+    return child.ended is not None

@@ -136,6 +136,8 @@ class Hub:
         hosts = [member.host for member in self._roll.members.values()]
         for rank, line in self._lines.items():
             line.say("go", master_port=port, local_size=hosts.count(self._roll.members[rank].host))
+        if self._launcher is not None:
+            self._launcher.say("go")
 
     async def _end(self, outcome: Outcome) -> None:
         """Tells everybody, waits until the ranks are gone, and adds what the one to blame said at its end."""

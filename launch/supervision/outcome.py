@@ -90,7 +90,7 @@ class Outcome:
         if self.code == FINISHED:
             return f"mixmae: {self.reason}"
         shown = []
-        if self.log is not None:
+        if self.log is not None and self.lines:
             shown.append(f"mixmae: last lines of {self.log}, rank {self.rank} on {self.host}:")
             shown += [f"    {line}" for line in self.lines]
         shown.append(f"mixmae: {'' if self.code == PREEMPTED else 'error: '}{self.reason}")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from launch.supervision.child import Child
+from launch.supervision.child import Child, ended_within
 from launch.supervision.guard import Guard
 from launch.supervision.hub import Hub
 from launch.supervision.late import sighting
@@ -213,22 +213,15 @@ class Supervisor:
     async def _end_child(self) -> None:
         """Ends the rank, whatever it hangs in, leaving in its log where that is."""
         child = self._child
-        if child is None or await _ended(child, _OWN_END_SECONDS):
+        if child is None or await ended_within(child, _OWN_END_SECONDS):
             return
         child.dump_and_abort()
-        if not await _ended(child, _DUMP_SECONDS):
+        if not await ended_within(child, _DUMP_SECONDS):
             child.send_to_group(signal.SIGKILL)
-            await _ended(child, _KILL_SECONDS)
+            await ended_within(child, _KILL_SECONDS)
 
     def _complain(self, what: str) -> None:
         print(f"mixmae: rank {self._place.rank} on {self._host} {what}", file=sys.stderr, flush=True)
-
-
-async def _ended(child: Child, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while child.poll() is None and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    return child.ended is not None
 
 
 def supervise(task: Task, place: Place, secret: str, guard: Guard) -> int:
