@@ -31,6 +31,7 @@ _MAY_CHANGE = {
     "data.cache",
     "train.compile",
     "checkpoint",
+    "launch",
     "log",
     "monitoring",
     "train.activation_checkpointing",
