@@ -18,6 +18,8 @@ ALLOWED = {
         "monitoring",
         "trainer.checkpoints.layout",
         "trainer.config",
+        "trainer.doctor.findings",
+        "trainer.doctor.link",
         "trainer.errors",
         "trainer.exits",
         "trainer.heartbeat",
@@ -30,6 +32,8 @@ ALLOWED = {
 WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),
     ROOT / "trainer" / "config.py",
+    ROOT / "trainer" / "doctor" / "findings.py",
+    ROOT / "trainer" / "doctor" / "link.py",
     ROOT / "trainer" / "errors.py",
     ROOT / "trainer" / "exits.py",
     ROOT / "trainer" / "heartbeat.py",
