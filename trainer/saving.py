@@ -91,8 +91,8 @@ def conclude(run: Run, agreed: Wish) -> str | None:
     failures, error = from_main((run.saver.failures, run.saver.error))
     if error is not None:
         raise SaveError(
-            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make room "
-            f"or mend the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
+            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make "
+            f"room or mend the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
         )
     if run.state.step == run.schedule.total_steps:
         return None

@@ -85,6 +85,9 @@ class Saver:
         saved, self._saved = self._saved, None
         return saved
 
+    def is_writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self, seconds: float | None = None) -> None:
         """Returns when nothing is being written any more, or after so many seconds."""
         if self._thread is not None:
