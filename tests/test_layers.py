@@ -29,6 +29,7 @@ ALLOWED = {
 }
 WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),
+    ROOT / "trainer" / "checkpoints" / "layout.py",
     ROOT / "trainer" / "config.py",
     ROOT / "trainer" / "errors.py",
     ROOT / "trainer" / "exits.py",
@@ -36,6 +37,7 @@ WITHOUT_TORCH = [
     ROOT / "trainer" / "place.py",
     ROOT / "trainer" / "ports.py",
     ROOT / "trainer" / "recipes.py",
+    ROOT / "trainer" / "signals.py",
     ROOT / "trainer" / "units.py",
     *ROOT.glob("monitoring/**/*.py"),
 ]
