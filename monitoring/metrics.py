@@ -95,6 +95,7 @@ METRICS = (
     Metric("data_queue_batches", _G, _R, "Micro-batches that are ready and not yet taken"),
     # checkpoints
     Metric("checkpoint_seconds", _H, _M, "Time that the step waits for a checkpoint", unit="seconds"),
+    Metric("checkpoint_write_seconds", _H, _M, "Time from the start of a save until it is complete", unit="seconds"),
     Metric("checkpoint_bytes", _G, _M, "Size of the newest checkpoint", unit="bytes"),
     Metric("checkpoint_timestamp_seconds", _G, _M, "When the newest complete checkpoint was saved", unit="seconds"),
     Metric("checkpoint_failures_total", _C, _M, "Checkpoints that could not be saved"),

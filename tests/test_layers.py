@@ -31,6 +31,7 @@ ALLOWED = {
 }
 WITHOUT_TORCH = [
     *ROOT.glob("launch/**/*.py"),
+    ROOT / "trainer" / "checkpoints" / "layout.py",
     ROOT / "trainer" / "config.py",
     ROOT / "trainer" / "doctor" / "findings.py",
     ROOT / "trainer" / "doctor" / "link.py",
@@ -40,6 +41,7 @@ WITHOUT_TORCH = [
     ROOT / "trainer" / "place.py",
     ROOT / "trainer" / "ports.py",
     ROOT / "trainer" / "recipes.py",
+    ROOT / "trainer" / "signals.py",
     ROOT / "trainer" / "units.py",
     *ROOT.glob("monitoring/**/*.py"),
 ]

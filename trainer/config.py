@@ -163,6 +163,17 @@ class Optim(Section):
 class Checkpoint(Section):
     every: Duration = Span(1, "epoch")
     keep: int = Field(3, ge=1)
+    """The last so many are kept."""
+    keep_every: Duration | None = None
+    """The first one after each such stretch is kept too."""
+    keep_best: int = Field(0, ge=0)
+    """So many with the lowest logged loss are kept too."""
+    asynchronous: bool = True
+    """Writes while training goes on, from a copy in host memory: 12 bytes per parameter, shared by the ranks."""
+    max_failures: int = Field(3, ge=0)
+    """Saves in a row that may fail (a full disk) before the run ends."""
+    stop_before_end: float = Field(300.0, ge=0)
+    """Seconds before the end of a Slurm job's time at which the run saves and stops."""
 
 
 class Log(Section):
@@ -170,6 +181,8 @@ class Log(Section):
     """Optimizer steps between two logged ones."""
     pictures: Duration | None = Span(5, "epoch")
     """Between two pictures of reconstructions; null for none."""
+    samples: bool = False
+    """Writes which samples each step used, one file a rank; for audits of what a model has seen."""
 
 
 class Monitoring(Section):

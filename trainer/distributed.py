@@ -5,11 +5,13 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer import exits
 from trainer.errors import UsageError
 from trainer.place import Place, read_place
 
@@ -20,6 +22,9 @@ class Ranks(Place):
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+T = TypeVar("T")
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
@@ -52,6 +57,20 @@ def join(ranks: Ranks) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def background_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks, for collectives that neither wait for a GPU nor get in between those of training."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "all ranks are members"
+    return group
+
+
+def from_main(value: T) -> T:
+    """The main rank's value on all ranks; it is pickled."""
+    answer = [value]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if dist.is_initialized():
@@ -71,7 +90,7 @@ def leave(code: int) -> None:
 
     After success all ranks wait for each other; after a failure nobody waits, since the others may never come.
     """
-    if code == 0 and dist.is_initialized():
+    if code in (exits.FINISHED, exits.PREEMPTED) and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

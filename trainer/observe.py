@@ -20,7 +20,8 @@ from monitoring.discovery import forget_targets
 from monitoring.exporter import ExporterError, check_files
 from monitoring.handover import Recorder
 from monitoring.node import SHARED_MEMORY
-from trainer.checkpoint import newest_checkpoint
+from trainer.checkpoints.layout import newest_checkpoint
+from trainer.checkpoints.saver import Saved
 from trainer.config import Recipe
 from trainer.data.stream import Stream
 from trainer.distributed import Ranks
@@ -140,11 +141,12 @@ class Observer:
     def skipped(self, state: TrainState) -> None:
         self.recorder.set("skipped_steps_total", state.skipped)
 
-    def checkpoint(self, folder: Path, seconds: float) -> None:
+    def checkpoint(self, saved: Saved) -> None:
         """A checkpoint is saved; for the main rank."""
-        self.recorder.observe("checkpoint_seconds", seconds)
+        self.recorder.observe("checkpoint_seconds", saved.stall)
+        self.recorder.observe("checkpoint_write_seconds", saved.seconds)
         self.recorder.set("checkpoint_timestamp_seconds", time.time())
-        self.recorder.set("checkpoint_bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        self.recorder.set("checkpoint_bytes", saved.bytes)
 
     def checkpoint_failed(self) -> None:
         self.recorder.add("checkpoint_failures_total", 1)

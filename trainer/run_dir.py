@@ -4,6 +4,7 @@ recipe.yaml     resolved, with every default       events.jsonl   one line per l
 versions.json   what it ran with                   tensorboard/   curves and pictures
 checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
 shards.json     the shards it is trained on        replaced/      by rank, samples that could not be used
+samples/        by rank, which each step used, if log.samples is on
 """
 
 import importlib.metadata
@@ -16,11 +17,12 @@ from typing import Any
 
 import yaml
 
-from trainer.checkpoint import newest_checkpoint, require_same_recipe
+from trainer.checkpoints.layout import newest_checkpoint
 from trainer.config import Recipe
 from trainer.data.index import ShardIndex
 from trainer.errors import UsageError
 from trainer.recipes import parse_recipe
+from trainer.same_run import require_same_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
 PACKAGES = (
@@ -61,9 +63,16 @@ def replaced_file(run_dir: Path, rank: int) -> Path:
 def write_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Creates the run directory and says in it what runs; for the main rank, after every rank checked."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    (recipe.run_dir / RECIPE).write_text(recipe.to_yaml())
-    (recipe.run_dir / SHARDS).write_text(json.dumps(index.listing()) + "\n")
-    (recipe.run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+    _write(recipe.run_dir / RECIPE, recipe.to_yaml())
+    _write(recipe.run_dir / SHARDS, json.dumps(index.listing()) + "\n")
+    _write(recipe.run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """At once or not at all: a run that is killed here must still be able to resume."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def read_recipe(run_dir: Path) -> Recipe:

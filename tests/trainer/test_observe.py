@@ -21,9 +21,9 @@ from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.engine import build_model
 from trainer.flops import model_flops
+from trainer.job import check, prepare
 from trainer.loop import fit
 from trainer.observe import start_observer
-from trainer.pretrain import check, prepare
 from trainer.run_dir import count_resumes, read_events
 
 

@@ -24,6 +24,7 @@ from trainer.data.order import Order, Share, Stretch, Ticket
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
 from trainer.rng import Purpose, numpy_at, random_at
+from trainer.signals import leave_signals_to_the_main_process
 
 _SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
@@ -165,6 +166,10 @@ def _empty_batch(count: int, size: int) -> Tensor:
     return flat.permute(0, 3, 1, 2)
 
 
+def _begin_worker(worker: int) -> None:
+    leave_signals_to_the_main_process()
+
+
 class _Requests:
     """Endless micro-batches of one rank, as shares of its streams."""
 
@@ -206,6 +211,7 @@ class Stream:
             prefetch_factor=recipe.data.prefetch_factor if workers else None,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_begin_worker,
         )
         self._batches: Iterator[Batch] | None = iter(loader)
 

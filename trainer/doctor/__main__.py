@@ -38,11 +38,10 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
     ranks = read_ranks(os.environ)
     effort = SHORT if args.short else FULL
-    meeting = Meeting(ranks)
     if not ranks.is_main:
-        return _follow(meeting, ranks, recipe, effort)
+        return _follow(ranks, recipe, effort)
     cluster = Cluster(args.world_size, ranks.world_size, (), (), recipe, link=args.link)
-    return _lead(Lead(meeting, ranks, effort, cluster), args.jsonl)
+    return _lead(Lead(ranks, effort, cluster), args.jsonl)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +83,8 @@ def _tell(cluster: Cluster, as_json: bool) -> int:
     return exit_code(findings)
 
 
-def _follow(meeting: Meeting, ranks: Ranks, recipe: Recipe | None, effort: Effort) -> int:
+def _follow(ranks: Ranks, recipe: Recipe | None, effort: Effort) -> int:
+    meeting = Meeting(ranks)
     try:
         attend(meeting, ranks, recipe, effort)
     except (AbsentError, dist.DistError) as error:

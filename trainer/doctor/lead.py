@@ -25,12 +25,17 @@ _PARTING = 10.0
 class Lead:
     """The main rank. `cluster` grows with what is learnt, so that it can be judged whenever all has to end."""
 
-    def __init__(self, meeting: Meeting, ranks: Ranks, effort: Effort, cluster: Cluster) -> None:
+    def __init__(self, ranks: Ranks, effort: Effort, cluster: Cluster) -> None:
         self.cluster = cluster
-        self._meeting, self._ranks, self._effort = meeting, ranks, effort
+        self._ranks, self._effort = ranks, effort
 
     def run(self, late: Callable[[], None]) -> None:
-        """Asks everybody everything; calls `late` from another thread if the network never answers."""
+        """Asks everybody everything; calls `late` from another thread if the network never answers.
+
+        Raises:
+            MeetingError: nobody could come here.
+        """
+        self._meeting = Meeting(self._ranks)
         with ExitStack() as stack:
             listener = stack.enter_context(Listener(address_towards(self._ranks.master_addr)))
             arrive(self._meeting, self._ranks, self.cluster.recipe, listener)

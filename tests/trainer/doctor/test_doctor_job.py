@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from trainer.checkpoints.layout import Manifest, newest_checkpoint
+from trainer.distributed import Ranks
+from trainer.doctor.checks.storage import checkpoint_bytes
+from trainer.doctor.facts import Cluster
 from trainer.doctor.findings import Finding, Level, finding_of
+from trainer.doctor.gather.recipe import look_at_recipe
 from trainer.ports import free_port
+from trainer.recipes import load_recipe
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120
@@ -39,10 +45,14 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def start(
-    argv: list[str], started: int = 2, world_size: int = 2, command: tuple[str, ...] = ("-m", "trainer.doctor")
+    argv: list[str],
+    started: int = 2,
+    world_size: int = 2,
+    port: int | None = None,
+    command: tuple[str, ...] = ("-m", "trainer.doctor"),
 ) -> "list[subprocess.Popen[str]]":
     """Starts the first `started` ranks."""
-    port = free_port()
+    port = port or free_port()
     return [
         subprocess.Popen(
             [sys.executable, *command, *argv],
@@ -80,6 +90,20 @@ def test_two_healthy_ranks(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_is_as_large_as_foretold(recipe: Path, tmp_path: Path) -> None:
+    arguments = ["-m", "trainer.pretrain", str(recipe), "train.duration=3 steps", "monitoring.enabled=false"]
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=SECONDS)
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    content = load_recipe(recipe)
+    cluster = Cluster(1, 1, (), (), content, look_at_recipe(content, Ranks()))
+    assert cluster.recipe_facts is not None
+    assert cluster.recipe_facts.checkpoints == 1
+    foretold = checkpoint_bytes(cluster)
+    assert foretold is not None
+    assert 0.9 * foretold < Manifest.read(newest).bytes <= foretold
+
+
 def test_the_table_and_a_link_that_is_too_slow(recipe: Path) -> None:
     output, errors, codes = finish(start([str(recipe), "--short", "--link", "900tbps"]))
     assert codes == [0, 0], errors
@@ -107,8 +131,9 @@ def test_fewer_ranks_than_asked_and_a_recipe_that_does_not_fit(recipe: Path) -> 
 
 
 def test_a_launcher_that_ends_all_ranks_is_told_who_is_missing(recipe: Path) -> None:
-    (main,) = start([str(recipe), "--jsonl"], started=1)
-    wait_until_heard(main)
+    port = free_port()
+    (main,) = start([str(recipe), "--jsonl"], started=1, port=port)
+    wait_until_heard(port)
     main.send_signal(signal.SIGTERM)
     output, errors, codes = finish([main])
     assert codes == [1], errors
@@ -116,9 +141,8 @@ def test_a_launcher_that_ends_all_ranks_is_told_who_is_missing(recipe: Path) -> 
     assert wrong == ["1 of 2 did not report: 1", "ended by the launcher"]
 
 
-def wait_until_heard(main: "subprocess.Popen[str]") -> None:
-    """Waits until the main rank listens for the others: its store and, later, its neighbour's port."""
-    port = int(Path(f"/proc/{main.pid}/environ").read_text().split("MASTER_PORT=")[1].split("\0")[0])
+def wait_until_heard(port: int) -> None:
+    """Waits until the main rank listens for the others."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -58,7 +58,7 @@ def _cores(cluster: Cluster, host: HostFacts) -> int:
 
 def memory(cluster: Cluster) -> Iterator[Finding]:
     """Room for the ranks, and for the copy of their states from which checkpoints are written."""
-    states = checkpoint_bytes(cluster) or 0
+    states = _copied_states(cluster)
     low = False
     for host in cluster.hosts:
         count = len(cluster.ranks_of(host))
@@ -71,6 +71,13 @@ def memory(cluster: Cluster) -> Iterator[Finding]:
     if not low and cluster.hosts:
         least = min(host.memory_available for host in cluster.hosts)
         yield Finding(Level.OK, "memory", hosts_in_words(len(cluster.hosts)), f"at least {size(least)} available")
+
+
+def _copied_states(cluster: Cluster) -> int:
+    """Bytes of host memory, of all ranks together, from which checkpoints are written while training goes on."""
+    if cluster.recipe is None or not cluster.recipe.checkpoint.asynchronous:
+        return 0
+    return checkpoint_bytes(cluster) or 0
 
 
 def open_files(cluster: Cluster) -> Iterator[Finding]:

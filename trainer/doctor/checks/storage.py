@@ -7,8 +7,8 @@ from trainer.doctor.checks.among import hosts_in_words
 from trainer.doctor.facts import Cluster, RunDirFacts
 from trainer.doctor.findings import Finding, Level
 
-_BYTES_PER_PARAMETER = 14
-"""fp32 weights and two moments, and the weights once more as the model computes with them."""
+_BYTES_PER_PARAMETER = 12
+"""fp32 weights and two moments."""
 _MARGIN = 1.05
 _SLOW = 300.0
 """Seconds for a checkpoint that are worth a warning."""
@@ -57,7 +57,8 @@ def space(cluster: Cluster) -> Iterator[Finding]:
     looked = _looked(cluster)
     if cluster.recipe is None or cluster.recipe_facts is None or one is None or not looked:
         return
-    kept, there = cluster.recipe.checkpoint.keep + 1, cluster.recipe_facts.checkpoints
+    settings, there = cluster.recipe.checkpoint, cluster.recipe_facts.checkpoints
+    kept = settings.keep + settings.keep_best + 1
     needed = max(1, kept - there) * one
     host, facts = min(looked, key=lambda entry: entry[1].free)
     expected = f"{size(needed)} for {max(1, kept - there)} checkpoints of {size(one)}"

@@ -2,13 +2,13 @@
 
 import torch
 
-from trainer.checkpoint import complete
+from trainer.checkpoints.layout import complete
 from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.doctor.facts import RecipeFacts
 from trainer.engine import build_model
 from trainer.errors import UsageError
-from trainer.pretrain import check
+from trainer.job import check
 
 
 def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
