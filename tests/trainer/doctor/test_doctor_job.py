@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.doctor.recipes import write_recipe
 from trainer.checkpoints.layout import Manifest, newest_checkpoint
 from trainer.distributed import Ranks
 from trainer.doctor.checks.storage import checkpoint_bytes
@@ -22,21 +23,11 @@ from trainer.recipes import load_recipe
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120
-RECIPE = """
-run_dir: {run_dir}
-model: {{encoder: mixmae_swin_nano, img_size: 96, sizes: {{window_size: [12, 12, 6, 3]}}, num_images: 2,
-        decoder_dim: 64, decoder_depth: 4, decoder_num_heads: 4}}
-data: {{shards: {shards}, num_workers: 1}}
-train: {{duration: 20 steps, global_batch: 8, micro_batch: 2}}
-optim: {{warmup: 2 steps}}
-"""
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, shards: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format(run_dir=tmp_path / "run", shards=shards))
-    return file
+    return write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", shards)
 
 
 def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
