@@ -184,7 +184,8 @@ def _write_files(folder: Path, addresses: Mapping[str, str], slots: int) -> None
 
 def _furnish(host: Host, folder: Path) -> None:
     host.run(["hostname", host.name], check=True)
-    # Slurm 22.05 wants a place of cgroup v1; an empty one of its own works on machines of either version.
+    # A /sys that shows the host's own interfaces. Slurm 22.05 wants a place of control groups: an empty one will do.
+    host.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
     for path in (Path("/run"), Path("/sys/fs/cgroup"), folder / "local"):
         host.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
     host.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
