@@ -116,9 +116,7 @@ def bring_up(name: str = "test", hosts: int = 2, slots: int = 2, with_parent: bo
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise UsageError(
-            f"{name}: there is a cluster of this name: python -m tests.cluster down --name {name}"
-        ) from None
+        raise UsageError(f"{name} is there already: python -m tests.cluster down --name {name}") from None
     try:
         return _build(name, folder, hosts, slots, with_parent)
     except BaseException as error:
@@ -184,7 +182,8 @@ def _write_files(folder: Path, addresses: Mapping[str, str], slots: int) -> None
 
 def _furnish(host: Host, folder: Path) -> None:
     host.run(["hostname", host.name], check=True)
-    # Slurm 22.05 wants a place of cgroup v1; an empty one of its own works on machines of either version.
+    # A /sys that shows the host's own interfaces. Slurm 22.05 wants a place of control groups: an empty one will do.
+    host.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
     for path in (Path("/run"), Path("/sys/fs/cgroup"), folder / "local"):
         host.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
     host.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
