@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,6 @@ from tests.trainer.doctor.recipes import write_recipe
 from trainer.doctor.findings import Finding, Level, finding_of
 
 pytestmark = pytest.mark.services
-
-
-@pytest.fixture
-def mended(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, set right afterwards."""
-    yield cluster
-    cluster.mend()
 
 
 def examine(cluster: Cluster, recipe: Path, *argv: str, nodes: str = "--nodes=2", **env: str) -> list[Finding]:
