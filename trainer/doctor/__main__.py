@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from rich.console import Console
 
 from trainer import distributed
 from trainer.arguments import at_least
@@ -78,7 +79,7 @@ def _tell(cluster: Cluster, as_json: bool) -> int:
     if as_json:
         print("\n".join(finding.to_json() for finding in findings))
     else:
-        print_findings(findings)
+        print_findings(findings, Console(highlight=False))
     sys.stdout.flush()
     return exit_code(findings)
 

@@ -97,16 +97,18 @@ def as_document(findings: Sequence[Finding]) -> str:
     return f'{{"exit_code": {exit_code(findings)}, "findings": [\n  {lines}\n]}}'
 
 
-def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """Prints a table, worst first, and the verdict; one line each where a terminal is too narrow for columns."""
-    console = console or Console(highlight=False)
+def print_findings(findings: Sequence[Finding], console: Console, least: Level = Level.OK) -> None:
+    """Prints a table of all from a level on, worst first, and the verdict.
+
+    Where a terminal is too narrow for columns, it has one line after the other.
+    """
     if not console.is_terminal:
         console.width = _ENDLESS
-    ordered = worst_first(findings)
+    ordered = worst_first(finding for finding in findings if finding.level >= least)
     if console.width < _NARROW:
         for finding in ordered:
             console.print(Text(finding.line(), _STYLES[finding.level]))
-    else:
+    elif ordered:
         console.print(_table(ordered))
     console.print(Text(verdict(findings), "bold"))
 

@@ -29,7 +29,7 @@ def clocks(cluster: Cluster) -> Iterator[Finding]:
     if cluster.clocks and not off:
         widest = max(abs(clock.ahead) + clock.uncertainty for clock in cluster.clocks)
         where = hosts_in_words(len(cluster.clocks) + 1)
-        yield Finding(Level.OK, "clock", where, f"within {widest * 1000:.1f} ms of the main rank's host")
+        yield Finding(Level.OK, "clock", where, f"within {widest * 1000:.2g} ms of the main rank's host")
 
 
 def cores(cluster: Cluster) -> Iterator[Finding]:

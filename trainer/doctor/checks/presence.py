@@ -67,7 +67,9 @@ def recipe(cluster: Cluster) -> Iterator[Finding]:
             Level.ERROR, "recipe", "main rank", cluster.recipe_facts.refused, advice="training would end with this"
         )
         return
-    train = cluster.recipe.train
+    train, facts = cluster.recipe.train, cluster.recipe_facts
     steps = cluster.recipe.accumulation(cluster.world_size)
-    found = f"{train.global_batch} images = {train.micro_batch} x {cluster.world_size} ranks x {steps} micro-steps"
+    batch = f"{train.global_batch} images = {train.micro_batch} x {cluster.world_size} ranks x {steps} micro-steps"
+    size = f"{(facts.parameters or 0) / 1e6:.1f} M parameters"
+    found = f"{batch}, {size}, {facts.checkpoints or 'no'} checkpoint{'s'[: facts.checkpoints != 1]} so far"
     yield Finding(Level.OK, "recipe", "main rank", found)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from trainer.doctor.facts import RunDirFacts
+from trainer.doctor.folders import made
 
 _CACHING = 5.0
 """Seconds after which a network file system shows what another host wrote."""
@@ -29,23 +30,14 @@ def probe_folder(run_dir: Path) -> Iterator[tuple[Path, str]]:
     Raises:
         OSError: it cannot be made or written.
     """
-    made = _make(run_dir)
     folder, token = run_dir / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
-    try:
-        folder.mkdir()
-        (folder / _TOKEN).write_text(token)
-        yield folder, token
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for empty in made:
-            empty.rmdir()
-
-
-def _make(folder: Path) -> list[Path]:
-    """Makes a folder; returns those that were not there, the innermost first."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+    with made(run_dir):
+        try:
+            folder.mkdir()
+            (folder / _TOKEN).write_text(token)
+            yield folder, token
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def look_at_run_dir(run_dir: Path, probe: Path, token: str, rank: int, size: int) -> RunDirFacts:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.hosts import Hosts
-from launch.preflight import Answer, check_batch, check_names, explain
+from launch.login_checks import Answer, check_batch, check_names, explain
 from tests.cluster.cluster import Cluster
 from tests.helpers import tiny_recipe
 from trainer.doctor.findings import Finding, Level, finding_of
@@ -75,7 +75,7 @@ def test_names_that_are_one_address_or_none() -> None:
 ASK = """
 import sys
 from launch.hosts import read_hostfile
-from launch.preflight import check_hosts
+from launch.login_checks import check_hosts
 from pathlib import Path
 print("\\n".join(f.to_json() for f in check_hosts(read_hostfile(Path(sys.argv[1])))))
 """
