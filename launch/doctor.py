@@ -2,14 +2,13 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from launch.doctor_job import under_slurm
-from launch.login_checks import check_slurm
-from launch.preflight import Look, examine, sound
+from launch.preflight import Look, examine, examine_slurm
 from launch.site import find_site, read_site
 from launch.ways import add_ways, local, on_hosts, request_of, require_fitting
 from trainer.doctor.findings import Finding, as_document, exit_code, print_findings
@@ -21,19 +20,27 @@ _GPUS = Path("/proc/driver/nvidia/gpus")
 
 def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
-    recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
-    words = (str(args.recipe), *args.overrides) if recipe is not None else ()
-    look = Look(recipe, words, args.short, args.link)
-    if args.slurm:
-        findings = _under_slurm(args, look)
-    else:
-        ranks = args.local if args.local is not None else _accelerators(os.environ)
-        findings = examine(on_hosts(args) if args.hostfile is not None else local(ranks), look)
+    try:
+        findings = _examine(args)
+    except KeyboardInterrupt:
+        print("mixmae: interrupted", file=sys.stderr)
+        return 130
     if args.json:
         print(as_document(findings))
     else:
         print_findings(findings, Console(highlight=False))
     return exit_code(findings)
+
+
+def _examine(args: argparse.Namespace) -> list[Finding]:
+    recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
+    words = (str(args.recipe), *args.overrides) if recipe is not None else ()
+    look = Look(recipe, words, args.short, args.link)
+    if args.slurm:
+        return examine_slurm(request_of(args, "mixmae-doctor"), read_site(find_site(args.site, os.environ)), look)
+    if args.hostfile is not None:
+        return examine(on_hosts(args), look)
+    return examine(local(_accelerators(os.environ) if args.local is None else args.local), look)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -58,13 +65,3 @@ def _accelerators(environment: Mapping[str, str]) -> int:
     """Ranks where nobody says how many: one for each GPU that may be used here, or one on the host's cores."""
     chosen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return len(chosen) or len(list(_GPUS.glob("*"))) or 1
-
-
-def _under_slurm(args: argparse.Namespace, look: Look) -> list[Finding]:
-    request = request_of(args, "mixmae-doctor")
-    site = read_site(find_site(args.site, os.environ))
-    found = [*look.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
-    if not sound(found):
-        return found
-    run_dir = look.recipe.run_dir if look.recipe is not None else Path.cwd()
-    return [*found, *under_slurm(request, site, run_dir, look.arguments, look.settings)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from trainer.exits import FAILED, FINISHED
 
 MODULE = "trainer.doctor"
 _PREFIX = "mixmae-doctor-"
+_ERROR = re.compile(r"[A-Za-z_.]+(?:Error|Exception)\b")
 _POLL_SECONDS = 1.0
 _OUTPUT_SECONDS = 10.0
 """In which a job's output shows up here after its end."""
@@ -41,7 +43,8 @@ def on_ranks(way: Way, arguments: Sequence[str], settings: Launch) -> list[Findi
         outcome = run_attempt(way.command(job, attempt, os.environ), way, attempt, folder, show=False)
         output = (attempt.folder(folder) / LOG).read_text(errors="replace")
     found = findings_in(output)
-    return [*found, *trouble_of(outcome, found, output)]
+    hosts = way.hosts.slots if isinstance(way, OnHosts) else ()
+    return [*found, *trouble_of(outcome, found, output, hosts)]
 
 
 @contextmanager
@@ -83,7 +86,7 @@ def under_slurm(
     if output is None:
         return [_without_output(number, base)]
     found = findings_in(output)
-    return [*found, *trouble_of(outcome, found, output)]
+    return [*found, *trouble_of(outcome, found, output, ())]
 
 
 def _unusable(base: Path, error: OSError) -> Finding:
@@ -139,13 +142,25 @@ def findings_in(output: str) -> list[Finding]:
     return found
 
 
-def trouble_of(outcome: Outcome, found: Sequence[Finding], output: str) -> Iterator[Finding]:
+def trouble_of(outcome: Outcome, found: Sequence[Finding], output: str, hosts: Collection[str]) -> Iterator[Finding]:
     """How the job itself went wrong, where that is more than what it found."""
     told = any(finding.level is Level.ERROR for finding in found)
     if outcome.code == FINISHED or (told and outcome.rank in (None, 0)):
         return
-    lines = outcome.lines or [line for line in output.splitlines() if line.strip()]
-    last = f": {lines[-1].strip()}" if lines else ""
-    where = outcome.host or "ranks"
-    advice = "mend what it says; 'mixmae launch' would end the same way"
-    yield Finding(Level.ERROR, "job", where, f"{outcome.reason}{last}", "to reach its end", advice)
+    host, error = telling_line(outcome.lines or output.splitlines(), hosts)
+    reason = outcome.reason.partition("; its output")[0]  # which is gone with the folder that it names
+    advice = "mend what it says: 'mixmae launch' would end the same way"
+    where = outcome.host or host or "ranks"
+    yield Finding(Level.ERROR, "job", where, ": ".join(filter(None, [reason, error])), "to reach its end", advice)
+
+
+def telling_line(lines: Sequence[str], hosts: Collection[str]) -> tuple[str, str]:
+    """Of an output the line that says what went wrong, and the host whose name pdsh put before it."""
+    written = [_without_host(line, hosts) for line in lines if line.strip()]
+    errors = [(host, text) for host, text in written if _ERROR.match(text)]
+    return [("", ""), *written[-1:], *errors[-1:]][-1]
+
+
+def _without_host(line: str, hosts: Collection[str]) -> tuple[str, str]:
+    host, colon, text = line.strip().partition(": ")
+    return (host, text) if colon and host in hosts else ("", line.strip())

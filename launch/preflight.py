@@ -2,16 +2,23 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
-from launch.doctor_job import on_ranks
+from launch.doctor_job import on_ranks, under_slurm
 from launch.hostfile import OnHosts, require_pdsh
-from launch.login_checks import check_batch, check_hosts, check_names
+from launch.login_checks import check_batch, check_hosts, check_names, check_slurm
 from launch.run import Way
+from launch.site import Site
+from launch.slurm import Request
 from trainer.config import Launch, Recipe
 from trainer.doctor.findings import Finding, Level, exit_code, print_findings
 from trainer.exits import FINISHED
+
+_NOT_STARTED = Finding(
+    Level.NOTE, "ranks", "", "not started, so nothing else was looked at", advice="mend the errors, and look again"
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,25 @@ def examine(way: Way, look: Look) -> list[Finding]:
         if sound(found):
             found += check_hosts(way.hosts, way.ssh_port)
     if not sound(found):
-        advice = "mend the errors, and look again"
-        return [*found, Finding(Level.NOTE, "ranks", "", "not started, so nothing else was looked at", advice=advice)]
+        return [*found, _NOT_STARTED]
     return [*found, *on_ranks(way, look.arguments, look.settings)]
+
+
+def examine_slurm(request: Request, site: Site, look: Look) -> list[Finding]:
+    """Everything that can be found of the nodes that Slurm gives; waits for them where all is well so far.
+
+    Raises:
+        UsageError: Slurm refuses the job.
+    """
+    found = _before_submission(request, site, look)
+    if not sound(found):
+        return [*found, _NOT_STARTED]
+    run_dir = look.recipe.run_dir if look.recipe is not None else Path.cwd()
+    return [*found, *under_slurm(request, site, run_dir, look.arguments, look.settings)]
+
+
+def _before_submission(request: Request, site: Site, look: Look) -> list[Finding]:
+    return [*look.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
 
 
 def preflight(way: Way, recipe: Recipe, words: tuple[str, ...]) -> int:
@@ -73,6 +96,14 @@ def preflight(way: Way, recipe: Recipe, words: tuple[str, ...]) -> int:
     Args:
         words: the recipe's file and overrides, as they were typed.
     """
-    findings = examine(way, Look(recipe, words, short=True))
+    return _verdict(examine(way, Look(recipe, words, short=True)))
+
+
+def preflight_slurm(request: Request, site: Site, recipe: Recipe) -> int:
+    """As `preflight`, of what can be seen before a job is submitted; its nodes are not known yet."""
+    return _verdict(_before_submission(request, site, Look(recipe, ())))
+
+
+def _verdict(findings: list[Finding]) -> int:
     print_findings(findings, Console(stderr=True, highlight=False), least=Level.WARNING)
     return exit_code(findings)

@@ -19,7 +19,7 @@ from trainer.arguments import at_least
 from trainer.config import Recipe
 from trainer.distributed import Ranks, read_ranks
 from trainer.doctor.checks import judge
-from trainer.doctor.facts import Cluster
+from trainer.doctor.cluster import Cluster
 from trainer.doctor.findings import exit_code, print_findings
 from trainer.doctor.job import FULL, SHORT, Effort, attend
 from trainer.doctor.lead import Lead

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from trainer.distributed import Ranks
 from trainer.doctor.checks import gpus, network, presence
-from trainer.doctor.facts import Cluster, HostFacts, Network, Plan, ProbeFacts, RankFacts, RunDirFacts
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import HostFacts, Network, Plan, ProbeFacts, RankFacts, RunDirFacts
 from trainer.doctor.findings import Level
 from trainer.doctor.gather.network import Listener, address_towards
 from trainer.doctor.gather.recipe import look_at_recipe

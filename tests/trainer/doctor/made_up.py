@@ -7,9 +7,9 @@ from typing import Any
 
 from tests.helpers import tiny_recipe
 from trainer.doctor.checks import judge
+from trainer.doctor.cluster import Cluster
 from trainer.doctor.facts import (
     Clock,
-    Cluster,
     Gpu,
     HostFacts,
     Interface,

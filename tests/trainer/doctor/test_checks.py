@@ -20,17 +20,8 @@ from tests.trainer.doctor.made_up import (
 )
 from trainer.doctor.checks import CHECKS, judge
 from trainer.doctor.checks.network import bus_bandwidth, expected_link
-from trainer.doctor.facts import (
-    Clock,
-    Cluster,
-    Interface,
-    Network,
-    Pair,
-    ProbeFacts,
-    RecipeFacts,
-    Reduction,
-    SharedMemory,
-)
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import Clock, Interface, Network, Pair, ProbeFacts, RecipeFacts, Reduction, SharedMemory
 from trainer.doctor.findings import Level
 
 SLOW = Network("nccl", (Reduction(256 << 20, 0.2),), (Pair("node1", "node2", 2e9), Pair("node2", "node3", 9e9)))

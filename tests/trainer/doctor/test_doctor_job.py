@@ -15,7 +15,7 @@ from tests.trainer.doctor.recipes import write_recipe
 from trainer.checkpoints.layout import Manifest, newest_checkpoint
 from trainer.distributed import Ranks
 from trainer.doctor.checks.storage import checkpoint_bytes
-from trainer.doctor.facts import Cluster
+from trainer.doctor.cluster import Cluster
 from trainer.doctor.findings import Finding, Level, finding_of
 from trainer.doctor.gather.recipe import look_at_recipe
 from trainer.ports import free_port
@@ -154,16 +154,41 @@ def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Pa
         "    job.measure = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
-    ranks = start([str(recipe), "--jsonl"], command=(str(script),))
+    output, errors = output_of_main(start([str(recipe), "--jsonl"], command=(str(script),)))
+    wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
+    assert [(finding.check, finding.found) for finding in wrong] == [
+        ("all-reduce", "gloo: nothing came back for 5 s")
+    ], errors
+
+
+def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> None:
+    script = tmp_path / "silent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        "from trainer import distributed\n"
+        "from trainer.doctor import job, lead, __main__\n"
+        "lead._PROBING = 5.0\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    job.look = lambda *_: time.sleep(600)\n"
+        "distributed.leave(__main__.main(sys.argv[1:]))\n"
+    )
+    output, errors = output_of_main(start([str(recipe), "--jsonl"], command=(str(script),)))
+    wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
+    assert ("host", "stopped answering during the checks") in [(one.check, one.found) for one in wrong], errors
+    assert "all-reduce" not in {finding.check for finding in findings_in(output)}
+
+
+def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
+    """What the main rank wrote; the others, which may hang, are killed."""
     try:
         output, errors = ranks[0].communicate(timeout=SECONDS)
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
+            rank.communicate()
     assert ranks[0].returncode == 1, errors
-    wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
-    assert [(finding.check, finding.found) for finding in wrong] == [("all-reduce", "gloo: nothing came back for 5 s")]
+    return output, errors
 
 
 def test_a_main_rank_that_cannot_be_reached() -> None:

@@ -6,7 +6,7 @@ A new check is one more function here; `CHECKS` below has all of them, in the or
 from collections.abc import Callable, Iterator
 
 from trainer.doctor.checks import data, gpus, hosts, network, presence, storage, versions
-from trainer.doctor.facts import Cluster
+from trainer.doctor.cluster import Cluster
 from trainer.doctor.findings import Finding
 
 CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from trainer.doctor.checks.among import departing, hosts_in_words, most_common
-from trainer.doctor.facts import Cluster, ShardFacts
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import ShardFacts
 from trainer.doctor.findings import Finding, Level, some
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from monitoring.text import size
 from trainer.doctor.checks.among import departing, hosts_in_words, most_common
-from trainer.doctor.facts import Cluster, Gpu, HostFacts, RankFacts
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import Gpu, HostFacts, RankFacts
 from trainer.doctor.findings import Finding, Level, some
 
 _FREE = 0.95

@@ -7,7 +7,8 @@ from operator import or_
 from monitoring.text import size
 from trainer.doctor.checks.among import hosts_in_words
 from trainer.doctor.checks.storage import checkpoint_bytes
-from trainer.doctor.facts import Cluster, HostFacts
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import HostFacts
 from trainer.doctor.findings import Finding, Level, some
 
 _CLOCK_WARNING, _CLOCK_ERROR = 1.0, 300.0

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.facts import Cluster, HostFacts, Network, Reduction
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import HostFacts, Network, Reduction
 from trainer.doctor.findings import Finding, Level, some
 
 _CHOSEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

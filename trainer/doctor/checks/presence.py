@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.facts import Cluster
+from trainer.doctor.cluster import Cluster
 from trainer.doctor.findings import Finding, Level, some
 
 

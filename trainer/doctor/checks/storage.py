@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from monitoring.text import duration, size
 from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.facts import Cluster, RunDirFacts
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import RunDirFacts
 from trainer.doctor.findings import Finding, Level
 
 _BYTES_PER_PARAMETER = 12

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from trainer.doctor.checks.among import departing, hosts_in_words, most_common
-from trainer.doctor.facts import Cluster
+from trainer.doctor.cluster import Cluster
 from trainer.doctor.findings import Finding, Level, some
 
 _MUST_AGREE = ("python", "torch", "deepspeed", "mixmae", "mixmae's sources", "CUDA", "NCCL", "webdataset", "machine")
