@@ -52,6 +52,12 @@ def test_ssh_and_pdsh_reach_every_host_by_name(cluster: Cluster) -> None:
     assert cluster.login.run(["ssh", "node1", "exit 7"]).returncode == 7
 
 
+def test_ssh_takes_nothing_from_the_settings_of_this_machines_root(cluster: Cluster) -> None:
+    read = "cat ~/.bashrc ~/.ssh/* 2> /dev/null; printenv PATH"
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Debian's sshd gives it to root
+    assert cluster.login.run(["ssh", "node1", read]).stdout == f"{path}\n"
+
+
 def test_hostfile_has_a_line_for_each_host(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.hostfile().read_text() == "node1 slots=2\nnode2 slots=2\n"
     path = cluster.hostfile(slots=1, hosts=cluster.hosts[1:], path=tmp_path / "one")
