@@ -64,6 +64,8 @@ def test_commands_end_as_they_would_without_a_host(cluster: Cluster) -> None:
     assert node.run(["pwd"], cwd=cluster.shared).stdout == f"{cluster.shared}\n"
     assert node.run(["printenv", "WORD"], env={"WORD": "here"}).stdout == "here\n"
     sleep = node.popen(["sleep", "1000"])
+    while not node.processes("^sleep 1000"):
+        assert sleep.poll() is None
     assert [process.pid for process in node.processes("^sleep 1000")] == [sleep.pid]
     assert not cluster.hosts[1].processes("^sleep 1000")
     sleep.send_signal(signal.SIGSTOP)
@@ -139,14 +141,15 @@ def test_a_job_of_a_node_that_is_down_starts_again_when_it_is_back(mended: Clust
 
 def test_a_host_whose_link_is_cut_lives_on_unreached(mended: Cluster) -> None:
     login, (one, two) = mended.login, mended.hosts
-    assert one.reaches(two)
+    one.wait_until_reaches(two)
     two.cut()
     assert not one.reaches(two)
     assert not login.reaches(two)
-    assert login.reaches(one)
+    login.wait_until_reaches(one)
     assert two.run(["hostname"]).stdout == "node2\n"
     two.restore()
-    assert one.reaches(two)
+    one.wait_until_reaches(two)
+    login.wait_until_reaches(two)
 
 
 def test_a_host_without_power_runs_nothing_until_it_is_mended(cluster: Cluster) -> None:
