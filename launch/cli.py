@@ -8,6 +8,7 @@ from trainer.errors import run_in_words
 
 COMMANDS = {
     "launch": ("launch.command", "start a pretraining run: on this machine, on hosts, or under Slurm"),
+    "doctor": ("launch.doctor", "check hosts, network, shards and run directory, from here and from all ranks"),
     "shards": ("trainer.shards.cli", "WebDataset shards: build, synth, index, check"),
     "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
     "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),

@@ -189,6 +189,9 @@ def _furnish(host: Host, folder: Path) -> None:
     host.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     for part in ("hosts", "ssh", "slurm", "munge"):
         host.bind(folder / "etc" / part, Path("/etc") / part)
+    # What the user's shells do at their start takes seconds for some, and waits for locks that killed shells left.
+    if (startup := Path.home() / ".bashrc").exists():
+        host.bind(Path("/dev/null"), startup)
 
 
 def _start_daemons(host: Host) -> None:
