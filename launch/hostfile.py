@@ -1,0 +1,96 @@
+"""Ranks on the hosts of a hostfile, under DeepSpeed's launcher with pdsh over ssh."""
+
+import ipaddress
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.environment import environment_file, for_pdsh, handed_on
+from launch.hosts import Hosts
+from launch.job import Attempt, Command, Job
+from launch.supervision.supervisor import TOKEN
+from trainer.errors import UsageError
+
+_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
+
+
+def hostfile_command(
+    job: Job,
+    hosts: Hosts,
+    master: str,
+    attempt: Attempt,
+    files: Path,
+    environment: Mapping[str, str],
+    ssh_port: int | None = None,
+) -> Command:
+    """What starts a rank for each slot of the hosts.
+
+    DeepSpeed gets a hostfile and a file of environment variables of ours, so that it starts what was read and checked
+    here, and the user's own files stay as they are.
+
+    Args:
+        master: the address at which all hosts reach the first one.
+        files: a folder of this start alone, for the two files.
+        environment: this process's.
+
+    Raises:
+        UsageError: the working directory, Python or a variable cannot be handed to a shell on other hosts.
+    """
+    here = str(Path.cwd())
+    _require_plain("working directory", here)
+    _require_plain("Python", sys.executable)
+    variables = {**handed_on(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [here, variables.get("PYTHONPATH")]))
+    listed = "".join(f"{host} slots={max(slots) + 1}\n" for host, slots in hosts.slots.items())
+    hostfile, exports = files / "hostfile", files / "environment"
+    include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in hosts.slots.items())
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--include", include]
+    where = ["--force_multi", "--master_addr", master, "--master_port", str(attempt.port), "--no_local_rank"]
+    ssh = ["--ssh_port", str(ssh_port)] if ssh_port is not None else []
+    rank = job.rank_arguments(hosts.ranks, attempt.name, str(attempt.port), launcher=True)
+    return Command(
+        [*runner, *where, *ssh, "--module", "launch.rank", *map(for_pdsh, rank)],
+        {"DS_ENV_FILE": str(exports)},
+        {hostfile: listed, exports: environment_file(variables)},
+    )
+
+
+def require_pdsh() -> None:
+    """Raises UsageError where pdsh is missing."""
+    if shutil.which("pdsh") is None:
+        raise UsageError("pdsh is not on PATH; --hostfile needs it (apt-get install pdsh, dnf install pdsh-rcmd-ssh)")
+
+
+def master_address(hosts: Hosts) -> str:
+    """The address at which all hosts reach the first one, as this host sees it.
+
+    Raises:
+        UsageError: a name is unknown here.
+    """
+    first = _resolve(hosts.first)
+    others = [name for name in hosts.slots if name != hosts.first]
+    if not ipaddress.ip_address(first).is_loopback or not others:
+        return first
+    # This host is the first, and its name is that of its loopback interface: ask the way to the second.
+    other = _resolve(others[0])
+    with socket.socket(socket.AF_INET6 if ":" in other else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _resolve(name: str) -> str:
+    try:
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UsageError(f"host {name} of the hostfile is unknown here ({error.strerror}); correct the hostfile, or "
+                         "give the first host's address with --master-addr") from error  # fmt: skip
+
+
+def _require_plain(what: str, path: str) -> None:
+    if not _PLAIN.fullmatch(path):
+        raise UsageError(f"{what} {path!r} has characters that a shell on other hosts would change; use a path of "
+                         "letters, digits and ._-/ only")  # fmt: skip
