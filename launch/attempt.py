@@ -1,12 +1,13 @@
 """One start of a run from this host: DeepSpeed's launcher as a child, and this process on the ranks' lifeline."""
 
 import asyncio
+import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from launch.job import Attempt, Command
 from launch.supervision.child import Child, ended_within
@@ -28,33 +29,40 @@ _SHOW_SECONDS = 10.0
 _HOST_ENDED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 
 
+class Sweeping(Protocol):
+    """What is to be known of how ranks are started."""
+
+    @property
+    def address(self) -> str:
+        """Where rank 0's supervisor listens."""
+
+    def sweep(self, attempt: Attempt) -> None:
+        """Ends whatever a failed start may have left on other hosts."""
+
+
 class Launcher:
     """Runs a command that starts ranks, and follows the run to its end.
 
     Args:
-        address: where rank 0's supervisor listens.
         folder: the attempt's.
-        sweep: ends whatever a failed start may have left on other hosts.
     """
 
-    def __init__(
-        self, command: Command, address: str, attempt: Attempt, folder: Path, sweep: Callable[[], None] | None
-    ) -> None:
-        self._command, self._address, self._attempt = command, address, attempt
-        self._folder, self._sweep = folder, sweep
+    def __init__(self, command: Command, way: Sweeping, attempt: Attempt, folder: Path) -> None:
+        self._command, self._way, self._attempt, self._folder = command, way, attempt, folder
+        self._address = way.address
         self._stops = 0
         self._line: Line | None = None
         self._outcome: Outcome | None = None
         self._started = self._closed = False
 
-    async def run(self, guard: Guard, environment: dict[str, str]) -> Outcome:
+    async def run(self, guard: Guard) -> Outcome:
         """Returns how the run ended; a start that left no word of it failed."""
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._asked)
         console = Console()
         log = self._folder / LOG
-        child = Child(self._command.arguments, {**environment, **self._command.environment}, log, console)
+        child = Child(self._command.arguments, {**os.environ, **self._command.environment}, log, console)
         guard.protect(child.group)
         following = asyncio.create_task(self._follow())
         await self._until_over(child, following)
@@ -62,8 +70,8 @@ class Launcher:
         await self._leave(child)
         guard.release()
         outcome = self._outcome or read_outcome(self._folder) or self._without_word(child)
-        if outcome.code != FINISHED and self._sweep is not None:
-            await asyncio.to_thread(self._sweep)
+        if outcome.code not in (FINISHED, PREEMPTED) or self._outcome is None:
+            await asyncio.to_thread(self._way.sweep, self._attempt)
         console.close(_SHOW_SECONDS)
         return outcome
 
@@ -145,19 +153,15 @@ class Launcher:
         return Outcome(MISTAKE if mistake else FAILED, f"{reason}; its output is above, and in {self._folder / LOG}")
 
 
-def run_attempt(
-    command: Command,
-    address: str,
-    attempt: Attempt,
-    run_dir: Path,
-    environment: dict[str, str],
-    sweep: Callable[[], None] | None = None,
-) -> Outcome:
+def run_attempt(command: Command, way: Sweeping, attempt: Attempt, run_dir: Path) -> Outcome:
     """Starts a run once, and follows it to its end."""
     folder = attempt.folder(run_dir)
     folder.mkdir(parents=True)
-    for file, text in command.files.items():
-        file.touch(mode=0o600)
-        file.write_text(text)
-    guard = Guard(signal.SIGTERM)
-    return asyncio.run(Launcher(command, address, attempt, folder, sweep).run(guard, environment))
+    try:
+        for file, text in command.files.items():
+            file.touch(mode=0o600)
+            file.write_text(text)
+        return asyncio.run(Launcher(command, way, attempt, folder).run(Guard(signal.SIGTERM)))
+    finally:
+        for file in command.files:
+            file.unlink()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from trainer.errors import run_in_words
 
 COMMANDS = {
-    "launch": ("launch.local", "start a pretraining run on this machine's accelerators or cores"),
+    "launch": ("launch.command", "start a pretraining run: on this machine, on hosts, or under Slurm"),
     "shards": ("trainer.shards.cli", "WebDataset shards: build, synth, index, check"),
     "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
     "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),

@@ -3,10 +3,13 @@
 import ipaddress
 import os
 import re
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.environment import environment_file, for_pdsh, handed_on
@@ -16,47 +19,69 @@ from launch.supervision.supervisor import TOKEN
 from trainer.errors import UsageError
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
+_CONNECT_SECONDS, _SWEEP_SECONDS = 5, 20
 
 
-def hostfile_command(
-    job: Job,
-    hosts: Hosts,
-    master: str,
-    attempt: Attempt,
-    files: Path,
-    environment: Mapping[str, str],
-    ssh_port: int | None = None,
-) -> Command:
-    """What starts a rank for each slot of the hosts.
+@dataclass(frozen=True)
+class OnHosts:
+    """A rank for each slot of some hosts.
 
-    DeepSpeed gets a hostfile and a file of environment variables of ours, so that it starts what was read and checked
-    here, and the user's own files stay as they are.
-
-    Args:
-        master: the address at which all hosts reach the first one.
-        files: a folder of this start alone, for the two files.
-        environment: this process's.
-
-    Raises:
-        UsageError: the working directory, Python or a variable cannot be handed to a shell on other hosts.
+    Attributes:
+        address: at which all hosts, and this one, reach the first.
     """
-    here = str(Path.cwd())
-    _require_plain("working directory", here)
-    _require_plain("Python", sys.executable)
-    variables = {**handed_on(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [here, variables.get("PYTHONPATH")]))
-    listed = "".join(f"{host} slots={max(slots) + 1}\n" for host, slots in hosts.slots.items())
-    hostfile, exports = files / "hostfile", files / "environment"
-    include = "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in hosts.slots.items())
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--include", include]
-    where = ["--force_multi", "--master_addr", master, "--master_port", str(attempt.port), "--no_local_rank"]
-    ssh = ["--ssh_port", str(ssh_port)] if ssh_port is not None else []
-    rank = job.rank_arguments(hosts.ranks, attempt.name, str(attempt.port), launcher=True)
-    return Command(
-        [*runner, *where, *ssh, "--module", "launch.rank", *map(for_pdsh, rank)],
-        {"DS_ENV_FILE": str(exports)},
-        {hostfile: listed, exports: environment_file(variables)},
-    )
+
+    hosts: Hosts
+    address: str
+    ssh_port: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        return self.hosts.ranks
+
+    def command(self, job: Job, attempt: Attempt, environment: Mapping[str, str]) -> Command:
+        """What starts the ranks.
+
+        DeepSpeed gets a hostfile and a file of environment variables of ours, so that it starts what was read and
+        checked here, and the user's own files stay as they are.
+
+        Args:
+            environment: this process's.
+
+        Raises:
+            UsageError: the working directory, Python or a variable cannot be handed to a shell on other hosts.
+        """
+        here = str(Path.cwd())
+        _require_plain("working directory", here)
+        _require_plain("Python", sys.executable)
+        variables = {**handed_on(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [here, variables.get("PYTHONPATH")]))
+        folder = attempt.folder(job.run_dir).absolute()
+        hostfile, exports = folder / "hostfile", folder / "environment"
+        slots = self.hosts.slots
+        include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--include", include]
+        where = ["--force_multi", "--master_addr", self.address, "--master_port", str(attempt.port), "--no_local_rank"]
+        ssh = ["--ssh_port", str(self.ssh_port)] if self.ssh_port is not None else []
+        rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
+        return Command(
+            [*runner, *where, *ssh, "--module", "launch.rank", *map(for_pdsh, rank)],
+            {"DS_ENV_FILE": str(exports)},
+            {
+                hostfile: "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items()),
+                exports: environment_file(variables),
+            },
+        )
+
+    def sweep(self, attempt: Attempt) -> None:
+        """Ends what a start may have left on hosts where nobody told it of the end."""
+        pattern = f"[-]-attempt {re.escape(attempt.name)}"  # which is not what it looks for in this command itself
+        ends = [f"pkill -{name} -f -- {shlex.quote(pattern)}" for name in ("TERM", "KILL")]
+        pdsh = ["pdsh", "-t", str(_CONNECT_SECONDS), "-u", str(_SWEEP_SECONDS), "-w", ",".join(self.hosts.slots)]
+        environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
+        if self.ssh_port is not None:
+            environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} -p {self.ssh_port}"
+        # Its own complaints are of hosts that are known to be down by now.
+        subprocess.run([*pdsh, f"{ends[0]}; sleep 2; {ends[1]}"], env=environment, capture_output=True, check=False)
 
 
 def require_pdsh() -> None:
@@ -86,11 +111,15 @@ def _resolve(name: str) -> str:
     try:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise UsageError(f"host {name} of the hostfile is unknown here ({error.strerror}); correct the hostfile, or "
-                         "give the first host's address with --master-addr") from error  # fmt: skip
+        raise UsageError(
+            f"host {name} of the hostfile is unknown here ({error.strerror}); correct the hostfile, or give the first "
+            "host's address with --master-addr"
+        ) from error
 
 
 def _require_plain(what: str, path: str) -> None:
     if not _PLAIN.fullmatch(path):
-        raise UsageError(f"{what} {path!r} has characters that a shell on other hosts would change; use a path of "
-                         "letters, digits and ._-/ only")  # fmt: skip
+        raise UsageError(
+            f"{what} {path!r} has characters that a shell on other hosts would change; use a path of letters, digits "
+            "and ._-/ only"
+        )

@@ -28,19 +28,16 @@ class Job:
     run_dir: Path
     settings: Launch = field(default_factory=Launch)
 
-    def rank_arguments(
-        self, ranks: int, attempt: str, port: str, launcher: bool, run_dir: str | None = None
-    ) -> list[str]:
+    def rank_arguments(self, ranks: int, attempt: str, port: str, launcher: bool) -> list[str]:
         """What follows `python -m launch.rank`.
 
         Args:
             launcher: whether the launching process keeps the run company to its end.
-            run_dir: text for it in place of the path, such as a shell's variable.
         """
         settings = self.settings
         options = {
             "attempt": attempt,
-            "run-dir": run_dir or str(self.run_dir),
+            "run-dir": str(self.run_dir),
             "ranks": str(ranks),
             "port": port,
             "join-seconds": f"{settings.join_seconds:g}",

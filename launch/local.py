@@ -3,29 +3,40 @@
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from launch.job import Attempt, Command, Job
 from launch.supervision.supervisor import TOKEN
 from trainer.errors import UsageError
 
 
-def local_command(job: Job, ranks: int, attempt: Attempt, environment: Mapping[str, str]) -> Command:
-    """What starts `ranks` ranks here, whatever hostfile this machine has.
+@dataclass(frozen=True)
+class Local:
+    """So many ranks here, whatever hostfile this machine has."""
 
-    Args:
-        environment: this process's, for the accelerators that it may use.
+    ranks: int
+    address = "127.0.0.1"
 
-    Raises:
-        UsageError: fewer accelerators may be used than there are to be ranks.
-    """
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
-    here = [*_devices(ranks, environment), "--master_port", str(attempt.port), "--no_local_rank"]
-    rank = job.rank_arguments(ranks, attempt.name, str(attempt.port), launcher=True)
-    return Command([*runner, *here, "--module", "launch.rank", *rank], {TOKEN: attempt.secret})
+    def command(self, job: Job, attempt: Attempt, environment: Mapping[str, str]) -> Command:
+        """What starts the ranks.
+
+        Args:
+            environment: this process's, for the accelerators that it may use.
+
+        Raises:
+            UsageError: fewer accelerators may be used than there are to be ranks.
+        """
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
+        here = [*_devices(self.ranks, environment), "--master_port", str(attempt.port), "--no_local_rank"]
+        rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
+        return Command([*runner, *here, "--module", "launch.rank", *rank], {TOKEN: attempt.secret})
+
+    def sweep(self, attempt: Attempt) -> None:
+        """Nothing: all that was started here ends with the process that started it."""
 
 
 def _devices(ranks: int, environment: Mapping[str, str]) -> list[str]:
-    """The runner's options; with a number of accelerators it would forget which ones the user chose."""
+    """The runner's options; with a number of accelerators alone it would forget which ones the user chose."""
     chosen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not chosen:
         return ["--num_gpus", str(ranks)]

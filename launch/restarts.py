@@ -4,12 +4,13 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.supervision.outcome import USER, Outcome
+from trainer.checkpoints.layout import newest_step
 from trainer.exits import FINISHED, MISTAKE, PREEMPTED
 
 FILE = "restarts.jsonl"
-_NEWEST = Path("checkpoints", "newest")
 _DELAY, _LONGEST_DELAY = 10.0, 300.0
 
 
@@ -26,14 +27,6 @@ class Decision:
     again: bool
     words: str = ""
     delay: float = 0.0
-
-
-def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
-    file = run_dir / _NEWEST
-    name = file.read_text().strip() if file.is_file() else ""
-    digits = name.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else 0
 
 
 def decide(run_dir: Path, launch: str, outcome: Outcome, most: int) -> Decision:
@@ -55,36 +48,47 @@ def decide(run_dir: Path, launch: str, outcome: Outcome, most: int) -> Decision:
 
 
 def _without_progress(run_dir: Path, launch: str, step: int) -> int:
-    """Restarts of this launch at whose beginning the newest checkpoint was the same as now."""
-    count = 0
-    for record in reversed(read_restarts(run_dir)):
-        if record["launch"] != launch or record["step"] != step:
-            break
-        count += 1
-    return count
+    """Restarts of this launch, the last ones, at whose beginning the newest checkpoint was no older than now."""
+    own = [record for record in read_restarts(run_dir) if record["launch"] == launch]
+    return len(own) - max((number for number, record in enumerate(own, 1) if record["step"] < step), default=0)
 
 
-def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome, **more: object) -> None:
-    """Adds a line about the start that ended; a restart follows."""
-    record = {
+def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | None, **more: object) -> None:
+    """Adds a line about a start that ended, at the beginning of the next.
+
+    Args:
+        attempt: the start that ended.
+        outcome: None where it left no record, as when its first host went down.
+    """
+    record: dict[str, object] = {
         "time": round(time.time(), 3),
         "launch": launch,
         "attempt": attempt,
-        "reason": "preempted" if outcome.code == PREEMPTED else "failed",
-        "message": outcome.reason,
-        "exit_code": outcome.exit_code if outcome.exit_code is not None else outcome.code,
-        "signal": outcome.signal or outcome.stop_signal,
         "step": newest_step(run_dir),
-        "host": outcome.host,
-        "rank": outcome.rank,
+        **_of(outcome),
         **more,
     }
+    file = run_dir / FILE
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / FILE).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as opened:
+        opened.write("\n" * cut_short + json.dumps(record) + "\n")
 
 
-def read_restarts(run_dir: Path) -> list[dict[str, object]]:
+def _of(outcome: Outcome | None) -> dict[str, object]:
+    if outcome is None:
+        return {"reason": "lost", "message": "left no record: its first host went down, or it was requeued"}
+    return {
+        "reason": "preempted" if outcome.code == PREEMPTED else "failed",
+        "message": outcome.reason,
+        "exit_code": outcome.code if outcome.exit_code is None else outcome.exit_code,
+        "signal": outcome.signal or outcome.stop_signal,
+        "host": outcome.host,
+        "rank": outcome.rank,
+    }
+
+
+def read_restarts(run_dir: Path) -> list[dict[str, Any]]:
     """All restarts of a run, oldest first."""
     file = run_dir / FILE
     lines = file.read_text().splitlines() if file.is_file() else []

@@ -1,13 +1,12 @@
-"""What a cluster wants in every job: modules, variables, a container, lines for sbatch. A YAML file, shared by users."""
+"""What a cluster wants in every job: modules, variables, a container, lines for sbatch; a YAML file."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from trainer.config import Section
 from trainer.errors import UsageError
@@ -59,7 +58,7 @@ class Site(Section):
     """Loaded in this order, after `module purge`."""
     setup: tuple[Line, ...] = ()
     """Lines of shell, after the modules."""
-    environment: dict[Name, Line] = {}
+    environment: Mapping[Name, Line] = Field(default_factory=dict)
     sbatch: tuple[Option, ...] = ()
     """Further options, one a line."""
     container: Container = Container()
@@ -96,7 +95,3 @@ def read_site(file: Path | None) -> Site:
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise UsageError(f"{file}: {'; '.join(explain(detail, Site) for detail in error.errors()[:3])}") from error
-
-
-def in_words(file: Path | None) -> str:
-    return "no site file" if file is None else os.fspath(file)

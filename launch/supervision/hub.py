@@ -58,7 +58,9 @@ class Hub:
         line = Line(reader, writer)
         if await admit(line, self._secret):
             hello = await line.hear()
-            if hello is not None and hello["kind"] == "hello":
+            if hello is not None and hello["kind"] == "stop":
+                self._stop(str(hello["signal"]), "the job")
+            elif hello is not None and hello["kind"] == "hello":
                 await (self._serve_launcher(line) if hello["rank"] is None else self._serve_rank(line, hello))
         await line.close()
 
