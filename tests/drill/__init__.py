@@ -4,7 +4,8 @@
     python -m tests.drill --faults 12 --seed 3 --ways local,slurm --report /tmp/drill.md
     python -m tests.drill --list
 
-A drill is one run directory, one fault, and as many starts of `mixmae launch` as it takes to finish. `faults` has the list of
-faults, and `draw`s from it by seed; each is a small function that plays through a run's life with a `Drill`. `verdict` says
-what must hold afterwards, by comparison with a run that nothing disturbed. `report` writes docs/reliability.md.
+A drill is one run directory, one fault, and as many starts of `mixmae launch` as it takes to finish. `faults` has the
+list of faults and draws from it by seed; each is a small function, in `faults_of_...`, that plays through a run's life
+with a `Drill`. `verdict` says what must hold afterwards, by comparison with a run that nothing disturbed. `report`
+writes docs/reliability.md.
 """

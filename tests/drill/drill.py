@@ -3,16 +3,18 @@
 import os
 import random
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
 from tests.cluster.host import Host
-from tests.drill.rig import SAVE_EVERY, STEPS, Rig
-from tests.drill.runs import Batch, Local, Run, Way
+from tests.cluster.slurm import Slurm
+from tests.drill.rig import Rig
+from tests.drill.runs import Run, Way
 from trainer.checkpoints.layout import name_of
 from trainer.exits import FINISHED
 
@@ -21,7 +23,6 @@ PATIENCE = 240.0
 END_SECONDS = 60.0
 """In which a failed rank must have ended the run everywhere."""
 _LOOK_SECONDS = 0.05
-_MOST_STARTS = 4
 
 
 class DrillError(AssertionError):
@@ -51,6 +52,7 @@ class Drill:
         ends: of the starts that are over.
         training: seconds from the last strike until a step was done that it had kept from being done.
         moves: whether the run is to end with other ranks than it began with, so that sums are rounded otherwise.
+        restarts: in a row without progress that the launcher may do by itself.
     """
 
     rig: Rig
@@ -61,6 +63,7 @@ class Drill:
     ends: list[End] = field(default_factory=list)
     training: float | None = None
     moves: bool = False
+    restarts: int = 0
     _struck: float | None = None
     _begins: int = 0
 
@@ -71,19 +74,25 @@ class Drill:
     def any_rank(self) -> int:
         return self.rng.randrange(self.way.ranks)
 
-    def any_step(self, first: int = 2, last: int = STEPS - 12) -> int:
-        """A step after which there is still some of the run left."""
-        return self.rng.randint(first, last)
-
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Its user types the command, for the first time or again."""
-        if self.run.starts == _MOST_STARTS:
-            raise DrillError(f"not finished after {_MOST_STARTS} starts")
         self.run.start(max_restarts, *overrides)
 
-    def start_and_reach(self, step: int, max_restarts: int = 0, *overrides: str) -> None:
-        self.start(max_restarts, *overrides)
-        self.reach(step)
+    @property
+    def launcher(self) -> "subprocess.Popen[str]":
+        """The last `mixmae launch` that its user typed, where it stays with the run."""
+        assert self.run.launcher is not None
+        return self.run.launcher
+
+    @property
+    def job(self) -> int:
+        """The last job, under Slurm."""
+        assert self.run.job is not None
+        return self.run.job
+
+    @property
+    def slurm(self) -> Slurm:
+        return self.rig.cluster.slurm
 
     def reach(self, step: int) -> None:
         """Waits until the run has done this step."""
@@ -103,16 +112,35 @@ class Drill:
                 raise DrillError(f"no {what} after {PATIENCE:.0f} s; the run said:\n{self.run.output()[-3000:]}")
             time.sleep(pause)
 
-    def ranks(self) -> dict[int, tuple[Host, psutil.Process]]:
-        """All ranks' processes, with their hosts."""
+    def pause(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> None:
+        """Lets time pass, less of it if something comes true before."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not unless():
+            time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+
+    def ranks(
+        self, besides: Mapping[int, tuple[Host, psutil.Process]] | None = None
+    ) -> dict[int, tuple[Host, psutil.Process]]:
+        """All ranks' processes, with their hosts, once they are there.
+
+        Args:
+            besides: those of an earlier start, which may still be there.
+        """
         found: dict[int, tuple[Host, psutil.Process]] = {}
+        old = [process for _, process in besides.values()] if besides else []
 
         def all_there() -> bool:
-            found.update(self.run.ranks())
+            found.update({rank: there for rank, there in self.run.ranks().items() if there[1] not in old})
             return len(found) == self.way.ranks
 
         self.until(all_there, "all ranks' processes", alive=True)
+        if len(hosts := {host.name for host, _ in found.values()}) != self.way.spread:
+            raise DrillError(f"ranks on {', '.join(sorted(hosts))}, expected {self.way.spread} hosts")
         return found
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """What the run said of such events, oldest first."""
+        return [record for record in self.run.events() if record["event"] == event]
 
     def strike(self, words: str, act: Callable[[], Any]) -> None:
         """Does the damage, and notes what was done and when."""
@@ -122,9 +150,8 @@ class Drill:
         act()
         self._struck = time.monotonic()
 
-    def catch_saving(self, rank: int) -> int:
+    def catch_saving(self, process: psutil.Process) -> int:
         """Stops a rank's process while it saves, with all ranks' files under way; returns the step that is saved."""
-        _, process = self.ranks()[rank]
         while True:
             self.until(self.run.partial, "a save", alive=True, pause=0.0)
             partial = self.run.partial()
@@ -147,22 +174,25 @@ class Drill:
         code = self._over()
         said = self.run.output()[before:]
         if code not in codes:
-            raise DrillError(f"ended with code {code}, expected {' or '.join(map(str, codes))}; it said:\n{said[-3000:]}")
+            raise DrillError(
+                f"ended with code {code}, expected {' or '.join(map(str, codes))}; it said:\n{said[-3000:]}"
+            )
         if missing := [text for text in says if text not in said]:
             raise DrillError(f"did not say {missing[0]!r}, but:\n{said[-3000:]}")
         seconds = self.ends[-1].seconds
         if within is not None and seconds is not None and seconds > within:
             raise DrillError(f"ended {seconds:.0f} s after the fault, later than {within:.0f}")
 
-    def finish(self, again: bool = True) -> None:
-        """Waits for the run's last step; types the command again whenever it ended before, as its user would.
+    def finish(self, again: int = 1) -> None:
+        """Waits for the run's last step; types the command again when it ended before, as its user would.
 
         Args:
-            again: whether that may be needed.
+            again: how often that may be needed.
         """
         while (code := self._over()) != FINISHED:
-            if not again:
+            if again == 0:
                 raise DrillError(f"ended with code {code}; it said:\n{self.run.output()[-3000:]}")
+            again -= 1
             self.start()
 
     def _over(self) -> int:
@@ -187,8 +217,3 @@ class Drill:
             if record["event"] == "step" and begun > self._begins:
                 return True
         return False
-
-
-def by_itself(drill: Drill) -> int:
-    """How many restarts the launcher may do: some users let it, others type the command again."""
-    return drill.rng.choice([0, 3]) if isinstance(drill.way, Local) or not isinstance(drill.way, Batch) else 3

@@ -1,6 +1,7 @@
 """What all drills share: three hosts, shards, recipes, and runs that nothing disturbs."""
 
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ IMAGES = 90
 GLOBAL_BATCH = 12
 STEPS, SAVE_EVERY = 60, 5
 STAGES = (0, 1, 2, 3)
-_UNDISTURBED_SECONDS = 300.0
+_UNDISTURBED_SECONDS, _LOOK_SECONDS = 300.0, 0.1
 
 
 @dataclass
@@ -25,10 +26,12 @@ class Rig:
 
     Attributes:
         folder: on all hosts the same; everything of the drills is below.
+        start_seconds: from a command to the first step of the last undisturbed run.
     """
 
     cluster: Cluster
     folder: Path
+    start_seconds: float = 0.0
     _undisturbed: dict[int, Path] = field(default_factory=dict)
 
     @property
@@ -76,9 +79,26 @@ class Rig:
     def undisturbed(self, stage: int) -> Path:
         """The directory of a run on two ranks of one host to which nothing happened."""
         if stage not in self._undisturbed:
-            run = self.run(f"undisturbed-stage-{stage}", Local(2), stage)
+            run = self.run(f"undisturbed-stage-{stage}", Local(2), stage, **{"checkpoint.keep": STEPS})
+            started = time.monotonic()
             run.start()
+            while run.step() == 0 and run.poll() is None:
+                time.sleep(_LOOK_SECONDS)
+            self.start_seconds = time.monotonic() - started
             code = run.wait(_UNDISTURBED_SECONDS)
             assert code == 0, f"the undisturbed run ended with {code}:\n{run.output()[-5000:]}"
             self._undisturbed[stage] = run.folder
         return self._undisturbed[stage]
+
+    def clear(self, run: Run, keep: bool) -> None:
+        """Sets the cluster right after a drill, and removes what the run left unless it is to be kept."""
+        if run.mounted is not None:
+            host, place = run.mounted
+            if keep:
+                shutil.copytree(run.folder, run.run_dir.with_suffix(".kept"), dirs_exist_ok=True)
+            host.unmount(place)
+            run.mounted = None
+        self.cluster.mend()
+        if not keep:
+            for path in self.folder.glob(f"{run.run_dir.name}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,10 +16,11 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.host import Host
 from tests.cluster.slurm import ENDED
 from trainer.checkpoints.layout import FOLDER, leftovers
+from trainer.exits import FAILED
 from trainer.run_dir import EVENTS
 
 ROOT = Path(__file__).parents[2]
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS, _JOB_SECONDS = 0.1, 0.5
 _RANK = r" -m trainer\.pretrain "
 _ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 """One thread: the order of additions must not depend on how many ranks share a host."""
@@ -32,6 +33,7 @@ class Local:
     ranks: int
     host: str = "node1"
     name = "local"
+    spread = 1
 
     def options(self, folder: Path) -> list[str]:
         return ["--local", str(self.ranks)]
@@ -49,6 +51,10 @@ class OnHosts:
     @property
     def ranks(self) -> int:
         return len(self.hosts) * self.slots
+
+    @property
+    def spread(self) -> int:
+        return len(self.hosts)
 
     def options(self, folder: Path) -> list[str]:
         hostfile = folder.with_suffix(".hosts")
@@ -70,12 +76,17 @@ class Batch:
     def ranks(self) -> int:
         return self.nodes * self.tasks
 
+    @property
+    def spread(self) -> int:
+        return self.nodes
+
     def options(self, folder: Path) -> list[str]:
         limit = ["--time", self.limit] if self.limit else []
         return ["--slurm", "--nodes", str(self.nodes), "--tasks-per-node", str(self.tasks), *limit]
 
 
 Way = Local | OnHosts | Batch
+"""All of them say from which host they are started, their number of ranks, and over how many hosts these are spread."""
 
 
 class Run:
@@ -86,7 +97,7 @@ class Run:
         starts: how often its user started it.
         launcher: the last `mixmae launch`; under Slurm it ended when the job was submitted.
         job: the last one's number, under Slurm.
-        mounted_on: the host that alone sees what is in the directory, where a file system is mounted there.
+        mounted: a host, and where in the directory a file system is mounted that this host alone sees.
     """
 
     def __init__(self, cluster: Cluster, way: Way, recipe: Path, run_dir: Path) -> None:
@@ -94,16 +105,17 @@ class Run:
         self.starts = 0
         self.launcher: subprocess.Popen[str] | None = None
         self.job: int | None = None
-        self.mounted_on: Host | None = None
+        self._next_look = 0.0
+        self.mounted: tuple[Host, Path] | None = None
         self._console = run_dir.with_suffix(".out")
         self._console.unlink(missing_ok=True)
 
     @property
     def folder(self) -> Path:
         """The run directory as its hosts see it."""
-        if self.mounted_on is None:
+        if self.mounted is None:
             return self.run_dir
-        return Path(f"/proc/{self.mounted_on.namespaces.pid}/root{self.run_dir}")
+        return Path(f"/proc/{self.mounted[0].namespaces.pid}/root{self.run_dir}")
 
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Types the command; returns at once, under Slurm when the job is submitted."""
@@ -124,10 +136,13 @@ class Run:
         if self.job is None:
             assert self.launcher is not None
             return self.launcher.poll()
+        if time.monotonic() < self._next_look:
+            return None
         state = self.cluster.slurm.state(self.job)
+        self._next_look = time.monotonic() + _JOB_SECONDS
         if state not in ENDED:
             return None
-        return 0 if state == "COMPLETED" else self.cluster.slurm.exit_code(self.job) or 1
+        return 0 if state == "COMPLETED" else self.cluster.slurm.exit_code(self.job) or FAILED
 
     def wait(self, seconds: float) -> int:
         """The exit code of the last start, when it is over.
@@ -149,10 +164,12 @@ class Run:
         return "".join(path.read_text(errors="replace") for path in texts)
 
     def events(self) -> list[dict[str, Any]]:
-        """What the run said of itself so far, in the order of writing; lines that a killed rank cut short are left out."""
-        file = self.folder / EVENTS
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """What the run said of itself so far, in the order of writing; a line that was cut short is left out."""
+        return _records(self.folder / EVENTS)
+
+    def restarts(self) -> list[dict[str, Any]]:
+        """What the launcher noted of restarts that it did by itself, oldest first."""
+        return _records(self.folder / "restarts.jsonl")
 
     def step(self) -> int:
         """The last step that was logged; 0 before the first."""
@@ -180,6 +197,11 @@ class Run:
                 except (psutil.NoSuchProcess, KeyError):
                     continue
         return found
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def clean_environment() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.cluster import slurm, ssh
+from tests.cluster import ssh
 from tests.cluster.cluster import Cluster
 from tests.drill.rig import IMAGES, STEPS
 from tests.drill.runs import Run
@@ -23,7 +23,7 @@ LOSSES_APART = 1e-3
 """In bf16, where other ranks add up in another order; a run's loss falls from 1.04 to 0.97."""
 WEIGHTS_APART = 0.05
 """Likewise, as a share of how far the run moved its weights."""
-_DAEMONS = "|".join(("munged", ssh.DAEMON, "slurmctld", "slurmd ", "sshd: /usr/sbin/sshd"))
+_DAEMONS = "|".join(("munged", ssh.DAEMON, "slurmctld", ": slurmscriptd", "slurmd "))
 _GOING = 20.0
 """Seconds that what belongs to a start may still take to go when the start is over."""
 
@@ -55,12 +55,14 @@ def came_to_the_end(folder: Path) -> list[str]:
 
 
 def saw_every_sample(folder: Path, undisturbed: Path) -> list[str]:
-    """Every step used the samples that it uses undisturbed; at every step all samples were seen equally often but one."""
+    """Every step used the samples that it uses undisturbed; after none was a sample seen twice more than another."""
     samples, expected = read_samples(folder), read_samples(undisturbed)
     if list(samples) != list(range(1, STEPS + 1)):
         missing = sorted(set(range(1, STEPS + 1)) - set(samples))
         return [f"no samples are noted for steps {missing}" if missing else f"samples of steps {list(samples)}"]
-    problems = [f"step {step} used other samples than undisturbed" for step in samples if samples[step] != expected[step]]
+    problems = [
+        f"step {step} used other samples than undisturbed" for step in samples if samples[step] != expected[step]
+    ]
     seen = Counter(dict.fromkeys(range(IMAGES), 0))
     for step, used in samples.items():
         seen.update(used)
@@ -74,9 +76,8 @@ def computed_the_same(folder: Path, undisturbed: Path) -> list[str]:
     """Losses, weights and AdamW's moments are those of the undisturbed run, bit for bit."""
     problems = []
     losses, expected = _losses(folder), _losses(undisturbed)
-    if losses != expected:
-        other = [step for step in expected if losses.get(step) != expected[step]]
-        problems.append(f"the losses of steps {other[:5]} are others than undisturbed")
+    if steps := [step for step in expected if losses.get(step) != expected[step]]:
+        problems.append(f"the losses of steps {steps[:5]} are others than undisturbed")
     for kind in KINDS:
         weights, right = (master_weights(complete(run)[-1], kind) for run in (folder, undisturbed))
         if other := [name for name, value in right.items() if not torch.equal(value, weights[name])]:
@@ -91,7 +92,9 @@ def computed_alike(folder: Path, undisturbed: Path) -> list[str]:
     problems = [f"the losses of step {step} are {gap:.2e} apart" for step, gap in apart.items() if gap > LOSSES_APART]
     if len(apart) < len(expected):
         problems.append(f"losses of only {len(apart)} steps are noted")
-    first, right, weights = (master_weights(c) for c in (complete(undisturbed)[0], complete(undisturbed)[-1], complete(folder)[-1]))
+    first, right, weights = (
+        master_weights(c) for c in (complete(undisturbed)[0], complete(undisturbed)[-1], complete(folder)[-1])
+    )
     moved = torch.stack([(right[name] - first[name]).norm() for name in right]).norm()
     gap = torch.stack([(right[name] - weights[name]).norm() for name in right]).norm()
     if gap > WEIGHTS_APART * moved:
@@ -100,8 +103,8 @@ def computed_alike(folder: Path, undisturbed: Path) -> list[str]:
 
 
 def told_of_every_start(run: Run) -> list[str]:
-    """Each start that trained said where it began, at the newest checkpoint or saying why not; each restart is recorded."""
-    restarts = _records(run.folder / "restarts.jsonl")
+    """Each start that trained said where it began, at the newest checkpoint or why not; each restart is recorded."""
+    restarts = run.restarts()
     attempts = [path for path in (run.folder / "logs").iterdir() if path.is_dir()]
     problems = []
     if len(attempts) != run.starts + len(restarts):
@@ -163,8 +166,7 @@ def _begins(events: Iterable[dict[str, Any]]) -> Iterator[_Begin]:
 
 def left_nothing_behind(run: Run) -> list[str]:
     """No partial checkpoint, no file in shared memory, and on no host a process besides the cluster's daemons."""
-    problems = [f"{path.name} is left in {path.parent.name}" for path in leftovers(run.folder)]
-    return problems + [problem for problem in strays(run.cluster)]
+    return [f"{path.name} is left in {path.parent.name}" for path in leftovers(run.folder)] + strays(run.cluster)
 
 
 def strays(cluster: Cluster, patience: float = _GOING) -> list[str]:
