@@ -1,5 +1,6 @@
 """The main job, from a recipe that was read to the end of its run."""
 
+import os
 from dataclasses import dataclass
 
 from models import MixMAE
@@ -13,16 +14,20 @@ from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
 from trainer.distributed import Ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
+from trainer.errors import UsageError
+from trainer.exporting import check_monitoring
+from trainer.heartbeat import Heartbeat
 from trainer.loop import fit
-from trainer.observe import check_monitoring, start_observer
+from trainer.observe import Observer, start_observer
 from trainer.optim import Schedule, build_schedule
 from trainer.report import NullReporter, Reporter
 from trainer.run import Run
-from trainer.run_dir import check_run_dir, count_resumes, replaced_file, write_run_dir
+from trainer.run_dir import begin_attempt, check_run_dir, refuse_attempt, replaced_file, restarted, write_run_dir
 from trainer.same_run import require_same_recipe
 from trainer.sample_log import SampleLog
 from trainer.signals import StopRequest
 from trainer.state import TrainState
+from trainer.tracking import Tracker, check_wandb, prepare_wandb, wandb_in_words
 
 _LAST_SAVE = 10.0
 """Seconds that a run which failed waits for a save that it began before."""
@@ -40,7 +45,7 @@ class Job:
     """What of the data will be stepped over."""
 
 
-def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None) -> int:
+def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> int:
     """Trains a recipe from its newest checkpoint, if there is one, to its end or until it is asked to stop.
 
     Returns:
@@ -52,7 +57,7 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None) -> i
     """
     job = check(recipe, ranks)
     distributed.join(ranks)
-    run = prepare(job, ranks, stop)
+    run = prepare(job, ranks, stop, heartbeat)
     clean = False
     try:
         asked_by = fit(run)
@@ -92,17 +97,35 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe, index)
     check_monitoring(recipe)
+    check_wandb(recipe)
     model = build_model(recipe)
     if recipe.model.init is not None and newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)
     return Job(recipe, index, schedule, model, note)
 
 
-def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None) -> Run:
-    """Engine, position, batches and reporter: everything up to the first step."""
+def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> Run:
+    """Observer, engine, position, batches and reporter: everything up to the first step."""
+    observer, silent = start_observer(job.recipe, ranks, heartbeat)  # first, so that a start that hangs is seen
+    ends = begin_attempt(job.recipe.run_dir) if ranks.is_main else []
+    observer.restarted(ends)
+    try:
+        return _build(job, ranks, stop, observer, silent, ends)
+    except UsageError as error:
+        if ranks.is_main:
+            refuse_attempt(job.recipe.run_dir, str(error))
+        observer.close(clean=True)  # there is no run: nothing to be missed
+        raise
+
+
+def _build(
+    job: Job, ranks: Ranks, stop: StopRequest | None, observer: Observer, silent: str | None, ends: list[str]
+) -> Run:
     recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
     parameters = sum(p.numel() for p in model.parameters())
-    engine = build_engine(model, recipe, ranks)
+    prepare_wandb(recipe, ranks)
+    with wandb_in_words(recipe):
+        engine = build_engine(model, recipe, ranks)
     resumed = resume(engine, recipe.run_dir, ranks)
     state, position = TrainState(), Position(recipe.seed, 0, index.fingerprint)
     if resumed is not None:
@@ -111,9 +134,9 @@ def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None) -> Run:
     position.require(recipe.seed, index)
     if ranks.is_main:
         write_run_dir(recipe, index)
-    observer, silent = start_observer(recipe, ranks)
-    resumes = count_resumes(recipe.run_dir) if ranks.is_main else 0
-    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps) if ranks.is_main else NullReporter()
+    tracker = Tracker.of(engine)
+    main = ranks.is_main
+    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter()
     reporter.event(
         "resumed" if resumed else "start",
         f"{recipe.model.encoder}, {parameters / 1e6:.1f} M parameters with decoder, {len(index)} images, "
@@ -124,13 +147,14 @@ def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None) -> Run:
         world_size=ranks.world_size,
         parameters=parameters,
         total_steps=schedule.total_steps,
+        **restarted(ends, os.environ),
     )
     if silent is not None:
         reporter.event("monitoring", silent)
     for note in resumed.notes if resumed is not None else ():
         reporter.event("fallback", f"{note}; going on from step {state.step}", step=state.step)
     if ranks.is_main:
-        observer.begin(state, schedule.total_steps, parameters, resumes + bool(resumed))
+        observer.begin(schedule.total_steps, parameters)
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     if job.data_note is not None:
         reporter.event("data", job.data_note, step=state.step)

@@ -116,9 +116,7 @@ def bring_up(name: str = "test", hosts: int = 2, slots: int = 2, with_parent: bo
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise UsageError(
-            f"{name}: there is a cluster of this name: python -m tests.cluster down --name {name}"
-        ) from None
+        raise UsageError(f"{name} is there already: python -m tests.cluster down --name {name}") from None
     try:
         return _build(name, folder, hosts, slots, with_parent)
     except BaseException as error:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 
 from tests.cluster import clock
 
@@ -26,4 +27,7 @@ def missing() -> str | None:
         return f"needs programs of Debian: apt-get install --no-install-recommends {' '.join(sorted(packages))}"
     if os.geteuid():
         return "needs root, for namespaces: run it as root"
+    trial = ["unshare", "--net", "--mount", "--pid", "--fork", "true"]
+    if subprocess.run(trial, capture_output=True, check=False).returncode:
+        return "needs the right to make namespaces: in a container, start it privileged"
     return None
