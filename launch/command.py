@@ -130,7 +130,7 @@ def _submit(args: argparse.Namespace) -> int:
         args.gpus_per_node or args.tasks_per_node,
         args.gpus_per_node is not None,
         args.cpus_per_rank,
-        args.job_name or re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe.run_dir.name),
+        args.job_name or _plain(Path(run_dir).name),
         args.time,
         args.partition,
         args.account,
@@ -145,6 +145,12 @@ def _submit(args: argparse.Namespace) -> int:
         print(script, end="")
         return 0
     number = slurm.submit(script, job, args.array)
-    print(f"mixmae: job {number} is submitted; it writes {slurm.output_file(job, request)}", file=sys.stderr)
+    output = slurm.output_file(job, request).replace("%j", number)
+    print(f"mixmae: job {number} is submitted; it writes {output}", file=sys.stderr)
     print(number)
     return 0
+
+
+def _plain(name: str) -> str:
+    """A job's name out of that of its run directory."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name.replace(array.PLACE, "")).strip("-") or "mixmae"
