@@ -59,7 +59,7 @@ class OnHosts:
     def options(self, folder: Path) -> list[str]:
         hostfile = folder.with_suffix(".hosts")
         hostfile.write_text("".join(f"{host} slots={self.slots}\n" for host in self.hosts))
-        return ["--hostfile", str(hostfile)]
+        return ["--hostfile", str(hostfile), "--skip-preflight"]
 
 
 @dataclass(frozen=True)
