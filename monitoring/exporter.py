@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app, push_to_gateway
+from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import ThreadingWSGIServer
@@ -37,7 +37,11 @@ from monitoring.metrics import METRICS, Kind, Metric, Source
 
 PORTS = 100
 """Ports tried, from the wanted one on."""
+ENDED_JOB = "mixmae_ended"
+"""The job of numbers on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
 _PARENT_CHECK = 1.0
+_GATEWAY_TIMEOUT = 4.0
+"""Seconds: less than a run waits for its exporter."""
 
 
 class ExporterError(ValueError):
@@ -88,6 +92,8 @@ class NodeCollector(Collector):
                     family.add_metric(reading.labels, reading.value)
             elif metric.kind is Kind.HISTOGRAM:
                 _add_histograms(family, metric, found[metric.name])
+            elif metric.states:
+                _add_states(family, metric, found[metric.name])
             else:
                 for rank, value in found[metric.name]:
                     family.add_metric(_labels(metric, rank, value), value.value)
@@ -110,6 +116,12 @@ def _add_histograms(family: Any, metric: Metric, values: list[tuple[int, Value]]
         series[_labels(metric, rank, value)][value.part] = value.value
     for labels, parts in series.items():
         family.add_metric(labels, cumulative(parts), parts.get("sum", 0.0))
+
+
+def _add_states(family: Any, metric: Metric, values: list[tuple[int, Value]]) -> None:
+    for rank, value in values:
+        for number, state in enumerate(metric.states):
+            family.add_metric((*_labels(metric, rank, value), state), float(number == value.value))
 
 
 class Exporter:
@@ -149,8 +161,20 @@ class Exporter:
     def push(self) -> None:
         """Hands the last numbers to the Pushgateway, for runs that end between two scrapes."""
         if self.settings.pushgateway is not None:
-            grouping = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
-            push_to_gateway(self.settings.pushgateway, job="mixmae", registry=self.registry, grouping_key=grouping)
+            self._tell_gateway(push_to_gateway, registry=self.registry)
+
+    def take_back(self) -> None:
+        """Removes from the Pushgateway what an earlier end of this run left there: the run goes on."""
+        if self.settings.pushgateway is not None:
+            self._tell_gateway(delete_from_gateway)
+
+    def _tell_gateway(self, tell: Callable[..., None], **what: CollectorRegistry) -> None:
+        gateway = str(self.settings.pushgateway)
+        node_of_run = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
+        try:
+            tell(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
+        except (OSError, ValueError) as error:  # ValueError: no address
+            print(f"mixmae: monitoring.pushgateway={gateway} takes no numbers: {error}", file=sys.stderr, flush=True)
 
     def _bind(self) -> Any:
         settings = self.settings
@@ -262,6 +286,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     target = write_target(args.run_dir, socket.gethostname(), exporter.target)
     print(f"metrics at {exporter.url}, announced in {target}", flush=True)
+    exporter.take_back()
     while not ended.wait(_PARENT_CHECK) and os.getppid() == parent:
         pass
     clean = ended.is_set()

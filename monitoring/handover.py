@@ -6,6 +6,8 @@ Writing is a store to memory: nothing waits for a reader, and nothing is lost to
 import bisect
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +52,7 @@ class Recorder:
         self._keys: dict[tuple[str, tuple[str, ...], str], str] = {}
 
     def set(self, name: str, value: float, *labels: str) -> None:
-        """Sets a gauge, or a counter that is counted elsewhere."""
+        """Sets a gauge, or a counter that is counted elsewhere; of a metric with states, the number of the present."""
         self._write(name, labels, "", value)
 
     def add(self, name: str, amount: float, *labels: str) -> None:
@@ -77,9 +79,33 @@ class Recorder:
     def _key(self, name: str, labels: tuple[str, ...], part: str) -> str:
         found = self._keys.get((name, labels, part))
         if found is None:
-            assert len(labels) == len(BY_NAME[name].labels), (name, labels)
+            expected = () if BY_NAME[name].states else BY_NAME[name].labels
+            assert len(labels) == len(expected), (name, labels)
             found = self._keys[name, labels, part] = json.dumps([name, labels, part])
         return found
+
+
+class Pulse:
+    """Tells every second that this process runs, from a thread of its own, which a stopped process has no more."""
+
+    def __init__(self, recorder: Recorder, interval: float = 1.0) -> None:
+        self._recorder, self._interval = recorder, interval
+        self._ended = threading.Event()
+        self._beat()  # here, since only one thread may add a value to the file
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """To be called before the recorder is closed."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval):
+            self._beat()
+
+    def _beat(self) -> None:
+        self._recorder.set("alive_timestamp_seconds", time.time())
 
 
 def read_ranks(folder: Path) -> Iterator[tuple[int, list[Value]]]:

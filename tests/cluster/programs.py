@@ -14,6 +14,7 @@ PACKAGES = {
     "sshd": "openssh-server",
     "ssh": "openssh-client",
     "ip": "iproute2",
+    clock.COMPILER: "gcc",
 }
 
 
@@ -21,8 +22,6 @@ def missing() -> str | None:
     """Why no cluster can be made here, in one line with what to do; None if one can."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     packages = {package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None}
-    if clock.library() is None:
-        packages.add(clock.PACKAGE)
     if packages:
         return f"needs programs of Debian: apt-get install --no-install-recommends {' '.join(sorted(packages))}"
     if os.geteuid():

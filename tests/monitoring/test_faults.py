@@ -27,9 +27,9 @@ from tests.monitoring.test_local import ask
 from trainer.config import Recipe
 from trainer.data.stream import Batch
 from trainer.distributed import Ranks, join, leave, read_ranks
+from trainer.job import check, prepare
 from trainer.loop import fit
 from trainer.ports import free_port
-from trainer.pretrain import check, prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
 FACTOR = 60

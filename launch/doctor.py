@@ -1,0 +1,70 @@
+"""`mixmae doctor [RECIPE]`: is this cluster fit for a run? Looks from here, then from all ranks; leaves no trace."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.doctor_job import under_slurm
+from launch.login_checks import check_slurm
+from launch.preflight import Look, examine, sound
+from launch.site import find_site, read_site
+from launch.ways import add_ways, local, on_hosts, request_of, require_fitting
+from trainer.doctor.findings import Finding, as_document, exit_code, print_findings
+from trainer.doctor.link import link_rate
+from trainer.recipes import load_recipe
+
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parse(argv)
+    recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
+    words = (str(args.recipe), *args.overrides) if recipe is not None else ()
+    look = Look(recipe, words, args.short, args.link)
+    if args.slurm:
+        findings = _under_slurm(args, look)
+    else:
+        ranks = args.local if args.local is not None else _accelerators(os.environ)
+        findings = examine(on_hosts(args) if args.hostfile is not None else local(ranks), look)
+    if args.json:
+        print(as_document(findings))
+    else:
+        print_findings(findings, Console(highlight=False))
+    return exit_code(findings)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mixmae doctor", description=__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", type=Path, nargs="?", help="YAML file; without one, hosts and network alone")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.micro_batch=64")
+    parser.add_argument("--link", type=_link, help="what the network should give, such as 200gbps or 25GB/s")
+    parser.add_argument("--short", action="store_true", help="only what takes a few seconds, as before a launch")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add_ways(parser, required=False)
+    args = parser.parse_intermixed_args(argv)
+    require_fitting(args)
+    return args
+
+
+def _link(text: str) -> str:
+    link_rate(text)
+    return text
+
+
+def _accelerators(environment: Mapping[str, str]) -> int:
+    """Ranks where nobody says how many: one for each GPU that may be used here, or one on the host's cores."""
+    chosen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return len(chosen) or len(list(_GPUS.glob("*"))) or 1
+
+
+def _under_slurm(args: argparse.Namespace, look: Look) -> list[Finding]:
+    request = request_of(args, "mixmae-doctor")
+    site = read_site(find_site(args.site, os.environ))
+    found = [*look.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
+    if not sound(found):
+        return found
+    run_dir = look.recipe.run_dir if look.recipe is not None else Path.cwd()
+    return [*found, *under_slurm(request, site, run_dir, look.arguments, look.settings)]
