@@ -109,6 +109,9 @@ class Launcher:
         while time.monotonic() - line.heard < SILENT_SECONDS:
             line.say("beat")
             await asyncio.sleep(BEAT_SECONDS)
+        # From here it is the ranks' side that is gone, whatever that side may say of this one.
+        silent = f"was not heard for {SILENT_SECONDS:.0f} s; its host is down or unreachable"
+        self._outcome = self._outcome or Outcome(FAILED, f"rank 0's supervisor on {self._address} {silent}")
         await line.close()
 
     async def _until_over(self, child: Child, following: "asyncio.Task[None]") -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.restarts import decide, record_restart
+from launch.restarts import Decision, decide, record_restart, say
 from launch.supervision.outcome import Outcome, attempt_folder, read_outcome
 from launch.supervision.supervisor import TOKEN
 from launch.supervision.wire import find
@@ -50,13 +50,14 @@ def end(args: argparse.Namespace) -> int:
     outcome = read_outcome(folder) or Outcome(
         FAILED, f"rank 0's supervisor left no record: it was killed, or never started; see above, and {folder}"
     )
-    decision = decide(args.run_dir, args.launch, outcome, args.max_restarts)
-    print(outcome.last_words(), file=sys.stderr)
-    if decision.words:
-        print(f"mixmae: {decision.words}", file=sys.stderr, flush=True)
+    decision = Decision(False)
+    if args.job_state == "RUNNING":  # else somebody cancelled it, or requeues it already
+        decision = decide(args.run_dir, args.launch, outcome, args.max_restarts)
+    say(outcome, decision)
     if decision.again:
         print(REQUEUE, flush=True)
-    return outcome.code if decision.again or not decision.words else FAILED
+        return outcome.code
+    return decision.exit_code(outcome)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
             own.add_argument("--launch", required=True, help="what the starts of a job have in common")
     steps.choices["begin"].add_argument("--restarts", type=int, required=True)
     steps.choices["end"].add_argument("--max-restarts", type=int, required=True)
+    steps.choices["end"].add_argument("--job-state", required=True, help="as squeue says")
     args = parser.parse_args(argv)
     return int(args.step(args))
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from launch import array, slurm
 from launch.hostfile import OnHosts, require_pdsh
 from launch.job import Job, new_attempt
+from launch.preflight import preflight
 from launch.run import in_words, run
 from launch.site import find_site, read_site
 from launch.ways import add_ways, local, on_hosts, request_of, require_fitting
 from trainer.config import Recipe
 from trainer.errors import UsageError
+from trainer.exits import FINISHED
 from trainer.recipes import load_recipe
 
 _SLURM_RESTARTS = 3
@@ -34,6 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         f"in a row saved no further checkpoint (default 0; --slurm {_SLURM_RESTARTS})")  # fmt: skip
     parser.add_argument("--array", metavar="TASKS", help="with --slurm: such as 0-7%%2; {task} in values is the task's "
                         "number")  # fmt: skip
+    parser.add_argument("--skip-preflight", action="store_true", help="with --hostfile: start without looking at the "
+                        "hosts first, as mixmae doctor does")  # fmt: skip
     add_ways(parser)
     args = parser.parse_intermixed_args(argv)
     require_fitting(args)
@@ -55,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if isinstance(way, OnHosts):
         require_pdsh()
+        words = (str(args.recipe), *args.overrides)
+        if not args.skip_preflight and (code := preflight(way, recipe, words)) != FINISHED:
+            raise UsageError(
+                f"the look at the hosts before the start found errors, shown above (exit code {code}); mend them, or "
+                "start with --skip-preflight"
+            )
     elif recipe.data.directory is not None and not recipe.data.directory.is_dir():
         raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
     return run(job, way, args.max_restarts or 0)
@@ -76,8 +86,7 @@ def _submit(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         run_dir = str(recipe.run_dir)
     job = _job(args, recipe, run_dir)
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe.run_dir.name)
-    request = request_of(args, name, args.array)
+    request = request_of(args, _plain(Path(run_dir).name), args.array)
     _require_ranks(recipe, request.ranks)
     site = read_site(find_site(args.site, os.environ))
     restarts = _SLURM_RESTARTS if args.max_restarts is None else args.max_restarts
@@ -86,6 +95,12 @@ def _submit(args: argparse.Namespace) -> int:
         print(script, end="")
         return 0
     number = slurm.submit(script, job, args.array)
-    print(f"mixmae: job {number} is submitted; it writes {slurm.output_file(job, request)}", file=sys.stderr)
+    output = slurm.output_file(job, request).replace("%j", number)
+    print(f"mixmae: job {number} is submitted; it writes {output}", file=sys.stderr)
     print(number)
     return 0
+
+
+def _plain(name: str) -> str:
+    """A job's name out of that of its run directory."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name.replace(array.PLACE, "")).strip("-") or "mixmae"

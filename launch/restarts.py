@@ -1,6 +1,7 @@
 """Whether a run is started again: as long as it gets on. The record of it stays in the run directory."""
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from launch.supervision.outcome import USER, Outcome
 from trainer.checkpoints.layout import newest_step
-from trainer.exits import FINISHED, MISTAKE, PREEMPTED
+from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
 
 FILE = "restarts.jsonl"
 _DELAY, _LONGEST_DELAY = 10.0, 300.0
@@ -20,13 +21,17 @@ class Decision:
 
     Attributes:
         again: whether to start once more.
-        words: why, for the user; empty where there is nothing to say.
+        words: what the user is told of it.
         delay: seconds to wait before; more where the last start did not get on either.
     """
 
     again: bool
     words: str = ""
     delay: float = 0.0
+
+    def exit_code(self, outcome: Outcome) -> int:
+        """What a command returns that does not start again: a run that no longer gets on has failed."""
+        return FAILED if self.words else outcome.code
 
 
 def decide(run_dir: Path, launch: str, outcome: Outcome, most: int) -> Decision:
@@ -51,6 +56,12 @@ def _without_progress(run_dir: Path, launch: str, step: int) -> int:
     """Restarts of this launch, the last ones, at whose beginning the newest checkpoint was no older than now."""
     own = [record for record in read_restarts(run_dir) if record["launch"] == launch]
     return len(own) - max((number for number, record in enumerate(own, 1) if record["step"] < step), default=0)
+
+
+def say(outcome: Outcome, decision: Decision) -> None:
+    """The last that a user reads of a start."""
+    words = [outcome.last_words(), decision.words and f"mixmae: {decision.words}"]
+    print("\n".join(filter(None, words)), file=sys.stderr, flush=True)
 
 
 def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | None, **more: object) -> None:

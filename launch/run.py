@@ -2,15 +2,13 @@
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from typing import Protocol
 
 from launch.attempt import run_attempt
 from launch.job import Attempt, Command, Job, new_attempt
-from launch.restarts import decide, record_restart
-from trainer.exits import FAILED
+from launch.restarts import decide, record_restart, say
 
 
 class Way(Protocol):
@@ -43,11 +41,9 @@ def run(job: Job, way: Way, max_restarts: int) -> int:
         launch = launch or attempt.name
         outcome = run_attempt(way.command(job, attempt, os.environ), way, attempt, job.run_dir)
         decision = decide(job.run_dir, launch, outcome, max_restarts)
-        print(outcome.last_words(), file=sys.stderr, flush=True)
-        if decision.words:
-            print(f"mixmae: {decision.words}", file=sys.stderr, flush=True)
+        say(outcome, decision)
         if not decision.again:
-            return FAILED if decision.words else outcome.code
+            return decision.exit_code(outcome)
         time.sleep(decision.delay)
         record_restart(job.run_dir, launch, attempt.name, outcome)
 

@@ -244,12 +244,13 @@ while kill -s 0 "$ranks" 2> /dev/null; do
 done
 trap - USR1 TERM
 
-# The last words, and whether the job goes back to the queue; not if it was cancelled, or Slurm requeues it already.
-decision=$(batch end --launch "job$SLURM_JOB_ID" --max-restarts {max_restarts})
-code=$?
+# The last words, and whether the job goes back to the queue: not if it was cancelled, or Slurm requeues it already.
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
-if [[ $decision == requeue && $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]; then
+state=$(squeue --noheader --jobs="$job" --format=%T)
+decision=$(batch end --launch "job$SLURM_JOB_ID" --job-state "$state" --max-restarts {max_restarts})
+code=$?
+if [[ $decision == requeue ]]; then
     scontrol requeue "$job" && sleep 600 # in which Slurm ends this script
 fi
 exit "$code"

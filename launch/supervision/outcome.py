@@ -86,9 +86,9 @@ class Outcome:
         return asdict(self)
 
     def last_words(self) -> str:
-        """What the user reads last on the console."""
+        """What the user reads last on the console; nothing of a run that finished, which has said so itself."""
         if self.code == FINISHED:
-            return f"mixmae: {self.reason}"
+            return ""
         shown = []
         if self.log is not None and self.lines:
             shown.append(f"mixmae: last lines of {self.log}, rank {self.rank} on {self.host}:")

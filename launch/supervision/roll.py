@@ -165,7 +165,7 @@ class Roll:
 
     def _before_the_start(self, now: float) -> Outcome | None:
         if self.stop is not None:
-            return Outcome(PREEMPTED, f"stopped by {self.stop[0]} before the ranks started; nothing was done")
+            return Outcome(PREEMPTED, f"stopped {_by(*self.stop)} before the ranks started; nothing was done")
         if self._launcher == "awaited" and now - self._opened > LAUNCHER_SECONDS:
             return Outcome(FAILED, "the process that launches the run never reached its first rank; both need a route "
                            "to each other, and launch.port to be open")  # fmt: skip
@@ -178,9 +178,9 @@ class Roll:
 
     def _finish(self) -> Outcome:
         if all(member.ended is not None and member.ended.code == FINISHED for member in self.members.values()):
-            return Outcome(FINISHED, f"finished at step {self.step}")
-        why = f"{self.stop[0]} to {self.stop[1]}" if self.stop else "the end of its time"
-        return Outcome(PREEMPTED, f"stopped at step {self.step} by {why}; the same command continues the run")
+            return Outcome(FINISHED, "finished")
+        why = "at the end of its time" if self.stop is None else _by(*self.stop)
+        return Outcome(PREEMPTED, f"stopped {why}; the same command continues the run")
 
     def _overdue(self, left: Sequence[int], now: float) -> Outcome | None:
         ends = [member.ended_at for member in self.members.values() if member.ended is not None]
@@ -201,7 +201,7 @@ class Roll:
         seen = {rank: sight for rank in left if (sight := self.members[rank].sighting) is not None}
         ranks, why = late(seen) if seen else ([], "no rank said where it is")
         if not ranks:
-            return Outcome(FAILED, f"{ranks_in_words(left)}: {what}; {why}")
+            return Outcome(FAILED, f"{ranks_in_words(sorted(left))}: {what}; {why}")
         first = self.members[ranks[0]]
         more = f" (and {ranks_in_words(ranks[1:])})" if len(ranks) > 1 else ""
         return Outcome(
@@ -209,11 +209,11 @@ class Roll:
         )
 
 
+def _by(name: str, who: str) -> str:
+    return "by the user" if who == USER else f"by {name} to {who}"
+
+
 def ranks_in_words(ranks: Sequence[int]) -> str:
     """`rank 3`, `ranks 3, 4`, or the first few and how many there are."""
     shown = ", ".join(map(str, ranks[:8])) + (f", ... ({len(ranks)} of them)" if len(ranks) > 8 else "")
     return f"rank{'s'[: len(ranks) > 1]} {shown}"
-
-
-def was_stopped_by_user(outcome: Outcome) -> bool:
-    return outcome.stopped_by == USER

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -189,9 +190,15 @@ def _furnish(host: Host, folder: Path) -> None:
     host.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     for part in ("hosts", "ssh", "slurm", "munge"):
         host.bind(folder / "etc" / part, Path("/etc") / part)
-    # What the user's shells do at their start takes seconds for some, and waits for locks that killed shells left.
-    if (startup := Path.home() / ".bashrc").exists():
-        host.bind(Path("/dev/null"), startup)
+    _hide_own_settings(host, Path(pwd.getpwuid(0).pw_dir))
+
+
+def _hide_own_settings(host: Host, home: Path) -> None:
+    """Keeps what this machine's root set for shells and ssh from what ssh starts: it may be slow, or wait for locks."""
+    if (home / ".bashrc").exists():
+        host.bind(Path("/dev/null"), home / ".bashrc")
+    if (home / ".ssh").is_dir():
+        host.run(["mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", home / ".ssh"], check=True)
 
 
 def _start_daemons(host: Host) -> None:

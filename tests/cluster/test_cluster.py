@@ -52,6 +52,12 @@ def test_ssh_and_pdsh_reach_every_host_by_name(cluster: Cluster) -> None:
     assert cluster.login.run(["ssh", "node1", "exit 7"]).returncode == 7
 
 
+def test_ssh_takes_nothing_from_the_settings_of_this_machines_root(cluster: Cluster) -> None:
+    read = "cat ~/.bashrc ~/.ssh/* 2> /dev/null; printenv PATH"
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Debian's sshd gives it to root
+    assert cluster.login.run(["ssh", "node1", read]).stdout == f"{path}\n"
+
+
 def test_hostfile_has_a_line_for_each_host(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.hostfile().read_text() == "node1 slots=2\nnode2 slots=2\n"
     path = cluster.hostfile(slots=1, hosts=cluster.hosts[1:], path=tmp_path / "one")
@@ -64,6 +70,8 @@ def test_commands_end_as_they_would_without_a_host(cluster: Cluster) -> None:
     assert node.run(["pwd"], cwd=cluster.shared).stdout == f"{cluster.shared}\n"
     assert node.run(["printenv", "WORD"], env={"WORD": "here"}).stdout == "here\n"
     sleep = node.popen(["sleep", "1000"])
+    while not node.processes("^sleep 1000"):
+        assert sleep.poll() is None
     assert [process.pid for process in node.processes("^sleep 1000")] == [sleep.pid]
     assert not cluster.hosts[1].processes("^sleep 1000")
     sleep.send_signal(signal.SIGSTOP)
@@ -139,14 +147,15 @@ def test_a_job_of_a_node_that_is_down_starts_again_when_it_is_back(mended: Clust
 
 def test_a_host_whose_link_is_cut_lives_on_unreached(mended: Cluster) -> None:
     login, (one, two) = mended.login, mended.hosts
-    assert one.reaches(two)
+    one.wait_until_reaches(two)
     two.cut()
     assert not one.reaches(two)
     assert not login.reaches(two)
-    assert login.reaches(one)
+    login.wait_until_reaches(one)
     assert two.run(["hostname"]).stdout == "node2\n"
     two.restore()
-    assert one.reaches(two)
+    one.wait_until_reaches(two)
+    login.wait_until_reaches(two)
 
 
 def test_a_host_without_power_runs_nothing_until_it_is_mended(cluster: Cluster) -> None:
