@@ -79,15 +79,11 @@ def examine_slurm(request: Request, site: Site, look: Look) -> list[Finding]:
     Raises:
         UsageError: Slurm refuses the job.
     """
-    found = _before_submission(request, site, look)
+    found = [*look.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
     if not sound(found):
         return [*found, _NOT_STARTED]
     run_dir = look.recipe.run_dir if look.recipe is not None else Path.cwd()
     return [*found, *under_slurm(request, site, run_dir, look.arguments, look.settings)]
-
-
-def _before_submission(request: Request, site: Site, look: Look) -> list[Finding]:
-    return [*look.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
 
 
 def preflight(way: Way, recipe: Recipe, words: tuple[str, ...]) -> int:
@@ -96,14 +92,6 @@ def preflight(way: Way, recipe: Recipe, words: tuple[str, ...]) -> int:
     Args:
         words: the recipe's file and overrides, as they were typed.
     """
-    return _verdict(examine(way, Look(recipe, words, short=True)))
-
-
-def preflight_slurm(request: Request, site: Site, recipe: Recipe) -> int:
-    """As `preflight`, of what can be seen before a job is submitted; its nodes are not known yet."""
-    return _verdict(_before_submission(request, site, Look(recipe, ())))
-
-
-def _verdict(findings: list[Finding]) -> int:
+    findings = examine(way, Look(recipe, words, short=True))
     print_findings(findings, Console(stderr=True, highlight=False), least=Level.WARNING)
     return exit_code(findings)

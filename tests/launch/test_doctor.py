@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -234,6 +235,19 @@ def test_a_host_that_is_down_stops_all_before_ranks_start(cluster: Cluster, on_s
     wrong = [finding for finding in found if finding.level is Level.ERROR]
     assert [(finding.check, finding.where) for finding in wrong] == [("ssh", "node2")]
     assert "not started" in next(finding.found for finding in found if finding.check == "ranks")
+
+
+@pytest.mark.services
+def test_a_launch_looks_first_and_is_never_a_smaller_run(cluster: Cluster, on_shared: Path) -> None:
+    launch = [sys.executable, "-m", "launch.cli", "launch", str(on_shared), "--hostfile", str(cluster.hostfile())]
+    cluster.hosts[1].cut()
+    try:
+        done = cluster.login.run(launch, timeout=SECONDS)
+    finally:
+        cluster.hosts[1].restore()
+    assert done.returncode == 2
+    assert re.search(r"^error +ssh +node2 +it does not answer", done.stderr, re.MULTILINE), done.stderr
+    assert not (cluster.shared / "run").exists()
 
 
 @pytest.mark.services
