@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,13 +34,6 @@ distributed.all_reduce(numbers)
 print(socket.gethostname(), numbers.unique().tolist())
 distributed.destroy_process_group()
 """
-
-
-@pytest.fixture
-def mended(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, for a test that breaks it."""
-    yield cluster
-    cluster.mend()
 
 
 def test_ssh_and_pdsh_reach_every_host_by_name(cluster: Cluster) -> None:
