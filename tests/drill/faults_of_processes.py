@@ -6,7 +6,7 @@ import time
 
 from tests.drill.drill import END_SECONDS, Drill
 from tests.drill.faults import fault
-from tests.drill.target import Target, finish_naming, run_to_a_step
+from tests.drill.target import LAST, Target, finish_naming, run_to_a_step
 from trainer.exits import FAILED
 
 
@@ -102,7 +102,7 @@ def killed_everyone(drill: Drill) -> None:
 @fault("local", "hostfile", "slurm", stages=(1, 2))
 def hanging_rank(drill: Drill) -> None:
     """SIGSTOP of a rank: it hangs, and the others wait for it"""
-    target = run_to_a_step(drill)
+    target = run_to_a_step(drill, 2, LAST, "launch.stuck_seconds=20")
     act = lambda: os.kill(target.process.pid, signal.SIGSTOP)  # noqa: E731
     drill.strike(f"rank {target.rank} stopped after step {target.step}", act)
     finish_naming(drill, target, within=None)

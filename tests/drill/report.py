@@ -16,19 +16,19 @@ from trainer.run_dir import versions
 _WIDTH = 120
 
 _WHAT = """\
-What happens to a run when something breaks. The fault drill wrote this page: it starts real runs with `mixmae launch`,
-on one host (local), on two hosts over ssh (hostfile) and as jobs of a real Slurm (slurm), does the damage, starts the run
-again where its user would have to, and looks at what must hold when it has finished.
+What happens to a run when something breaks. The fault drill wrote this page: it starts real runs with `mixmae
+launch`, on one host (local), on two hosts over ssh (hostfile) and as jobs of a real Slurm (slurm), does the damage,
+starts the run again where its user would have to, and looks at what must hold when it has finished.
 """
 
 _HOW_TO_READ = """\
-**How to read it.** A run here has {steps} steps of {batch} images, {epochs:g} epochs of {images} images, on two ranks,
-and saves every {every} steps; it runs at any ZeRO stage. A row is one kind of damage in one way of starting. *Count* says
-how often it was done: each time at another moment, to another rank or file, drawn by seed. *Such as* is one of them. *How
-it went on* is what the run, its launcher, Slurm or its user did then. *Ended* is the time from the damage until the
-command was over, where its user had to type it again; *training* the time from the last damage until a start that came
-after it did a step. Of several the median and the longest are given. From the command to the first step takes {start:.0f}
-s here where nothing happens, most of it for importing torch on two ranks.
+**How to read it.** A run here has {steps} steps of {batch} images, {epochs:g} epochs of {images} images, on two
+ranks, and saves every {every} steps; it runs at any ZeRO stage. A row is one kind of damage in one way of starting.
+*Count* says how often it was done: each time at another moment, to another rank or file, drawn by seed. *Such as* is
+one of them. *How it went on* is what the run, its launcher, Slurm or its user did then. *Ended* is the time from the
+damage until the command was over, where its user had to type it again; *training* the time from the last damage until
+a start that came after it did a step. Of several the median and the longest are given. From the command to the first
+step takes {start:.0f} s here where nothing happens, most of it for importing torch on two ranks.
 """
 
 _HELD = "**What held.** All of this was so {held} of {count} times when the run had finished:"
@@ -36,8 +36,8 @@ _HELD = "**What held.** All of this was so {held} of {count} times when the run 
 _MUST_HOLD = (
     "it ended at step {steps}, with exit code 0, and its newest checkpoint is whole;",
     "every step used the samples that it uses where nothing happens, and every epoch showed every image once;",
-    "losses, weights and both moments of AdamW are those of a run to which nothing happened, bit for bit; where it went on "
-    "with other ranks or at another ZeRO stage, to rounding;",
+    "losses, weights and both moments of AdamW are those of a run to which nothing happened, bit for bit; where it went "
+    "on with other ranks or at another ZeRO stage, to rounding;",
     "each start that trained said where it began: at the newest checkpoint, or why not; each restart is in "
     "`restarts.jsonl` with its reason, or was typed by its user; no start began anew in silence;",
     "no process, no file in shared memory and no partial checkpoint was left on any host.",

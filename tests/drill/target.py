@@ -48,15 +48,10 @@ class Target:
         psutil.wait_procs([process for _, process in self.everyone.values()], timeout=10)
 
 
-def start(drill: Drill) -> None:
-    """Types the command, as a user who lets the launcher start the run again, or as one who does so himself."""
+def run_to_a_step(drill: Drill, first: int = 2, last: int = LAST, *overrides: str) -> Target:
+    """Starts, as a user who lets the launcher start again or as one who does so himself, and waits for a drawn step."""
     drill.restarts = 3 if isinstance(drill.way, Batch) else drill.rng.choice([0, 3])
-    drill.start(drill.restarts)
-
-
-def run_to_a_step(drill: Drill, first: int = 2, last: int = LAST) -> Target:
-    """Starts, and waits for a step drawn between these."""
-    start(drill)
+    drill.start(drill.restarts, *overrides)
     return seen_at_a_step(drill, first, last)
 
 
