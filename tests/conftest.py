@@ -7,6 +7,8 @@ import torch
 from trainer.shards.build import build_shards
 from trainer.shards.synthetic import Synthetic
 
+pytest_plugins = ["tests.cluster.fixtures"]
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

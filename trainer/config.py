@@ -221,6 +221,21 @@ class Monitoring(Section):
         return self
 
 
+class Launch(Section):
+    """How `mixmae launch` starts ranks, and when it gives a run up."""
+
+    tasks: Literal["per_gpu", "per_node"] = "per_gpu"
+    """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
+    port: int | None = Field(None, ge=1024, le=64_000)
+    """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
+    join_seconds: float = Field(120.0, gt=0)
+    """A run whose ranks are not all there by then is ended."""
+    stuck_seconds: float = Field(600.0, gt=0)
+    """A run in which no rank moved for so long is ended, naming the late one; thrice that while starting or saving."""
+    grace_seconds: float = Field(120.0, gt=0)
+    """From the signal to stop to the end of all ranks: the time to save in; Slurm warns so long before the limit."""
+
+
 class Recipe(Section):
     run_dir: Path = Path("runs/mixmae")
     seed: int = Field(0, ge=0)
@@ -231,6 +246,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     monitoring: Monitoring = Monitoring()
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _mixing_needs_partners(self) -> Self:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.config import Recipe
 from trainer.engine import build_model
 
-_PEAKS = {
+PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -22,7 +22,15 @@ _PEAKS = {
 def model_flops(recipe: Recipe) -> float:
     """Operations of one image's forward and backward pass, decoder included, without recomputation.
 
-    The forward pass is counted on the meta device; the backward one takes twice as many.
+    The backward pass takes twice as many as the forward one.
+    """
+    return 3 * sum(forward_flops(recipe).values())
+
+
+def forward_flops(recipe: Recipe) -> dict[int | str, float]:
+    """Operations of one image's forward pass, counted on the meta device.
+
+    By the blocks of stages 1 to 4 and of the `decoder` (the keys of `activation_checkpointing.stages`), and the `rest`.
     """
     count = recipe.model.num_images
     side = recipe.model.img_size
@@ -32,7 +40,14 @@ def model_flops(recipe: Recipe) -> float:
         groups, partners = torch.zeros(model.grid).long(), torch.zeros(count, count).long()
         with FlopCounterMode(display=False) as counter:
             model(images, groups, partners)
-    return 3 * counter.get_total_flops() / count
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    blocks: dict[int | str, str] = {stage: f"MixMAE.encoder.stages.{stage - 1}.blocks" for stage in (1, 2, 3, 4)}
+    blocks["decoder"] = "MixMAE.decoder.blocks"
+    flops = {
+        part: sum(number for name, number in by_module.items() if name.rpartition(".")[0] == path) / count
+        for part, path in blocks.items()
+    }
+    return {**flops, "rest": counter.get_total_flops() / count - sum(flops.values())}
 
 
 def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
@@ -40,4 +55,4 @@ def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
     if recipe.monitoring.peak_flops is not None or device.type != "cuda":
         return recipe.monitoring.peak_flops
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

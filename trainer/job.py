@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from models import MixMAE
 from trainer import artifact, distributed, exits
 from trainer.checkpoints.layout import newest_checkpoint
-from trainer.checkpoints.resume import resume
+from trainer.checkpoints.resume import Resumed, resume
 from trainer.checkpoints.saver import Saver
 from trainer.config import Recipe
 from trainer.data.admit import admit
@@ -43,6 +43,8 @@ class Job:
     model: MixMAE
     data_note: str | None
     """What of the data will be stepped over."""
+    parameters: int
+    """Counted before ZeRO takes them apart."""
 
 
 def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> int:
@@ -101,7 +103,7 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     model = build_model(recipe)
     if recipe.model.init is not None and newest_checkpoint(recipe.run_dir) is None:
         artifact.initialise(model, recipe.model.init)
-    return Job(recipe, index, schedule, model, note)
+    return Job(recipe, index, schedule, model, note, sum(p.numel() for p in model.parameters()))
 
 
 def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> Run:
@@ -121,46 +123,64 @@ def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: 
 def _build(
     job: Job, ranks: Ranks, stop: StopRequest | None, observer: Observer, silent: str | None, ends: list[str]
 ) -> Run:
-    recipe, index, schedule, model = job.recipe, job.index, job.schedule, job.model
-    parameters = sum(p.numel() for p in model.parameters())
+    recipe, index, schedule = job.recipe, job.index, job.schedule
     prepare_wandb(recipe, ranks)
     with wandb_in_words(recipe):
-        engine = build_engine(model, recipe, ranks)
+        engine = build_engine(job.model, recipe, ranks)
     resumed = resume(engine, recipe.run_dir, ranks)
-    state, position = TrainState(), Position(recipe.seed, 0, index.fingerprint)
-    if resumed is not None:
-        require_same_recipe(recipe, dict(resumed.manifest.recipe), recipe.run_dir)
-        state, position = TrainState.from_state_dict(resumed.manifest.state), Position(**resumed.manifest.position)
-    position.require(recipe.seed, index)
+    state, position = _state_of(resumed, recipe, index)
+    tracker = Tracker.of(engine)
     if ranks.is_main:
         write_run_dir(recipe, index)
-    tracker = Tracker.of(engine)
+        observer.begin(schedule.total_steps, job.parameters)
     main = ranks.is_main
-    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter()
-    reporter.event(
+    run = Run(
+        recipe=recipe,
+        ranks=ranks,
+        engine=engine,
+        index=index,
+        schedule=schedule,
+        state=state,
+        batches=Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank)),
+        to_device=ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+        reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
+        observer=observer,
+        saver=Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None),
+        stop=stop,
+        sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
+    )
+    _say_start(run, job, resumed, ends)
+    if silent is not None:
+        run.reporter.event("monitoring", silent)
+    return run
+
+
+def _state_of(resumed: Resumed | None, recipe: Recipe, index: ShardIndex) -> tuple[TrainState, Position]:
+    """Where the run stands: at its beginning, or where a checkpoint of the same recipe left it."""
+    if resumed is None:
+        return TrainState(), Position(recipe.seed, 0, index.fingerprint)
+    require_same_recipe(recipe, dict(resumed.manifest.recipe), recipe.run_dir)
+    position = Position(**resumed.manifest.position)
+    position.require(recipe.seed, index)
+    return TrainState.from_state_dict(resumed.manifest.state), position
+
+
+def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> None:
+    """Tells what runs and from where, and what was found to be otherwise than expected."""
+    recipe, step, total_steps = run.recipe, run.state.step, run.schedule.total_steps
+    run.reporter.event(
         "resumed" if resumed else "start",
-        f"{recipe.model.encoder}, {parameters / 1e6:.1f} M parameters with decoder, {len(index)} images, "
-        f"steps {state.step} to {schedule.total_steps} of {recipe.train.global_batch} images on {ranks.world_size} "
-        f"{ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
-        f"optimizer {type(engine.optimizer).__name__}",
-        step=state.step,
-        world_size=ranks.world_size,
-        parameters=parameters,
-        total_steps=schedule.total_steps,
+        f"{recipe.model.encoder}, {job.parameters / 1e6:.1f} M parameters with decoder, {len(run.index)} images, "
+        f"steps {step} to {total_steps} of {recipe.train.global_batch} images on {run.ranks.world_size} "
+        f"{run.ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
+        f"optimizer {type(run.engine.optimizer).__name__}",
+        step=step,
+        world_size=run.ranks.world_size,
+        parameters=job.parameters,
+        total_steps=total_steps,
         **restarted(ends, os.environ),
     )
-    if silent is not None:
-        reporter.event("monitoring", silent)
     for note in resumed.notes if resumed is not None else ():
-        reporter.event("fallback", f"{note}; going on from step {state.step}", step=state.step)
-    if ranks.is_main:
-        observer.begin(schedule.total_steps, parameters)
-    to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
+        run.reporter.event("fallback", f"{note}; going on from step {step}", step=step)
     if job.data_note is not None:
-        reporter.event("data", job.data_note, step=state.step)
-    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
-    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
-    run = Run(recipe, ranks, engine, index, schedule, state, batches, to_device, reporter, observer, saver, stop)
-    if recipe.log.samples:
-        run.sample_log = SampleLog(recipe.run_dir, ranks)
-    return run
+        run.reporter.event("data", job.data_note, step=step)
