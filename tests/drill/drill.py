@@ -198,16 +198,18 @@ class Drill:
     def _over(self) -> int:
         """The exit code of this start, once it is over; notes on the way when the run trained again."""
 
+        codes: list[int] = []
+
         def over() -> bool:
             if self.training is None and self._struck is not None and self._trains_again():
                 self.training = time.monotonic() - self._struck
-            return self.run.poll() is not None
+            if (code := self.run.poll()) is not None:
+                codes.append(code)
+            return bool(codes)
 
         self.until(over, "end of the run")
-        code = self.run.poll()
-        assert code is not None
-        self.ends.append(End(code, None if self._struck is None else time.monotonic() - self._struck))
-        return code
+        self.ends.append(End(codes[0], None if self._struck is None else time.monotonic() - self._struck))
+        return codes[0]
 
     def _trains_again(self) -> bool:
         """Whether a start that began after the last strike has done a step."""
