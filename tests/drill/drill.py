@@ -66,6 +66,7 @@ class Drill:
     restarts: int = 0
     _struck: float | None = None
     _begins: int = 0
+    _said_before: int = 0
 
     @property
     def way(self) -> Way:
@@ -76,6 +77,7 @@ class Drill:
 
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Its user types the command, for the first time or again."""
+        self._said_before = len(self.run.output())
         self.run.start(max_restarts, *overrides)
 
     @property
@@ -170,9 +172,8 @@ class Drill:
             says: what each must be read on the console.
             within: seconds since the strike.
         """
-        before = len(self.run.output()) if self.ends else 0
         code = self._over()
-        said = self.run.output()[before:]
+        said = self.run.output()[self._said_before :]
         if code not in codes:
             raise DrillError(
                 f"ended with code {code}, expected {' or '.join(map(str, codes))}; it said:\n{said[-3000:]}"
@@ -193,11 +194,10 @@ class Drill:
             if again == 0:
                 raise DrillError(f"ended with code {code}; it said:\n{self.run.output()[-3000:]}")
             again -= 1
-            self.start()
+            self.start(self.restarts)
 
     def _over(self) -> int:
         """The exit code of this start, once it is over; notes on the way when the run trained again."""
-
         codes: list[int] = []
 
         def over() -> bool:
