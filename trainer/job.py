@@ -73,6 +73,8 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, hear
         raise
     finally:
         run.saver.wait(_LAST_SAVE)
+        if run.sample_log is not None:
+            run.sample_log.close()
         run.observer.close(clean)
         run.batches.close()
         run.reporter.close()

@@ -66,6 +66,7 @@ class Drill:
     restarts: int = 0
     _struck: float | None = None
     _begins: int = 0
+    _said_before: int = 0
 
     @property
     def way(self) -> Way:
@@ -76,6 +77,7 @@ class Drill:
 
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Its user types the command, for the first time or again."""
+        self._said_before = len(self.run.output())
         self.run.start(max_restarts, *overrides)
 
     @property
@@ -170,9 +172,8 @@ class Drill:
             says: what each must be read on the console.
             within: seconds since the strike.
         """
-        before = len(self.run.output()) if self.ends else 0
         code = self._over()
-        said = self.run.output()[before:]
+        said = self.run.output()[self._said_before :]
         if code not in codes:
             raise DrillError(
                 f"ended with code {code}, expected {' or '.join(map(str, codes))}; it said:\n{said[-3000:]}"
@@ -193,21 +194,22 @@ class Drill:
             if again == 0:
                 raise DrillError(f"ended with code {code}; it said:\n{self.run.output()[-3000:]}")
             again -= 1
-            self.start()
+            self.start(self.restarts)
 
     def _over(self) -> int:
         """The exit code of this start, once it is over; notes on the way when the run trained again."""
+        codes: list[int] = []
 
         def over() -> bool:
             if self.training is None and self._struck is not None and self._trains_again():
                 self.training = time.monotonic() - self._struck
-            return self.run.poll() is not None
+            if (code := self.run.poll()) is not None:
+                codes.append(code)
+            return bool(codes)
 
         self.until(over, "end of the run")
-        code = self.run.poll()
-        assert code is not None
-        self.ends.append(End(code, None if self._struck is None else time.monotonic() - self._struck))
-        return code
+        self.ends.append(End(codes[0], None if self._struck is None else time.monotonic() - self._struck))
+        return codes[0]
 
     def _trains_again(self) -> bool:
         """Whether a start that began after the last strike has done a step."""

@@ -36,8 +36,8 @@ _HELD = "**What held.** All of this was so {held} of {count} times when the run 
 _MUST_HOLD = (
     "it ended at step {steps}, with exit code 0, and its newest checkpoint is whole;",
     "every step used the samples that it uses where nothing happens, and every epoch showed every image once;",
-    "losses, weights and both moments of AdamW are those of a run to which nothing happened, bit for bit; where it went "
-    "on with other ranks or at another ZeRO stage, to rounding;",
+    "losses, weights and both moments of AdamW are those of a run to which nothing happened, bit for bit; where it "
+    "went on with other ranks or at another ZeRO stage, to rounding;",
     "each start that trained said where it began: at the newest checkpoint, or why not; each restart is in "
     "`restarts.jsonl` with its reason, or was typed by its user; no start began anew in silence;",
     "no process, no file in shared memory and no partial checkpoint was left on any host.",

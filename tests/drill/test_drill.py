@@ -156,7 +156,9 @@ def test_a_skipped_step_is_seen(rig: Rig, finished: Run) -> None:
         finished.folder / "events.jsonl",
         lambda record: None if record["event"] == "step" and record["step"] == 9 else record,
     )
-    assert "after it began at step 0" in judge(rig, finished)
+    found = judge(rig, finished)
+    assert "after it began at step 0" in found
+    assert "the losses of steps [9] are not noted" in found
 
 
 def test_what_is_left_behind_is_seen(rig: Rig, finished: Run) -> None:

@@ -35,9 +35,11 @@ def judge(run: Run, undisturbed: Path, same_ranks: bool) -> list[str]:
         undisturbed: the directory of a run of the same recipe to which nothing happened.
         same_ranks: whether it ran on as many ranks all the time, so that its arithmetic is the same.
     """
+    if problems := came_to_the_end(run.folder):
+        return [*problems, *told_of_every_start(run), *left_nothing_behind(run)]
     return [
-        *came_to_the_end(run.folder),
         *saw_every_sample(run.folder, undisturbed),
+        *noted_every_loss(run),
         *(computed_the_same(run.folder, undisturbed) if same_ranks else computed_alike(run.folder, undisturbed)),
         *told_of_every_start(run),
         *left_nothing_behind(run),
@@ -72,11 +74,17 @@ def saw_every_sample(folder: Path, undisturbed: Path) -> list[str]:
     return problems[:3]
 
 
+def noted_every_loss(run: Run) -> list[str]:
+    """The loss of every step is in events.jsonl, unless the run said that it has a gap."""
+    missing = sorted(set(range(1, STEPS + 1)) - set(_losses(run.folder)))
+    return [f"the losses of steps {missing[:5]} are not noted"] if missing and not _has_a_gap(run) else []
+
+
 def computed_the_same(folder: Path, undisturbed: Path) -> list[str]:
     """Losses, weights and AdamW's moments are those of the undisturbed run, bit for bit."""
     problems = []
     losses, expected = _losses(folder), _losses(undisturbed)
-    if steps := [step for step in expected if losses.get(step) != expected[step]]:
+    if steps := [step for step in losses if losses[step] != expected[step]]:
         problems.append(f"the losses of steps {steps[:5]} are others than undisturbed")
     for kind in KINDS:
         weights, right = (master_weights(complete(run)[-1], kind) for run in (folder, undisturbed))
@@ -88,10 +96,8 @@ def computed_the_same(folder: Path, undisturbed: Path) -> list[str]:
 def computed_alike(folder: Path, undisturbed: Path) -> list[str]:
     """Losses and weights are those of the undisturbed run to rounding."""
     losses, expected = _losses(folder), _losses(undisturbed)
-    apart = {step: abs(losses[step] - loss) for step, loss in expected.items() if step in losses}
+    apart = {step: abs(loss - expected[step]) for step, loss in losses.items()}
     problems = [f"the losses of step {step} are {gap:.2e} apart" for step, gap in apart.items() if gap > LOSSES_APART]
-    if len(apart) < len(expected):
-        problems.append(f"losses of only {len(apart)} steps are noted")
     first, right, weights = (
         master_weights(c) for c in (complete(undisturbed)[0], complete(undisturbed)[-1], complete(folder)[-1])
     )
@@ -116,7 +122,7 @@ def told_of_every_start(run: Run) -> list[str]:
     if not all(record.get("message") for record in restarts):
         problems.append("a restart is recorded without a reason")
     for number, begin in enumerate(begins, 1):
-        problems += [f"start {number} that trained: {problem}" for problem in begin.problems()]
+        problems += [f"start {number} that trained {problem}" for problem in begin.problems(_has_a_gap(run))]
     return problems
 
 
@@ -132,13 +138,13 @@ class _Begin:
         self.fell_back = False
         self.steps: list[int] = []
 
-    def problems(self) -> Iterator[str]:
+    def problems(self, has_a_gap: bool) -> Iterator[str]:
         step, newest = self.record["step"], max(self.saved, default=0)
         if step < newest and not self.fell_back:
             yield f"began at step {step} although step {newest} was saved, and did not say why"
         if (self.record["event"] == "start") != (step == 0):
             yield f"said {self.record['event']!r} at step {step}"
-        if any(after != before + 1 for before, after in pairwise([step, *self.steps])):
+        if any(after != before + 1 for before, after in pairwise([step, *self.steps])) and not has_a_gap:
             yield f"did steps {self.steps} after it began at step {step}"
 
 
@@ -185,6 +191,11 @@ def _strays(cluster: Cluster) -> list[str]:
         for path in host.run(["find", "/dev/shm", "-mindepth", "1"], check=True).stdout.splitlines():
             found.append(f"{path} is left on {host.name}")
     return found
+
+
+def _has_a_gap(run: Run) -> bool:
+    """Whether the run said that its record has one, for want of room on the disk."""
+    return "events.jsonl cannot be written and has a gap here" in run.output()
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:
