@@ -22,15 +22,7 @@ PEAKS = {
 def model_flops(recipe: Recipe) -> float:
     """Operations of one image's forward and backward pass, decoder included, without recomputation.
 
-    The backward pass takes twice as many as the forward one.
-    """
-    return 3 * sum(forward_flops(recipe).values())
-
-
-def forward_flops(recipe: Recipe) -> dict[int | str, float]:
-    """Operations of one image's forward pass, counted on the meta device.
-
-    By the blocks of stages 1 to 4 and of the `decoder` (the keys of `activation_checkpointing.stages`), and the `rest`.
+    The forward pass is counted on the meta device; the backward one takes twice as many.
     """
     count = recipe.model.num_images
     side = recipe.model.img_size
@@ -40,14 +32,7 @@ def forward_flops(recipe: Recipe) -> dict[int | str, float]:
         groups, partners = torch.zeros(model.grid).long(), torch.zeros(count, count).long()
         with FlopCounterMode(display=False) as counter:
             model(images, groups, partners)
-    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    blocks: dict[int | str, str] = {stage: f"MixMAE.encoder.stages.{stage - 1}.blocks" for stage in (1, 2, 3, 4)}
-    blocks["decoder"] = "MixMAE.decoder.blocks"
-    flops = {
-        part: sum(number for name, number in by_module.items() if name.rpartition(".")[0] == path) / count
-        for part, path in blocks.items()
-    }
-    return {**flops, "rest": counter.get_total_flops() / count - sum(flops.values())}
+    return 3 * counter.get_total_flops() / count
 
 
 def peak_flops(recipe: Recipe, device: torch.device) -> float | None:

@@ -1,4 +1,4 @@
-"""Activations, measured by running a recipe's model on the meta device: forward, backward, every live byte counted."""
+"""Activations, measured by running a recipe's model on the meta device: forward, backward, every byte counted."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.config import ActivationCheckpointing, Recipe
 from trainer.data.stream import ToDevice
 from trainer.engine import build_model
 from trainer.planning.kernels import WORKSPACES, Device, attention_of
-from trainer.planning.tracking import LiveBytes
+from trainer.planning.tracking import Tracker
 
 _SMALL, _LARGE = 8, 16
 """Micro-batches of the two runs through which the line is drawn: what is alive after an operation is affine in it."""
@@ -44,6 +44,8 @@ class Footprint:
     """What is alive when the forward pass ends: fixed, and per image."""
     on_host: float
     """Bytes per image that are offloaded to host memory."""
+    flops: float
+    """Operations per image, recomputed ones included."""
 
     def worst(self, micro_batch: int, with_gradients: bool) -> Moment:
         """The moment at which most is held; gradients count where they stay with their parameters."""
@@ -74,6 +76,7 @@ def measure(recipe: Recipe, policy: ActivationCheckpointing, device: Device = "c
         gradients=small.gradients,
         kept=(small.kept - kept * _SMALL, kept),
         on_host=(large.on_host - small.on_host) / (_LARGE - _SMALL),
+        flops=(large.flops - small.flops) / (_LARGE - _SMALL),
     )
 
 
@@ -83,6 +86,7 @@ class _Pass:
     gradients: Bytes
     kept: int
     on_host: int
+    flops: int
 
 
 def _run(recipe: Recipe, policy: ActivationCheckpointing, device: Device, micro_batch: int) -> _Pass:
@@ -95,14 +99,14 @@ def _run(recipe: Recipe, policy: ActivationCheckpointing, device: Device, micro_
     groups = torch.zeros(*per_sample, *model.grid, dtype=torch.long, device=meta)
     partners = torch.zeros(settings.num_images, micro_batch, dtype=torch.long, device=meta)
     known = [*model.parameters(), *model.buffers(), to_device.mean, to_device.inverse_std]
-    live = LiveBytes(known, WORKSPACES[device])
+    live = Tracker(known, WORKSPACES[device])
     live.watch_gradients(model)
     with attention_of(device), live:
         images = to_device(pixels)
         loss = model(images, groups, partners)
         kept = live.now
         loss.backward()
-    return _Pass(np.array(live.others, float), np.array(live.gradients, float), kept, live.on_host)
+    return _Pass(np.array(live.others, float), np.array(live.gradients, float), kept, live.on_host, live.flops)
 
 
 def on_meta(recipe: Recipe) -> MixMAE:

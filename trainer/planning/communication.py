@@ -22,9 +22,7 @@ class Traffic:
         return rounds * self.bytes * (ranks - 1) / ranks
 
 
-def traffic(
-    stage: int, precision: str, model: Parameters, accumulation: int, limits: Limits, recomputes: bool
-) -> list[Traffic]:
+def traffic(stage: int, precision: str, model: Parameters, accumulation: int, limits: Limits) -> list[Traffic]:
     """An optimizer step's traffic at a ZeRO stage, in the dtype that DeepSpeed sends.
 
     That is the weights' dtype also where gradients are accumulated in fp32 (engine.py, communication_data_type). Stage
@@ -39,7 +37,7 @@ def traffic(
     if stage < 3:
         return [Traffic("all-reduce", whole * (accumulation if stage == 2 else 1)), Traffic("all-gather", whole)]
     candidates = model.total - model.persistent
-    gathered = (2 * candidates - retained(model, limits, recomputes)) * accumulation + model.persistent
+    gathered = (2 * candidates - retained(model, limits)) * accumulation + model.persistent
     return [Traffic("reduce-scatter", whole * accumulation), Traffic("all-gather", size * gathered)]
 
 

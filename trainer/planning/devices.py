@@ -94,8 +94,8 @@ def find_gpu(name: str) -> Gpu:
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise UsageError(f"--gpu {name}: unknown{hint} Known: {', '.join(GPUS)}")
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise UsageError(f"--gpu {name}: unknown; {hint}known: {', '.join(GPUS)}")
 
 
 def build_cluster(gpu: str, gpus: int, gpus_per_node: int, link: str | None) -> Cluster:

@@ -9,8 +9,11 @@ from trainer.planning import communication
 from trainer.planning.activations import Footprint, describe
 from trainer.planning.devices import Cluster
 from trainer.planning.memory import Memory, largest_micro_batch, peak_memory
-from trainer.planning.speed import Speed, recomputed
+from trainer.planning.speed import Speed
 from trainer.planning.states import Limits, Parameters, States, states
+
+NONE = "none"
+"""The description of no checkpointing, which `policies` always has."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Workload:
     recipe: Recipe
     parameters: Parameters
     limits: Limits
-    forward_flops: dict[int | str, float]
+    model_flops: float
+    """Per image, forward and backward, without recomputation."""
     policies: Mapping[str, ActivationCheckpointing]
     """By their description."""
     footprints: Mapping[str, Footprint]
@@ -32,22 +36,23 @@ class Workload:
         allowed = (1, 2, 3) if train.precision == "bf16" else (0, 1, 2, 3)
         return allowed[:-1] if train.compile else allowed
 
-    @property
-    def model_flops(self) -> float:
-        return 3 * sum(self.forward_flops.values())
+    def recomputed(self, policy: str) -> float:
+        """What recomputation adds to a pass, as a share of the operations without any.
 
-    def held(self, stage: int, policy: str, gpus: int, accumulates: bool) -> States:
-        recomputes = self.policies[policy].kind != "none"
-        precision = self.recipe.train.precision
-        return states(stage, precision, self.parameters, gpus, accumulates, self.limits, recomputes)
+        Counted, since torch stops recomputing a block at the last tensor that its backward pass needs.
+        """
+        return self.footprints[policy].flops / self.footprints[NONE].flops - 1
+
+    def held(self, stage: int, gpus: int, accumulates: bool) -> States:
+        return states(stage, self.recipe.train.precision, self.parameters, gpus, accumulates, self.limits)
 
     def memory(self, stage: int, policy: str, gpus: int, micro_batch: int, accumulates: bool) -> Memory:
-        held = self.held(stage, policy, gpus, accumulates)
+        held = self.held(stage, gpus, accumulates)
         return peak_memory(held, self.footprints[policy], micro_batch, accumulates)
 
     def largest(self, stage: int, policy: str, gpus: int, limit: float) -> int:
         """The largest micro-batch of which one step is made."""
-        return largest_micro_batch(self.held(stage, policy, gpus, False), self.footprints[policy], False, limit)
+        return largest_micro_batch(self.held(stage, gpus, False), self.footprints[policy], False, limit)
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,7 @@ def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: s
     """What a choice of stage, policy and micro-batch comes to; computing and communicating take turns."""
     per_gpu = work.recipe.train.global_batch // cluster.gpus
     accumulation = per_gpu // micro_batch
-    settings = work.policies[policy]
-    more = recomputed(settings, work.forward_flops)
-    parts = communication.traffic(
-        stage, work.recipe.train.precision, work.parameters, accumulation, work.limits, settings.kind != "none"
-    )
+    parts = communication.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, work.limits)
     return Option(
         stage,
         policy,
@@ -85,7 +86,7 @@ def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: s
         accumulation,
         work.memory(stage, policy, cluster.gpus, micro_batch, accumulation > 1),
         parts,
-        per_gpu * work.model_flops * (1 + more) / speed.flops,
+        per_gpu * work.model_flops * (1 + work.recomputed(policy)) / speed.flops,
         communication.seconds(parts, cluster),
     )
 
@@ -134,11 +135,10 @@ def micro_batches(recipe: Recipe, gpus: int) -> list[int]:
 
 
 def policies(recipe: Recipe) -> dict[str, ActivationCheckpointing]:
-    """The recipe's own policy, none, and torch's on more and more stages."""
+    """None, torch's on the stages with the largest maps, torch's on all, and the recipe's own."""
     own = recipe.train.activation_checkpointing
     ladder = [
         ActivationCheckpointing(),
-        ActivationCheckpointing(kind="torch", stages=(1,)),
         ActivationCheckpointing(kind="torch", stages=(1, 2)),
         ActivationCheckpointing(kind="torch"),
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from trainer.config import Recipe
 from trainer.engine import deepspeed_config
 from trainer.errors import UsageError
-from trainer.flops import forward_flops
+from trainer.flops import model_flops
 from trainer.optim import build_schedule
 from trainer.planning.activations import describe, measure, on_meta
 from trainer.planning.checkpoints import CheckpointCost, checkpoint_cost
@@ -14,7 +14,7 @@ from trainer.planning.data import Corpus, Loading, WorkerRate, corpus, loading, 
 from trainer.planning.devices import GPUS, Cluster
 from trainer.planning.memory import Memory
 from trainer.planning.options import Option, Workload, best, micro_batches, option, options, policies
-from trainer.planning.speed import Speed, recomputed, speed
+from trainer.planning.speed import Speed, speed
 from trainer.planning.states import Limits, count_parameters
 
 _SECONDS_A_DAY = 86_400
@@ -144,7 +144,7 @@ def _measure(recipe: Recipe, gpus: int) -> Workload:
     chosen = policies(recipe)
     footprints = {name: measure(recipe, policy) for name, policy in chosen.items()}
     model = on_meta(recipe)
-    return Workload(recipe, count_parameters(model, limits), limits, forward_flops(recipe), chosen, footprints)
+    return Workload(recipe, count_parameters(model, limits), limits, model_flops(recipe), chosen, footprints)
 
 
 def _run(gpus: int, found: Option, recipe: Recipe, steps: int) -> Run:
@@ -160,7 +160,7 @@ def _stage(work: Workload, cluster: Cluster, stage: int, own: Option) -> StageRo
 def _policy(work: Workload, cluster: Cluster, policy: str) -> PolicyRow:
     largest = {stage: work.largest(stage, policy, cluster.gpus, cluster.gpu.usable) for stage in work.stages}
     growth = work.footprints[policy].growth(max(largest.values()))
-    return PolicyRow(policy, growth, recomputed(work.policies[policy], work.forward_flops), largest)
+    return PolicyRow(policy, growth, work.recomputed(policy), largest)
 
 
 def _scaling(work: Workload, cluster: Cluster, pace: Speed, found: Option, steps: int) -> list[Run]:

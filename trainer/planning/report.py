@@ -165,7 +165,7 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
         f"{duration(saved.seconds)}. {plan.recipe.checkpoint.keep} kept and one in the making: "
         f"{_gb(saved.kept_bytes)} GB of disk."
     )
-    cores = "" if needed.cores is None else f", {needed.cores} cores"
+    cores = "" if needed.cores is None else f", {needed.cores} {'core' if needed.cores == 1 else 'cores'}"
     yield _line(
         f"The loader of a node: {amount(round(needed.images_per_second))} images/s, "
         f"{needed.bytes_per_second / 1e6:,.0f} MB/s at {plan.data.mean_bytes / 1e3:.0f} KB an image{cores}."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ActivationCheckpointing, Recipe
+from trainer.config import Recipe
 from trainer.errors import UsageError
 from trainer.planning.devices import Gpu
 
@@ -61,10 +61,3 @@ def entries(file: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise UsageError(f"{file} is not JSON ({error}); remove or mend it") from error
     return [entry for entry in (content if isinstance(content, list) else [content]) if isinstance(entry, dict)]
-
-
-def recomputed(policy: ActivationCheckpointing, forward_flops: dict[int | str, float]) -> float:
-    """What recomputation adds to a pass, as a share of the model's forward and backward operations."""
-    if policy.kind == "none":
-        return 0.0
-    return sum(forward_flops[stage] for stage in set(policy.stages)) / (3 * sum(forward_flops.values()))

@@ -45,7 +45,7 @@ class Limits:
     reduce_bucket: int = 500_000_000
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000
-    max_reuse_distance: int = 1_000_000_000
+    max_live_parameters: int = 1_000_000_000
     all_reduce: int = 500_000_000
     """engine.py, MEMORY_OPT_ALLREDUCE_SIZE: what stage 0 and BF16_Optimizer reduce at once."""
 
@@ -57,7 +57,7 @@ class Limits:
             zero["reduce_bucket_size"],
             zero.get("stage3_prefetch_bucket_size", default.prefetch_bucket),
             zero.get("stage3_param_persistence_threshold", default.persistence_threshold),
-            zero.get("stage3_max_reuse_distance", default.max_reuse_distance),
+            zero.get("stage3_max_live_parameters", default.max_live_parameters),
         )
 
 
@@ -87,19 +87,12 @@ def count_parameters(model: nn.Module, limits: Limits) -> Parameters:
     return Parameters(sum(sizes), max(sizes), persistent, buffer_bytes(model))
 
 
-def states(
-    stage: int, precision: str, parameters: Parameters, ranks: int, accumulates: bool, limits: Limits, recomputes: bool
-) -> States:
-    """What a rank holds at a ZeRO stage.
-
-    Args:
-        accumulates: whether an optimizer step has several micro-batches.
-        recomputes: whether blocks are computed again in the backward pass, which changes when ZeRO-3 frees weights.
-    """
+def states(stage: int, precision: str, parameters: Parameters, ranks: int, accumulates: bool, limits: Limits) -> States:
+    """What a rank holds at a ZeRO stage; `accumulates` says whether an optimizer step has several micro-batches."""
     if stage == 0:
         return _data_parallel(parameters, limits)
     if stage == 3:
-        return _stage3(parameters, ranks, precision, limits, recomputes)
+        return _stage3(parameters, ranks, precision, limits)
     if precision == "bf16":
         return (_bf16_stage1 if stage == 1 else _bf16_stage2)(parameters, ranks, limits)
     return _fp32_stages(stage, parameters, ranks, accumulates, limits)
@@ -172,15 +165,15 @@ def _fp32_stages(stage: int, model: Parameters, ranks: int, accumulates: bool, l
     )
 
 
-def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits, recomputes: bool) -> States:
-    """stage3.py: weights are gathered module by module, some ahead, and stay while they are used again soon.
+def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits) -> States:
+    """stage3.py: weights are gathered module by module, ahead of their use, and stay for the backward pass.
 
     Gradients go into a bucket; a full one is reordered by rank and scattered.
     """
     size = 2 if precision == "bf16" else _FP32
     total, bucket = model.total, min(limits.reduce_bucket, model.total)
     alone = ranks == 1  # then there is nothing to gather
-    gathered = 0 if alone else retained(model, limits, recomputes)
+    gathered = 0 if alone else retained(model, limits)
     prefetched = 0 if alone else min(total - model.persistent, limits.prefetch_bucket + model.largest)
     scattered = size * bucket + _FP32 * bucket / ranks
     return States(
@@ -194,11 +187,10 @@ def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits, recom
     )
 
 
-def retained(model: Parameters, limits: Limits, recomputes: bool) -> float:
-    """Elements of weights that ZeRO-3 keeps from their forward to their backward pass.
+def retained(model: Parameters, limits: Limits) -> float:
+    """Elements of weights that ZeRO-3 keeps from their forward to their backward pass, beside those it never frees.
 
-    Weights stay if fewer than `max_reuse_distance` elements are used in between. After a parameter come the rest of the
-    forward pass and, backwards, as much again; with recomputation the same once more.
+    Looking ahead for weights to gather, it reaches those that are there already, and then does not free them
+    (partitioned_param_coordinator.py, __params_to_release). So it keeps as many as may be gathered at once.
     """
-    candidates = model.total - model.persistent
-    return min(candidates, limits.max_reuse_distance / (3 if recomputes else 2))
+    return min(model.total - model.persistent, limits.max_live_parameters)

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, operation by operation."""
+"""What a pass costs, operation by operation: bytes of tensors that are alive, and floating-point operations."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 _TO_COPY = torch.ops.aten._to_copy.default
 
@@ -14,8 +15,8 @@ Workspaces = Mapping[Any, Callable[..., int]]
 """Operators to functions of their arguments that return the bytes which a kernel allocates only for itself."""
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, from their making to their end.
+class Tracker(TorchDispatchMode):
+    """Counts the storages that operations make, from their making to their end, and products' operations.
 
     On the meta device nothing is computed and no memory is taken; the bytes are those that a real device would hold.
     torch's own MemTracker counts the same, a snapshot for every module and operation, thirty times slower.
@@ -37,6 +38,8 @@ class LiveBytes(TorchDispatchMode):
         """Bytes of parameters' gradients at the same moments."""
         self.on_host = 0
         """Bytes that were copied to host memory."""
+        self.flops = 0
+        """Operations by torch's own formulas for matrix products, convolutions and attention."""
         for tensor in known:
             self._add(tensor, 0)
 
@@ -85,5 +88,7 @@ class LiveBytes(TorchDispatchMode):
         for result in results if isinstance(results, tuple | list) else (results,):
             if isinstance(result, Tensor):
                 self._add(result)
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=results)
         self._note(self._workspaces[func](*args, **kwargs) if func in self._workspaces else 0)
         return results
