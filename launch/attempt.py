@@ -45,11 +45,12 @@ class Launcher:
 
     Args:
         folder: the attempt's.
+        show: whether its output goes to the console, and not to the log alone.
     """
 
-    def __init__(self, command: Command, way: Sweeping, attempt: Attempt, folder: Path) -> None:
+    def __init__(self, command: Command, way: Sweeping, attempt: Attempt, folder: Path, show: bool) -> None:
         self._command, self._way, self._attempt, self._folder = command, way, attempt, folder
-        self._address = way.address
+        self._address, self._show = way.address, show
         self._stops = 0
         self._line: Line | None = None
         self._outcome: Outcome | None = None
@@ -60,7 +61,7 @@ class Launcher:
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._asked)
-        console = Console()
+        console = Console() if self._show else None
         log = self._folder / LOG
         child = Child(self._command.arguments, {**os.environ, **self._command.environment}, log, console)
         guard.protect(child.group)
@@ -72,7 +73,8 @@ class Launcher:
         outcome = self._outcome or read_outcome(self._folder) or self._without_word(child)
         if outcome.code not in (FINISHED, PREEMPTED) or self._outcome is None:
             await asyncio.to_thread(self._way.sweep, self._attempt)
-        console.close(_SHOW_SECONDS)
+        if console is not None:
+            console.close(_SHOW_SECONDS)
         return outcome
 
     def _asked(self) -> None:
@@ -156,15 +158,15 @@ class Launcher:
         return Outcome(MISTAKE if mistake else FAILED, f"{reason}; its output is above, and in {self._folder / LOG}")
 
 
-def run_attempt(command: Command, way: Sweeping, attempt: Attempt, run_dir: Path) -> Outcome:
-    """Starts a run once, and follows it to its end."""
+def run_attempt(command: Command, way: Sweeping, attempt: Attempt, run_dir: Path, show: bool = True) -> Outcome:
+    """Starts a run once, and follows it to its end; `show` its output, which the log gets in any case."""
     folder = attempt.folder(run_dir)
     folder.mkdir(parents=True)
     try:
         for file, text in command.files.items():
             file.touch(mode=0o600)
             file.write_text(text)
-        return asyncio.run(Launcher(command, way, attempt, folder).run(Guard(signal.SIGTERM)))
+        return asyncio.run(Launcher(command, way, attempt, folder, show).run(Guard(signal.SIGTERM)))
     finally:
         for file in command.files:
             file.unlink()

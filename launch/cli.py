@@ -8,10 +8,12 @@ from trainer.errors import run_in_words
 
 COMMANDS = {
     "launch": ("launch.command", "start a pretraining run: on this machine, on hosts, or under Slurm"),
+    "doctor": ("launch.doctor", "check hosts, network, shards and run directory, from here and from all ranks"),
     "shards": ("trainer.shards.cli", "WebDataset shards: build, synth, index, check"),
     "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
     "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),
     "probe": ("trainer.probe", "kNN and linear probe of an encoder on labelled shards"),
+    "plan": ("trainer.planning.cli", "memory, time and cost of a recipe on a cluster, before it is started"),
     "watch": ("launch.watch", "watch a run's progress, ranks and alerts in a terminal"),
     "monitor": ("launch.monitor", "Prometheus and Alertmanager for runs on this machine: monitor up RUN_DIR"),
     "curves": ("trainer.curves", "draw a run's loss curve"),

@@ -76,12 +76,16 @@ class OnHosts:
         """Ends what a start may have left on hosts where nobody told it of the end."""
         pattern = f"[-]-attempt {re.escape(attempt.name)}"  # which is not what it looks for in this command itself
         ends = [f"pkill -{name} -f -- {shlex.quote(pattern)}" for name in ("TERM", "KILL")]
+        self.everywhere(f"{ends[0]}; sleep 2; {ends[1]}")
+
+    def everywhere(self, command: str) -> None:
+        """Runs a short command of the shell on all hosts that answer; what it says is dropped."""
         pdsh = ["pdsh", "-t", str(_CONNECT_SECONDS), "-u", str(_SWEEP_SECONDS), "-w", ",".join(self.hosts.slots)]
         environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
         if self.ssh_port is not None:
             environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} -p {self.ssh_port}"
         # Its own complaints are of hosts that are known to be down by now.
-        subprocess.run([*pdsh, f"{ends[0]}; sleep 2; {ends[1]}"], env=environment, capture_output=True, check=False)
+        subprocess.run([*pdsh, command], env=environment, capture_output=True, check=False)
 
 
 def require_pdsh() -> None:

@@ -1,29 +1,24 @@
 """Endpoints of a run asked in the background: what its ranks say of themselves, and which alerts fire."""
 
-import base64
 import http.client
 import json
 import math
 import socket
-import ssl
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-from types import MappingProxyType
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from monitoring.access import TIMEOUT, Access, fetch
 from monitoring.metrics import PREFIX
 
-TIMEOUT = 1.5
-"""Seconds until an endpoint counts as silent."""
 WINDOW = 60.0
 """Seconds over which rates are taken."""
 LATE_SECONDS, LATE_STEPS = 30.0, 5
@@ -32,33 +27,6 @@ UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
 """What a question to an endpoint can end with: no connection, no HTTP, or an answer that says something else."""
 
 Numbers = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Access:
-    """How a run's exporters want to be asked, as its recipe says under `monitoring`."""
-
-    certfile: Path | None = None
-    auth_file: Path | None = None
-    """One line, `user:password`."""
-
-    @property
-    def scheme(self) -> str:
-        return "https" if self.certfile is not None else "http"
-
-    def fetch(self, url: str) -> bytes:
-        """Asks an exporter, past the proxies of the environment, which do not know a cluster's nodes."""
-        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-        if self.certfile is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = False  # this very certificate is trusted, on whatever node, and no other
-            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            context.load_verify_locations(self.certfile)
-            handlers.append(urllib.request.HTTPSHandler(context=context))
-        headers = {}
-        if self.auth_file is not None:
-            headers["Authorization"] = "Basic " + base64.b64encode(self.auth_file.read_bytes().strip()).decode()
-        return fetch(url, handlers, headers)
 
 
 @dataclass(frozen=True)
@@ -229,23 +197,6 @@ class Poller:
             self._ask(self._clock())
             self.asked.set()
             self._stopped.wait(self._interval)
-
-
-def fetch(
-    url: str, handlers: Sequence[urllib.request.BaseHandler] = (), headers: Mapping[str, str] = MappingProxyType({})
-) -> bytes:
-    """What is behind a URL.
-
-    Raises:
-        OSError, http.client.HTTPException, ValueError: see UNREACHABLE.
-    """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no http:// or https:// address")
-    request = urllib.request.Request(url, headers=dict(headers))
-    with urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT) as response:
-        content: bytes = response.read()
-    return content
 
 
 def why(error: Exception) -> str:

@@ -176,6 +176,14 @@ class Checkpoint(Section):
     """Seconds before the end of a Slurm job's time at which the run saves and stops."""
 
 
+class WeightsAndBiases(Section):
+    """A run on Weights & Biases. The environment says whether it is online (WANDB_MODE), and who one is."""
+
+    project: str = "mixmae"
+    group: str | None = None
+    entity: str | None = None
+
+
 class Log(Section):
     every: int = Field(50, ge=1)
     """Optimizer steps between two logged ones."""
@@ -183,6 +191,8 @@ class Log(Section):
     """Between two pictures of reconstructions; null for none."""
     samples: bool = False
     """Writes which samples each step used, one file a rank; for audits of what a model has seen."""
+    wandb: WeightsAndBiases | None = None
+    """Beside the run's own record; needs the extra `wandb`."""
 
 
 class Monitoring(Section):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.config import Recipe
 from trainer.engine import build_model
 
-_PEAKS = {
+PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -40,4 +40,4 @@ def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
     if recipe.monitoring.peak_flops is not None or device.type != "cuda":
         return recipe.monitoring.peak_flops
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

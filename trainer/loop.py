@@ -69,6 +69,7 @@ def fit(run: Run) -> str | None:
         saving.tell(run)
         observer.step(state, per_rank)
         wish = run.vote.cast(saving.wish(run))
+    observer.at("ending")
     return saving.conclude(run, wish)
 
 
@@ -128,7 +129,7 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
         "retried_reads": retried,
         "peak_memory_bytes": peak_memory(run.ranks),
     }
-    run.reporter.scalars(state.step, values)
+    run.reporter.scalars(state.step, state.samples, values)
     run.observer.process()
     if run.ranks.is_main:
         run.observer.logged(values, state, run.schedule.total_steps)
@@ -152,7 +153,7 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
     state = run.state
     if run.ranks.is_main:
-        run.observer.skipped(state)
+        run.observer.skipped()
     run.reporter.event(
         "skipped",
         f"step {state.step}: loss or gradient not finite, step skipped on all ranks ({state.skipped_in_row} in a row)",

@@ -1,6 +1,7 @@
 """`python -m trainer.pretrain RECIPE key=value ...`, alone or under deepspeed, torchrun or srun.
 
-Importing torch takes seconds, in which a rank may already be asked to stop: what notes it comes first.
+Importing torch takes seconds, in which a rank may already be asked to stop, and whoever started it looks for a sign of
+life: what notes the one and gives the other comes first.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import UsageError, run_in_words
+from trainer.heartbeat import begin_heartbeat
 from trainer.recipes import load_recipe
 from trainer.signals import StopRequest
 
@@ -27,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )  # deepspeed's launcher passes it; the environment has it too
     args = parser.parse_args(argv)
     stop = StopRequest()
+    heartbeat = begin_heartbeat(os.environ)
     recipe = load_recipe(args.recipe, args.overrides)
 
     from trainer.distributed import read_ranks
@@ -39,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
             "job's size: this is no smaller run"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return pretrain(recipe, ranks, stop)
+    return pretrain(recipe, ranks, stop, heartbeat)
 
 
 if __name__ == "__main__":

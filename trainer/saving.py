@@ -73,7 +73,7 @@ def _report(run: Run, saved: Saved) -> None:
 
 def wish(run: Run) -> Wish:
     """What this rank wants of the run after a step."""
-    if run.ranks.is_main and run.saver.failures > run.recipe.checkpoint.max_failures:
+    if run.ranks.is_main and (run.saver.superseded or run.saver.failures > run.recipe.checkpoint.max_failures):
         return Wish.GIVE_UP
     return Wish.GO_ON if _asked_to_stop(run) is None else Wish.STOP
 
@@ -88,7 +88,9 @@ def conclude(run: Run, agreed: Wish) -> str | None:
         save(run)
     run.saver.wait()
     tell(run)
-    failures, error = from_main((run.saver.failures, run.saver.error))
+    failures, error, superseded = from_main((run.saver.failures, run.saver.error, run.saver.superseded))
+    if superseded:
+        raise SaveError(f"the run ends at step {run.state.step}: {error}")
     if error is not None:
         raise SaveError(
             f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make "

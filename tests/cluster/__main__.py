@@ -80,7 +80,8 @@ def _shell(options: argparse.Namespace) -> int:
     shell = options.inside or [os.environ.get("SHELL", "/bin/bash")]
     process = host.popen(shell, stdin=None, start_new_session=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which has the terminal too
-    return process.wait()
+    code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def _status(_: argparse.Namespace) -> int:

@@ -1,31 +1,24 @@
-"""A host whose wall clock is off, by libfaketime in what is started there."""
+"""A host whose wall clock is off, by a small library that is loaded into what is started there."""
 
 from pathlib import Path
 
 from tests.cluster import slurm, ssh
 from tests.cluster.host import Host
+from tests.cluster.namespaces import run_checked
 
-PACKAGE = "libfaketime"
-
-
-def library() -> Path | None:
-    """libfaketime for programs with threads, where Debian installs it; None if it is not installed."""
-    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
-
-
-def environment(offset: float) -> dict[str, str]:
-    """What a process needs in its environment to see the wall clock `offset` seconds ahead (behind if negative).
-
-    The monotonic clock stays right, and so do timeouts.
-    """
-    path = library()
-    assert path is not None, f"{PACKAGE} is not installed"
-    return {"LD_PRELOAD": str(path), "FAKETIME": f"{offset:+f}s", "DONT_FAKE_MONOTONIC": "1"}
+_SOURCE = Path(__file__).with_name("wall_clock.c")
+COMPILER = "cc"
 
 
 def set_off(host: Host, offset: float) -> None:
-    """Shifts the clock of all that ssh and Slurm start on this host from now on; its daemons keep the right time."""
-    _apply(host, environment(offset))
+    """Shifts the clock of all that ssh and Slurm start on this host from now on; its daemons keep the right time.
+
+    The monotonic clock stays right, and so does how long anything waits.
+    """
+    library = host.logs / "wall_clock.so"
+    if not library.exists():
+        run_checked([COMPILER, "-O1", "-shared", "-fPIC", "-o", str(library), str(_SOURCE)])
+    _apply(host, {"LD_PRELOAD": str(library), "WALL_CLOCK_OFFSET": f"{offset:f}"})
 
 
 def set_right(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import sys
@@ -116,9 +117,7 @@ def bring_up(name: str = "test", hosts: int = 2, slots: int = 2, with_parent: bo
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise UsageError(
-            f"{name}: there is a cluster of this name: python -m tests.cluster down --name {name}"
-        ) from None
+        raise UsageError(f"{name} is there already: python -m tests.cluster down --name {name}") from None
     try:
         return _build(name, folder, hosts, slots, with_parent)
     except BaseException as error:
@@ -184,12 +183,22 @@ def _write_files(folder: Path, addresses: Mapping[str, str], slots: int) -> None
 
 def _furnish(host: Host, folder: Path) -> None:
     host.run(["hostname", host.name], check=True)
-    # Slurm 22.05 wants a place of cgroup v1; an empty one of its own works on machines of either version.
+    # A /sys that shows the host's own interfaces. Slurm 22.05 wants a place of control groups: an empty one will do.
+    host.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
     for path in (Path("/run"), Path("/sys/fs/cgroup"), folder / "local"):
         host.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
     host.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     for part in ("hosts", "ssh", "slurm", "munge"):
         host.bind(folder / "etc" / part, Path("/etc") / part)
+    _hide_own_settings(host, Path(pwd.getpwuid(0).pw_dir))
+
+
+def _hide_own_settings(host: Host, home: Path) -> None:
+    """Keeps what this machine's root set for shells and ssh from what ssh starts: it may be slow, or wait for locks."""
+    if (home / ".bashrc").exists():
+        host.bind(Path("/dev/null"), home / ".bashrc")
+    if (home / ".ssh").is_dir():
+        host.run(["mount", "-t", "tmpfs", "-o", "mode=700", "tmpfs", home / ".ssh"], check=True)
 
 
 def _start_daemons(host: Host) -> None:

@@ -31,3 +31,10 @@ def cluster_of() -> Iterator[Callable[[int], Cluster]]:
 def cluster(cluster_of: Callable[[int], Cluster]) -> Cluster:
     """A cluster of two hosts with two slots each."""
     return cluster_of(2)
+
+
+@pytest.fixture
+def mended(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, for a test that breaks it."""
+    yield cluster
+    cluster.mend()

@@ -136,6 +136,14 @@ class Host:
         connect = f"exec 3<>/dev/tcp/{other.address}/{port}"
         return self.run(["timeout", str(timeout), "bash", "-c", connect]).returncode == 0
 
+    def wait_until_reaches(self, other: "Host", port: int = 22, timeout: float = _PATIENCE) -> None:
+        """Waits until a connection to the other host's port opens. Raises TimeoutError if none does."""
+        deadline = time.monotonic() + timeout
+        while not self.reaches(other, port):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{other.name} does not answer {self.name} at port {port} after {timeout} s")
+            time.sleep(0.02)
+
     def mount_tmpfs(self, path: Path, size: str) -> None:
         """Puts a file system of `size` (such as 8M) in memory on an existing folder, on this host alone."""
         self.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", path], check=True)

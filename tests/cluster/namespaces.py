@@ -68,23 +68,25 @@ def hold(mark: str, inside: Namespaces | None = None, with_parent: bool = False)
             [*bound, *unshare, *sleep],
             env={"PATH": os.environ["PATH"], MARK: mark},
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # the holder would keep a caller's pipe open
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
+    assert process.stderr is not None
     deadline = time.monotonic() + _PATIENCE
-    while mark not in (found := find(mark)):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"no namespaces for {mark}: {' '.join(unshare)} ended with {process.returncode}")
-        time.sleep(0.01)
+    with process.stderr:
+        while mark not in (found := find(mark)):
+            if process.poll() is not None:
+                raise RuntimeError(f"no namespaces for {mark}: {process.stderr.read().decode().strip()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no namespaces for {mark} after {_PATIENCE} s")
+            time.sleep(0.01)
     return found[mark]
 
 
 def find(prefix: str) -> dict[str, Namespaces]:
     """The namespaces whose mark begins with `prefix`, by mark; only those that are ready for commands."""
-    return {
-        mark: Namespaces(process.pid)
-        for process, mark in marked(prefix)
-        if process.name() == "sleep" and _is_first(process.pid)
-    }
+    return {mark: Namespaces(process.pid) for process, mark in marked(prefix) if _is_ready_holder(process.pid)}
 
 
 def marked(prefix: str) -> list[tuple[psutil.Process, str]]:
@@ -125,12 +127,14 @@ def _children_go_to(pid: int) -> None:
             raise OSError(ctypes.get_errno(), f"setns to the process namespace of {pid}")
 
 
-def _is_first(pid: int) -> bool:
+def _is_ready_holder(pid: int) -> bool:
+    """Whether it is the first process of its namespace and has come to its sleep."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1] == "1"
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return status["Name"] == "sleep" and status["NSpid"].split()[-1] == "1"
 
 
 def _pid_namespace(pid: int) -> int | None:

@@ -1,6 +1,7 @@
 """Slurm over the cluster's hosts: its daemons, its nodes, its jobs."""
 
 import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,12 +51,13 @@ class Slurm:
     def start_controller(self) -> None:
         self.login.run(["slurmctld"], check=True)
 
-    def stop_controller(self) -> None:
-        self.login.kill(CONTROLLER)
+    def stop_controller(self, sig: int = signal.SIGTERM) -> None:
+        """Ends slurmctld. By SIGKILL it forgets the last seconds, and jobs that were submitted in them."""
+        self.login.kill(CONTROLLER, sig)
         self.login.wait_until_gone(CONTROLLER)
 
     def restart_controller(self) -> None:
-        """Kills slurmctld and starts it again on what it saved; returns when it answers."""
+        """Ends slurmctld and starts it again on what it saved; returns when it answers."""
         self.stop_controller()
         self.start_controller()
         self._until(lambda: self.login.run(["scontrol", "ping"]).returncode == 0, 30, "slurmctld does not answer")
@@ -63,10 +65,15 @@ class Slurm:
     def start_daemon(self, node: Host) -> None:
         node.run(["slurmd", "-N", node.name], check=True)
 
-    def stop_daemon(self, node: Host) -> None:
-        """Kills slurmd; what it started goes on."""
-        node.kill(DAEMON)
+    def stop_daemon(self, node: Host, sig: int = signal.SIGTERM) -> None:
+        """Ends slurmd; what it started goes on."""
+        node.kill(DAEMON, sig)
         node.wait_until_gone(DAEMON)
+
+    def restart_daemon(self, node: Host) -> None:
+        """Has the node register at once; one that was out of reach may otherwise stay down for minutes."""
+        self.stop_daemon(node)
+        self.start_daemon(node)
 
     def mend(self) -> None:
         """Ends all jobs, starts daemons that do not run, takes back nodes that are down, drained or out of reach."""
@@ -74,12 +81,11 @@ class Slurm:
             self.restart_controller()
         self.cancel_all()
         for node in self.nodes:
-            if (state := self.node_state(node)) != "IDLE" or not node.processes(DAEMON):
-                # A daemon registers when it starts; one that was out of reach waits up to half a minute to do so.
-                self.stop_daemon(node)
-                self.start_daemon(node)
+            state = self.node_state(node)
             if re.search("DOWN|DRAIN|FAIL", state):
                 self.resume(node)
+            if "NOT_RESPONDING" in state or not node.processes(DAEMON):
+                self.restart_daemon(node)
 
     def sbatch(self, script: Path, *options: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
         """Submits a batch script; returns the job's number."""
@@ -118,6 +124,15 @@ class Slurm:
         """What the job's batch script and steps wrote to standard output so far; empty before it began."""
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else ""
+
+    def wait_for_log(self, job: int, text: str, timeout: float = 60) -> str:
+        """Waits until the job's output holds `text`; returns the output. Raises TimeoutError with what there is."""
+        deadline = time.monotonic() + timeout
+        while text not in (log := self.log(job)):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {text!r} after {timeout} s in the output of job {job}: {self.job(job)}\n{log}")
+            time.sleep(0.1)
+        return log
 
     def requeue(self, job: int) -> None:
         self._scontrol("requeue", str(job))

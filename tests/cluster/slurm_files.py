@@ -33,7 +33,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0
 SlurmdTimeout=15
 TCPTimeout=2
 MinJobAge=86400
-ReturnToService=2
+ReturnToService=1
 GresTypes=gpu
 NodeName=node[1-{hosts}] CPUs={cpus} Gres=gpu:{slots}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE

@@ -1,6 +1,5 @@
 """ssh between the cluster's hosts: keys made for it, a daemon on each, nobody's own ssh files."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,11 +49,7 @@ def start(host: Host) -> None:
     """Starts sshd; returns when it answers."""
     host.run(["mkdir", "--parents", "/run/sshd"], check=True)
     host.run(["/usr/sbin/sshd", "-E", host.logs / "sshd.log"], check=True)
-    deadline = time.monotonic() + 10
-    while not host.reaches(host):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{host.name}: sshd does not answer")
-        time.sleep(0.02)
+    host.wait_until_reaches(host)
 
 
 def set_environment(host: Host, environment: Mapping[str, str]) -> None:

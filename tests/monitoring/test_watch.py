@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from monitoring.access import Access
 from monitoring.discovery import write_target
 from monitoring.history import Log, State, Tail
 from monitoring.metrics import METRICS, STEP_BUCKETS, Kind
-from monitoring.scrape import Access, Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
+from monitoring.scrape import Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
 from monitoring.text import ASCII_BLOCKS, BLOCKS, NOT_FINITE, amount, chart, duration, packed, plain, size
 from monitoring.watch import View, WatchedEndpoint, WatchedRun, WatchError, events_of
 

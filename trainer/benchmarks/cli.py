@@ -8,6 +8,7 @@ BENCHMARKS = {
     "data": "images per second of a recipe's input pipeline",
     "monitoring": "what metrics take from a step",
     "checkpoints": "how long training stands still for a save, and how long it takes",
+    "scrape": "how long all exporters of a large run take to answer",
 }
 
 

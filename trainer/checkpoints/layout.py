@@ -118,8 +118,9 @@ def name_of(step: int) -> str:
     return f"{_COMPLETE}{step:08d}"
 
 
-def partial_name_of(step: int) -> str:
-    return f"{_PARTIAL}{step:08d}"
+def partial_name_of(step: int, token: str) -> str:
+    """The name of a checkpoint while it is written, or removed, by the start with that token."""
+    return f"{_PARTIAL}{step:08d}-{token}"
 
 
 def step_of(checkpoint: Path) -> int:

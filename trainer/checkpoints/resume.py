@@ -50,6 +50,8 @@ def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
+            if notes and ranks.is_main:
+                layout.point_to(folder)
             return Resumed(folder, manifest, tuple(notes))
     if not candidates:
         return None

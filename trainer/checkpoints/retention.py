@@ -16,7 +16,7 @@ def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:
     keep = kept(past, settings)
     for checkpoint in found:
         if checkpoint not in keep:
-            stale = checkpoint.with_name(layout.partial_name_of(layout.step_of(checkpoint)))
+            stale = checkpoint.with_name(layout.partial_name_of(layout.step_of(checkpoint), "removed"))
             checkpoint.rename(stale)  # a half-removed one must not have the name of a complete one
             shutil.rmtree(stale)
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.checkpoints import layout, retention
+from trainer.checkpoints.claim import Claim, SupersededError
 from trainer.checkpoints.files import Snapshot, file_name
 from trainer.checkpoints.layout import Manifest, Written
 from trainer.checkpoints.pieces import Pieces
 from trainer.config import Checkpoint
-from trainer.distributed import Ranks, background_group
+from trainer.distributed import Ranks, background_group, from_main
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Saved:
 
 
 class Saver:
-    """Writes an engine's checkpoints from all ranks.
+    """Writes an engine's checkpoints from all ranks; to be made by all of them together.
 
     Attributes:
         begun: the step of the last save that was begun, or that the run continues from.
         error: why the last save failed, None if it did not; known to the main rank.
         failures: saves in a row that failed; known to the main rank.
+        superseded: whether a later start has the run directory; known to the main rank.
     """
 
     def __init__(
@@ -52,10 +54,14 @@ class Saver:
         self.begun = begun
         self.error: str | None = None
         self.failures = 0
+        self.superseded = False
         self._snapshot = Snapshot()
         self._group = background_group()
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
+        claim = from_main(Claim.take(run_dir) if ranks.is_main else None)
+        assert claim is not None
+        self._claim = claim
         if ranks.is_main:
             for partial in layout.leftovers(run_dir):
                 shutil.rmtree(partial)
@@ -94,7 +100,7 @@ class Saver:
             self._thread.join(seconds)
 
     def _write(self, manifest: Manifest, started: float, stall: float) -> None:
-        partial = self._run_dir / layout.FOLDER / layout.partial_name_of(manifest.step)
+        partial = self._run_dir / layout.FOLDER / layout.partial_name_of(manifest.step, self._claim.token)
         own: Written | str
         try:
             own = self._write_own(partial)
@@ -124,12 +130,17 @@ class Saver:
         manifest = replace(manifest, files=files)
         try:
             manifest.write(partial)
+            self._claim.require(self._run_dir)
             folder = _rename(partial, manifest.step)
             layout.point_to(folder)
             retention.prune(self._run_dir, folder, self._settings)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return replace(saved, error=f"rank 0: {error.strerror or error} ({error.filename or partial})")
+        except SupersededError as error:
+            self.superseded = True
+            shutil.rmtree(partial, ignore_errors=True)
+            return replace(saved, error=str(error))
         return replace(saved, folder=folder, bytes=manifest.bytes)
 
 

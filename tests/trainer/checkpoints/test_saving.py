@@ -12,6 +12,7 @@ import torch
 
 from tests.helpers import run_ranks, tiny_recipe
 from trainer import saving
+from trainer.checkpoints.claim import Claim
 from trainer.checkpoints.files import Snapshot
 from trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
 from trainer.checkpoints.pieces import KINDS
@@ -204,6 +205,35 @@ def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None
     assert "the run ends at step 7: 2 saves in a row failed, the last with rank 1: File too large" in messages[0]
     assert "make room" in messages[0]
     assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000002"]
+
+
+def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
+    """As `train`, but in mid-run another start takes the run directory over."""
+    run = prepare(check(recipe, ranks), ranks)
+    fetch = run.to_device
+
+    def interfere(images: Any) -> Any:
+        if ranks.is_main and run.state.step == 5:
+            Claim.take(recipe.run_dir)
+        return fetch(images)
+
+    run.to_device = interfere  # type: ignore[assignment]
+    try:
+        fit(run)
+    except SaveError as error:
+        return str(error)
+    finally:
+        run.reporter.close()
+        run.engine.destroy()
+    return ""
+
+
+def test_an_earlier_start_leaves_the_run_to_a_later_one(shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
+    for message in run_ranks(train_twice_at_once, 2, recipe):
+        assert message.startswith("the run ends at step 9: the run was started again on ")
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004"]
+    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
 
 
 def test_the_last_save_must_succeed(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""What torch's allocators really gave out: the oracle of planned bytes."""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_allocated(work: Callable[[], object]) -> int:
+    """The most bytes of host memory that torch had allocated at once for what `work` made, by torch's profiler."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    del result
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def storages() -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors that Python can reach, and of their gradients, by their address."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of objects that warn when they are looked at
+        tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    found = [tensor.untyped_storage() for tensor in tensors if not tensor.is_meta]
+    return {storage._cdata: storage for storage in found}
+
+
+class Held:
+    """Bytes of tensors that came since this was made."""
+
+    def __init__(self) -> None:
+        self._earlier = [weakref.ref(storage) for storage in storages().values()]
+
+    def bytes(self) -> int:
+        earlier = {storage._cdata for reference in self._earlier if (storage := reference()) is not None}
+        return sum(storage.nbytes() for key, storage in storages().items() if key not in earlier)

@@ -1,0 +1,61 @@
+import pytest
+
+from trainer.errors import UsageError
+from trainer.flops import PEAKS
+from trainer.planning.devices import GPUS, build_cluster, find_gpu
+
+
+def test_each_gpu_has_a_peak_and_sane_figures() -> None:
+    for name, gpu in GPUS.items():
+        assert gpu.peak("bf16") == PEAKS[gpu.product]
+        assert gpu.peak("fp32") < gpu.peak("bf16")
+        assert 0.85 * gpu.memory < gpu.usable < gpu.memory, name
+        assert gpu.host <= gpu.peers
+
+
+def test_devices_are_found_by_the_same_parts_of_their_names() -> None:
+    """What CUDA calls them leads to the peak that the plan takes."""
+    names = {
+        "a100-80g": "NVIDIA A100-SXM4-80GB",
+        "h100": "NVIDIA H100 80GB HBM3",
+        "h100-pcie": "NVIDIA H100 PCIe",
+        "h200": "NVIDIA H200",
+        "l40s": "NVIDIA L40S",
+    }
+    for name, device in names.items():
+        assert next(peak for part, peak in PEAKS.items() if part in device) == GPUS[name].peak("bf16")
+
+
+def test_unknown_gpus_name_the_nearest_and_all_known() -> None:
+    with pytest.raises(UsageError, match=r"--gpu a100-80gb: unknown; did you mean 'a100-80g'\? known: a10, a100-40g"):
+        find_gpu("a100-80gb")
+    with pytest.raises(UsageError, match="--gpu teapot: unknown; known: a10") as error:
+        find_gpu("teapot")
+    assert "did you mean" not in str(error.value)
+    assert find_gpu("H100") is GPUS["h100"]
+
+
+@pytest.mark.parametrize(
+    ("link", "rate"), [("200gbps", 25e9), ("8x400gbps", 400e9), ("100 Gbps", 12.5e9), ("500mbps", 62.5e6)]
+)
+def test_links_are_bits_and_rates_are_bytes(link: str, rate: float) -> None:
+    assert build_cluster("h100", 16, 8, link).link == rate
+
+
+@pytest.mark.parametrize("link", ["fast", "200", "25GB/s", "x200gbps"])
+def test_other_links_are_refused(link: str) -> None:
+    with pytest.raises(UsageError, match=f"--link {link}: expected .* such as 200gbps"):
+        build_cluster("h100", 16, 8, link)
+
+
+def test_nodes_are_whole() -> None:
+    assert build_cluster("h100", 64, 8, None).nodes == 8
+    assert build_cluster("h100", 4, 8, None).nodes == 1
+    with pytest.raises(UsageError, match="--gpus 12 is not a whole number of nodes of 8; change it to 8 or 16"):
+        build_cluster("h100", 12, 8, None)
+
+
+def test_part_of_a_cluster() -> None:
+    cluster = build_cluster("h100", 64, 8, "200gbps")
+    assert (cluster.of(4).nodes, cluster.of(4).gpus_per_node) == (1, 4)
+    assert (cluster.of(16).nodes, cluster.of(16).link) == (2, cluster.link)

@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import tiny_recipe
+from trainer.errors import UsageError
+from trainer.planning.devices import find_gpu
+from trainer.planning.speed import ASSUMED_MFU, speed
+
+RECIPE = tiny_recipe(**{"train.precision": "bf16", "train.zero_stage": 1})
+A100 = find_gpu("a100-80g")
+RESULT = {
+    "device": "NVIDIA A100-SXM4-80GB",
+    "model": "mixmae_swin_nano",
+    "variant": "fused",
+    "batch": 64,
+    "images_per_second": 1000.0,
+    "model_tflops": 78.0,
+    "mfu": 0.3,
+}
+
+
+def results(folder: Path, *entries: dict[str, Any]) -> Path:
+    for number, entry in enumerate(entries):
+        (folder / f"step-{number}.json").write_text(json.dumps(entry))
+    return folder
+
+
+def test_a_given_mfu_comes_first(tmp_path: Path) -> None:
+    found = speed(RECIPE, A100, 0.2, results(tmp_path, RESULT))
+    assert (found.flops, found.source) == (0.2 * 312e12, "given with --mfu")
+
+
+def test_the_best_measurement_of_this_model_on_this_gpu(tmp_path: Path) -> None:
+    """Its operations per second count, whatever peak its MFU is told against."""
+    folder = results(tmp_path, RESULT, {**RESULT, "model_tflops": 93.6, "variant": "plain"})
+    found = speed(RECIPE, A100, None, folder)
+    assert found.flops == 93.6e12
+    assert found.mfu == pytest.approx(0.3)
+    assert found.source == "measured: step-1.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"device": "NVIDIA H200"}, {"model": "mixmae_swin_huge"}, {"precision": "fp32"}, {"img_size": 224}],
+    ids=str,
+)
+def test_other_measurements_are_left_aside(change: dict[str, Any], tmp_path: Path) -> None:
+    found = speed(RECIPE, A100, None, results(tmp_path, {**RESULT, **change}))
+    assert found.mfu == ASSUMED_MFU
+    assert found.source.startswith("assumed: nothing measured of this model on this GPU")
+
+
+def test_results_of_other_benchmarks_are_no_measurement_of_steps() -> None:
+    assert "assumed" in speed(RECIPE, A100, None, Path("benchmarks/results")).source
+
+
+def test_a_list_of_measurements(tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text(json.dumps([{**RESULT, "device": "B200"}, RESULT]))
+    assert speed(RECIPE, A100, None, tmp_path).source == "measured: steps.json"
+
+
+def test_a_broken_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text("{")
+    with pytest.raises(UsageError, match=r"steps.json is not JSON"):
+        speed(RECIPE, A100, None, tmp_path)

@@ -1,0 +1,91 @@
+"""What to take, in lines that end in keys to type."""
+
+from collections.abc import Iterator
+
+from trainer.config import Recipe
+from trainer.planning.plan import Plan, Run
+
+_MUCH_COMMUNICATION = 0.2
+"""Share of a step above which communication is spoken of."""
+
+
+def advice(plan: Plan) -> list[str]:
+    return list(_advice(plan))
+
+
+def keys(plan: Plan) -> list[str]:
+    """The overrides that make the recipe the chosen option; those that it has already are left out."""
+    chosen, recipe = plan.chosen.option, plan.recipe
+    found = []
+    if chosen.stage != recipe.train.zero_stage:
+        found.append(f"train.zero_stage={chosen.stage}")
+    if chosen.micro_batch != recipe.train.micro_batch or plan.note is not None:
+        found.append(f"train.micro_batch={chosen.micro_batch}")
+    return found + list(_policy_keys(plan, recipe))
+
+
+def _policy_keys(plan: Plan, recipe: Recipe) -> Iterator[str]:
+    wanted, own = plan.work.policies[plan.chosen.option.policy], recipe.train.activation_checkpointing
+    if wanted.kind != own.kind:
+        yield f"train.activation_checkpointing.kind={wanted.kind}"
+    if wanted.kind != "none" and wanted.stages != own.stages:
+        yield f"train.activation_checkpointing.stages=[{','.join(map(str, wanted.stages))}]"
+    if wanted.cpu_offload != own.cpu_offload:
+        yield f"train.activation_checkpointing.cpu_offload={str(wanted.cpu_offload).lower()}"
+
+
+def words(run: Run) -> str:
+    """An option: `ZeRO 1, micro-batch 16, checkpointing none`."""
+    chosen = run.option
+    steps = f" x {chosen.accumulation}" if chosen.accumulation > 1 else ""
+    return f"ZeRO {chosen.stage}, micro-batch {chosen.micro_batch}{steps}, checkpointing {chosen.policy}"
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    own, chosen, limit = plan.own, plan.chosen, plan.cluster.gpu.usable
+    to_type = keys(plan)
+    if to_type:
+        yield f"Take {words(chosen)}:"
+        yield f"    {' '.join(to_type)}"
+        if own.option.memory.total > limit:
+            yield f"The recipe's {words(own)} does not fit: {_gib(own.option.memory.total)} of {_gib(limit)} GiB."
+        elif own.days > 1.005 * chosen.days:
+            yield f"The recipe's {words(own)} takes {own.days / chosen.days - 1:.0%} longer."
+        else:
+            yield f"The recipe's {words(own)} fits, and is as fast by these figures."
+    else:
+        yield f"The recipe's {words(own)} is the best found."
+    yield from _about_time(plan)
+    yield from _about_data(plan)
+
+
+def _about_time(plan: Plan) -> Iterator[str]:
+    chosen, cluster = plan.chosen.option, plan.cluster
+    if chosen.communication_seconds is None:
+        yield "Communication between nodes is not in these times: give the network's rate, such as --link 200gbps."
+    elif chosen.communication_seconds > _MUCH_COMMUNICATION * chosen.step_seconds:
+        share = chosen.communication_seconds / chosen.step_seconds
+        remedy = " or a faster network" if cluster.nodes > 1 else ""
+        yield f"Communication takes {share:.0%} of a step; a larger train.global_batch{remedy} lowers it."
+    if "assumed" in plan.speed.source:
+        yield (
+            "The days rest on an assumed MFU: run some hundred steps, read mixmae_mfu_ratio, and give it with --mfu."
+        )
+    if plan.recipe.train.compile:
+        yield "Memory is that of eager blocks; train.compile=true mostly takes less."
+
+
+def _about_data(plan: Plan) -> Iterator[str]:
+    needed, rate = plan.loading, plan.worker_rate
+    if rate is None or needed.cores is None or needed.workers is None:
+        yield "How many cores the loader needs is not known: mixmae bench data RECIPE --photos --json measures it."
+        return
+    if needed.workers > plan.recipe.data.num_workers:
+        yield (
+            f"The loader needs {needed.cores} cores a node at {rate.images_per_second:,.0f} images/s each: "
+            f"data.num_workers={needed.workers}, more on slower cores."
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"

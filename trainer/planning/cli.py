@@ -1,0 +1,55 @@
+"""`mixmae plan RECIPE --gpus 64 --gpu a100-80g`: memory, time and cost of a run before it is started.
+
+Needs no GPU: activations are counted by running the model on the meta device, and the rest by arithmetic.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from trainer.arguments import at_least, share, size
+from trainer.benchmarks.results import RESULTS
+from trainer.planning.devices import GPUS, build_cluster
+from trainer.planning.plan import Assumptions, make_plan
+from trainer.planning.report import report, values
+from trainer.recipes import load_recipe
+
+_WIDTH = 100
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    recipe = load_recipe(args.recipe, args.overrides)
+    cluster = build_cluster(args.gpu, args.gpus, args.gpus_per_node, args.link)
+    given = Assumptions(args.mfu, args.images, args.image_bytes, args.write_rate, RESULTS)
+    plan = make_plan(recipe, cluster, given)
+    if args.json:
+        json.dump(values(plan), sys.stdout, indent=1)
+        print()
+        return 0
+    console = Console(highlight=False)
+    console.width = min(console.width, _WIDTH)
+    console.print(report(plan))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mixmae plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.global_batch=2048")
+    parser.add_argument("--gpus", type=at_least(1), required=True, help="of all nodes")
+    parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
+    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, help="default %(default)s")
+    parser.add_argument("--link", help="rate of a node's network, such as 200gbps or 8x400gbps; taken as reached")
+    parser.add_argument("--mfu", type=share, help="share of a GPU's peak reached in computing (default: as measured)")
+    parser.add_argument("--images", type=at_least(1), help="of an epoch (default: the recipe's shards, or ImageNet-1K)")
+    parser.add_argument("--image-bytes", type=size, help="of a mean image, such as 110KB (default likewise)")
+    parser.add_argument("--write-rate", type=size, default=10**9, help="a node writes per second (default 1GB)")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON, in bytes and seconds")
+    return parser

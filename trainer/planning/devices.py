@@ -1,0 +1,120 @@
+"""What is planned for: GPUs, and the cluster they stand in."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from trainer.errors import UsageError
+from trainer.flops import PEAKS
+
+_GIB = 2**30
+_CONTEXT = 1.5 * _GIB
+"""Held on each GPU beside torch's allocator: the CUDA context with its kernels, NCCL's buffers, cuBLAS's workspace."""
+_FRAGMENTED = 0.05
+"""Share of a GPU's memory that the allocator loses between blocks of different sizes."""
+_LINK = re.compile(r"(?:(\d+)x)?(\d+(?:\.\d+)?)\s*(g|m)bps", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its data sheet has it.
+
+    Args:
+        name: what `--gpu` calls it.
+        product: the part of the device's name by which `trainer.flops` knows its bf16 peak.
+        memory: bytes, as CUDA reports them (less than the name says where ECC takes its share).
+        fp32: operations per second in fp32 without tensor cores.
+        peers: bytes per second that it sends to the other GPUs of its node: NVLink, or PCIe where there is none.
+        host: bytes per second that it copies to pinned host memory, the rate of its PCIe slot.
+    """
+
+    name: str
+    product: str
+    memory: float
+    fp32: float
+    peers: float
+    host: float
+
+    def peak(self, precision: str) -> float:
+        """Operations per second in a recipe's precision."""
+        return PEAKS[self.product] if precision == "bf16" else self.fp32
+
+    @property
+    def usable(self) -> float:
+        """Bytes that tensors may take."""
+        return self.memory * (1 - _FRAGMENTED) - _CONTEXT
+
+
+_PCIE4, _PCIE5 = 31.5e9, 63.0e9
+"""16 lanes, one direction."""
+# NVIDIA's data sheets; NVLink's figures there are for both directions together.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a10", "A10", 22.1 * _GIB, 31.2e12, _PCIE4, _PCIE4),
+        Gpu("a100-40g", "A100", 39.4 * _GIB, 19.5e12, 300e9, _PCIE4),
+        Gpu("a100-80g", "A100", 79.2 * _GIB, 19.5e12, 300e9, _PCIE4),
+        Gpu("l40s", "L40S", 44.4 * _GIB, 91.6e12, _PCIE4, _PCIE4),
+        Gpu("h100-pcie", "H100 PCIe", 79.1 * _GIB, 51e12, _PCIE5, _PCIE5),
+        Gpu("h100", "H100", 79.1 * _GIB, 67e12, 450e9, _PCIE5),
+        Gpu("h200", "H200", 139.7 * _GIB, 67e12, 450e9, _PCIE5),
+        Gpu("b200", "B200", 178.3 * _GIB, 75e12, 900e9, _PCIE5),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes.
+
+    Args:
+        link: bytes per second that a node sends to the others, all its adapters together; None where nobody said.
+    """
+
+    gpu: Gpu
+    gpus: int
+    gpus_per_node: int
+    link: float | None = None
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.gpus_per_node
+
+    def of(self, gpus: int) -> "Cluster":
+        """So many GPUs of this kind: a part of a node, or whole nodes."""
+        return Cluster(self.gpu, gpus, min(gpus, self.gpus_per_node), self.link)
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name.
+
+    Raises:
+        UsageError: an unknown one; names the nearest and all known ones.
+    """
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise UsageError(f"--gpu {name}: unknown; {hint}known: {', '.join(GPUS)}")
+
+
+def build_cluster(gpu: str, gpus: int, gpus_per_node: int, link: str | None) -> Cluster:
+    """The cluster of a command line.
+
+    Raises:
+        UsageError: an unknown GPU, no whole nodes, or a link that is no rate.
+    """
+    if gpus > gpus_per_node and gpus % gpus_per_node:
+        raise UsageError(
+            f"--gpus {gpus} is not a whole number of nodes of {gpus_per_node}; change it to "
+            f"{gpus - gpus % gpus_per_node} or {gpus + gpus_per_node - gpus % gpus_per_node}, or set --gpus-per-node"
+        )
+    return Cluster(find_gpu(gpu), gpus, min(gpus, gpus_per_node), None if link is None else _rate(link))
+
+
+def _rate(link: str) -> float:
+    match = _LINK.fullmatch(link.strip())
+    if match is None:
+        raise UsageError(f"--link {link}: expected the rate of a node's network, such as 200gbps or 8x400gbps")
+    adapters = int(match[1] or 1)
+    return adapters * float(match[2]) * {"g": 1e9, "m": 1e6}[match[3].lower()] / 8

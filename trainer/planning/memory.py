@@ -1,0 +1,57 @@
+"""Memory of one GPU: states and activations together, and the largest micro-batch that fits."""
+
+from dataclasses import dataclass
+
+from trainer.planning.activations import Footprint
+from trainer.planning.states import States
+
+_MOST = 4096
+"""Micro-batches above this are not looked for."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by kind, at the moment of a step when most is held; `moment` says which."""
+
+    moment: str
+    weights: float
+    gradients: float
+    accumulation: float
+    optimizer: float
+    activations: float
+    buckets: float
+    temporary: float
+
+    @property
+    def total(self) -> float:
+        kept = self.weights + self.gradients + self.accumulation + self.optimizer
+        return kept + self.activations + self.buckets + self.temporary
+
+
+def peak_memory(held: States, footprint: Footprint, micro_batch: int, accumulates: bool) -> Memory:
+    """The worst of a step's three moments: computing, reducing gradients, updating weights.
+
+    Args:
+        accumulates: whether gradients of earlier micro-batches are there from the start.
+    """
+    worst = footprint.worst(micro_batch, with_gradients=held.gradients > 0 and not accumulates)
+    gradients = held.gradients if accumulates else worst.gradients
+    kept = (held.accumulation, held.optimizer)
+    moments = (
+        Memory("computing", held.weights, gradients, *kept, worst.activations, held.buckets, worst.temporary),
+        Memory("reducing gradients", held.weights, held.gradients, *kept, 0, 0, held.reduction),
+        Memory("updating weights", held.weights, 0, *kept, 0, 0, held.update),
+    )
+    return max(moments, key=lambda memory: memory.total)
+
+
+def largest_micro_batch(held: States, footprint: Footprint, accumulates: bool, limit: float) -> int:
+    """The most images that fit into `limit` bytes; 0 where not even one does."""
+    low, high = 0, _MOST
+    while low < high:
+        middle = (low + high + 1) // 2
+        if peak_memory(held, footprint, middle, accumulates).total <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,145 @@
+"""Ways to run a recipe on a cluster: ZeRO stage, checkpointing and micro-batch, each with its memory and its time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from trainer.config import ActivationCheckpointing, Recipe
+from trainer.errors import UsageError
+from trainer.planning import communication
+from trainer.planning.activations import Footprint, describe
+from trainer.planning.devices import Cluster
+from trainer.planning.memory import Memory, largest_micro_batch, peak_memory
+from trainer.planning.speed import Speed
+from trainer.planning.states import Limits, Parameters, States, states
+
+NONE = "none"
+"""The description of no checkpointing, which `policies` always has."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A recipe's model, counted and measured."""
+
+    recipe: Recipe
+    parameters: Parameters
+    limits: Limits
+    model_flops: float
+    """Per image, forward and backward, without recomputation."""
+    policies: Mapping[str, ActivationCheckpointing]
+    """By their description."""
+    footprints: Mapping[str, Footprint]
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """ZeRO stages that the recipe's precision and compilation allow."""
+        train = self.recipe.train
+        allowed = (1, 2, 3) if train.precision == "bf16" else (0, 1, 2, 3)
+        return allowed[:-1] if train.compile else allowed
+
+    def recomputed(self, policy: str) -> float:
+        """What recomputation adds to a pass, as a share of the operations without any.
+
+        Counted, since torch stops recomputing a block at the last tensor that its backward pass needs.
+        """
+        return self.footprints[policy].flops / self.footprints[NONE].flops - 1
+
+    def held(self, stage: int, gpus: int, accumulates: bool) -> States:
+        return states(stage, self.recipe.train.precision, self.parameters, gpus, accumulates, self.limits)
+
+    def memory(self, stage: int, policy: str, gpus: int, micro_batch: int, accumulates: bool) -> Memory:
+        held = self.held(stage, gpus, accumulates)
+        return peak_memory(held, self.footprints[policy], micro_batch, accumulates)
+
+    def largest(self, stage: int, policy: str, gpus: int, limit: float) -> int:
+        """The largest micro-batch of which one step is made."""
+        return largest_micro_batch(self.held(stage, gpus, False), self.footprints[policy], False, limit)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run the recipe, and what it comes to."""
+
+    stage: int
+    policy: str
+    micro_batch: int
+    accumulation: int
+    memory: Memory
+    traffic: list[communication.Traffic]
+    compute_seconds: float
+    communication_seconds: float | None
+    """None where the network's rate is not known; the step's time then leaves it out."""
+
+    @property
+    def step_seconds(self) -> float:
+        return self.compute_seconds + (self.communication_seconds or 0.0)
+
+
+def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: str, micro_batch: int) -> Option:
+    """What a choice of stage, policy and micro-batch comes to; computing and communicating take turns."""
+    per_gpu = work.recipe.train.global_batch // cluster.gpus
+    accumulation = per_gpu // micro_batch
+    parts = communication.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, work.limits)
+    return Option(
+        stage,
+        policy,
+        micro_batch,
+        accumulation,
+        work.memory(stage, policy, cluster.gpus, micro_batch, accumulation > 1),
+        parts,
+        per_gpu * work.model_flops * (1 + work.recomputed(policy)) / speed.flops,
+        communication.seconds(parts, cluster),
+    )
+
+
+def options(work: Workload, cluster: Cluster, speed: Speed) -> Iterator[Option]:
+    """All ways, whether they fit or not."""
+    for stage in work.stages:
+        for policy in work.policies:
+            for micro_batch in micro_batches(work.recipe, cluster.gpus):
+                yield option(work, cluster, speed, stage, policy, micro_batch)
+
+
+def best(work: Workload, cluster: Cluster, speed: Speed) -> Option | None:
+    """The fastest way that fits; of equally fast ones that with the larger micro-batch, then that with less memory.
+
+    Larger micro-batches count for themselves since they fill a GPU better, which an MFU does not tell. ZeRO-3 comes
+    last: it sends less, but module by module, and what that costs in latency and on the host is not in these times.
+    """
+    fitting = (o for o in options(work, cluster, speed) if o.memory.total <= cluster.gpu.usable)
+    return min(fitting, key=_order, default=None)
+
+
+def _order(found: Option) -> tuple[bool, float, int, float]:
+    return found.stage == 3, float(f"{found.step_seconds:.3g}"), found.accumulation, found.memory.total
+
+
+def micro_batches(recipe: Recipe, gpus: int) -> list[int]:
+    """Micro-batches that divide each GPU's part of the global batch and are large enough to be mixed, smallest first.
+
+    Raises:
+        UsageError: the global batch cannot be shared.
+    """
+    batch, mixed = recipe.train.global_batch, recipe.model.num_images
+    if batch % gpus:
+        below, above = batch - batch % gpus, batch + gpus - batch % gpus
+        fits = " or ".join(f"train.global_batch={n}" for n in (below, above) if n)
+        raise UsageError(f"train.global_batch={batch} does not divide by {gpus} GPUs; {fits} would")
+    per_gpu = batch // gpus
+    if per_gpu < mixed:
+        raise UsageError(
+            f"train.global_batch={batch} leaves {per_gpu} images for each of {gpus} GPUs, fewer than the "
+            f"model.num_images={mixed} that are mixed into one input; train.global_batch={mixed * gpus} would do, or "
+            f"--gpus {next(n for n in range(max(1, batch // mixed), 0, -1) if batch % n == 0)}"
+        )
+    return [n for n in range(mixed, per_gpu + 1) if per_gpu % n == 0]
+
+
+def policies(recipe: Recipe) -> dict[str, ActivationCheckpointing]:
+    """None, torch's on the stages with the largest maps, torch's on all, and the recipe's own."""
+    own = recipe.train.activation_checkpointing
+    ladder = [
+        ActivationCheckpointing(),
+        ActivationCheckpointing(kind="torch", stages=(1, 2)),
+        ActivationCheckpointing(kind="torch"),
+    ]
+    return {describe(policy): policy for policy in (*ladder, own)}

@@ -1,0 +1,198 @@
+"""A recipe on a cluster, worked out before anything is started."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trainer.config import Recipe
+from trainer.engine import deepspeed_config
+from trainer.errors import UsageError
+from trainer.flops import model_flops
+from trainer.optim import build_schedule
+from trainer.planning.activations import describe, measure, on_meta
+from trainer.planning.checkpoints import CheckpointCost, checkpoint_cost
+from trainer.planning.data import Corpus, Loading, WorkerRate, corpus, loading, worker_rate
+from trainer.planning.devices import GPUS, Cluster
+from trainer.planning.memory import Memory
+from trainer.planning.options import Option, Workload, best, micro_batches, option, options, policies
+from trainer.planning.speed import Speed, speed
+from trainer.planning.states import Limits, count_parameters
+
+_SECONDS_A_DAY = 86_400
+_MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the command line may say instead of a measurement."""
+
+    mfu: float | None = None
+    images: int | None = None
+    image_bytes: int | None = None
+    write_rate: float = 1e9
+    """Bytes per second that a node writes to the checkpoints' storage."""
+    results: Path = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A ZeRO stage with the recipe's micro-batch and policy."""
+
+    stage: int
+    memory: Memory
+    largest: int
+
+
+@dataclass(frozen=True)
+class PolicyRow:
+    """An activation-checkpointing policy."""
+
+    policy: str
+    bytes_per_image: float
+    recomputed: float
+    largest: dict[int, int]
+    """The largest micro-batch by ZeRO stage."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An option over a whole run."""
+
+    gpus: int
+    option: Option
+    images_per_second: float
+    days: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    cluster: Cluster
+    work: Workload
+    speed: Speed
+    data: Corpus
+    steps: int
+    own: Run
+    """The recipe as it is; `note` says what had to be changed."""
+    note: str | None
+    chosen: Run
+    """The best found."""
+    stages: list[StageRow]
+    policies: list[PolicyRow]
+    scaling: list[Run]
+    """The chosen stage and policy on fewer GPUs."""
+    checkpoint: CheckpointCost
+    loading: Loading
+    """For the chosen option's images per second."""
+    worker_rate: WorkerRate | None
+
+
+def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
+    """Plans a recipe's run.
+
+    Raises:
+        UsageError: the batch or the streams cannot be shared by so many GPUs, the schedule has no steps, the shards'
+            index is damaged, or nothing fits into the GPU's memory.
+    """
+    recipe.streams_of(0, cluster.gpus)
+    recipe, note = _divided(recipe, cluster.gpus)
+    data = corpus(recipe, given.images, given.image_bytes)
+    steps = build_schedule(recipe, round(data.images)).total_steps
+    work = _measure(recipe, cluster.gpus)
+    pace = speed(recipe, cluster.gpu, given.mfu, given.results)
+    found = best(work, cluster, pace)
+    if found is None:
+        raise UsageError(_nothing_fits(work, cluster, pace))
+    train, own_policy = recipe.train, describe(recipe.train.activation_checkpointing)
+    own = option(work, cluster, pace, train.zero_stage, own_policy, train.micro_batch)
+    chosen = _run(cluster.gpus, found, recipe, steps)
+    rate = worker_rate(recipe, given.results)
+    per_node = chosen.images_per_second / cluster.nodes
+    return Plan(
+        recipe,
+        cluster,
+        work,
+        pace,
+        data,
+        steps,
+        _run(cluster.gpus, own, recipe, steps),
+        note,
+        chosen,
+        [_stage(work, cluster, stage, own) for stage in work.stages],
+        [_policy(work, cluster, policy) for policy in work.policies],
+        list(_scaling(work, cluster, pace, found, steps)),
+        checkpoint_cost(work.parameters, found.stage, cluster, recipe.checkpoint.keep, given.write_rate),
+        loading(recipe, per_node, cluster.gpus_per_node, found.micro_batch, data, rate),
+        rate,
+    )
+
+
+def _divided(recipe: Recipe, gpus: int) -> tuple[Recipe, str | None]:
+    """The recipe with a micro-batch that divides each GPU's part of the global batch, and what was changed."""
+    train, fits = recipe.train, micro_batches(recipe, gpus)
+    if train.micro_batch in fits:
+        return recipe, None
+    nearest = max((n for n in fits if n < train.micro_batch), default=fits[0])
+    note = (
+        f"train.global_batch={train.global_batch} does not divide by the recipe's train.micro_batch="
+        f"{train.micro_batch} on {gpus} GPUs; planned with train.micro_batch={nearest}"
+    )
+    return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": nearest})}), note
+
+
+def _measure(recipe: Recipe, gpus: int) -> Workload:
+    limits = Limits.of(deepspeed_config(recipe, gpus))
+    chosen = policies(recipe)
+    footprints = {name: measure(recipe, policy) for name, policy in chosen.items()}
+    model = on_meta(recipe)
+    return Workload(recipe, count_parameters(model, limits), limits, model_flops(recipe), chosen, footprints)
+
+
+def _run(gpus: int, found: Option, recipe: Recipe, steps: int) -> Run:
+    rate = recipe.train.global_batch / found.step_seconds
+    return Run(gpus, found, rate, steps * found.step_seconds / _SECONDS_A_DAY)
+
+
+def _stage(work: Workload, cluster: Cluster, stage: int, own: Option) -> StageRow:
+    memory = work.memory(stage, own.policy, cluster.gpus, own.micro_batch, own.accumulation > 1)
+    return StageRow(stage, memory, work.largest(stage, own.policy, cluster.gpus, cluster.gpu.usable))
+
+
+def _policy(work: Workload, cluster: Cluster, policy: str) -> PolicyRow:
+    largest = {stage: work.largest(stage, policy, cluster.gpus, cluster.gpu.usable) for stage in work.stages}
+    growth = work.footprints[policy].growth(max(largest.values()))
+    return PolicyRow(policy, growth, work.recomputed(policy), largest)
+
+
+def _scaling(work: Workload, cluster: Cluster, pace: Speed, found: Option, steps: int) -> list[Run]:
+    """On parts of one node, or on 1, 2, 4, ... nodes, as far as the batch can be shared and fits."""
+    unit, most = (1, cluster.gpus) if cluster.nodes == 1 else (cluster.gpus_per_node, cluster.nodes)
+    counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+    runs = []
+    only = replace(work, policies={found.policy: work.policies[found.policy]})
+    for gpus in (unit * count for count in counts):
+        if work.recipe.train.global_batch % gpus == 0:
+            smaller = best(only, cluster.of(gpus), pace)
+            if smaller is not None:
+                runs.append(_run(gpus, smaller, work.recipe, steps))
+    return runs
+
+
+def _nothing_fits(work: Workload, cluster: Cluster, pace: Speed) -> str:
+    least = min(options(work, cluster, pace), key=lambda o: o.memory.total)
+    words = (
+        f"nothing fits {cluster.gpus} x {cluster.gpu.name}: the least is {least.memory.total / 2**30:.1f} GiB of "
+        f"{cluster.gpu.usable / 2**30:.1f} (ZeRO {least.stage}, train.micro_batch={least.micro_batch}, checkpointing "
+        f"{least.policy})"
+    )
+    larger = [gpu for gpu in GPUS.values() if gpu.usable >= least.memory.total]
+    more = next((n for n in _more(work, cluster) if best(work, cluster.of(n), pace) is not None), None)
+    remedies = [f"--gpus {more}"] if more else []
+    remedies += [f"--gpu {min(larger, key=lambda gpu: gpu.memory).name}"] if larger else []
+    return words + (f"; {' or '.join(remedies)} would do" if remedies else "; make the model smaller (model.sizes)")
+
+
+def _more(work: Workload, cluster: Cluster) -> list[int]:
+    """Twice, four times, ... as many GPUs, as far as the global batch can be shared by them."""
+    batch, mixed = work.recipe.train.global_batch, work.recipe.model.num_images
+    doubled = (cluster.gpus * 2**power for power in range(1, _MOST_GPUS.bit_length()))
+    return [gpus for gpus in doubled if batch % gpus == 0 and batch // gpus >= mixed]

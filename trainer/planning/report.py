@@ -1,0 +1,216 @@
+"""A plan as text of 100 columns or fewer, and as plain values."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from monitoring.text import amount, duration
+from trainer.planning.advice import advice, keys, words
+from trainer.planning.communication import bandwidth
+from trainer.planning.memory import Memory
+from trainer.planning.plan import Plan, Run
+
+_KINDS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "accumulation": "fp32",
+    "optimizer": "optim.",
+    "activations": "activ.",
+    "buckets": "buckets",
+    "temporary": "temp.",
+}
+
+
+def report(plan: Plan) -> RenderableType:
+    return Group(
+        *_head(plan),
+        *_memory(plan),
+        *_activations(plan),
+        *_time(plan),
+        *_input_and_output(plan),
+        _title("Advice"),
+        *(_line(line) for line in advice(plan)),
+    )
+
+
+def values(plan: Plan) -> dict[str, Any]:
+    """The plan for machines: bytes, seconds, images per second."""
+    return {
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "model": {
+            "parameters": plan.work.parameters.total,
+            "model_flops_per_image": plan.work.model_flops,
+        },
+        "cluster": asdict(plan.cluster),
+        "usable_bytes": plan.cluster.gpu.usable,
+        "speed": asdict(plan.speed),
+        "data": asdict(plan.data),
+        "steps": plan.steps,
+        "note": plan.note,
+        "recipe_run": _run_values(plan.own),
+        "chosen_run": _run_values(plan.chosen),
+        "keys": keys(plan),
+        "stages": [
+            {"stage": row.stage, "largest_micro_batch": row.largest, "memory": _memory_values(row.memory)}
+            for row in plan.stages
+        ],
+        "policies": [asdict(row) for row in plan.policies],
+        "scaling": [_run_values(run) for run in plan.scaling],
+        "checkpoint": asdict(plan.checkpoint),
+        "loading": asdict(plan.loading),
+        "worker_rate": None if plan.worker_rate is None else asdict(plan.worker_rate),
+        "advice": advice(plan),
+    }
+
+
+def _run_values(run: Run) -> dict[str, Any]:
+    chosen = asdict(run.option)
+    return {
+        **chosen,
+        "memory": _memory_values(run.option.memory),
+        "step_seconds": run.option.step_seconds,
+        "gpus": run.gpus,
+        "images_per_second": run.images_per_second,
+        "days": run.days,
+        "sent_bytes": sum(part.sent(run.gpus) for part in run.option.traffic),
+    }
+
+
+def _memory_values(memory: Memory) -> dict[str, Any]:
+    return {**asdict(memory), "total": memory.total}
+
+
+def _head(plan: Plan) -> Iterator[RenderableType]:
+    model, cluster, work = plan.recipe.model, plan.cluster, plan.work
+    nodes = f"{cluster.nodes} nodes" if cluster.nodes > 1 else "one node"
+    link = "" if cluster.link is None else f", {cluster.link * 8 / 1e9:g} Gbit/s each"
+    yield Text(f"{model.encoder} on {cluster.gpus} x {cluster.gpu.name}", "bold")
+    yield _line(
+        f"{work.parameters.total / 1e6:.1f} M parameters with decoder, {work.model_flops / 1e9:,.0f} GFLOP per image, "
+        f"{plan.recipe.train.precision}; {nodes}{link}; {cluster.gpu.usable / 2**30:.1f} of "
+        f"{cluster.gpu.memory / 2**30:.1f} GiB usable on a GPU"
+    )
+    if plan.note is not None:
+        yield _line(plan.note, "yellow")
+
+
+def _memory(plan: Plan) -> Iterator[RenderableType]:
+    yield _title(f"Memory of one GPU, GiB: {words(plan.own).partition(', ')[2]}")
+    table = _table("ZeRO", *_KINDS.values(), "total", "largest")
+    for row in plan.stages:
+        sizes = [getattr(row.memory, kind) for kind in _KINDS]
+        total = Text(_gib(row.memory.total), _fits(plan, row.memory.total))
+        table.add_row(str(row.stage), *map(_gib, sizes), total, _micro(row.largest))
+    yield table
+    for row in plan.stages:
+        if row.memory.moment != "computing":
+            yield _line(f"ZeRO {row.stage}: most is held while {row.memory.moment}; activations are gone then.", "dim")
+    yield _line("fp32: gradients of the micro-batches so far. largest: the largest micro-batch that fits.", "dim")
+
+
+def _activations(plan: Plan) -> Iterator[RenderableType]:
+    yield _title("Activation checkpointing, and the largest micro-batch at each ZeRO stage")
+    stages = plan.work.stages
+    table = _table("policy", "MiB per image", "FLOPs", *(f"ZeRO {stage}" for stage in stages))
+    for row in plan.policies:
+        more = f"+{row.recomputed:.0%}" if row.recomputed else "-"
+        largest = (_micro(row.largest[stage]) for stage in stages)
+        table.add_row(row.policy, f"{row.bytes_per_image / 2**20:.0f}", more, *largest)
+    table.columns[0].justify = "left"
+    yield table
+
+
+def _time(plan: Plan) -> Iterator[RenderableType]:
+    chosen, cluster = plan.chosen, plan.cluster
+    yield _title(f"Time: {words(chosen)}")
+    yield _line(
+        f"{plan.recipe.train.duration} of {plan.data.images:,} images ({plan.data.source}): {plan.steps:,} steps of "
+        f"{plan.recipe.train.global_batch:,} images. MFU {plan.speed.mfu:.2f} while computing, {plan.speed.source}."
+    )
+    sent = ", ".join(f"{part.operation} of {_gb(part.bytes)} GB" for part in chosen.option.traffic)
+    rate = bandwidth(cluster)
+    over = "" if rate is None else f", over {rate / 1e9:g} GB/s"
+    yield _line(
+        f"Each step: {sent}; each GPU sends {_gb(sum(p.sent(cluster.gpus) for p in chosen.option.traffic))} GB{over}."
+    )
+    table = _table("GPUs", "micro-batch", "step", "sending", "images/s", "per GPU", "efficiency", "days")
+    alone = plan.scaling[0]
+    for run in plan.scaling:
+        found, per_gpu = run.option, run.images_per_second / run.gpus
+        wait = found.communication_seconds
+        table.add_row(
+            str(run.gpus),
+            f"{found.micro_batch}" + (f" x {found.accumulation}" if found.accumulation > 1 else ""),
+            f"{found.step_seconds:.3g} s",
+            "?" if wait is None else f"{wait / found.step_seconds:.0%}",
+            amount(round(run.images_per_second)),
+            amount(round(per_gpu)),
+            "-" if wait is None else f"{per_gpu / (alone.images_per_second / alone.gpus):.0%}",
+            f"{run.days:.1f}",
+        )
+    yield table
+
+
+def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
+    saved, needed, cluster = plan.checkpoint, plan.loading, plan.cluster
+    yield _title("Checkpoints and data")
+    each = "each rank" if saved.writers > 1 else "the first rank"
+    yield _line(
+        f"A checkpoint: {_gb(saved.bytes)} GB, {each} {saved.share / 1e6:,.0f} MB. Training stands for "
+        f"{saved.stall:.2g} s at least (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s); written after "
+        f"{duration(saved.seconds)}. {plan.recipe.checkpoint.keep} kept and one in the making: "
+        f"{_gb(saved.kept_bytes)} GB of disk."
+    )
+    cores = "" if needed.cores is None else f", {needed.cores} {'core' if needed.cores == 1 else 'cores'}"
+    yield _line(
+        f"The loader of a node: {amount(round(needed.images_per_second))} images/s, "
+        f"{needed.bytes_per_second / 1e6:,.0f} MB/s at {plan.data.mean_bytes / 1e3:.0f} KB an image{cores}."
+    )
+    if plan.worker_rate is not None:
+        rate = plan.worker_rate
+        yield _line(
+            f"Cores by {rate.file}: {rate.images_per_second:,.0f} images/s on one core ({rate.cpu}), to "
+            f"{rate.img_size} px.",
+            "dim",
+        )
+    yield _line(
+        f"Host memory of a node: {_gb(saved.host_bytes)} GB for a checkpoint on its way, "
+        f"{_gb(needed.host_bytes)} GB for decoded batches, beside the processes' own."
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _title(text: str) -> RenderableType:
+    return Group(Text(), Text(text, "bold"))
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style)
+
+
+def _fits(plan: Plan, size: float) -> str:
+    return "bold" if size <= plan.cluster.gpu.usable else "bold red"
+
+
+def _gib(size: float) -> str:
+    if not size:
+        return "-"
+    return f"{size / 2**30:.1f}" if size >= 10 * 2**30 else f"{size / 2**30:.2f}"
+
+
+def _micro(largest: int) -> str:
+    return str(largest) if largest else "none"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.1f}"

@@ -1,0 +1,63 @@
+"""How fast one GPU computes: measured, if benchmarks/results knows this model on this GPU, else by an assumed MFU."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Recipe
+from trainer.errors import UsageError
+from trainer.planning.devices import Gpu
+
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one GPU achieves, communication and recomputation aside."""
+
+    flops: float
+    """Model operations per second."""
+    mfu: float
+    """The share of the GPU's peak."""
+    source: str
+
+
+def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
+    """The given MFU, else the best measured one of this model on this GPU in this precision, else an assumed one."""
+    peak = gpu.peak(recipe.train.precision)
+    if mfu is not None:
+        return Speed(mfu * peak, mfu, "given with --mfu")
+    found = max(_measured(recipe, gpu, results), default=None)
+    if found is not None:
+        flops, file = found
+        return Speed(flops, flops / peak, f"measured: {file}")
+    return Speed(ASSUMED_MFU * peak, ASSUMED_MFU, f"assumed: nothing measured of this model on this GPU in {results}")
+
+
+def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, str]]:
+    """Operations per second of the results that fit, and their files."""
+    wanted = {
+        "model": recipe.model.encoder,
+        "img_size": recipe.model.img_size,
+        "precision": recipe.train.precision,
+    }
+    for file in sorted(results.glob("*.json")):
+        for entry in entries(file):
+            told = {key: entry.get(key, value) for key, value in wanted.items()}
+            if "model" in entry and told == wanted and gpu.product in str(entry.get("device")):
+                yield entry["model_tflops"] * 1e12, file.name
+
+
+def entries(file: Path) -> list[dict[str, Any]]:
+    """A result file's measurements: one object, or a list of them.
+
+    Raises:
+        UsageError: the file is not JSON.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UsageError(f"{file} is not JSON ({error}); remove or mend it") from error
+    return [entry for entry in (content if isinstance(content, list) else [content]) if isinstance(entry, dict)]

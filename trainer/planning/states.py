@@ -1,0 +1,196 @@
+"""What DeepSpeed holds on each GPU whatever the micro-batch: weights, gradients, optimizer states, buffers.
+
+By arithmetic from parameter counts, as DeepSpeed 0.19.8 allocates it for the configuration of `trainer.engine`; tests
+hold it against the tensors of real engines. Which class does it depends on ZeRO stage and precision (engine.py,
+`_do_optimizer_sanity_check`):
+
+    stage   fp32                                bf16 (gradients accumulated in fp32)
+    0       the engine itself                   refused by the recipe
+    1       DeepSpeedZeroOptimizer              BF16_Optimizer
+    2       DeepSpeedZeroOptimizer              DeepSpeedZeroOptimizer
+    3       DeepSpeedZeroOptimizer_Stage3       DeepSpeedZeroOptimizer_Stage3
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trainer.planning.activations import buffer_bytes
+
+_FP32 = 4
+_MASTER_AND_MOMENTS = 12
+"""Bytes of an fp32 master weight and AdamW's two moments."""
+_CHECKED = 8
+"""Bytes for each element of a gradient whose norm and finiteness are looked at: a copy in double precision."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model's sizes, in elements of parameters."""
+
+    total: int
+    largest: int
+    persistent: int
+    """In tensors so small that ZeRO-3 leaves them on every rank."""
+    buffers: int
+    """Bytes of the model's buffers."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Elements in DeepSpeed's buffers; the defaults are DeepSpeed's where the configuration does not say."""
+
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    all_reduce: int = 500_000_000
+    """engine.py, MEMORY_OPT_ALLREDUCE_SIZE: what stage 0 and BF16_Optimizer reduce at once."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Limits":
+        """Those of a DeepSpeed configuration."""
+        zero, default = config["zero_optimization"], cls()
+        return cls(
+            zero["reduce_bucket_size"],
+            zero.get("stage3_prefetch_bucket_size", default.prefetch_bucket),
+            zero.get("stage3_param_persistence_threshold", default.persistence_threshold),
+            zero.get("stage3_max_live_parameters", default.max_live_parameters),
+        )
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one GPU; all but the last two are there together with activations."""
+
+    weights: float
+    """In the dtype of the computation, whole at stages 0 to 2 and while ZeRO-3 computes, and the model's buffers."""
+    gradients: float
+    """In the dtype of the weights, where they stay with the parameters until they are reduced."""
+    accumulation: float
+    """fp32 gradients of the micro-batches so far."""
+    optimizer: float
+    """AdamW's moments, and fp32 master weights."""
+    buckets: float
+    """Of communication."""
+    reduction: float
+    """More, beside all but the buckets, while gradients are reduced and activations are gone."""
+    update: float
+    """More, beside weights, accumulation and optimizer, while the optimizer steps."""
+
+
+def count_parameters(model: nn.Module, limits: Limits) -> Parameters:
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    persistent = sum(size for size in sizes if size <= limits.persistence_threshold)
+    return Parameters(sum(sizes), max(sizes), persistent, buffer_bytes(model))
+
+
+def states(stage: int, precision: str, parameters: Parameters, ranks: int, accumulates: bool, limits: Limits) -> States:
+    """What a rank holds at a ZeRO stage; `accumulates` says whether an optimizer step has several micro-batches."""
+    if stage == 0:
+        return _data_parallel(parameters, limits)
+    if stage == 3:
+        return _stage3(parameters, ranks, precision, limits)
+    if precision == "bf16":
+        return (_bf16_stage1 if stage == 1 else _bf16_stage2)(parameters, ranks, limits)
+    return _fp32_stages(stage, parameters, ranks, accumulates, limits)
+
+
+def _data_parallel(model: Parameters, limits: Limits) -> States:
+    """Stage 0, in fp32: gradients are flattened into one buffer to be reduced (engine.py, allreduce_bucket)."""
+    total = model.total
+    return States(
+        weights=_FP32 * total + model.buffers,
+        gradients=_FP32 * total,
+        accumulation=0,
+        optimizer=8 * total,
+        buckets=0,
+        reduction=_FP32 * min(total, limits.all_reduce + model.largest),
+        update=_FP32 * total,  # the gradients
+    )
+
+
+def _bf16_stage1(model: Parameters, ranks: int, limits: Limits) -> States:
+    """bf16_optimizer.py: bf16 gradients stay with the parameters, and are added to whole fp32 ones after each pass.
+
+    Those are flattened into one buffer, rounded to bf16 in another, and reduced in bf16.
+    """
+    total = model.total
+    return States(
+        weights=2 * total + model.buffers,
+        gradients=2 * total,
+        accumulation=_FP32 * total,
+        optimizer=_MASTER_AND_MOMENTS * total / ranks,
+        buckets=0,
+        reduction=(_FP32 + 2) * min(total, limits.all_reduce + model.largest),
+        update=2 * total,  # the bf16 gradients
+    )
+
+
+def _bf16_stage2(model: Parameters, ranks: int, limits: Limits) -> States:
+    """stage_1_and_2.py: bf16 gradients go into a bucket as they come; a full one is flattened once more and reduced.
+
+    The part of this rank is added to its fp32 gradients, parameter by parameter.
+    """
+    total, bucket = model.total, limits.reduce_bucket
+    return States(
+        weights=2 * total + model.buffers,
+        gradients=0,
+        accumulation=_FP32 * total / ranks,
+        optimizer=_MASTER_AND_MOMENTS * total / ranks,
+        buckets=2 * bucket + 2 * min(bucket, total) + _FP32 * model.largest,
+        reduction=0,
+        update=_CHECKED * model.largest,
+    )
+
+
+def _fp32_stages(stage: int, model: Parameters, ranks: int, accumulates: bool, limits: Limits) -> States:
+    """stage_1_and_2.py: the same bucket; gradients of this rank's part move from it into a buffer of their own.
+
+    With several micro-batches stage 2 adds that buffer to another.
+    """
+    total, bucket = model.total, limits.reduce_bucket
+    part = _FP32 * total / ranks
+    flattened = _FP32 * min(bucket, total)
+    return States(
+        weights=_FP32 * total + model.buffers,
+        gradients=_FP32 * total if stage == 1 else 0,
+        accumulation=0 if stage == 1 else part * (2 if accumulates else 1),
+        optimizer=_MASTER_AND_MOMENTS * total / ranks,
+        buckets=_FP32 * bucket + (flattened if stage == 2 else 0),
+        reduction=part + flattened if stage == 1 else 0,
+        update=(2 if stage == 1 else 1) * part,
+    )
+
+
+def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits) -> States:
+    """stage3.py: weights are gathered module by module, ahead of their use, and stay for the backward pass.
+
+    Gradients go into a bucket; a full one is reordered by rank and scattered.
+    """
+    size = 2 if precision == "bf16" else _FP32
+    total, bucket = model.total, min(limits.reduce_bucket, model.total)
+    alone = ranks == 1  # then there is nothing to gather
+    gathered = 0 if alone else retained(model, limits)
+    prefetched = 0 if alone else min(total - model.persistent, limits.prefetch_bucket + model.largest)
+    scattered = size * bucket + _FP32 * bucket / ranks
+    return States(
+        weights=size * (total / ranks + (0 if alone else model.persistent) + gathered) + model.buffers,
+        gradients=0,
+        accumulation=_FP32 * total / ranks,
+        optimizer=_MASTER_AND_MOMENTS * total / ranks,
+        buckets=size * limits.reduce_bucket + max(size * prefetched, scattered),
+        reduction=0,
+        update=_FP32 * total / ranks + size * limits.reduce_bucket - size * gathered,
+    )
+
+
+def retained(model: Parameters, limits: Limits) -> float:
+    """Elements of weights that ZeRO-3 keeps from their forward to their backward pass, beside those it never frees.
+
+    Looking ahead for weights to gather, it reaches those that are there already, and then does not free them
+    (partitioned_param_coordinator.py, __params_to_release). So it keeps as many as may be gathered at once.
+    """
+    return min(model.total - model.persistent, limits.max_live_parameters)
