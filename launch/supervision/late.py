@@ -10,8 +10,9 @@ _SLOW = 3.0
 """How much longer than elsewhere nothing may move in these parts: compiling, joining, saving."""
 _WAITING = ("forward", "backward", "optimizer")
 """Parts in which a rank waits for the others."""
-_TICKS = 10.0
-"""An interpreter that did not tick for so many seconds is stopped, or hangs without releasing its lock."""
+_TICKS, _MANY_TICKS = 3.0, 10.0
+"""An interpreter that did not tick for so many seconds is stopped, or hangs without releasing its lock: the second
+number of them tells in any case, the first where its rank came to its part no longer than twice as long ago."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def late(seen: dict[int, Sighting]) -> tuple[list[int], str]:
     Args:
         seen: at least one rank's sighting, by rank.
     """
-    stopped = [rank for rank, sight in seen.items() if sight.unticked > _TICKS]
+    stopped = [rank for rank, sight in seen.items() if _is_stopped(sight)]
     if stopped and len(stopped) < len(seen):
         return stopped, f"its interpreter has not run for {max(seen[rank].unticked for rank in stopped):.0f} s"
     apart = [rank for rank, sight in seen.items() if sight.part not in _WAITING]
@@ -65,3 +66,7 @@ def late(seen: dict[int, Sighting]) -> tuple[list[int], str]:
         return behind, f"it is at step {last + 1}, the others are ahead"
     parts = sorted({sight.part for sight in seen.values()})
     return [], f"all ranks are in {' or '.join(parts)} of step {last + 1}"
+
+
+def _is_stopped(sight: Sighting) -> bool:
+    return sight.unticked > max(_TICKS, min(_MANY_TICKS, sight.still / 2))

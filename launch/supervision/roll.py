@@ -187,26 +187,26 @@ class Roll:
         since = [*ends, *([self._stop_at] if self.stop else [])]
         if not since or now - min(since) <= self.limits.grace:
             return None
-        event = "the signal to stop" if self.stop else "the first rank's end"
-        return self._blame(left, f"had not ended {self.limits.grace:.0f} s after {event}")
+        event = "the signal to stop" if self.stop else "the first end of a rank"
+        overdue = f"had not ended {self.limits.grace:.0f} s after {event}"
+        return self._blame(left, f"{ranks_in_words(sorted(left))} {overdue}")
 
     def _stuck(self, left: Sequence[int]) -> Outcome | None:
         seen = [sight for rank in left if (sight := self.members[rank].sighting) is not None]
         if len(seen) < len(left) or not is_stuck(seen, self.limits.stuck):
             return None
-        return self._blame(left, f"nothing moved for {min(sight.still for sight in seen):.0f} s")
+        return self._blame(left, f"stuck: nothing moved for {min(sight.still for sight in seen):.0f} s")
 
     def _blame(self, left: Sequence[int], what: str) -> Outcome:
         """A failure that names the rank which the others wait for."""
         seen = {rank: sight for rank in left if (sight := self.members[rank].sighting) is not None}
         ranks, why = late(seen) if seen else ([], "no rank said where it is")
         if not ranks:
-            return Outcome(FAILED, f"{ranks_in_words(sorted(left))}: {what}; {why}")
+            return Outcome(FAILED, f"{what}; {why}")
         first = self.members[ranks[0]]
         more = f" (and {ranks_in_words(ranks[1:])})" if len(ranks) > 1 else ""
-        return Outcome(
-            FAILED, f"stuck: {what}; late is {first.here(ranks[0])}{more}: {why}", rank=ranks[0], host=first.host
-        )
+        reason = f"{what}; late is {first.here(ranks[0])}{more}: {why}"
+        return Outcome(FAILED, reason, rank=ranks[0], host=first.host)
 
 
 def _by(name: str, who: str) -> str:
