@@ -17,7 +17,7 @@ from datetime import datetime
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring.access import TIMEOUT, Access, fetch
-from monitoring.metrics import PREFIX
+from monitoring.metrics import PLACES, PREFIX
 
 WINDOW = 60.0
 """Seconds over which rates are taken."""
@@ -35,7 +35,8 @@ class Scrape:
 
     at: float
     ranks: Mapping[int, Numbers]
-    """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds."""
+    """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds, `rank_part` the
+    number of its part in PLACES."""
     main: Numbers
     """What the main rank says of the run; empty unless it is on this node."""
     world_size: int | None
@@ -58,7 +59,9 @@ class Rank:
     memory_limit: float
     replaced: int
     trouble: str
-    """`late`, `silent`, or empty."""
+    """`late`, `stopped` if its process does not run, `silent` if nobody tells, or empty."""
+    part: str = ""
+    """Of a step that it is at; empty if it does not say."""
 
     @property
     def badness(self) -> tuple[float, ...]:
@@ -99,6 +102,9 @@ def parse_scrape(text: str, at: float) -> Scrape:
                 main[name] += sample.value
                 continue
             mine = ranks[int(sample.labels["rank"])]
+            if name == "rank_part":
+                mine[name] += PLACES.index(sample.labels["part"]) * sample.value
+                continue
             mine[name] += sample.value
             if name == "step_part_seconds_sum" and sample.labels["part"] == "data_wait":
                 mine["data_wait"] += sample.value
@@ -228,7 +234,8 @@ def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent
     age = max(0.0, at - beat) if beat else None
     mean_step = _ratio(last.get("step_seconds_sum", 0.0), last.get("step_seconds_count", 0.0))
     late = age is not None and age > max(LATE_SECONDS, 0.0 if math.isnan(mean_step) else LATE_STEPS * mean_step)
-    trouble = "silent" if silent else "late" if late else ""
+    stopped = at - last.get("alive_timestamp_seconds", at) > LATE_SECONDS
+    trouble = "silent" if silent else "stopped" if stopped else "late" if late else ""
 
     def over(name: str, seconds: str) -> float:
         recent = last.get(seconds, 0.0) - first.get(seconds, math.inf)
@@ -249,6 +256,7 @@ def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent
         limit if held else 0.0,
         int(last.get("replaced_samples_total", 0.0)),
         trouble,
+        PLACES[int(last["rank_part"])] if "rank_part" in last else "",
     )
 
 

@@ -26,7 +26,7 @@ from trainer.errors import UsageError
 from trainer.flops import model_flops
 from trainer.job import check, prepare
 from trainer.loop import fit
-from trainer.observe import start_observer
+from trainer.observe import Observer, start_observer
 from trainer.run_dir import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
 
 
@@ -57,6 +57,9 @@ def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, A
     found = scrape(recipe.run_dir) if ranks.is_main else {}
     torch.distributed.barrier()
     run.observer.close(clean=True)
+    torch.distributed.barrier()
+    assert run.observer.shared is not None
+    assert not run.observer.shared.exists()
     run.batches.close()
     run.reporter.close()
     run.engine.destroy()
@@ -67,10 +70,8 @@ def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, A
 def scraped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     run_dir = tmp_path_factory.mktemp("observed") / "run"
     recipe = recipe_for(shards, run_dir, **{"checkpoint.every": "4 steps", "monitoring.comms_logger": True})
-    before = set(Path("/dev/shm").iterdir())
     found: dict[str, list[dict[str, Any]]] = run_ranks(train_and_scrape, 2, recipe)[0]
     assert not list(targets_folder(run_dir).glob("*.json"))
-    assert set(Path("/dev/shm").iterdir()) <= before
     return found
 
 
@@ -250,11 +251,22 @@ def refused_when_built(ranks: Ranks, recipe: Recipe) -> tuple[list[Path], bool, 
     def refuse(*_: Any) -> None:
         raise UsageError("no")
 
+    def start(*given: Any) -> tuple[Observer, str | None]:
+        started.append(start_observer(*given))
+        return started[0]
+
+    started: list[tuple[Observer, str | None]] = []
     job = check(recipe, ranks)
-    with mock.patch("trainer.job.build_engine", refuse), pytest.raises(UsageError, match="no"):
+    with (
+        mock.patch("trainer.job.build_engine", refuse),
+        mock.patch("trainer.job.start_observer", start),
+        pytest.raises(UsageError, match="no"),
+    ):
         prepare(job, ranks)
+    shared = started[0][0].shared
+    assert shared is not None
     left = list(targets_folder(recipe.run_dir).glob("*.json"))
-    return left, any(Path("/dev/shm").glob("mixmae-*")), past_ends(recipe.run_dir)
+    return left, shared.exists(), past_ends(recipe.run_dir)
 
 
 def test_a_start_that_is_refused_leaves_nothing_to_be_missed(shards: Path, tmp_path: Path) -> None:
