@@ -42,21 +42,27 @@ def words(run: Run) -> str:
 
 
 def _advice(plan: Plan) -> Iterator[str]:
-    own, chosen, limit = plan.own, plan.chosen, plan.cluster.gpu.usable
-    to_type = keys(plan)
+    own, chosen, to_type = plan.own, plan.chosen, keys(plan)
     if to_type:
         yield f"Take {words(chosen)}:"
         yield f"    {' '.join(to_type)}"
-        if own.option.memory.total > limit:
-            yield f"The recipe's {words(own)} does not fit: {_gib(own.option.memory.total)} of {_gib(limit)} GiB."
-        elif own.days > 1.005 * chosen.days:
-            yield f"The recipe's {words(own)} takes {own.days / chosen.days - 1:.0%} longer."
-        else:
-            yield f"The recipe's {words(own)} fits, and is as fast by these figures."
+        if own.option != chosen.option:
+            yield f"The recipe's {words(own)} {_beside(plan)}."
     else:
         yield f"The recipe's {words(own)} is the best found."
     yield from _about_time(plan)
     yield from _about_data(plan)
+
+
+def _beside(plan: Plan) -> str:
+    """What the recipe's own option comes to, beside the chosen one."""
+    needed, limit = plan.own.option.memory.total, plan.cluster.gpu.usable
+    longer = plan.own.days / plan.chosen.days - 1
+    if needed > limit:
+        return f"does not fit: {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"
+    if longer < -0.005:
+        return f"takes {-longer:.0%} less by these figures, which leave out what gathering by module costs beside bytes"
+    return f"takes {longer:.0%} longer" if longer > 0.005 else "is as fast by these figures"
 
 
 def _about_time(plan: Plan) -> Iterator[str]:
@@ -85,7 +91,3 @@ def _about_data(plan: Plan) -> Iterator[str]:
             f"The loader needs {needed.cores} cores a node at {rate.images_per_second:,.0f} images/s each: "
             f"data.num_workers={needed.workers}, more on slower cores."
         )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f}"

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     console = Console(highlight=False)
     console.width = min(console.width, _WIDTH)
-    console.print(report(plan))
+    console.print(report(plan), crop=False)
     return 0
 
 

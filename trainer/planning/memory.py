@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from trainer.planning.activations import Footprint
 from trainer.planning.states import States
 
-_MOST = 4096
+MOST_IMAGES = 4096
 """Micro-batches above this are not looked for."""
 
 
@@ -47,7 +47,7 @@ def peak_memory(held: States, footprint: Footprint, micro_batch: int, accumulate
 
 def largest_micro_batch(held: States, footprint: Footprint, accumulates: bool, limit: float) -> int:
     """The most images that fit into `limit` bytes; 0 where not even one does."""
-    low, high = 0, _MOST
+    low, high = 0, MOST_IMAGES
     while low < high:
         middle = (low + high + 1) // 2
         if peak_memory(held, footprint, middle, accumulates).total <= limit:

@@ -100,17 +100,21 @@ def options(work: Workload, cluster: Cluster, speed: Speed) -> Iterator[Option]:
 
 
 def best(work: Workload, cluster: Cluster, speed: Speed) -> Option | None:
-    """The fastest way that fits; of equally fast ones that with the larger micro-batch, then that with less memory.
+    """The fastest way that fits; of equally fast ones that with the larger micro-batch, then the recipe's, then the
+    smallest.
 
     Larger micro-batches count for themselves since they fill a GPU better, which an MFU does not tell. ZeRO-3 comes
     last: it sends less, but module by module, and what that costs in latency and on the host is not in these times.
     """
+    train = work.recipe.train
+    own = (train.zero_stage, describe(train.activation_checkpointing))
+
+    def order(found: Option) -> tuple[bool, float, int, bool, float]:
+        other = (found.stage, found.policy) != own
+        return found.stage == 3, float(f"{found.step_seconds:.3g}"), found.accumulation, other, found.memory.total
+
     fitting = (o for o in options(work, cluster, speed) if o.memory.total <= cluster.gpu.usable)
-    return min(fitting, key=_order, default=None)
-
-
-def _order(found: Option) -> tuple[bool, float, int, float]:
-    return found.stage == 3, float(f"{found.step_seconds:.3g}"), found.accumulation, found.memory.total
+    return min(fitting, key=order, default=None)
 
 
 def micro_batches(recipe: Recipe, gpus: int) -> list[int]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from monitoring.text import amount, duration
 from trainer.planning.advice import advice, keys, words
 from trainer.planning.communication import bandwidth
-from trainer.planning.memory import Memory
+from trainer.planning.memory import MOST_IMAGES, Memory
 from trainer.planning.plan import Plan, Run
 
 _KINDS = {
@@ -90,7 +90,7 @@ def _head(plan: Plan) -> Iterator[RenderableType]:
     link = "" if cluster.link is None else f", {cluster.link * 8 / 1e9:g} Gbit/s each"
     yield Text(f"{model.encoder} on {cluster.gpus} x {cluster.gpu.name}", "bold")
     yield _line(
-        f"{work.parameters.total / 1e6:.1f} M parameters with decoder, {work.model_flops / 1e9:,.0f} GFLOP per image, "
+        f"{work.parameters.total / 1e6:.1f} M parameters with decoder, {work.model_flops / 1e9:.3g} GFLOP per image, "
         f"{plan.recipe.train.precision}; {nodes}{link}; {cluster.gpu.usable / 2**30:.1f} of "
         f"{cluster.gpu.memory / 2**30:.1f} GiB usable on a GPU"
     )
@@ -131,13 +131,13 @@ def _time(plan: Plan) -> Iterator[RenderableType]:
         f"{plan.recipe.train.duration} of {plan.data.images:,} images ({plan.data.source}): {plan.steps:,} steps of "
         f"{plan.recipe.train.global_batch:,} images. MFU {plan.speed.mfu:.2f} while computing, {plan.speed.source}."
     )
-    sent = ", ".join(f"{part.operation} of {_gb(part.bytes)} GB" for part in chosen.option.traffic)
+    sent = ", ".join(f"{part.operation} of {_bytes(part.bytes)}" for part in chosen.option.traffic)
     rate = bandwidth(cluster)
     over = "" if rate is None else f", over {rate / 1e9:g} GB/s"
     yield _line(
-        f"Each step: {sent}; each GPU sends {_gb(sum(p.sent(cluster.gpus) for p in chosen.option.traffic))} GB{over}."
+        f"Each step: {sent}; each GPU sends {_bytes(sum(p.sent(cluster.gpus) for p in chosen.option.traffic))}{over}."
     )
-    table = _table("GPUs", "micro-batch", "step", "sending", "images/s", "per GPU", "efficiency", "days")
+    table = _table("GPUs", "micro-batch", "step", "sending", "images/s", "per GPU", "efficiency", "time")
     alone = plan.scaling[0]
     for run in plan.scaling:
         found, per_gpu = run.option, run.images_per_second / run.gpus
@@ -145,12 +145,12 @@ def _time(plan: Plan) -> Iterator[RenderableType]:
         table.add_row(
             str(run.gpus),
             f"{found.micro_batch}" + (f" x {found.accumulation}" if found.accumulation > 1 else ""),
-            f"{found.step_seconds:.3g} s",
+            _seconds(found.step_seconds),
             "?" if wait is None else f"{wait / found.step_seconds:.0%}",
             amount(round(run.images_per_second)),
             amount(round(per_gpu)),
             "-" if wait is None else f"{per_gpu / (alone.images_per_second / alone.gpus):.0%}",
-            f"{run.days:.1f}",
+            duration(run.days * 86_400),
         )
     yield table
 
@@ -160,15 +160,15 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
     yield _title("Checkpoints and data")
     each = "each rank" if saved.writers > 1 else "the first rank"
     yield _line(
-        f"A checkpoint: {_gb(saved.bytes)} GB, {each} {saved.share / 1e6:,.0f} MB. Training stands for "
-        f"{saved.stall:.2g} s at least (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s); written after "
-        f"{duration(saved.seconds)}. {plan.recipe.checkpoint.keep} kept and one in the making: "
-        f"{_gb(saved.kept_bytes)} GB of disk."
+        f"A checkpoint: {_bytes(saved.bytes)}, {each} {_bytes(saved.share)}. Training stands for at least "
+        f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s); written after "
+        f"{_seconds(saved.seconds)}. {plan.recipe.checkpoint.keep} kept and one in the making: "
+        f"{_bytes(saved.kept_bytes)} of disk."
     )
     cores = "" if needed.cores is None else f", {needed.cores} {'core' if needed.cores == 1 else 'cores'}"
     yield _line(
         f"The loader of a node: {amount(round(needed.images_per_second))} images/s, "
-        f"{needed.bytes_per_second / 1e6:,.0f} MB/s at {plan.data.mean_bytes / 1e3:.0f} KB an image{cores}."
+        f"{_bytes(needed.bytes_per_second)}/s at {_bytes(plan.data.mean_bytes)} an image{cores}."
     )
     if plan.worker_rate is not None:
         rate = plan.worker_rate
@@ -178,8 +178,8 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
             "dim",
         )
     yield _line(
-        f"Host memory of a node: {_gb(saved.host_bytes)} GB for a checkpoint on its way, "
-        f"{_gb(needed.host_bytes)} GB for decoded batches, beside the processes' own."
+        f"Host memory of a node: {_bytes(saved.host_bytes)} for a checkpoint on its way, "
+        f"{_bytes(needed.host_bytes)} for decoded batches, beside the processes' own."
     )
 
 
@@ -195,7 +195,9 @@ def _title(text: str) -> RenderableType:
 
 
 def _line(text: str, style: str = "") -> Text:
-    return Text(text, style)
+    """A paragraph; what is set in is to be typed, and stays on one line."""
+    to_type = text.startswith(" ")
+    return Text(text, style, no_wrap=to_type, overflow="ignore" if to_type else "fold")
 
 
 def _fits(plan: Plan, size: float) -> str:
@@ -209,8 +211,16 @@ def _gib(size: float) -> str:
 
 
 def _micro(largest: int) -> str:
-    return str(largest) if largest else "none"
+    if not largest:
+        return "none"
+    return str(largest) if largest < MOST_IMAGES else f"{MOST_IMAGES}+"
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.1f}"
+def _bytes(size: float) -> str:
+    """In decimal units, as networks and disks count."""
+    unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "KB"))
+    return f"{size / unit:.3g} {name}"
+
+
+def _seconds(seconds: float) -> str:
+    return duration(seconds) if seconds >= 90 else f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

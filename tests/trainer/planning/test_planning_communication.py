@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from models.mixing import draw_mix
 from tests.helpers import run_ranks
-from tests.trainer.planning.test_states import BUCKET, LIMITS, Case, recipe_for
+from tests.trainer.planning.test_planning_states import BUCKET, LIMITS, Case, recipe_for
 from trainer import engine as trainer_engine
 from trainer.communication import Communication
 from trainer.config import Recipe
