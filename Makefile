@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-slow check dashboards clean
+.PHONY: install demo test test-slow drill check dashboards clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# As root: 60 faults in real runs on hosts and a Slurm of its own, an hour on two cores; writes docs/reliability.md.
+drill: $(VENV)/.installed-test
+	$(BIN)/python -m tests.drill --report docs/reliability.md
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

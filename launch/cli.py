@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from trainer.errors import run_in_words
 
 COMMANDS = {
-    "launch": ("launch.local", "start a pretraining run on this machine's accelerators or cores"),
+    "launch": ("launch.command", "start a pretraining run: on this machine, on hosts, or under Slurm"),
+    "doctor": ("launch.doctor", "check hosts, network, shards and run directory, from here and from all ranks"),
     "shards": ("trainer.shards.cli", "WebDataset shards: build, synth, index, check"),
     "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
     "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),
@@ -16,7 +17,7 @@ COMMANDS = {
     "watch": ("launch.watch", "watch a run's progress, ranks and alerts in a terminal"),
     "monitor": ("launch.monitor", "Prometheus and Alertmanager for runs on this machine: monitor up RUN_DIR"),
     "curves": ("trainer.curves", "draw a run's loss curve"),
-    "bench": ("trainer.benchmarks.cli", "measure parts of a run beside a reference: data, monitoring"),
+    "bench": ("trainer.benchmarks.cli", "measure parts of a run beside a reference: data, monitoring, checkpoints"),
     "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
 }
 

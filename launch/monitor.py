@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from monitoring.local import Monitor, MonitorError, Programs, find_programs, free_port_from, target_files
+from monitoring.configuration import target_files
+from monitoring.local import Monitor, MonitorError, Programs, find_programs, free_port_from
 from trainer.errors import UsageError
 
 _EVERY = 2.0

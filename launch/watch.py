@@ -26,6 +26,8 @@ _OTHER_LINES = 17
 """What a frame has beside ranks, events, alerts and notes."""
 _NARROW = 100
 """Columns below which the table of ranks is abridged."""
+_WIDE = 120
+"""Columns from which it says where late ranks are."""
 _RANK_COLUMNS = {
     "rank": "rank",
     "node": "node",
@@ -148,7 +150,7 @@ def _ranks(ranks: Sequence[Rank], rows: int, width: int) -> Iterator[RenderableT
     shown = ranks if len(ranks) <= rows + 1 else ranks[:rows]  # "and 1 more" would take the same line
     narrow = width < _NARROW
     names = list(_RANK_COLUMNS.values() if narrow else _RANK_COLUMNS)
-    cells = [_rank_cells(rank, narrow) for rank in shown]
+    cells = [_rank_cells(rank, narrow, width >= _WIDE) for rank in shown]
     gap = 1 if narrow else 3
     taken = [max(map(len, column)) + gap for column in zip(names, *cells, strict=True)]
     table = Table(box=None, padding=(0, gap, 0, 0), header_style="dim", pad_edge=False)
@@ -169,7 +171,8 @@ def _ranks(ranks: Sequence[Rank], rows: int, width: int) -> Iterator[RenderableT
         yield Text(f"and {len(hidden)} more" + (f", {troubled} of them late or silent" if troubled else ""), "dim")
 
 
-def _rank_cells(rank: Rank, narrow: bool) -> list[str]:
+def _rank_cells(rank: Rank, narrow: bool, wide: bool) -> list[str]:
+    where = f" in {rank.part}" if rank.trouble in ("late", "stopped") and rank.part and wide else ""
     full = f" {100 * rank.memory / rank.memory_limit:3.0f} %" if rank.memory_limit and not narrow else ""
     return [
         str(rank.rank),
@@ -180,7 +183,7 @@ def _rank_cells(rank: Rank, narrow: bool) -> list[str]:
         "-" if math.isnan(rank.data_wait) else f"{100 * rank.data_wait:.0f} %",
         size(rank.memory) + full,
         f"{rank.replaced:,}",
-        rank.trouble,
+        rank.trouble + where,
     ]
 
 

@@ -17,27 +17,26 @@ import ssl
 import sys
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app, push_to_gateway
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.core import Metric as Family
+from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
 from prometheus_client.exposition import ThreadingWSGIServer
-from prometheus_client.registry import Collector
 
-from monitoring import node
+from monitoring.collector import NodeCollector
 from monitoring.discovery import write_target
-from monitoring.handover import Value, cumulative, is_known, read_ranks
-from monitoring.metrics import METRICS, Kind, Metric, Source
+from monitoring.handover import read_ranks
 
 PORTS = 100
 """Ports tried, from the wanted one on."""
+ENDED_JOB = "mixmae_ended"
+"""The job of numbers on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
 _PARENT_CHECK = 1.0
+_GATEWAY_TIMEOUT = 4.0
+"""Seconds: less than a run waits for its exporter."""
 
 
 class ExporterError(ValueError):
@@ -59,57 +58,6 @@ class Settings:
     auth_file: Path | None = None
     """One line, `user:password`."""
     pushgateway: str | None = None
-
-
-class NodeCollector(Collector):
-    """The ranks' numbers and the node's own as Prometheus families, at the time of a scrape."""
-
-    def __init__(self, shared: Path, run_dir: Path) -> None:
-        self.shared, self.run_dir = shared, run_dir
-        self._gpus = node.Gpus()
-        self._scrapes = 0
-
-    def describe(self) -> Iterable[Family]:
-        return [_family(metric) for metric in METRICS]
-
-    def collect(self) -> Iterator[Family]:
-        self._scrapes += 1
-        found: dict[str, list[tuple[int, Value]]] = defaultdict(list)
-        for rank, values in read_ranks(self.shared):
-            for value in filter(is_known, values):
-                found[value.metric].append((rank, value))
-        here = defaultdict(list)
-        for reading in [*node.readings(self.run_dir, self._gpus), node.Reading("scrapes_total", (), self._scrapes)]:
-            here[reading.metric].append(reading)
-        for metric in METRICS:
-            family = _family(metric)
-            if metric.source is Source.NODE:
-                for reading in here[metric.name]:
-                    family.add_metric(reading.labels, reading.value)
-            elif metric.kind is Kind.HISTOGRAM:
-                _add_histograms(family, metric, found[metric.name])
-            else:
-                for rank, value in found[metric.name]:
-                    family.add_metric(_labels(metric, rank, value), value.value)
-            if family.samples:
-                yield family
-
-
-def _family(metric: Metric) -> Any:
-    kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
-    return kinds[metric.kind](metric.full_name, metric.help, labels=metric.label_names)
-
-
-def _labels(metric: Metric, rank: int, value: Value) -> tuple[str, ...]:
-    return (str(rank), *value.labels) if metric.source is Source.RANK else value.labels
-
-
-def _add_histograms(family: Any, metric: Metric, values: list[tuple[int, Value]]) -> None:
-    series: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
-    for rank, value in values:
-        series[_labels(metric, rank, value)][value.part] = value.value
-    for labels, parts in series.items():
-        family.add_metric(labels, cumulative(parts), parts.get("sum", 0.0))
 
 
 class Exporter:
@@ -149,8 +97,20 @@ class Exporter:
     def push(self) -> None:
         """Hands the last numbers to the Pushgateway, for runs that end between two scrapes."""
         if self.settings.pushgateway is not None:
-            grouping = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
-            push_to_gateway(self.settings.pushgateway, job="mixmae", registry=self.registry, grouping_key=grouping)
+            self._tell_gateway(push_to_gateway, registry=self.registry)
+
+    def take_back(self) -> None:
+        """Removes from the Pushgateway what an earlier end of this run left there: the run goes on."""
+        if self.settings.pushgateway is not None:
+            self._tell_gateway(delete_from_gateway)
+
+    def _tell_gateway(self, tell: Callable[..., None], **what: CollectorRegistry) -> None:
+        gateway = str(self.settings.pushgateway)
+        node_of_run = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
+        try:
+            tell(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
+        except (OSError, ValueError) as error:  # ValueError: no address
+            print(f"mixmae: monitoring.pushgateway={gateway} takes no numbers: {error}", file=sys.stderr, flush=True)
 
     def _bind(self) -> Any:
         settings = self.settings
@@ -262,6 +222,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     target = write_target(args.run_dir, socket.gethostname(), exporter.target)
     print(f"metrics at {exporter.url}, announced in {target}", flush=True)
+    exporter.take_back()
     while not ended.wait(_PARENT_CHECK) and os.getppid() == parent:
         pass
     clean = ended.is_set()

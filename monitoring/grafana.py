@@ -146,6 +146,17 @@ def _alerts(panel: Panel) -> Any:
     return made.with_target(_target(panel.queries[0]).instant().format(PromQueryFormat.TABLE))
 
 
+def _table(panel: Panel) -> Any:
+    labels = re.findall(r"\$(\w+)", panel.queries[0].legend)
+    order = {name: place for place, name in enumerate([*labels, "Value"])}
+    shown = kinds.DataTransformerConfig(
+        id_val="organize", options={"excludeByName": {"Time": True}, "indexByName": order}
+    )
+    highest = kinds.DataTransformerConfig(id_val="sortBy", options={"sort": [{"field": "Value", "desc": True}]})
+    made = table.Panel().unit(UNITS[panel.unit]).with_transformation(highest).with_transformation(shown)
+    return made.with_target(_target(panel.queries[0]).instant().format(PromQueryFormat.TABLE))
+
+
 def _target(query: Query, letter: str = "A") -> prometheus.Dataquery:
     legend = re.sub(r"\$(\w+)", r"{{\1}}", query.legend)
     return prometheus.Dataquery().ref_id(letter).expr(query.expr).legend_format(legend).datasource(SOURCE)
@@ -158,5 +169,6 @@ _LOOKS: dict[Look, tuple[Callable[[Panel], Any], int, int]] = {
     Look.STACK: (_stack, 8, 8),
     Look.HEATMAP: (_heatmap, 8, 8),
     Look.ALERTS: (_alerts, WIDTH, 5),
+    Look.TABLE: (_table, WIDTH, 7),
 }
 """How a panel is made, its width (0: shared with the other tiles of its row) and its height."""

@@ -4,8 +4,11 @@ Writing is a store to memory: nothing waits for a reader, and nothing is lost to
 """
 
 import bisect
+import functools
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,16 +44,18 @@ class Recorder:
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = _file(folder, rank)
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        partial = file.with_suffix(".partial")  # under its name it is whole: it may be read from then on
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, _BYTES)  # a page that is missing later would be a bus error
         finally:
             os.close(descriptor)
-        self._values = MmapedDict(str(file))
+        self._values = MmapedDict(str(partial))
+        partial.rename(file)
         self._keys: dict[tuple[str, tuple[str, ...], str], str] = {}
 
     def set(self, name: str, value: float, *labels: str) -> None:
-        """Sets a gauge, or a counter that is counted elsewhere."""
+        """Sets a gauge, or a counter that is counted elsewhere; of a metric with states, the number of the present."""
         self._write(name, labels, "", value)
 
     def add(self, name: str, amount: float, *labels: str) -> None:
@@ -77,9 +82,33 @@ class Recorder:
     def _key(self, name: str, labels: tuple[str, ...], part: str) -> str:
         found = self._keys.get((name, labels, part))
         if found is None:
-            assert len(labels) == len(BY_NAME[name].labels), (name, labels)
+            expected = () if BY_NAME[name].states else BY_NAME[name].labels
+            assert len(labels) == len(expected), (name, labels)
             found = self._keys[name, labels, part] = json.dumps([name, labels, part])
         return found
+
+
+class Pulse:
+    """Tells every second that this process runs, from a thread of its own, which a stopped process has no more."""
+
+    def __init__(self, recorder: Recorder, interval: float = 1.0) -> None:
+        self._recorder, self._interval = recorder, interval
+        self._ended = threading.Event()
+        self._beat()  # here, since only one thread may add a value to the file
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """To be called before the recorder is closed."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval):
+            self._beat()
+
+    def _beat(self) -> None:
+        self._recorder.set("alive_timestamp_seconds", time.time())
 
 
 def read_ranks(folder: Path) -> Iterator[tuple[int, list[Value]]]:
@@ -88,13 +117,18 @@ def read_ranks(folder: Path) -> Iterator[tuple[int, list[Value]]]:
         try:
             rows = list(MmapedDict.read_all_values_from_file(str(file)))
         except (FileNotFoundError, RuntimeError):
-            continue  # a rank that just begins or ends
+            continue  # a rank that just ends, or tells something new
         yield int(file.stem.removeprefix("rank-")), [_value(key, number) for key, number, _, _ in rows]
 
 
 def _value(key: str, number: float) -> Value:
+    return Value(*_parts_of(key), number)
+
+
+@functools.cache  # the same few hundred keys in every file, at every scrape
+def _parts_of(key: str) -> tuple[str, tuple[str, ...], str]:
     name, labels, part = json.loads(key)
-    return Value(name, tuple(labels), part, number)
+    return name, tuple(labels), part
 
 
 def cumulative(counts: dict[str, float]) -> list[tuple[str, float]]:

@@ -7,25 +7,20 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import yaml
+from monitoring.configuration import HERE, HOST, INTERVAL, configuration, password_files
 
-from monitoring.discovery import targets_folder
-
-HERE = Path(__file__).parent
-INTERVAL = "5s"
-"""Between two scrapes: three times as often as shipped, since runs on one machine have few series and may be short."""
 DOWNLOADS = "https://prometheus.io/download/"
 PORTS = 100
 """Ports tried, from the wanted one on."""
 _STARTING, _ENDING = 30.0, 10.0
 """Seconds that a server has to answer, and to end by itself."""
-_HOST = "127.0.0.1"
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Without the proxy that the environment may name: it does not reach this machine's loopback interface."""
 
@@ -69,7 +64,7 @@ def free_port_from(first: int, taken: Iterable[int] = ()) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do, after one that just ended
             try:
-                probe.bind((_HOST, port))
+                probe.bind((HOST, port))
             except OSError as error:
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
@@ -77,40 +72,6 @@ def free_port_from(first: int, taken: Iterable[int] = ()) -> int:
         if port not in taken:
             return port
     raise MonitorError(f"none of the ports {first} to {last - 1} is free; name another one")
-
-
-def run_dirs(folders: Iterable[Path]) -> list[Path]:
-    """The folders themselves, which may be runs that have not begun, and the runs right below them."""
-    found = []
-    for folder in folders:
-        below = {targets.parents[1] for targets in folder.glob("*/monitoring/targets")}
-        found += [folder.resolve(), *sorted(path.resolve() for path in below)]
-    return list(dict.fromkeys(found))
-
-
-def target_files(folders: Iterable[Path]) -> list[Path]:
-    """The target files that are there now."""
-    return [file for folder in run_dirs(folders) for file in sorted(targets_folder(folder).glob("*.json"))]
-
-
-def configuration(folders: Iterable[Path], alertmanager_port: int | None, interval: str = INTERVAL) -> str:
-    """The shipped prometheus.yml for these folders, as YAML.
-
-    Args:
-        alertmanager_port: of the Alertmanager on this machine; None for none.
-        interval: between scrapes and between evaluations of the rules, such as `5s`.
-    """
-    content = yaml.safe_load((HERE / "prometheus.yml").read_text())
-    content["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
-    content["rule_files"] = [str(HERE / name) for name in content["rule_files"]]
-    if alertmanager_port is None:
-        del content["alerting"]
-    else:
-        content["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [f"{_HOST}:{alertmanager_port}"]
-    files = [str(targets_folder(folder) / "*.json") for folder in run_dirs(folders)]
-    content["scrape_configs"][0]["file_sd_configs"][0]["files"] = files
-    text: str = yaml.safe_dump(content, sort_keys=False)
-    return text
 
 
 class Monitor:
@@ -133,16 +94,21 @@ class Monitor:
 
     @property
     def url(self) -> str:
-        return f"http://{_HOST}:{self.port}"
+        return f"http://{HOST}:{self.port}"
 
     @property
     def alertmanager_url(self) -> str | None:
-        return None if self.alertmanager_port is None else f"http://{_HOST}:{self.alertmanager_port}"
+        return None if self.alertmanager_port is None else f"http://{HOST}:{self.alertmanager_port}"
 
     @property
     def configuration(self) -> str:
-        """Of Prometheus, for the runs that are there now."""
-        return configuration(self.folders, self.alertmanager_port, self._interval)
+        """Of Prometheus, for the runs that are there now.
+
+        Raises:
+            MonitorError: a password that a run's recipe names cannot be read.
+        """
+        with self._reading():
+            return configuration(self.folders, self.data, self.alertmanager_port, self._interval)
 
     @property
     def commands(self) -> dict[str, list[str]]:
@@ -152,7 +118,7 @@ class Monitor:
                 self._programs.prometheus,
                 f"--config.file={self.data / 'prometheus.yml'}",
                 f"--storage.tsdb.path={self.data / 'prometheus'}",
-                f"--web.listen-address={_HOST}:{self.port}",
+                f"--web.listen-address={HOST}:{self.port}",
                 f"--web.external-url={self.url}/",
                 f"--web.console.templates={HERE / 'consoles'}",
                 f"--web.console.libraries={HERE / 'consoles'}",
@@ -163,7 +129,7 @@ class Monitor:
                 self._programs.alertmanager,
                 f"--config.file={HERE / 'alertmanager.yml'}",
                 f"--storage.path={self.data / 'alertmanager'}",
-                f"--web.listen-address={_HOST}:{self.alertmanager_port}",
+                f"--web.listen-address={HOST}:{self.alertmanager_port}",
                 f"--web.external-url={self.alertmanager_url}/",
                 "--cluster.listen-address=",  # no others to find
             ]
@@ -203,6 +169,11 @@ class Monitor:
         wanted = self.configuration
         if wanted == self._written:
             return
+        with self._reading():
+            passwords = password_files(self.folders, self.data)
+        for file, password in passwords.items():
+            file.touch(mode=0o600)
+            file.write_text(password)
         (self.data / "prometheus.yml").write_text(wanted)
         self._written = wanted
         if "prometheus" in self._children:
@@ -214,6 +185,15 @@ class Monitor:
             if child.poll() is not None:
                 words = self._log(name).read_text(errors="replace").splitlines()[-1:]
                 raise MonitorError(f"{name} ended with {child.returncode} ({self._log(name)}): {''.join(words)}")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MonitorError(
+                f"{error.filename}, which a run's recipe names, cannot be read: {error.strerror}"
+            ) from error
 
     def _log(self, name: str) -> Path:
         return self.data / f"{name}.log"

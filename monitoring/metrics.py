@@ -36,6 +36,8 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
     """Beside `rank` of what every rank knows."""
     unit: str = ""
+    states: tuple[str, ...] = ()
+    """Values of its one label, of which one holds: 1 for that, 0 for the others."""
 
     @property
     def full_name(self) -> str:
@@ -51,6 +53,12 @@ STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 
 """Seconds. Powers of ten in thirds: any step time falls into a bucket at most 2.5 times as wide as its lower end."""
 PARTS = ("data_wait", "forward", "backward", "optimizer", "logging", "checkpoint")
 """Parts of a step's time. Backward and optimizer hold the communication that they start and wait for."""
+PLACES = ("starting", *PARTS, "between", "ending")
+"""Where a rank can be: in `starting` no step was done yet, `between` is the rest of a step."""
+RESULTS = ("found", "fetched")
+"""What becomes of a wanted block: it is in the node's cache, or comes over the network."""
+ENDS = ("preempted", "failed", "killed", "finished")
+"""How an attempt at a run can end; one that did not say how was killed."""
 
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 _R, _M, _N = Source.RANK, Source.MAIN, Source.NODE
@@ -61,13 +69,21 @@ METRICS = (
     Metric("images_total", _C, _R, "Images that this rank trained on since its process started"),
     Metric("heartbeat_timestamp_seconds", _G, _R, "When this rank last finished a step", unit="seconds"),
     Metric("step", _G, _R, "Optimizer step of the run that this rank finished last"),
+    Metric("alive_timestamp_seconds", _G, _R, "When this rank's process last ran, whatever it waits for",
+           unit="seconds"),
+    Metric("rank_part", _G, _R, "Whether this rank is at a part of a step: 1 for the one that it is at", ("part",),
+           states=PLACES),
+    Metric("parts_total", _C, _R, "Parts of steps that this rank came to since its process started: all ranks come"
+           " to the same ones"),
+    Metric("world_size", _G, _M, "Ranks of the run"),
     Metric("target_steps", _G, _M, "Optimizer steps of the whole run"),
     Metric("epoch", _G, _M, "Epochs of data seen, with the position in the present one as a fraction"),
     Metric("start_timestamp_seconds", _G, _M, "When this process of the main rank started to train", unit="seconds"),
     Metric("estimated_end_timestamp_seconds", _G, _M, "When the run ends at its present rate", unit="seconds"),
     Metric("run_info", _G, _M, "Always 1; what runs",
            ("encoder", "parameters", "world_size", "zero_stage", "precision", "torch", "deepspeed", "version")),
-    Metric("resumes_total", _C, _M, "Times that the run was continued from a checkpoint"),
+    Metric("resumes_total", _C, _M, "Times that the run was started again, by how the attempt before ended",
+           ("reason",)),
     # speed
     Metric("step_seconds", _H, _R, "Time from the end of one step to the end of the next", unit="seconds"),
     Metric("step_part_seconds", _H, _R, "Time of the parts of a step", ("part",), "seconds"),
@@ -75,12 +91,13 @@ METRICS = (
     Metric("model_flops_per_second", _G, _M, "Operations of the model per second, without recomputation"),
     Metric("mfu_ratio", _G, _M, "Share of the devices' peak that the model's operations reach", unit="ratio"),
     Metric("communication_bytes_total", _C, _R, "Bytes handed to collective operations", ("operation",), "bytes"),
+    Metric("communication_seconds_total", _C, _R, "Time that collective operations took", ("operation",), "seconds"),
     # learning
     Metric("loss", _G, _M, "Mean loss over all ranks since the last logged step"),
     Metric("gradient_norm", _G, _M, "Norm of the gradient before clipping, at the last logged step"),
     Metric("learning_rate", _G, _M, "Learning rate of the last logged step"),
     Metric("weight_decay", _G, _M, "Weight decay of the parameters that have one"),
-    Metric("skipped_steps_total", _C, _M, "Steps skipped because a loss or gradient was not finite"),
+    Metric("skipped_steps_total", _C, _M, "Steps that this process skipped because a loss or gradient was not finite"),
     # memory
     Metric("device_memory_allocated_bytes", _G, _R, "Memory of the device in use", unit="bytes"),
     Metric("device_memory_reserved_bytes", _G, _R, "Memory of the device held by the allocator", unit="bytes"),
@@ -92,9 +109,12 @@ METRICS = (
     Metric("read_bytes_total", _C, _R, "Bytes of images read from shards", unit="bytes"),
     Metric("read_retries_total", _C, _R, "Reads that were tried again"),
     Metric("replaced_samples_total", _C, _R, "Samples that could not be used, by reason", ("reason",)),
+    Metric("cache_blocks_total", _C, _R, "Blocks of remote shards that were wanted: found in the node's cache, or"
+           " fetched", ("result",)),
     Metric("data_queue_batches", _G, _R, "Micro-batches that are ready and not yet taken"),
     # checkpoints
     Metric("checkpoint_seconds", _H, _M, "Time that the step waits for a checkpoint", unit="seconds"),
+    Metric("checkpoint_write_seconds", _H, _M, "Time from the start of a save until it is complete", unit="seconds"),
     Metric("checkpoint_bytes", _G, _M, "Size of the newest checkpoint", unit="bytes"),
     Metric("checkpoint_timestamp_seconds", _G, _M, "When the newest complete checkpoint was saved", unit="seconds"),
     Metric("checkpoint_failures_total", _C, _M, "Checkpoints that could not be saved"),

@@ -47,6 +47,8 @@ class Look(StrEnum):
     HEATMAP = "heatmap"
     """Buckets of a histogram over time."""
     ALERTS = "alerts"
+    TABLE = "table"
+    """Rows of now: a legend and a number."""
 
 
 class Query(NamedTuple):
@@ -87,6 +89,11 @@ class Board(NamedTuple):
 
 def tile(title: str, unit: Unit, help: str, expr: str, alarm: float | None = None) -> Panel:
     return Panel(title, Look.TILE, unit, help, (Query(expr, title),), alarm)
+
+
+def table(title: str, help: str, expr: str, legend: str) -> Panel:
+    """At most LINES rows, the highest numbers first."""
+    return Panel(title, Look.TABLE, Unit.COUNT, help, (Query(expr, legend),))
 
 
 def lines(title: str, unit: Unit, help: str, *queries: tuple[str, str]) -> Panel:

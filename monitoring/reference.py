@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from monitoring.boards import BOARDS
-from monitoring.metrics import METRICS, PARTS, PREFIX, STEP_BUCKETS, Kind, Metric, Source
+from monitoring.metrics import ENDS, METRICS, PARTS, PLACES, PREFIX, RESULTS, STEP_BUCKETS, Kind, Metric, Source
 from monitoring.panels import LINES
 
 GROUPS = {
@@ -13,8 +13,17 @@ GROUPS = {
     Source.MAIN: ("Of the run", "Told by the main rank alone: one of each run.", "per run"),
     Source.NODE: ("Of every node", "Told by the exporter of each node.", "per node"),
 }
-VALUES = {"part": len(PARTS), "operation": 6, "reason": 12}
-"""At most so many values of a label, whatever the size of the run."""
+OPERATIONS, REASONS = 6, 12
+VALUES = {
+    "step_part_seconds": len(PARTS),
+    "rank_part": len(PLACES),
+    "resumes_total": len(ENDS),
+    "cache_blocks_total": len(RESULTS),
+    "communication_bytes_total": OPERATIONS,
+    "communication_seconds_total": OPERATIONS,
+    "replaced_samples_total": REASONS,
+}
+"""At most so many values of a metric's label, whatever the size of the run."""
 PER_HISTOGRAM = len(STEP_BUCKETS) + 3
 """Series: the buckets, the one that holds all, the sum and the count."""
 GPUS = 8
@@ -38,9 +47,9 @@ def metrics_page() -> str:
 def series(metric: Metric, gpus: int = GPUS) -> int:
     """Most series of a metric: of each rank, of the run or of each node, as its source says."""
     count = PER_HISTOGRAM if metric.kind is Kind.HISTOGRAM else 1
-    for label in metric.labels:
-        count *= gpus if label == "gpu" else VALUES.get(label, 1)  # run_info's labels change with the run alone
-    return count
+    if metric.labels == ("gpu",):
+        return count * gpus
+    return count * VALUES.get(metric.name, 1)  # run_info's labels change with the run alone
 
 
 def most_series(nodes: int, gpus: int = GPUS) -> int:
@@ -74,7 +83,7 @@ def _total() -> str:
     return f"""    series <= {of[Source.MAIN]} + {of[Source.NODE]} x nodes + {of[Source.RANK]} x ranks
 
 with {GPUS} GPUs a node: {sizes}. Counted are
-{VALUES["part"]} parts of a step, {VALUES["reason"]} reasons and {VALUES["operation"]} operations; only reasons and
+{len(PARTS)} parts of a step, {REASONS} reasons and {OPERATIONS} operations; only reasons and
 operations that occurred have series.
 Dashboards never draw a line for each rank: they show quantiles, heatmaps and the {LINES} worst.
 """

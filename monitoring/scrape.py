@@ -1,29 +1,24 @@
 """Endpoints of a run asked in the background: what its ranks say of themselves, and which alerts fire."""
 
-import base64
 import http.client
 import json
 import math
 import socket
-import ssl
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
-from types import MappingProxyType
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.metrics import PREFIX
+from monitoring.access import TIMEOUT, Access, fetch
+from monitoring.metrics import PLACES, PREFIX
 
-TIMEOUT = 1.5
-"""Seconds until an endpoint counts as silent."""
 WINDOW = 60.0
 """Seconds over which rates are taken."""
 LATE_SECONDS, LATE_STEPS = 30.0, 5
@@ -35,39 +30,13 @@ Numbers = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Access:
-    """How a run's exporters want to be asked, as its recipe says under `monitoring`."""
-
-    certfile: Path | None = None
-    auth_file: Path | None = None
-    """One line, `user:password`."""
-
-    @property
-    def scheme(self) -> str:
-        return "https" if self.certfile is not None else "http"
-
-    def fetch(self, url: str) -> bytes:
-        """Asks an exporter, past the proxies of the environment, which do not know a cluster's nodes."""
-        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-        if self.certfile is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = False  # this very certificate is trusted, on whatever node, and no other
-            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            context.load_verify_locations(self.certfile)
-            handlers.append(urllib.request.HTTPSHandler(context=context))
-        headers = {}
-        if self.auth_file is not None:
-            headers["Authorization"] = "Basic " + base64.b64encode(self.auth_file.read_bytes().strip()).decode()
-        return fetch(url, handlers, headers)
-
-
-@dataclass(frozen=True)
 class Scrape:
     """One answer of an exporter; names without `mixmae_`."""
 
     at: float
     ranks: Mapping[int, Numbers]
-    """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds."""
+    """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds, `rank_part` the
+    number of its part in PLACES."""
     main: Numbers
     """What the main rank says of the run; empty unless it is on this node."""
     world_size: int | None
@@ -90,7 +59,9 @@ class Rank:
     memory_limit: float
     replaced: int
     trouble: str
-    """`late`, `silent`, or empty."""
+    """`late`, `stopped` if its process does not run, `silent` if nobody tells, or empty."""
+    part: str = ""
+    """Of a step that it is at; empty if it does not say."""
 
     @property
     def badness(self) -> tuple[float, ...]:
@@ -131,6 +102,9 @@ def parse_scrape(text: str, at: float) -> Scrape:
                 main[name] += sample.value
                 continue
             mine = ranks[int(sample.labels["rank"])]
+            if name == "rank_part":
+                mine[name] += PLACES.index(sample.labels["part"]) * sample.value
+                continue
             mine[name] += sample.value
             if name == "step_part_seconds_sum" and sample.labels["part"] == "data_wait":
                 mine["data_wait"] += sample.value
@@ -231,23 +205,6 @@ class Poller:
             self._stopped.wait(self._interval)
 
 
-def fetch(
-    url: str, handlers: Sequence[urllib.request.BaseHandler] = (), headers: Mapping[str, str] = MappingProxyType({})
-) -> bytes:
-    """What is behind a URL.
-
-    Raises:
-        OSError, http.client.HTTPException, ValueError: see UNREACHABLE.
-    """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no http:// or https:// address")
-    request = urllib.request.Request(url, headers=dict(headers))
-    with urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT) as response:
-        content: bytes = response.read()
-    return content
-
-
 def why(error: Exception) -> str:
     """An error of `fetch` in a few words."""
     if isinstance(error, urllib.error.HTTPError):
@@ -277,7 +234,8 @@ def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent
     age = max(0.0, at - beat) if beat else None
     mean_step = _ratio(last.get("step_seconds_sum", 0.0), last.get("step_seconds_count", 0.0))
     late = age is not None and age > max(LATE_SECONDS, 0.0 if math.isnan(mean_step) else LATE_STEPS * mean_step)
-    trouble = "silent" if silent else "late" if late else ""
+    stopped = at - last.get("alive_timestamp_seconds", at) > LATE_SECONDS
+    trouble = "silent" if silent else "stopped" if stopped else "late" if late else ""
 
     def over(name: str, seconds: str) -> float:
         recent = last.get(seconds, 0.0) - first.get(seconds, math.inf)
@@ -298,6 +256,7 @@ def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent
         limit if held else 0.0,
         int(last.get("replaced_samples_total", 0.0)),
         trouble,
+        PLACES[int(last["rank_part"])] if "rank_part" in last else "",
     )
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
+from monitoring.access import RECIPE, TIMEOUT, Access, access_of, read_recipe
 from monitoring.discovery import targets_folder
 from monitoring.history import Log, State, Tail
-from monitoring.scrape import TIMEOUT, Access, Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
+from monitoring.scrape import Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
 
-EVENTS, RECIPE = "events.jsonl", "recipe.yaml"
+EVENTS = "events.jsonl"
 
 
 class WatchError(ValueError):
@@ -139,18 +138,13 @@ class WatchedRun:
         """Asks new endpoints, leaves gone ones; returns how many are listed, and which cannot be asked from here."""
         targets = read_targets(self.run_dir)
         here = {(address, node) for address, node in targets if reachable(address, node)}
-        access = self._access()
+        access = access_of(self._read_recipe())
         for gone in self._endpoints.keys() - here:
             self._endpoints.pop(gone)[1].stop()
         for address, node in here - self._endpoints.keys():
             endpoint = Endpoint(f"{access.scheme}://{address}/metrics", node, access)
             self._endpoints[address, node] = endpoint, Poller(endpoint.ask, self._interval)
         return len(targets), sorted(node for _, node in targets - here)
-
-    def _access(self) -> Access:
-        settings = self._read_recipe().get("monitoring", {})
-        paths = (settings.get(name) for name in ("certfile", "auth_file"))
-        return Access(*(Path(path) if path else None for path in paths))
 
     def _read_recipe(self) -> dict[str, Any]:
         if not self._recipe:
@@ -279,16 +273,6 @@ def read_targets(run_dir: Path) -> set[tuple[str, str]]:
         except (ValueError, TypeError, KeyError) as error:
             raise WatchError(f"{file} is no Prometheus target file; remove it: {error!r}") from error
     return found
-
-
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The sections of a run's recipe; empty while it is not there or still being written."""
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (FileNotFoundError, yaml.YAMLError):
-        return {}
-    whole = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("model", "train"))
-    return content if whole else {}
 
 
 def wait_for(pollers: Iterable[Poller]) -> None:

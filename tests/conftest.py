@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from trainer.shards.build import build_shards
 from trainer.shards.synthetic import Synthetic
 
+pytest_plugins = ["tests.cluster.fixtures"]
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+# A shell's background job ignores Ctrl-C, and so would every command that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -58,8 +58,12 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, port: str, 
 def needs_jpegtran() -> None:
     """Skips a test where jpegtran is missing; fails it in CI, which installs it."""
     if shutil.which("jpegtran") is None:
-        reason = "needs the program jpegtran: apt-get install libjpeg-turbo-progs"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        lacks("needs the program jpegtran: apt-get install libjpeg-turbo-progs")
+
+
+def lacks(reason: str) -> NoReturn:
+    """Ends a test that cannot run on this machine: skipped, or failed in CI, which has all that tests need."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 def tar_of(files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:

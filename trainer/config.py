@@ -163,6 +163,25 @@ class Optim(Section):
 class Checkpoint(Section):
     every: Duration = Span(1, "epoch")
     keep: int = Field(3, ge=1)
+    """The last so many are kept."""
+    keep_every: Duration | None = None
+    """The first one after each such stretch is kept too."""
+    keep_best: int = Field(0, ge=0)
+    """So many with the lowest logged loss are kept too."""
+    asynchronous: bool = True
+    """Writes while training goes on, from a copy in host memory: 12 bytes per parameter, shared by the ranks."""
+    max_failures: int = Field(3, ge=0)
+    """Saves in a row that may fail (a full disk) before the run ends."""
+    stop_before_end: float = Field(300.0, ge=0)
+    """Seconds before the end of a Slurm job's time at which the run saves and stops."""
+
+
+class WeightsAndBiases(Section):
+    """A run on Weights & Biases. The environment says whether it is online (WANDB_MODE), and who one is."""
+
+    project: str = "mixmae"
+    group: str | None = None
+    entity: str | None = None
 
 
 class Log(Section):
@@ -170,6 +189,10 @@ class Log(Section):
     """Optimizer steps between two logged ones."""
     pictures: Duration | None = Span(5, "epoch")
     """Between two pictures of reconstructions; null for none."""
+    samples: bool = False
+    """Writes which samples each step used, one file a rank; for audits of what a model has seen."""
+    wandb: WeightsAndBiases | None = None
+    """Beside the run's own record; needs the extra `wandb`."""
 
 
 class Monitoring(Section):
@@ -198,6 +221,21 @@ class Monitoring(Section):
         return self
 
 
+class Launch(Section):
+    """How `mixmae launch` starts ranks, and when it gives a run up."""
+
+    tasks: Literal["per_gpu", "per_node"] = "per_gpu"
+    """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
+    port: int | None = Field(None, ge=1024, le=64_000)
+    """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
+    join_seconds: float = Field(120.0, gt=0)
+    """A run whose ranks are not all there by then is ended."""
+    stuck_seconds: float = Field(600.0, gt=0)
+    """A run in which no rank moved for so long is ended, naming the late one; thrice that while starting or saving."""
+    grace_seconds: float = Field(120.0, gt=0)
+    """From the signal to stop to the end of all ranks: the time to save in; Slurm warns so long before the limit."""
+
+
 class Recipe(Section):
     run_dir: Path = Path("runs/mixmae")
     seed: int = Field(0, ge=0)
@@ -208,6 +246,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     monitoring: Monitoring = Monitoring()
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _mixing_needs_partners(self) -> Self:

@@ -40,6 +40,8 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         },
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+    if (wandb := recipe.log.wandb) is not None:
+        config["wandb"] = {"enabled": True, "project": wandb.project, "group": wandb.group, "team": wandb.entity}
     if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
         config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
     if train.zero_stage == 0:

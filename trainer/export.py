@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.artifact import write_artifact
-from trainer.checkpoint import newest_checkpoint
-from trainer.consolidate import master_weights
+from trainer.checkpoints.layout import newest_checkpoint, step_of
+from trainer.checkpoints.weights import master_weights
 from trainer.errors import UsageError
 from trainer.run_dir import read_recipe
 
@@ -28,9 +28,7 @@ def export(run_dir: Path, out: Path) -> Path:
     )
     sizes = {name: value for name, value in recipe.model.sizes.model_dump(exclude={"drop_path_rate"}).items() if value}
     model_args = {"img_size": recipe.model.img_size, **sizes}
-    facts = {
-        "pretraining": {"step": int(checkpoint.name.removeprefix("step-")), **recipe.model.model_dump(mode="json")}
-    }
+    facts = {"pretraining": {"step": step_of(checkpoint), **recipe.model.model_dump(mode="json")}}
     write_artifact(
         out, recipe.model.encoder, model_args, encoder, decoder, facts, recipe.data.model_dump(include={"mean", "std"})
     )

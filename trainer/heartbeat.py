@@ -7,13 +7,16 @@ import mmap
 import struct
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from monitoring.metrics import PLACES
+
 FILE = "MIXMAE_HEARTBEAT"
 """The environment variable with the file's path; unset where nobody reads."""
-PARTS = ("starting", "data_wait", "forward", "backward", "optimizer", "logging", "checkpoint", "between", "ending")
-"""What a rank can be at. `between` is the rest of a step; in `starting` no step was done yet."""
+PARTS = PLACES
+"""What a rank can be at."""
 _TICK = 1.0
 _LAYOUT = struct.Struct("<qqdd")
 
@@ -60,6 +63,15 @@ class Heartbeat:
     def _tick(self) -> None:
         while not self._ended.wait(_TICK):
             struct.pack_into("<d", self._map, _LAYOUT.size - 8, time.monotonic())
+
+
+def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
+    """This process's heartbeat, if whoever started it reads one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    return Heartbeat(Path(env[FILE])) if FILE in env else None
 
 
 def read_beat(file: Path) -> Beat | None:

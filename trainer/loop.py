@@ -1,10 +1,7 @@
 """The training loop: one step as a list of verbs, and what happens between steps."""
 
 import math
-import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,18 +9,15 @@ from torch import Tensor
 
 from models.mixing import Mix, draw_mix
 from monitoring.throughput import Throughput
-from trainer import checkpoint, picture
-from trainer.config import Recipe
+from trainer import picture, saving
+from trainer.agreement import Wish
 from trainer.data.faults import Reason, too_many
-from trainer.data.index import ShardIndex
-from trainer.data.stream import Batch, Position, Stream, ToDevice
-from trainer.distributed import Ranks, all_reduce_sum, peak_memory
+from trainer.data.stream import Batch
+from trainer.distributed import all_reduce_sum, peak_memory
 from trainer.errors import UsageError
-from trainer.observe import Observer
-from trainer.optim import Schedule, refuse_non_finite, set_lr
-from trainer.report import NullReporter, Reporter
+from trainer.optim import refuse_non_finite, set_lr
 from trainer.rng import Purpose, seed_at, torch_at
-from trainer.state import TrainState
+from trainer.run import Run, due
 from trainer.units import Span
 
 _PICTURE_ROWS = 4
@@ -35,42 +29,29 @@ class DivergedError(UsageError):
     exit_code = 1
 
 
-@dataclass
-class Run:
-    """All that a step needs, made once."""
+def fit(run: Run) -> str | None:
+    """Trains from the run's state to the schedule's last step, or until it is asked to stop; then all is saved.
 
-    recipe: Recipe
-    ranks: Ranks
-    engine: Any
-    index: ShardIndex
-    schedule: Schedule
-    state: TrainState
-    batches: Stream
-    to_device: ToDevice
-    reporter: Reporter | NullReporter
-    observer: Observer
-
-    @property
-    def position(self) -> Position:
-        return Position(self.recipe.seed, self.state.samples, self.index.fingerprint)
-
-
-def fit(run: Run) -> None:
-    """Trains from the run's state to the schedule's last step.
+    Returns:
+        What asked the run to stop; None at its end.
 
     Raises:
         DivergedError: `train.max_skipped_steps` steps in a row were skipped.
+        SaveError: `checkpoint.max_failures` were exceeded, or the last save failed.
     """
     recipe, state, observer = run.recipe, run.state, run.observer
     per_rank = recipe.train.global_batch // run.ranks.world_size
     meter = Throughput()
     window = torch.zeros(2, device=run.ranks.device)  # sum and number of finite losses since the last report
-    while state.step < run.schedule.total_steps:
+    wish = Wish.GO_ON
+    while state.step < run.schedule.total_steps and wish is Wish.GO_ON:
         losses, samples, batch = train_step(run)
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         run.reporter.step(state.step)
+        if run.sample_log is not None:
+            run.sample_log.write(state.step, samples)
         observer.data(run.batches)
         if state.skipped_in_row:
             report_skipped(run, samples, losses)
@@ -83,9 +64,13 @@ def fit(run: Run) -> None:
             meter.restart()
         if due(run, recipe.checkpoint.every):
             with observer.clock.part("checkpoint"):
-                save(run)
+                saving.save(run)
             meter.restart()
+        saving.tell(run)
         observer.step(state, per_rank)
+        wish = run.vote.cast(saving.wish(run))
+    observer.at("ending")
+    return saving.conclude(run, wish)
 
 
 def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
@@ -110,9 +95,10 @@ def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
     return torch.stack(losses), samples, batch
 
 
-def place(run: Run, micro_step: int) -> tuple[int, int, int, int]:
-    """Where in the run a micro-batch is computed: the key of all randomness in it."""
-    return run.recipe.seed, run.state.step, run.ranks.rank, micro_step
+def place(run: Run, micro_step: int) -> tuple[int, int, int]:
+    """Seed, step, and which micro-batch of the global batch: the key of all randomness in it, whoever computes it."""
+    accumulation = run.recipe.accumulation(run.ranks.world_size)
+    return run.recipe.seed, run.state.step, run.ranks.rank * accumulation + micro_step
 
 
 def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
@@ -131,18 +117,19 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
     total, count, replaced, retried, of_epoch = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
     state = run.state
+    run.loss = total / count if count else None
     values = {
-        "loss": total / count if count else math.nan,
+        "loss": math.nan if run.loss is None else run.loss,
         "lr": run.schedule.lr(state.step - 1),
         "grad_norm": float(norm),
-        "epoch": state.samples / len(run.index),
+        "epoch": run.epoch,
         "images_per_second": meter.rate(),
         "skipped_steps": state.skipped,
         "replaced_samples": replaced,
         "retried_reads": retried,
         "peak_memory_bytes": peak_memory(run.ranks),
     }
-    run.reporter.scalars(state.step, values)
+    run.reporter.scalars(state.step, state.samples, values)
     run.observer.process()
     if run.ranks.is_main:
         run.observer.logged(values, state, run.schedule.total_steps)
@@ -162,24 +149,11 @@ def refuse_data(run: Run, epoch: int) -> None:
     raise too_many(shards, reasons, epoch, run.batches.allowed)
 
 
-def save(run: Run) -> None:
-    """Saves a checkpoint, and says so."""
-    started = time.perf_counter()
-    try:
-        folder = checkpoint.save(run.engine, run.recipe, run.state, run.position, run.ranks)
-    except OSError:
-        run.observer.checkpoint_failed()
-        raise
-    run.reporter.event("checkpoint", f"saved {folder}", step=run.state.step, folder=str(folder))
-    if run.ranks.is_main:
-        run.observer.checkpoint(folder, time.perf_counter() - started)
-
-
 def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
     state = run.state
     if run.ranks.is_main:
-        run.observer.skipped(state)
+        run.observer.skipped()
     run.reporter.event(
         "skipped",
         f"step {state.step}: loss or gradient not finite, step skipped on all ranks ({state.skipped_in_row} in a row)",
@@ -215,9 +189,3 @@ def show(run: Run, batch: Batch) -> None:
     run.engine.train()
     if run.ranks.is_main:
         run.reporter.picture(run.state.step, picture.draw(grid, run.recipe.data))
-
-
-def due(run: Run, every: Span) -> bool:
-    """Whether something that happens every so often happens now; at the last step everything does."""
-    step, steps = run.state.step, every.steps(len(run.index), run.recipe.train.global_batch)
-    return step == run.schedule.total_steps or step % max(1, steps) == 0

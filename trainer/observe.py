@@ -1,37 +1,36 @@
-"""What a rank hands to its node's exporter, and the exporter's life."""
+"""What a rank tells: its node's exporter, by numbers in shared memory, and whoever reads its heartbeat."""
 
 import math
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from monitoring.discovery import forget_targets
-from monitoring.exporter import ExporterError, check_files
-from monitoring.handover import Recorder
+from monitoring.handover import Pulse, Recorder
+from monitoring.metrics import ENDS, PARTS, PLACES
 from monitoring.node import SHARED_MEMORY
-from trainer.checkpoint import newest_checkpoint
+from trainer.checkpoints.layout import newest_checkpoint
+from trainer.checkpoints.saver import Saved
+from trainer.communication import Communication
 from trainer.config import Recipe
 from trainer.data.stream import Stream
 from trainer.distributed import Ranks
-from trainer.errors import UsageError
+from trainer.exporting import NodeExporter
 from trainer.flops import model_flops, peak_flops
+from trainer.heartbeat import Heartbeat
 from trainer.run_dir import versions
 from trainer.state import TrainState
 from trainer.timing import StepClock
 
-_ENDING = 5.0
-"""Seconds that an exporter has to end by itself."""
+_NUMBERS = {place: number for number, place in enumerate(PLACES)}
 
 
 class Silence:
@@ -49,24 +48,55 @@ class Silence:
 class Observer:
     """A rank's side of monitoring. Nothing here waits: not for the device, a reader, or the exporter."""
 
-    def __init__(self, recorder: Recorder | Silence, recipe: Recipe, ranks: Ranks, shared: Path | None = None) -> None:
+    def __init__(
+        self,
+        recorder: Recorder | Silence,
+        recipe: Recipe,
+        ranks: Ranks,
+        shared: Path | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
+        self.heartbeat = heartbeat
+        self.exporter: NodeExporter | None = None
+        """Of the node's first rank."""
         self.clock = StepClock(
             ranks.device,
             part=lambda name, seconds: recorder.observe("step_part_seconds", seconds, name),
             step=lambda seconds: recorder.observe("step_seconds", seconds),
+            place=self.at,
         )
-        self._exporter: subprocess.Popen[bytes] | None = None
         self._process = psutil.Process()
+        self._communication = Communication()
         self._flops = 0.0
         self._peak: float | None = None
+        recorder.add("parts_total", 0)
+        self.at("starting")
+        if ranks.is_main:
+            recorder.set("world_size", ranks.world_size)
+        self._pulse = Pulse(recorder) if isinstance(recorder, Recorder) else None
 
     def export(self) -> None:
         """Starts the node's exporter; for the node's first rank."""
         assert self.shared is not None
-        self._exporter = subprocess.Popen(_command(self.recipe, self.shared))
+        self.exporter = NodeExporter(self.recipe, self.shared)
 
-    def begin(self, state: TrainState, total_steps: int, parameters: int, resumes: int) -> None:
+    def at(self, place: str) -> None:
+        """The rank comes to one of `PLACES`."""
+        self.recorder.set("rank_part", _NUMBERS[place])
+        if place in PARTS:
+            self.recorder.add("parts_total", 1)
+        if self.heartbeat is not None:
+            self.heartbeat.at(place)
+
+    def restarted(self, past_ends: Sequence[str]) -> None:
+        """Says how earlier attempts at the run ended, which the main rank knows."""
+        if self.ranks.is_main:
+            ends = Counter(past_ends)
+            for reason in ENDS:
+                self.recorder.set("resumes_total", ends[reason], reason)
+
+    def begin(self, total_steps: int, parameters: int) -> None:
         """Says what runs; for the main rank."""
         self._flops = model_flops(self.recipe)
         self._peak = peak_flops(self.recipe, self.ranks.device)
@@ -86,8 +116,7 @@ class Observer:
         self.recorder.set("start_timestamp_seconds", time.time())
         self.recorder.set("target_steps", total_steps)
         self.recorder.set("weight_decay", self.recipe.optim.weight_decay)
-        self.recorder.set("resumes_total", resumes)
-        self.recorder.set("skipped_steps_total", state.skipped)
+        self.recorder.set("skipped_steps_total", 0)
         self.recorder.set("checkpoint_failures_total", 0)
         if (newest := newest_checkpoint(self.recipe.run_dir)) is not None:
             self.recorder.set("checkpoint_timestamp_seconds", newest.stat().st_mtime)
@@ -99,12 +128,16 @@ class Observer:
         self.recorder.add("images_total", images)
         self.recorder.set("step", state.step)
         self.recorder.set("heartbeat_timestamp_seconds", time.time())
+        if self.heartbeat is not None:
+            self.heartbeat.at("between", state.step)
 
     def data(self, stream: Stream) -> None:
         """Where the input stands."""
         self.recorder.set("read_bytes_total", stream.bytes_read)
         self.recorder.set("read_retries_total", stream.retried)
         self.recorder.set("data_queue_batches", stream.ready)
+        for result, blocks in stream.cache_use._asdict().items():
+            self.recorder.set("cache_blocks_total", blocks, result)
         for reason, count in stream.tally.counts.items():
             self.recorder.set("replaced_samples_total", count, reason.label)
 
@@ -119,8 +152,10 @@ class Observer:
             self.recorder.set("device_memory_peak_bytes", torch.cuda.max_memory_allocated(device))
             limit = torch.cuda.get_device_properties(device).total_memory
             self.recorder.set("device_memory_limit_bytes", limit)
-        for operation, count in _communication():
+        self._communication.read()
+        for operation, count in self._communication.bytes.items():
             self.recorder.set("communication_bytes_total", count, operation)
+            self.recorder.set("communication_seconds_total", self._communication.seconds[operation], operation)
 
     def logged(self, values: dict[str, float], state: TrainState, total_steps: int) -> None:
         """The run's own numbers at a logged step; for the main rank."""
@@ -137,48 +172,38 @@ class Observer:
             left = (total_steps - state.step) * self.recipe.train.global_batch / rate
             self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
 
-    def skipped(self, state: TrainState) -> None:
-        self.recorder.set("skipped_steps_total", state.skipped)
+    def skipped(self) -> None:
+        """A step is skipped; for the main rank."""
+        self.recorder.add("skipped_steps_total", 1)
 
-    def checkpoint(self, folder: Path, seconds: float) -> None:
+    def checkpoint(self, saved: Saved) -> None:
         """A checkpoint is saved; for the main rank."""
-        self.recorder.observe("checkpoint_seconds", seconds)
+        self.recorder.observe("checkpoint_seconds", saved.stall)
+        self.recorder.observe("checkpoint_write_seconds", saved.seconds)
         self.recorder.set("checkpoint_timestamp_seconds", time.time())
-        self.recorder.set("checkpoint_bytes", sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        self.recorder.set("checkpoint_bytes", saved.bytes)
 
     def checkpoint_failed(self) -> None:
         self.recorder.add("checkpoint_failures_total", 1)
 
     def close(self, clean: bool) -> None:
         """Ends the exporter; after an unclean end its target stays, and Prometheus sees a node that is down."""
+        if self._pulse is not None:
+            self._pulse.close()
         self.recorder.close()
-        if self._exporter is not None:
-            if clean:
-                self._exporter.terminate()
-            else:
-                self._exporter.kill()
-            with suppress(subprocess.TimeoutExpired):
-                self._exporter.wait(_ENDING)
+        if self.exporter is not None:
+            self.exporter.close(clean)
         if self.shared is not None and self.ranks.local_rank == 0:
             shutil.rmtree(self.shared, ignore_errors=True)
 
 
-def check_monitoring(recipe: Recipe) -> None:
-    """Raises UsageError if the exporters could not be set up as the recipe says."""
-    settings = recipe.monitoring
-    try:
-        check_files(settings.certfile, settings.keyfile, settings.auth_file)
-    except ExporterError as error:
-        raise UsageError(str(error)) from error
-
-
-def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
+def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = None) -> tuple[Observer, str | None]:
     """This rank's observer, and why nothing is exported, if so. To be called by all ranks.
 
     Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
     """
     if not recipe.monitoring.enabled:
-        return Observer(Silence(), recipe, ranks), None
+        return Observer(Silence(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
         forget_targets(recipe.run_dir)
     token = [uuid.uuid4().hex]
@@ -187,8 +212,10 @@ def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
     try:
         recorder = Recorder(shared, ranks.rank)
     except OSError as error:
-        return Observer(Silence(), recipe, ranks, shared), f"no metrics are exported: {shared}: {error.strerror}"
-    observer = Observer(recorder, recipe, ranks, shared)
+        return Observer(
+            Silence(), recipe, ranks, shared, heartbeat
+        ), f"no metrics are exported: {shared}: {error.strerror}"
+    observer = Observer(recorder, recipe, ranks, shared, heartbeat)
     if ranks.local_rank == 0:
         observer.export()
     return observer, None
@@ -196,31 +223,3 @@ def start_observer(recipe: Recipe, ranks: Ranks) -> tuple[Observer, str | None]:
 
 def _shared_memory() -> Path:
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-
-
-def _command(recipe: Recipe, shared: Path) -> Sequence[str]:
-    settings = recipe.monitoring
-    options = {
-        "shared": shared,
-        "run-dir": recipe.run_dir,
-        "address": settings.address,
-        "port": settings.port,
-        "stall-seconds": settings.stall_seconds,
-        "certfile": settings.certfile,
-        "keyfile": settings.keyfile,
-        "auth-file": settings.auth_file,
-        "pushgateway": settings.pushgateway,
-    }
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    return [sys.executable, "-m", "monitoring.exporter", *given]
-
-
-def _communication() -> list[tuple[str, float]]:
-    """Bytes by operation, as far as DeepSpeed's logger of them counted any."""
-    from deepspeed import comm
-
-    logger: Any = comm.comm.comms_logger
-    return [
-        (operation, float(sum(size * records[0] for size, records in sizes.items())))
-        for operation, sizes in logger.comms_dict.items()
-    ]

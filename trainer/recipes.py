@@ -39,7 +39,7 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{source}: {'; '.join(_explain(detail) for detail in error.errors()[:3])}") from error
+        raise UsageError(f"{source}: {'; '.join(explain(detail) for detail in error.errors()[:3])}") from error
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -58,10 +58,11 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
 
 
-def _explain(detail: Any) -> str:
+def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
+    """One of pydantic's findings in words; an unknown key with the nearest one that the schema has."""
     path = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest(path)}"
+        return f"unknown key {path!r}{_nearest(path, schema)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     given = detail["input"]
     shown = f"={given!r}" if path and not isinstance(given, (dict, BaseModel)) else ""
@@ -69,11 +70,11 @@ def _explain(detail: Any) -> str:
     return f"{path}{shown}: {expected}" if path else expected
 
 
-def _nearest(path: str) -> str:
-    known = list(_paths(Recipe))
+def _nearest(path: str, schema: type[BaseModel]) -> str:
+    known = list(_paths(schema))
     by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     nearest = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(Recipe.model_fields)}"
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(schema.model_fields)}"
 
 
 def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

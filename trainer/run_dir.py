@@ -4,25 +4,33 @@ recipe.yaml     resolved, with every default       events.jsonl   one line per l
 versions.json   what it ran with                   tensorboard/   curves and pictures
 checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
 shards.json     the shards it is trained on        replaced/      by rank, samples that could not be used
+samples/        by rank, which each step used, if log.samples is on
 """
 
+import errno
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.checkpoint import newest_checkpoint, require_same_recipe
+from trainer.checkpoints.layout import newest_checkpoint
 from trainer.config import Recipe
 from trainer.data.index import ShardIndex
 from trainer.errors import UsageError
 from trainer.recipes import parse_recipe
+from trainer.same_run import require_same_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
+_ATTEMPT, _REFUSED = "attempt", "refused"
+_ENDS = {"preempted": "preempted", "failed": "failed", "end": "finished"}
+"""Events that end an attempt; one without them was killed."""
 PACKAGES = (
     "mixmae",
     "torch",
@@ -61,9 +69,16 @@ def replaced_file(run_dir: Path, rank: int) -> Path:
 def write_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Creates the run directory and says in it what runs; for the main rank, after every rank checked."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    (recipe.run_dir / RECIPE).write_text(recipe.to_yaml())
-    (recipe.run_dir / SHARDS).write_text(json.dumps(index.listing()) + "\n")
-    (recipe.run_dir / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+    _write(recipe.run_dir / RECIPE, recipe.to_yaml())
+    _write(recipe.run_dir / SHARDS, json.dumps(index.listing()) + "\n")
+    _write(recipe.run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    """At once or not at all: a run that is killed here must still be able to resume."""
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -92,18 +107,28 @@ def _version(package: str) -> str:
 
 
 class Events:
-    """`events.jsonl`: append-only, one JSON object a line, flushed as written; null where a number is not finite."""
+    """`events.jsonl`: append-only, one JSON object a line, on disk as written; null where a number is not finite."""
 
     def __init__(self, run_dir: Path) -> None:
         file = run_dir / EVENTS
-        cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
-        self._file = file.open("a", buffering=1)
-        if cut_short:
-            self._file.write("\n")  # what a killed run left of a line ends here
+        self._torn = file.is_file() and not file.read_bytes().endswith(b"\n")
+        """Whether the file ends within a line: what a killed run, or a full disk, left of one."""
+        self._file = file.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
+        """Appends an event.
+
+        Raises:
+            OSError: it could not be written, or not all of it.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **finite}) + "\n")
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}).encode() + b"\n"
+        whole = b"\n" + line if self._torn else line
+        written = self._file.write(whole)
+        if written:
+            self._torn = written < len(whole)
+        if written < len(whole):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()
@@ -115,9 +140,46 @@ def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def count_resumes(run_dir: Path) -> int:
-    """How often the run was continued so far."""
-    return sum(record["event"] == "resumed" for record in _records(run_dir))
+def begin_attempt(run_dir: Path) -> list[str]:
+    """Records that the run is about to start; returns how each attempt before ended, see `past_ends`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ends = past_ends(run_dir)
+    again = f"starting again; attempts before: {len(ends)}, the last of them {ends[-1]}" if ends else "starting"
+    _note(run_dir, _ATTEMPT, message=again)
+    return ends
+
+
+def refuse_attempt(run_dir: Path, why: str) -> None:
+    """Records that the start was refused: no attempt at all."""
+    _note(run_dir, _REFUSED, message=why)
+
+
+def _note(run_dir: Path, event: str, **fields: Any) -> None:
+    events = Events(run_dir)
+    events.write(event, **fields)
+    events.close()
+
+
+def past_ends(run_dir: Path) -> list[str]:
+    """How each attempt at the run ended so far, one of `monitoring.metrics.ENDS`, oldest first."""
+    ends: list[str] = []
+    for record in _records(run_dir):
+        event = record["event"]
+        if event == _ATTEMPT:
+            ends.append("killed")
+        elif event == _REFUSED and ends:
+            ends.pop()
+        elif event in _ENDS and ends:
+            ends[-1] = _ENDS[event]
+    return ends
+
+
+def restarted(ends: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """What the first event of an attempt says of the ones before: how the last ended, and Slurm's count of restarts."""
+    fields: dict[str, Any] = {"reason": ends[-1]} if ends else {}
+    if env.get("SLURM_RESTART_COUNT", "").isdigit():
+        fields["slurm_restart_count"] = int(env["SLURM_RESTART_COUNT"])
+    return fields
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a run is besides its weights: one small record, the same on every rank."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -24,5 +25,5 @@ class TrainState:
         return asdict(self)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
         return cls(**state)

@@ -20,6 +20,7 @@ class StepClock:
     Args:
         part: called with a part's name and seconds, once for each step that had it; on a GPU some steps later.
         step: called with a step's seconds: from the end of the one before.
+        place: called with the part's name when it begins, and with `between` when it has ended.
     """
 
     def __init__(
@@ -27,10 +28,11 @@ class StepClock:
         device: torch.device,
         part: Callable[[str, float], None],
         step: Callable[[float], None],
+        place: Callable[[str], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._cuda = device.type == "cuda"
-        self._tell_part, self._tell_step, self._clock = part, step, clock
+        self._tell_part, self._tell_step, self._tell_place, self._clock = part, step, place, clock
         self._last: float | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -38,7 +40,8 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds what happens inside to a part of the present step."""
+        """Adds what happens inside to a part of the present step. After an error the part is where the rank is."""
+        self._tell_place(name)
         if self._cuda and name in _ON_DEVICE:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -49,6 +52,7 @@ class StepClock:
             started = self._clock()
             yield
             self._seconds[name] += self._clock() - started
+        self._tell_place("between")
 
     def finish(self) -> None:
         """Ends a step."""

@@ -33,6 +33,9 @@ BOARD = Board(
                       (f"time() - max(mixmae_checkpoint_timestamp_seconds{RUN})", "age")),
                 lines("Time spent on checkpoints", Unit.RATIO, "Share of time in which the main rank's steps wait.",
                       (rate(f"mixmae_checkpoint_seconds_sum{RUN}"), "waiting")),
+                lines("Saving", Unit.SECONDS, "Mean time from the start of a save until it is complete.",
+                      (f"max(mixmae_checkpoint_write_seconds_sum{RUN}) "
+                       f"/ max(mixmae_checkpoint_write_seconds_count{RUN})", "saving")),
                 lines("Size of the newest", Unit.BYTES, "All files of one checkpoint.",
                       (f"max(mixmae_checkpoint_bytes{RUN})", "size")),
                 lines("Saved and failed", Unit.COUNT, "Since this process of the main rank started.",

@@ -33,6 +33,8 @@ BOARD = Board(
                       (most(per_step("data_wait")), RANK)),
                 heatmap("Data wait", "Steps per second by the time that they waited for data, of all ranks.",
                         'mixmae_step_part_seconds_bucket{run="$run", node=~"$node", part="data_wait"}'),
+                lines("Blocks of remote shards", Unit.PER_SECOND, "Found in the nodes' caches, or fetched.",
+                      (rate(f"mixmae_cache_blocks_total{HERE}", "result"), "$result")),
                 lines("Batches ready", Unit.COUNT, "Micro-batches ready or being made; at 0 a rank waits.",
                       *spread(f"mixmae_data_queue_batches{HERE}")),
             ),

@@ -3,6 +3,7 @@
 from monitoring.panels import FIRING, NOW, RUN, Board, Look, Panel, Query, Row, Unit, lines, rate, tile
 
 _WAITING = f'mixmae_step_part_seconds_sum{{run="$run", part="data_wait"}}{NOW}'
+_RUNNING = f"count(count by (rank) (time() - mixmae_alive_timestamp_seconds{RUN} < 60))"
 _INFO = "encoder, parameters, world_size, zero_stage, precision, torch, deepspeed, version"
 
 _WHAT_RUNS = Panel(
@@ -48,10 +49,18 @@ _NOW = Row(
              f"max(mixmae_device_memory_peak_bytes{RUN} / mixmae_device_memory_limit_bytes{RUN})", 0.95),
         tile("Silent ranks", Unit.COUNT, "Ranks that finished no step for two minutes.",
              f"sum(time() - mixmae_heartbeat_timestamp_seconds{RUN} > bool 120)", 1),
+        tile("Missing ranks", Unit.COUNT, "Ranks of which no process runs: stopped, ended, or never there.",
+             f"max(mixmae_world_size{RUN}) - ({_RUNNING} or vector(0))", 1),
         tile("Skipped steps", Unit.COUNT, "Steps skipped because a loss or gradient was not finite.",
              f"max(mixmae_skipped_steps_total{RUN})"),
+        tile("Failed checkpoints", Unit.COUNT, "Checkpoints that could not be saved.",
+             f"max(mixmae_checkpoint_failures_total{RUN})", 1),
+        tile("Restarts", Unit.COUNT, "Times that the run was started again, whatever ended it before.",
+             f"sum(max by (reason) (mixmae_resumes_total{RUN}))"),
         tile("Alerts", Unit.COUNT, "Alerts of this run that fire now.",
              f"count({FIRING}) or vector(0)", 1),
+        tile("Up for", Unit.SECONDS, "Since this process of the main rank started to train.",
+             f"time() - max(mixmae_start_timestamp_seconds{RUN})"),
     ),
 )  # fmt: skip
 
@@ -74,9 +83,8 @@ BOARD = Board(
                       (f"max(mixmae_weight_decay{RUN})", "weight decay")),
                 lines("Step", Unit.COUNT, "Optimizer step of the run: a drop is a resume from an older checkpoint.",
                       (f"max(mixmae_step{RUN})", "step")),
-                lines("Interruptions", Unit.COUNT, "Skipped steps; resumes from a checkpoint.",
-                      (f"max(mixmae_skipped_steps_total{RUN})", "skipped steps"),
-                      (f"max(mixmae_resumes_total{RUN})", "resumes")),
+                lines("Restarts", Unit.COUNT, "Times that the run was started again, by how it had ended.",
+                      (f"max by (reason) (mixmae_resumes_total{RUN})", "$reason")),
             ),
         ),
         Row(
@@ -114,8 +122,9 @@ BOARD = Board(
                        "reserved"),
                       (f"max(mixmae_device_memory_allocated_bytes{RUN} / mixmae_device_memory_limit_bytes{RUN})",
                        "in use")),
-                lines("Ranks", Unit.COUNT, "Ranks that are scraped, and those that finished a step in two minutes.",
-                      (f"count(mixmae_step{RUN})", "scraped"),
+                lines("Ranks", Unit.COUNT, "Of the run; whose process runs; which finished a step in two minutes.",
+                      (f"max(mixmae_world_size{RUN})", "of the run"),
+                      (_RUNNING, "running"),
                       (f"sum(time() - mixmae_heartbeat_timestamp_seconds{RUN} <= bool 120)", "stepping")),
                 lines("Age of the newest checkpoint", Unit.SECONDS, "What would be lost if the run ended now.",
                       (f"time() - max(mixmae_checkpoint_timestamp_seconds{RUN})", "age")),

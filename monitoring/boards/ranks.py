@@ -18,12 +18,22 @@ from monitoring.panels import (
     per_step,
     rate,
     spread,
+    table,
+)
+
+_LAST = table(
+    "Furthest behind",
+    "The ranks that came to the fewest parts of steps, where they are now, and how many parts they are behind.",
+    f"(scalar(max(mixmae_parts_total{RUN})) - bottomk({LINES}, max by (node, rank) (mixmae_parts_total{HERE})))"
+    f" * on (node, rank) group_right () max by (node, rank, part) (mixmae_rank_part{HERE} == 1)",
+    "rank $rank on $node is in $part",
 )
 
 BOARD = Board(
     "ranks",
     "Ranks and nodes",
     (
+        Row("Furthest behind", (_LAST,)),
         Row(
             "Late, slow or starved",
             (
@@ -31,8 +41,14 @@ BOARD = Board(
                       (f"time() - (max by (node, rank) (mixmae_heartbeat_timestamp_seconds{HERE}) and"
                        f" bottomk({LINES}, max by (node, rank)"
                        f" (last_over_time(mixmae_heartbeat_timestamp_seconds{HERE}{WHOLE}))))", RANK)),
-                lines("Steps behind the first rank", Unit.COUNT, "Ranks step together: more than 1 is a hang.",
-                      *spread(f"(scalar(max(mixmae_step{RUN})) - mixmae_step{HERE})")[1:]),
+                lines("Behind the first rank", Unit.COUNT,
+                      "Parts of steps. All ranks come to the same ones, so a rank that stays behind is one that hangs.",
+                      (f"scalar(max(mixmae_parts_total{RUN})) - (max by (node, rank) (mixmae_parts_total{HERE}) and"
+                       f" bottomk({LINES}, max by (node, rank) (last_over_time(mixmae_parts_total{HERE}{WHOLE}))))",
+                       RANK)),
+                lines("Where ranks are", Unit.COUNT,
+                      "Ranks by the part that they are at: if one hangs, all others stand where they wait for it.",
+                      (f"sum by (part) (mixmae_rank_part{HERE})", "$part")),
                 lines("Steps per second", Unit.PER_SECOND, "Of the ranks; they differ only when one hangs.",
                       *spread(f"rate(mixmae_optimizer_steps_total{HERE}{NOW})")),
                 lines("Own work of a step, slowest ranks", Unit.SECONDS,
@@ -49,6 +65,9 @@ BOARD = Board(
                         f"mixmae_step_seconds_bucket{HERE}"),
                 lines("Communication", Unit.BYTES_PER_SECOND, "Bytes of collectives; counted if the recipe says so.",
                       (rate(f"mixmae_communication_bytes_total{HERE}", "operation"), "$operation")),
+                lines("Time of communication", Unit.RATIO, "Share of the ranks' time; counted if the recipe says so.",
+                      (f"{rate(f'mixmae_communication_seconds_total{HERE}', 'operation')} / on () group_left ()"
+                       f" {rate(f'mixmae_step_seconds_sum{HERE}')}", "$operation")),
             ),
         ),
         Row(

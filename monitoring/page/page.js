@@ -10,6 +10,7 @@ const $ = id => document.getElementById(id);
 const address = new URL(location.href);
 const chosen = (key, otherwise) => address.searchParams.get(key) ?? otherwise;
 const board = BOARDS.find(({ name }) => name === chosen("board")) ?? BOARDS[0];
+const LISTS = ["alerts", "table"];
 const panels = board.rows.flatMap(row => row.panels).filter(({ look }) => look !== "text");
 const ABOUT = BOARDS.flatMap(({ rows }) => rows).flatMap(row => row.panels).find(({ look }) => look === "text");
 const rangeName = chosen("range", "1h") in RANGES ? chosen("range", "1h") : "1h";
@@ -77,7 +78,7 @@ function buildBoard() {
     const tiles = row.panels.filter(({ look }) => look === "tile"), charts = row.panels.filter(({ look }) => look !== "tile" && look !== "text");
     $("board").append(element("h2", {}, row.title));
     if (tiles.length) $("board").append(element("div", { class: "row tiles" }, ...tiles.map(emptyCard)));
-    if (charts.length) $("board").append(element("div", { class: charts[0].look === "alerts" ? "row" : "row charts" }, ...charts.map(emptyCard)));
+    if (charts.length) $("board").append(element("div", { class: LISTS.includes(charts[0].look) ? "row" : "row charts" }, ...charts.map(emptyCard)));
   }
 }
 
@@ -94,9 +95,9 @@ function emptyCard(panel) {
   if (panel.look === "tile") {
     card.classList.add("tile");
     card.append(element("div", { class: "value unknown" }, "–"));
-  } else if (panel.look === "alerts") {
+  } else if (LISTS.includes(panel.look)) {
     card.querySelector("h3").remove();
-    card.append(element("ul", { class: "alerts" }));
+    card.append(element("ul", { class: "list" }));
   } else {
     card.append(element("div", { class: "plot" }), element("div", { class: "legend" }));
   }
@@ -124,6 +125,13 @@ const show = {
     const firing = (await ask("alerts", {})).alerts.filter(({ labels, state }) => state === "firing" && labels.run === run);
     cards.get(panel).querySelector("ul").replaceChildren(...alertRows(firing));
   },
+  async table(panel, run, span) {
+    const [{ expr, legend }] = panel.queries, found = await query(fill(expr, run, span), span.now);
+    const rows = found.map(({ metric, value }) => ({ text: named(legend, metric), value: Number(value[1]) }));
+    rows.sort((a, b) => b.value - a.value);
+    cards.get(panel).querySelector("ul").replaceChildren(...rows.map(({ text, value }) =>
+      element("li", {}, element("span", {}, text), element("b", { class: "last" }, format(value, panel.unit, span.now)))));
+  },
   async chart(panel, run, span) {
     const answers = await Promise.all(panel.queries.map(({ expr }) =>
       ask("query_range", { query: fill(expr, run, span), start: span.start, end: span.end, step: span.step })));
@@ -150,7 +158,7 @@ function alertRows(alerts) {
     const text = annotations.summary ?? annotations.description ?? "";
     return element("li", {}, element("span", { class: `severity ${severity}` }, severity),
       element("b", {}, labels.alertname + (group.length > 1 ? ` × ${group.length}` : "")), element("span", {}, text),
-      element("span", { class: "since" }, format(since, "time", now)));
+      element("span", { class: "last" }, format(since, "time", now)));
   });
   return groups.length > MOST_ALERTS ? [...rows, element("li", {}, `and ${groups.length - MOST_ALERTS} more`)] : rows;
 }

@@ -43,7 +43,9 @@ def test_launching_works_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "-m deepspeed.launcher.runner" in done.stdout
     assert "--hostfile /dev/null --num_gpus 2" in done.stdout
-    assert done.stdout.endswith("--module trainer.pretrain configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'\n")
+    assert "--module launch.rank" in done.stdout
+    typed = "configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'"
+    assert done.stdout.endswith(f"trainer.pretrain --world-size 2 {typed}\n")
 
 
 @pytest.mark.parametrize(

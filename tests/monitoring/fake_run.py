@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from monitoring.metrics import METRICS, STEP_BUCKETS, Kind, Metric, Source
+from monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
 
 GIB = 2.0**30
 CHECKPOINT_EVERY = 720.0
@@ -83,9 +83,10 @@ class FakeRun(NamedTuple):
             "gradient_norm": 0.35 + 1.9 * math.exp(-step / 900) + 0.09 * abs(_noise(logged, 1)),
             "learning_rate": 6e-4 * warmup * (0.5 + 0.5 * math.cos(math.pi * done)),
             "weight_decay": 0.05,
-            "resumes_total": float(age > 2400),
+            "world_size": self.ranks,
             "skipped_steps_total": sum(step > at for at in (2100, 5200)),
-            "checkpoint_seconds": Observed(saves, 6.5 * saves, saves // 8),
+            "checkpoint_seconds": Observed(saves, 0.4 * saves, saves // 8),
+            "checkpoint_write_seconds": Observed(saves, 6.5 * saves, saves // 8),
             "checkpoint_bytes": 1.42 * GIB,
             "checkpoint_timestamp_seconds": now - last,
             "checkpoint_failures_total": float(age > 2000),
@@ -93,6 +94,8 @@ class FakeRun(NamedTuple):
         if name == "run_info":
             what = ("mixmae_swin_base_w14", "88.9M", str(self.ranks), "1", "bf16", "2.12.0", "0.19.8", "0.1.0")
             return {what: 1}
+        if name == "resumes_total":
+            return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}
         return {(): single[name]}
 
     def _of_rank(self, name: str, rank: int, now: float) -> Values:
@@ -104,6 +107,8 @@ class FakeRun(NamedTuple):
             "images_total": step * BATCH,
             "heartbeat_timestamp_seconds": now - (now - self.start) % self.step_seconds - 0.1 * (rank % 3),
             "step": step,
+            "alive_timestamp_seconds": now - 0.3 * (rank % 3),
+            "parts_total": 4 * step + (2 if self._is_slow(rank, now) else 3),
             "device_memory_allocated_bytes": memory,
             "device_memory_reserved_bytes": memory + 3 * GIB,
             "device_memory_peak_bytes": 66 * GIB * wave,
@@ -115,13 +120,24 @@ class FakeRun(NamedTuple):
             "data_queue_batches": 12 + round(4 * _noise(now // 5, rank)) - 6 * self._is_slow(rank, now),
             "step_seconds": Observed(step, step * self.step_seconds, 0.04 * step + 4 * math.sin(now / 90)),
         }
-        if name == "step_part_seconds":
-            return {(part,): Observed(step, total, 0.04 * step) for part, total in self._parts(rank, now).items()}
-        if name == "communication_bytes_total":
-            return {("reduce_scatter",): step * 3.5e8, ("all_gather",): step * 1.8e8, ("all_reduce",): step * 64.0}
-        if name == "replaced_samples_total":
-            return {("decode",): age // 300, ("truncated",): age // 900 if rank < 4 else 0}
-        return {(): single[name]}
+        if name in single:
+            return {(): single[name]}
+        present = "forward" if self._is_slow(rank, now) else "backward"
+        labelled: dict[str, Values] = {
+            "step_part_seconds": {
+                (part,): Observed(step, total, 0.04 * step) for part, total in self._parts(rank, now).items()
+            },
+            "rank_part": {(place,): float(place == present) for place in PLACES},
+            "cache_blocks_total": {("found",): 3.1 * step, ("fetched",): step / 9},
+            "communication_bytes_total": {
+                ("reduce_scatter",): step * 3.5e8, ("all_gather",): step * 1.8e8, ("all_reduce",): step * 64.0
+            },
+            "communication_seconds_total": {
+                ("reduce_scatter",): step * 0.03, ("all_gather",): step * 0.02, ("all_reduce",): step * 2e-4
+            },
+            "replaced_samples_total": {("decode",): age // 300, ("truncated",): age // 900 if rank < 4 else 0},
+        }  # fmt: skip
+        return labelled[name]
 
     def _of_node(self, name: str, node: str, now: float) -> Values:
         number = self.nodes.index(node)

@@ -9,9 +9,9 @@ import pytest
 
 from monitoring.boards import BOARDS
 from monitoring.generate import ROOT, generated
-from monitoring.metrics import METRICS
+from monitoring.metrics import METRICS, PARTS
 from monitoring.panels import LINES, Look
-from monitoring.reference import PER_HISTOGRAM, VALUES, metrics_in, most_series
+from monitoring.reference import PER_HISTOGRAM, REASONS, metrics_in, most_series
 from tests.monitoring.fake_run import FakeRun, history
 from tests.monitoring.prometheus import Prometheus, prometheus
 from tests.monitoring.services import needs
@@ -19,8 +19,9 @@ from trainer.data.faults import Reason
 
 NAMES = [board.name for board in BOARDS]
 QUERIES = [(board, panel, query) for board in BOARDS for panel in board.panels for query in panel.queries]
-FEW = {Look.HEATMAP: PER_HISTOGRAM - 2, Look.STACK: VALUES["part"]}
+FEW = {Look.HEATMAP: PER_HISTOGRAM - 2, Look.STACK: len(PARTS)}
 """Series that a query may draw, where it is not LINES."""
+NOW = (Look.TILE, Look.TABLE)
 
 
 @pytest.mark.parametrize("path", generated(), ids=str)
@@ -68,7 +69,7 @@ def test_cardinality_is_bounded_and_linear_in_nodes_and_ranks() -> None:
         ]
         assert 0.8 * most_series(nodes) < len(series) <= most_series(nodes)
     assert most_series(64) - most_series(32) == 32 * (most_series(2) - most_series(1))
-    assert len(Reason) <= VALUES["reason"]
+    assert len(Reason) <= REASONS
 
 
 SMALL, LARGE = "small", "large"
@@ -103,7 +104,7 @@ def test_every_expression_returns_data_and_few_series(server: Prometheus, run: s
         expr = fill(query.expr, run, node)
         found = server.query(expr)
         assert found, f"{board.name}, {panel.title}: {expr}"
-        drawn = found if panel.look is Look.TILE else server.query_range(expr, now - 300, now, 15)
+        drawn = found if panel.look in NOW else server.query_range(expr, now - 300, now, 15)
         assert 1 <= len(drawn) <= FEW.get(panel.look, LINES), f"{board.name}, {panel.title}: {len(drawn)} series"
         labels = set(re.findall(r"\$(\w+)", query.legend))
         assert all(labels <= set(one["metric"]) for one in drawn), f"{board.name}, {panel.title}: {query.legend}"

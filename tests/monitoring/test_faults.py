@@ -1,131 +1,45 @@
-"""Each alert fires on a real fault of a real two-rank run, seen by the real Prometheus, and resolves when it is over.
+"""Each alert fires on a real fault of a real two-rank run, is told to people by the real servers, and resolves.
 
-All durations of the rules are divided by 60: an hour's window is a minute. What needs a GPU, or hours, is left to the
-unit tests of the rules.
+What needs a GPU (MixmaeDeviceMemoryNearLimit) is left to the unit tests of the rules; restarts have tests of their own.
 """
 
-import multiprocessing
 import os
-import re
 import signal
+import socket
 import subprocess
 import time
-import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from monitoring import local
-from monitoring.local import Monitor, find_programs, free_port_from
+from monitoring.boards import BOARDS
+from monitoring.configuration import HERE
+from monitoring.panels import Board, Look
 from tests.helpers import tiny_recipe
-from tests.monitoring.services import needs
-from tests.monitoring.test_local import ask
-from trainer.config import Recipe
-from trainer.data.stream import Batch
-from trainer.distributed import Ranks, join, leave, read_ranks
-from trainer.loop import fit
-from trainer.ports import free_port
-from trainer.pretrain import check, prepare
+from tests.monitoring.browser import visit
+from tests.monitoring.faulty_run import Control, faulty_run
+from tests.monitoring.test_dashboards import NOW, QUERIES, fill
+from tests.monitoring.watching import Watching, watching
 
-pytestmark = [pytest.mark.slow, pytest.mark.services]
-FACTOR = 60
-
-
-def quick(rules: Path, folder: Path) -> Path:
-    """A copy of a rule file in which an hour is a minute."""
-    content = yaml.safe_load(rules.read_text())
-    for group in content["groups"]:
-        for rule in group["rules"]:
-            spans = re.compile(r"(?<![\w.])(\d+)(s|m|h)\b")
-            rule["expr"] = spans.sub(lambda m: f"{_seconds(m)}s", rule["expr"])
-            # Bare numbers of a minute and more are seconds, which stand beside time().
-            rule["expr"] = re.sub(r"(?<![\w.])(\d{2,5})(?![\w.])", _scaled, rule["expr"])
-            if "for" in rule:
-                rule["for"] = spans.sub(lambda m: f"{_seconds(m)}s", rule["for"])
-    copy = folder / rules.name
-    copy.write_text(yaml.safe_dump(content))
-    return copy
-
-
-def _seconds(match: re.Match[str]) -> int:
-    return max(1, int(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] // FACTOR)
-
-
-def _scaled(match: re.Match[str]) -> str:
-    return str(int(match[1]) // FACTOR) if int(match[1]) >= 60 else match[1]
-
-
-class Slowed:
-    """A stream whose batches come late while a file says so."""
-
-    def __init__(self, stream: Any, control: Path) -> None:
-        self._stream, self._control = stream, control
-
-    def __next__(self) -> Batch:
-        if (self._control / "slow").exists():
-            time.sleep(0.2)
-        batch: Batch = next(self._stream)
-        return batch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def rank_of_a_faulty_run(rank: int, port: int, recipe: Recipe, control: Path) -> None:
-    """Trains as the main job does, with faults that files in `control` turn on."""
-    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in env.items()})
-    ranks: Ranks = read_ranks(os.environ)
-    job = check(recipe, ranks)
-    join(ranks)
-    run = prepare(job, ranks)
-    run.batches = Slowed(run.batches, control)  # type: ignore[assignment]
-    model = run.engine.module
-    forward: Callable[..., Any] = model.forward
-
-    def faulty(*inputs: Any) -> Any:
-        loss = forward(*inputs)
-        if (control / "nan").exists():
-            loss = loss * float("nan")
-        return loss * 20 if (control / "steep").exists() else loss
-
-    model.forward = faulty
-    fit(run)
-    run.observer.close(clean=True)
-    run.batches.close()
-    run.reporter.close()
-    run.engine.destroy()
-    leave(0)
+pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(3600)]
+NODE = socket.gethostname()
+ONLY_ON_GPUS = ("mixmae_gpu_", "mixmae_device_memory")
 
 
 @dataclass
-class Watched:
-    """A run and the Prometheus that watches it."""
+class Run:
+    """A run, what spoils it, and who watches it."""
 
-    monitor: Monitor
     run_dir: Path
-    control: Path
     shards: Path
-    ranks: list[Any]
-
-    def firing(self) -> set[str]:
-        alerts = ask(f"{self.monitor.url}/api/v1/alerts")["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
-
-    def value(self, expression: str) -> float:
-        query = urllib.parse.urlencode({"query": expression})
-        found = ask(f"{self.monitor.url}/api/v1/query?{query}")["data"]["result"]
-        return float(found[0]["value"][1]) if found else 0.0
-
-    def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, (self.firing(), [rank.exitcode for rank in self.ranks])
-            time.sleep(0.5)
+    control: Control
+    ranks: list[SpawnProcess]
+    watching: Watching
 
 
 @pytest.fixture(scope="module")
@@ -140,106 +54,146 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def watched(disk: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    needs("prometheus", "prometheus")
-    needs("prometheus-alertmanager", "prometheus-alertmanager")
+def run(disk: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run whose second rank is held up before its first step."""
     folder = tmp_path_factory.mktemp("faults")
-    copy, control, run_dir = folder / "shards", folder / "control", disk / "run"
+    copy, run_dir = folder / "shards", disk / "run"
     subprocess.run(["cp", "-r", str(shards), str(copy)], check=True)
-    control.mkdir()
-    changes = {"train.duration": "1000000 steps", "train.max_skipped_steps": 10**6, "data.max_bad_share": 0.99}
-    recipe = tiny_recipe(
-        **{**changes, "data.shards": str(copy), "run_dir": str(run_dir), "monitoring.port": 0, "optim.base_lr": 1e-6}
-    )
-    for name in ("rules.yml", "alerts.yml"):
-        quick(local.HERE / name, folder)
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [
-        context.Process(target=rank_of_a_faulty_run, args=(rank, port, recipe, control), daemon=False)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    monitor = Monitor(find_programs(), [run_dir], folder / "data", free_port_from(19090), free_port_from(19190), "1s")
-    rules = {str(local.HERE / name): str(folder / name) for name in ("rules.yml", "alerts.yml")}
-    try:
-        while not list((run_dir / "monitoring" / "targets").glob("*.json")):
-            time.sleep(0.2)
-        with monitor:
-            config = monitor.data / "prometheus.yml"
-            text = config.read_text()
-            for shipped, scaled in rules.items():
-                assert shipped in text
-                text = text.replace(shipped, scaled)
-            config.write_text(text)
-            monitor._children["prometheus"].send_signal(signal.SIGHUP)
-            yield Watched(monitor, run_dir, control, copy, ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
+    (folder / "control").mkdir()
+    control = Control(folder / "control")
+    control.set("no-engine-1", on=True)
+    endless = {"train.duration": "1000000 steps", "train.max_skipped_steps": 10**6, "data.max_bad_share": 0.99}
+    saving = {"checkpoint.every": "100 steps", "checkpoint.keep": 1, "checkpoint.max_failures": 10**6}
+    telling = {"monitoring.port": 0, "monitoring.comms_logger": True, "monitoring.peak_flops": 1e12}
+    own = {"data.shards": str(copy), "run_dir": str(run_dir), "optim.base_lr": 1e-6}
+    recipe = tiny_recipe(**{**endless, **saving, **telling, **own})
+    with faulty_run(recipe, control) as ranks:
+
+        def alive() -> bool:
+            return all(rank.exitcode is None for rank in ranks)
+
+        with watching([run_dir], folder / "data", alive) as watched:
+            yield Run(run_dir, copy, control, ranks, watched)
 
 
-def test_a_healthy_run_fires_nothing(watched: Watched) -> None:
-    watched.until(lambda: watched.value("time() - max(mixmae_start_timestamp_seconds)") > 85)
-    assert watched.value("count(mixmae_step)") == 2
-    assert watched.firing() == set()
+def switch(run: Run, fault: str, *alerts: str) -> dict[str, str]:
+    """A fault is turned on until alerts fire, then off until they do not; returns what people were told of them."""
+    run.control.set(fault, on=True)
+    run.watching.fire(*alerts)
+    told = {alert: run.watching.summary(alert) for alert in alerts}
+    run.control.set(fault, on=False)
+    run.watching.resolve(*alerts)
+    return told
 
 
-def switch(watched: Watched, fault: str, *alerts: str) -> None:
-    """A fault is turned on until the alerts fire, then off until they do not."""
-    (watched.control / fault).touch()
-    watched.until(lambda: set(alerts) <= watched.firing())
-    (watched.control / fault).unlink()
-    watched.until(lambda: not set(alerts) & watched.firing(), 180)
+def test_a_rank_that_does_not_get_ready(run: Run) -> None:
+    run.watching.fire("MixmaeNotTraining")
+    assert run.watching.value('count(mixmae_rank_part{part="starting"} == 1)') == 2
+    run.control.set("no-engine-1", on=False)
+    run.watching.resolve("MixmaeNotTraining")
 
 
-def test_a_loader_that_is_slow(watched: Watched) -> None:
-    switch(watched, "slow", "MixmaeDataWait", "MixmaeThroughputFell")
+def test_a_healthy_run_fires_nothing(run: Run) -> None:
+    run.watching.until(lambda: run.watching.value("time() - max(mixmae_start_timestamp_seconds)") > 85)
+    assert run.watching.value("count(mixmae_step)") == 2
+    assert run.watching.value("max(mixmae_checkpoint_seconds_count)") > 0
+    assert run.watching.alerts() == {}
 
 
-def test_losses_that_are_not_finite(watched: Watched) -> None:
-    switch(watched, "nan", "MixmaeLossNotFinite", "MixmaeStepsSkipped")
+def test_a_loader_that_is_slow(run: Run) -> None:
+    switch(run, "slow", "MixmaeDataWait", "MixmaeThroughputFell")
 
 
-def test_a_loss_that_rises(watched: Watched) -> None:
-    switch(watched, "steep", "MixmaeLossRising", "MixmaeGradientNormJump")
+def test_losses_that_are_not_finite(run: Run) -> None:
+    switch(run, "nan", "MixmaeLossNotFinite", "MixmaeStepsSkipped")
 
 
-def test_a_rank_that_hangs(watched: Watched) -> None:
-    victim = watched.ranks[1].pid
+def test_a_loss_that_rises(run: Run) -> None:
+    switch(run, "steep", "MixmaeLossRising", "MixmaeGradientNormJump")
+
+
+def test_a_rank_that_gets_no_data_is_named(run: Run) -> None:
+    """All hang in the same step: only the parts that they came to tell who holds up whom."""
+    told = switch(run, "no-data-1", "MixmaeRankBehind", "MixmaeNoProgress")
+    assert f"rank 1 on {NODE} hangs in data_wait" in told["MixmaeRankBehind"]
+    assert f"rank 1 on {NODE} is behind" in told["MixmaeNoProgress"]
+
+
+def test_a_rank_that_is_stopped_is_named(run: Run) -> None:
+    victim = run.ranks[1].pid
+    assert victim is not None
     os.kill(victim, signal.SIGSTOP)
-    watched.until(lambda: "MixmaeNoProgress" in watched.firing())
+    run.watching.fire("MixmaeRanksMissing", "MixmaeNoProgress")
+    assert f"1 of its ranks do not run; rank 1 on {NODE} is one" in run.watching.summary("MixmaeRanksMissing")
     os.kill(victim, signal.SIGCONT)
-    watched.until(lambda: "MixmaeNoProgress" not in watched.firing())
+    run.watching.resolve("MixmaeRanksMissing", "MixmaeNoProgress")
 
 
-def test_a_disk_that_fills_up(watched: Watched) -> None:
-    filler = watched.run_dir.parent / "filler"
-    free = os.statvfs(watched.run_dir).f_bavail * os.statvfs(watched.run_dir).f_frsize
-    filler.write_bytes(b"\0" * (free - 2**20))
-    watched.until(lambda: "MixmaeDiskNearlyFull" in watched.firing())
+def test_a_disk_that_fills_up(run: Run) -> None:
+    """The run loses checkpoints and its record, and goes on; once there is room it saves again."""
+    alerts = (
+        "MixmaeDiskNearlyFull",
+        "MixmaeNoRoomForCheckpoint",
+        "MixmaeCheckpointFailed",
+        "MixmaeCheckpointTooOld",
+    )
+    filler = run.run_dir.parent / "filler"
+    full = subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], check=False, capture_output=True, text=True)
+    assert "No space left" in full.stderr
+    run.watching.fire(*alerts)
     filler.unlink()
-    watched.until(lambda: "MixmaeDiskNearlyFull" not in watched.firing())
+    run.watching.resolve(*alerts)
+    assert run.watching.value("max(mixmae_checkpoint_failures_total)") > 0
 
 
-def test_shards_that_are_damaged(watched: Watched) -> None:
-    sound = (watched.shards / "000000.tar").read_bytes()
-    with (watched.shards / "000000.tar").open("r+b") as file:
+def test_shards_that_are_damaged(run: Run) -> None:
+    sound = (run.shards / "000000.tar").read_bytes()
+    with (run.shards / "000000.tar").open("r+b") as file:
         file.write(b"\0" * len(sound))
-    watched.until(lambda: "MixmaeBadSamples" in watched.firing())
-    with (watched.shards / "000000.tar").open("r+b") as file:
+    run.watching.fire("MixmaeBadSamples")
+    with (run.shards / "000000.tar").open("r+b") as file:
         file.write(sound)
-    watched.until(lambda: "MixmaeBadSamples" not in watched.firing())
+    run.watching.resolve("MixmaeBadSamples")
 
 
-def test_an_exporter_that_is_killed(watched: Watched) -> None:
+def test_every_expression_of_every_dashboard_returns_data(run: Run) -> None:
+    now = time.time()
+    for board, panel, query in QUERIES:
+        if panel.look is Look.ALERTS:  # of alerts, and none fires
+            continue
+        expr = fill(query.expr, "run")
+        expected = not any(name in expr for name in ONLY_ON_GPUS)
+        found = run.watching.query(expr)
+        if panel.look not in NOW:
+            found = run.watching.query(expr, start=now - 60, end=now, step=5)
+        assert bool(found) == expected, f"{board.name}, {panel.title}: {expr}"
+
+
+def test_every_recording_rule_returns_data(run: Run) -> None:
+    groups = yaml.safe_load((HERE / "rules.yml").read_text())["groups"]
+    for name in [rule["record"] for group in groups for rule in group["rules"]]:
+        expected = not any(part in name for part in ("device_memory", ":stopped"))  # no GPU, no fault
+        assert bool(run.watching.query(f'{{__name__="{name}", run="run"}}')) == expected, name
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.name)
+def test_the_console_page_of_a_real_run_has_no_errors(run: Run, board: Board, tmp_path: Path) -> None:
+    seen = visit(f"{run.watching.monitor.url}/consoles/mixmae.html?board={board.name}&run=run&range=15m", tmp_path)
+    assert seen.console == []
+    assert "mixmae_swin_nano, " in seen.dom
+    assert "2 ranks" in seen.dom
+
+
+def test_an_exporter_that_is_killed(run: Run) -> None:
     """The run goes on; its node answers again with the next start, or is forgotten when the run is given up."""
-    before = watched.value("max(mixmae_step)")
+    before = run.watching.value("max(mixmae_step)")
     assert before > 0
-    subprocess.run(["pkill", "-9", "-f", f"monitoring.exporter.*{watched.run_dir}"], check=True)
-    watched.until(lambda: "MixmaeExporterGone" in watched.firing())
-    assert [rank.exitcode for rank in watched.ranks] == [None, None]
-    for file in (watched.run_dir / "monitoring" / "targets").glob("*.json"):
+    (exporter,) = [
+        child for child in psutil.Process(run.ranks[0].pid).children() if "monitoring.exporter" in child.cmdline()
+    ]
+    exporter.kill()
+    run.watching.fire("MixmaeExporterGone")
+    assert [rank.exitcode for rank in run.ranks] == [None, None]
+    for file in (run.run_dir / "monitoring" / "targets").glob("*.json"):
         file.unlink()
-    watched.until(lambda: "MixmaeExporterGone" not in watched.firing())
+    run.watching.resolve("MixmaeExporterGone")

@@ -67,6 +67,21 @@ def test_a_process_that_starts_again_counts_from_nothing(tmp_path: Path) -> None
     assert dict(read_ranks(tmp_path)) == {0: [Value("images_total", (), "", 1.0)]}
 
 
+def _begin_for_ever(folder: Path) -> None:
+    while True:
+        Recorder(folder, 0).close()
+
+
+def test_reading_while_ranks_begin_sees_whole_files(tmp_path: Path) -> None:
+    writer = multiprocessing.get_context("spawn").Process(target=_begin_for_ever, args=(tmp_path,), daemon=True)
+    writer.start()
+    looks = 0
+    while looks < 2000:
+        looks += bool(list(read_ranks(tmp_path)))
+    writer.kill()
+    writer.join()
+
+
 def _write_for_ever(folder: Path) -> None:
     recorder = Recorder(folder, 0)
     number = 0

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from launch import monitor as command
 from monitoring import local
+from monitoring.configuration import configuration, run_dirs
 from monitoring.discovery import write_target
-from monitoring.local import Monitor, MonitorError, Programs, configuration, find_programs, free_port_from, run_dirs
+from monitoring.exporter import Exporter, Settings
+from monitoring.handover import Recorder
+from monitoring.local import Monitor, MonitorError, Programs, find_programs, free_port_from
 from tests.monitoring.services import needs
 from trainer.ports import free_port
 
@@ -98,6 +102,56 @@ def test_a_run_is_scraped_and_its_alert_arrives(
     assert not any(map(alive, pids))
 
 
+@contextmanager
+def guarded_run(run_dir: Path, auth: str, told: str) -> Iterator[None]:
+    """An exporter over TLS with the password `auth`, of a run whose recipe's file says `told`."""
+    cert, key, auth_file = run_dir / "cert.pem", run_dir / "key.pem", run_dir / "auth"
+    run_dir.mkdir(parents=True)
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    auth_file.write_text(auth)
+    Recorder(run_dir / "shared", 0).set("step", 3)
+    exporter = Exporter(Settings(run_dir / "shared", run_dir, "127.0.0.1", 0, 60.0, cert, key, auth_file))
+    auth_file.write_text(told)
+    recipe = {"model": {}, "train": {}, "monitoring": {"certfile": str(cert), "auth_file": str(auth_file)}}
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_target(run_dir, "n1", exporter.target)
+    yield
+    exporter.close()
+
+
+@pytest.mark.services
+def test_runs_are_scraped_over_tls_and_with_passwords_as_their_recipes_say(
+    programs: Programs, exporter: tuple[str, Gauge], tmp_path: Path
+) -> None:
+    needs("openssl", "openssl")
+    write_target(tmp_path / "plain", "n1", exporter[0])
+    with guarded_run(tmp_path / "guarded", "me:it: is", "me:it: is"), guarded_run(tmp_path / "closed", "me:a", "me:b"):
+        folders = [tmp_path / name for name in ("plain", "guarded", "closed")]
+        with Monitor(programs, folders, tmp_path / "data", free_port(), free_port(), interval="1s") as monitor:
+
+            def states() -> dict[str, str]:
+                found = ask(f"{monitor.url}/api/v1/targets")["data"]["activeTargets"]
+                return {target["labels"]["run"]: target["health"] for target in found}
+
+            eventually(lambda: states() == {"plain": "up", "guarded": "up", "closed": "down"})
+            (step,) = eventually(lambda: query(monitor, "mixmae_step"))
+            assert (step["metric"]["run"], step["metric"]["job"], step["value"][1]) == ("guarded", "mixmae", "3")
+            assert {one["metric"]["job"] for one in query(monitor, "up")} == {"mixmae"}
+            passwords = list((tmp_path / "data").glob("password-*"))
+            assert [file.stat().st_mode & 0o777 for file in passwords] == [0o600, 0o600]
+            assert "it: is" not in monitor.configuration
+
+
+def test_a_password_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    recipe = {"model": {}, "train": {}, "monitoring": {"auth_file": str(tmp_path / "nowhere")}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monitor = Monitor(Programs("prometheus", None), [tmp_path], tmp_path / "data", 1, 2)
+    with pytest.raises(MonitorError, match="nowhere, which a run's recipe names, cannot be read"), monitor:
+        pass
+
+
 @pytest.mark.services
 def test_a_server_that_cannot_start_says_why_and_leaves_none(programs: Programs, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -137,7 +191,7 @@ def test_the_shipped_configuration_is_used_for_these_runs(tmp_path: Path) -> Non
     write_target(tmp_path / "runs" / "b", "n1", "localhost:1")
     write_target(tmp_path / "runs" / "a", "n1", "localhost:2")
     folders = [tmp_path / "runs", tmp_path / "runs" / "a", tmp_path / "new"]
-    content = yaml.safe_load(configuration(folders, 9999))
+    content = yaml.safe_load(configuration(folders, tmp_path, 9999))
     assert content["global"]["scrape_interval"] == "5s"
     assert [Path(file).is_file() for file in content["rule_files"]] == [True, True]
     assert content["alerting"]["alertmanagers"] == [{"static_configs": [{"targets": ["127.0.0.1:9999"]}]}]
@@ -147,7 +201,7 @@ def test_the_shipped_configuration_is_used_for_these_runs(tmp_path: Path) -> Non
     expected = [f"{tmp_path}/{name}/monitoring/targets/*.json" for name in targets]
     assert job["file_sd_configs"] == [{"files": expected, "refresh_interval": "5s"}]
     assert run_dirs(folders) == [tmp_path / name for name in targets]
-    assert "alerting" not in yaml.safe_load(configuration(folders, None))
+    assert "alerting" not in yaml.safe_load(configuration(folders, tmp_path, None))
 
 
 def test_the_next_free_port_is_taken() -> None:

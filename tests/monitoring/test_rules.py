@@ -89,6 +89,8 @@ def test_rules_use_metrics_that_exist(rule: dict[str, Any]) -> None:
     assert names or "up{" in rule["expr"]
     for name in names:
         assert name in RECORDED or name in SUFFIXES or SERIES[name].kind is not Kind.HISTOGRAM
+    raw = re.findall(r'(?<![\w:])(?:mixmae_\w+|up)\b(\{job="mixmae")?', rule["expr"])
+    assert all(raw), "numbers that a Pushgateway keeps of ended runs are none of the rules'"
     for parts in re.findall(r"by \(([^)]*)\)", rule["expr"]):
         assert parts.split(", ")[0] == "run", "one Prometheus watches many runs"
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from monitoring.access import Access
 from monitoring.discovery import write_target
 from monitoring.history import Log, State, Tail
 from monitoring.metrics import METRICS, STEP_BUCKETS, Kind
-from monitoring.scrape import Access, Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
+from monitoring.scrape import Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
 from monitoring.text import ASCII_BLOCKS, BLOCKS, NOT_FINITE, amount, chart, duration, packed, plain, size
 from monitoring.watch import View, WatchedEndpoint, WatchedRun, WatchError, events_of
 
@@ -233,6 +234,10 @@ class Exporter:
                 made: Any = Histogram(*arguments, registry=self.registry, buckets=STEP_BUCKETS)
             else:
                 made = kinds[metric.kind](*arguments, registry=self.registry)
+            if metric.states:
+                for rank, present in (("0", "data_wait"), ("1", "backward")):
+                    for state in metric.states:
+                        made.labels(rank, state).set(state == present)
             self.metrics[metric.name] = made
         self.begin()
 
@@ -289,7 +294,13 @@ def test_late_and_silent_ranks(exporter: tuple[Exporter, str]) -> None:
     endpoint = Endpoint(f"http://{address}/metrics", "a", Access())
     run.train("1", steps=1, wait=0.0, beat=NOW + 99)
     endpoint.ask(NOW + 100)
-    assert [(rank.rank, rank.trouble) for rank in endpoint.ranks(NOW + 102)] == [(0, "late"), (1, "")]
+    found = [(rank.rank, rank.trouble, rank.part) for rank in endpoint.ranks(NOW + 102)]
+    assert found == [(0, "late", "data_wait"), (1, "", "backward")]
+    run.metrics["alive_timestamp_seconds"].labels("0").set(NOW + 60)
+    endpoint.ask(NOW + 102)
+    assert [rank.trouble for rank in endpoint.ranks(NOW + 102)] == ["stopped", ""]
+    run.metrics["alive_timestamp_seconds"].labels("0").set(NOW + 101)
+    endpoint.ask(NOW + 102)
     assert endpoint.ranks(NOW + 102)[0].images_per_second == 0
     endpoint.url = "http://127.0.0.1:1/metrics"
     endpoint.ask(NOW + 103)

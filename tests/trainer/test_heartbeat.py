@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.heartbeat import Heartbeat, read_beat
+from tests.helpers import tiny_recipe
+from trainer.heartbeat import FILE, Heartbeat, begin_heartbeat, read_beat
 
+ROOT = Path(__file__).parents[2]
 RANK = """
 import sys, time
 from pathlib import Path
@@ -52,3 +54,30 @@ def test_a_stopped_process_does_not_tick(tmp_path: Path) -> None:
     assert running.ticked > running.since
     assert stopped == stopped_at
     assert (stopped.step, stopped.part) == (7, "backward")
+
+
+def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> None:
+    recipe, beat = tmp_path / "recipe.yaml", tmp_path / "beat"
+    recipe.write_text(tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path / "run")}).to_yaml())
+    command = [sys.executable, "-m", "trainer.pretrain", str(recipe), "monitoring.enabled=false"]
+    subprocess.run(command, env={**os.environ, FILE: str(beat), "OMP_NUM_THREADS": "1"}, check=True)
+    last = read_beat(beat)
+    assert last is not None
+    assert (last.step, last.part) == (8, "ending")
+
+
+def test_a_run_tells_that_it_starts_before_torch_is_there(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)\n")
+    environment = {**os.environ, FILE: str(tmp_path / "beat"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    (tmp_path / "recipe.yaml").touch()
+    command = [sys.executable, "-m", "trainer.pretrain", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, env=environment, check=False)
+    beat = read_beat(tmp_path / "beat")
+    assert done.returncode == 3
+    assert beat is not None
+    assert (beat.step, beat.part) == (0, "starting")
+
+
+def test_nobody_reads_what_nobody_asked_for(tmp_path: Path) -> None:
+    assert begin_heartbeat({}) is None
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,16 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from monitoring.discovery import targets_folder
-from monitoring.metrics import BY_NAME, PREFIX, Source
+from monitoring.metrics import BY_NAME, ENDS, PLACES, PREFIX, Source
 from tests.helpers import run_ranks, tiny_recipe
+from tests.trainer.data.servers import http_server
 from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.engine import build_model
+from trainer.errors import UsageError
 from trainer.flops import model_flops
+from trainer.job import check, prepare
 from trainer.loop import fit
-from trainer.observe import start_observer
-from trainer.pretrain import check, prepare
-from trainer.run_dir import count_resumes, read_events
+from trainer.observe import Observer, start_observer
+from trainer.run_dir import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
@@ -54,6 +57,9 @@ def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, A
     found = scrape(recipe.run_dir) if ranks.is_main else {}
     torch.distributed.barrier()
     run.observer.close(clean=True)
+    torch.distributed.barrier()
+    assert run.observer.shared is not None
+    assert not run.observer.shared.exists()
     run.batches.close()
     run.reporter.close()
     run.engine.destroy()
@@ -64,10 +70,8 @@ def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, A
 def scraped(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     run_dir = tmp_path_factory.mktemp("observed") / "run"
     recipe = recipe_for(shards, run_dir, **{"checkpoint.every": "4 steps", "monitoring.comms_logger": True})
-    before = set(Path("/dev/shm").iterdir())
     found: dict[str, list[dict[str, Any]]] = run_ranks(train_and_scrape, 2, recipe)[0]
     assert not list(targets_folder(run_dir).glob("*.json"))
-    assert set(Path("/dev/shm").iterdir()) <= before
     return found
 
 
@@ -105,6 +109,18 @@ def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) 
     assert value(scraped, "mfu_ratio") == pytest.approx(value(scraped, "model_flops_per_second") / 2e12)
     assert time.time() - 300 < value(scraped, "heartbeat_timestamp_seconds", rank="1") <= time.time()
     assert value(scraped, "communication_bytes_total", rank="0", operation="all_reduce") > 0
+    assert 0 < value(scraped, "communication_seconds_total", rank="0", operation="all_reduce") < 60
+    assert value(scraped, "world_size") == 2
+    assert value(scraped, "skipped_steps_total") == 0
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_tell_where_they_are(scraped: dict[str, list[dict[str, Any]]], rank: str) -> None:
+    accumulated, logged, saved = 4 * 2, 1, 2
+    assert value(scraped, "parts_total", rank=rank) == 8 * (accumulated + logged) + saved
+    places = {place: value(scraped, "rank_part", rank=rank, part=place) for place in PLACES}
+    assert places == {place: float(place == "ending") for place in PLACES}
+    assert time.time() - 300 < value(scraped, "alive_timestamp_seconds", rank=rank) <= time.time()
 
 
 def test_flops_are_those_of_a_real_pass() -> None:
@@ -152,10 +168,10 @@ def test_observing_adds_no_read_of_the_device(shards: Path, tmp_path: Path) -> N
 
 def lose_the_exporter(ranks: Ranks, recipe: Recipe) -> int:
     run = prepare(check(recipe, ranks), ranks)
-    exporter = run.observer._exporter
+    exporter = run.observer.exporter
     assert exporter is not None
     scrape(recipe.run_dir)
-    exporter.send_signal(signal.SIGKILL)
+    os.kill(exporter.pid, signal.SIGKILL)
     fit(run)
     run.observer.close(clean=True)
     run.batches.close()
@@ -185,11 +201,76 @@ def test_a_run_goes_on_without_room_for_its_numbers(shards: Path, tmp_path: Path
     assert "No space left" in str(silent)
 
 
-def test_resumes_are_counted(shards: Path, tmp_path: Path) -> None:
+def test_blocks_of_remote_shards_are_counted(shards: Path, tmp_path: Path) -> None:
+    with http_server(shards) as server:
+        changes = {"data.shards": server.url, "data.cache.dir": str(tmp_path / "cache"), "data.num_workers": 2}
+        found = run_ranks(train_and_scrape, 2, recipe_for(shards, tmp_path / "run", **changes))
+        fetched = sum(value(found[0], "cache_blocks_total", rank=rank, result="fetched") for rank in "01")
+        in_cache = sum(value(found[0], "cache_blocks_total", rank=rank, result="found") for rank in "01")
+        asked = {path for path, span in server.requests if path.endswith(".tar") and span is not None}
+    assert 0 < fetched <= len(asked)  # each of the small shards is one block; what was read ahead is not counted yet
+    assert in_cache + fetched >= 64  # the samples of eight steps
+
+
+def test_restarts_are_counted_by_how_the_attempt_before_ended(shards: Path, tmp_path: Path) -> None:
     recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.every": "4 steps"})
     run_ranks(train_and_scrape, 1, recipe)
     (recipe.run_dir / "checkpoints" / "newest").write_text("step-00000004\n")
     found = run_ranks(train_and_scrape, 1, recipe)[0]
-    assert value(found, "resumes_total") == 1
-    assert [event["step"] for event in read_events(recipe.run_dir, "resumed")] == [4]
-    assert count_resumes(recipe.run_dir) == 1
+    assert value(found, "resumes_total", reason="killed") == 1
+    assert value(found, "resumes_total", reason="failed") == 0
+    (event,) = read_events(recipe.run_dir, "resumed")
+    assert (event["step"], event["reason"]) == (4, "killed")
+
+
+def test_the_record_says_how_attempts_ended(tmp_path: Path) -> None:
+    expected: list[str] = []
+    attempts = {
+        "preempted": ["checkpoint", "preempted", "checkpoint"],
+        "failed": ["failed"],
+        "killed": [],
+        "finished": ["end"],
+    }
+    assert set(attempts) == set(ENDS)
+    for end, record in [*attempts.items(), *attempts.items()]:
+        assert begin_attempt(tmp_path / "run") == expected
+        events = Events(tmp_path / "run")
+        for event in ["start", "step", *record]:
+            events.write(event, step=0)
+        events.close()
+        expected.append(end)
+    begin_attempt(tmp_path / "run")
+    refuse_attempt(tmp_path / "run", "another seed")
+    assert past_ends(tmp_path / "run") == expected
+    assert restarted(expected, {}) == {"reason": "finished"}
+    assert restarted([], {"SLURM_RESTART_COUNT": "0"}) == {"slurm_restart_count": 0}
+    assert restarted(["preempted"], {"SLURM_RESTART_COUNT": "3"}) == {"reason": "preempted", "slurm_restart_count": 3}
+
+
+def refused_when_built(ranks: Ranks, recipe: Recipe) -> tuple[list[Path], bool, list[str]]:
+    def refuse(*_: Any) -> None:
+        raise UsageError("no")
+
+    def start(*given: Any) -> tuple[Observer, str | None]:
+        started.append(start_observer(*given))
+        return started[0]
+
+    started: list[tuple[Observer, str | None]] = []
+    job = check(recipe, ranks)
+    with (
+        mock.patch("trainer.job.build_engine", refuse),
+        mock.patch("trainer.job.start_observer", start),
+        pytest.raises(UsageError, match="no"),
+    ):
+        prepare(job, ranks)
+    shared = started[0][0].shared
+    assert shared is not None
+    left = list(targets_folder(recipe.run_dir).glob("*.json"))
+    return left, shared.exists(), past_ends(recipe.run_dir)
+
+
+def test_a_start_that_is_refused_leaves_nothing_to_be_missed(shards: Path, tmp_path: Path) -> None:
+    ((targets, shared, ends),) = run_ranks(refused_when_built, 1, recipe_for(shards, tmp_path / "run"))
+    assert targets == []
+    assert not shared
+    assert ends == []

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -18,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models import build_encoder
 from tests.helpers import tiny_recipe
-from trainer.checkpoint import complete, newest_checkpoint
-from trainer.consolidate import master_weights
+from trainer.checkpoints.layout import complete, newest_checkpoint, newest_step
+from trainer.checkpoints.weights import master_weights
 from trainer.data.index import open_index
 from trainer.errors import run_in_words
 from trainer.export import main as export
@@ -188,8 +190,36 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     shutil.copytree(finished, copy)
     (copy / "checkpoints" / "newest").unlink()
     done = start(sys.executable, "-m", "trainer.pretrain", str(recipe_file), f"run_dir={copy}")
-    assert done.returncode == 2
-    assert "newest is missing although 1 checkpoints are there" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "newest names no checkpoint that is there, the last one was taken; going on from step 8" in done.stdout
+    assert "finished at step 8" in done.stdout
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, tmp_path: Path) -> None:
+    """One of two ranks is asked, twice; both stop at the same step, and end with the bits of an undisturbed run."""
+    options = ["data.num_workers=1", "checkpoint.every=1000 steps", "log.pictures=null", "train.duration=60 steps"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command = [*launcher, str(free_port()), "-m", "trainer.pretrain", str(recipe_file), *options]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with subprocess.Popen([*command, f"run_dir={parts}"], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        next(line for line in run.stdout if line.startswith("step 3/"))
+        (rank,) = [p for p in psutil.Process(run.pid).children() if p.environ()["RANK"] == "1"]
+        rank.send_signal(signal.SIGUSR1)
+        rank.send_signal(signal.SIGTERM)
+        said = run.stdout.read()
+    (preempted,) = read_events(parts, "preempted")
+    assert 3 < preempted["step"] < 60
+    assert newest_step(parts) == preempted["step"]
+    assert f"stopped at step {preempted['step']} by SIGUSR1 on rank 1, all saved" in said
+    for run_dir in (whole, parts):
+        done = start(*command, f"run_dir={run_dir}")
+        assert done.returncode == 0, done.stderr
+    expected, actual = (master_weights(complete(run_dir)[-1]) for run_dir in (whole, parts))
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    losses = [[event["loss"] for event in read_events(run_dir, "step")] for run_dir in (whole, parts)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
 
 
 @pytest.mark.parametrize(
@@ -206,7 +236,7 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
         (["model.num_images=4"], "raise it to 4"),
         (["model.encoder=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
         (["model.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
-        ([], "saved by 2 ranks, this run has 1; resume with 2 ranks"),
+        (["--world-size=3"], "1 ranks were started, but --world-size=3"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
         (["optim.warmup=9 steps"], "shorten it"),
         (
@@ -288,7 +318,7 @@ def test_a_history_that_was_given_up_does_not_cost_the_new_one(
 def test_a_run_directory_without_checkpoints_takes_another_recipe(shards: Path, tmp_path: Path) -> None:
     recipe, index = tiny_recipe(run_dir=str(tmp_path / "run")), open_index(shards)
     write_run_dir(recipe, index)
-    check_run_dir(tiny_recipe(**{"run_dir": str(tmp_path / "run"), "train.micro_batch": 4}), index)
+    check_run_dir(tiny_recipe(**{"run_dir": str(tmp_path / "run"), "optim.weight_decay": 0.3}), index)
 
 
 def test_half_a_line_in_the_record_is_stepped_over(tmp_path: Path) -> None:

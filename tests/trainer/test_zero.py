@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from tests.helpers import run_ranks, tiny_recipe
-from trainer.checkpoint import complete
+from trainer.checkpoints.layout import complete
+from trainer.checkpoints.weights import master_weights
 from trainer.config import Recipe
-from trainer.consolidate import master_weights
 from trainer.data.index import open_index
 from trainer.data.stream import Position, Stream, ToDevice
 from trainer.distributed import Ranks
 from trainer.engine import build_model
-from trainer.loop import DivergedError, Run, fit
+from trainer.job import check, prepare
+from trainer.loop import DivergedError, fit
 from trainer.optim import build_schedule, parameter_groups
-from trainer.pretrain import check, prepare
 from trainer.run_dir import read_events
 
 WORLD_SIZE, STEPS = 2, 8
@@ -127,8 +127,10 @@ def micro_losses(
     for rank, batches in enumerate(streams):
         for micro_step in range(accumulation):
             images = to_device(next(batches).images)
-            mix = draw_mix(len(images), 2, (2, 2), torch_at(Purpose.MIX, recipe.seed, step, rank, micro_step))
-            torch.manual_seed(seed_at(Purpose.DROP_PATH, recipe.seed, step, rank, micro_step))
+            mix = draw_mix(
+                len(images), 2, (2, 2), torch_at(Purpose.MIX, recipe.seed, step, rank * accumulation + micro_step)
+            )
+            torch.manual_seed(seed_at(Purpose.DROP_PATH, recipe.seed, step, rank * accumulation + micro_step))
             yield model(images, *mix)
 
 
@@ -176,7 +178,7 @@ def poison(ranks: Ranks, recipes: list[Recipe], from_step: int, until_step: int)
         run = prepare(check(recipe, ranks), ranks)
         clean = run.to_device
 
-        def spoilt(images: Tensor, run: Run = run, clean: Any = clean) -> Tensor:
+        def spoilt(images: Tensor, run: Any = run, clean: Any = clean) -> Tensor:
             bad = ranks.rank == 1 and from_step <= run.state.step < until_step
             return clean(images) * (torch.nan if bad else 1.0)
 

@@ -1,4 +1,4 @@
-"""`mixmae bench data | monitoring`: how fast parts of a run are here, beside a reference measured in the same run."""
+"""`mixmae bench WHAT`: how fast parts of a run are here, beside a reference measured in the same run."""
 
 import argparse
 import importlib
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "data": "images per second of a recipe's input pipeline",
     "monitoring": "what metrics take from a step",
+    "checkpoints": "how long training stands still for a save, and how long it takes",
+    "scrape": "how long all exporters of a large run take to answer",
 }
 
 

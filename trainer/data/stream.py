@@ -24,6 +24,8 @@ from trainer.data.order import Order, Share, Stretch, Ticket
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
 from trainer.rng import Purpose, numpy_at, random_at
+from trainer.signals import leave_signals_to_the_main_process
+from trainer.stores.store import CacheUse
 
 _SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
@@ -75,6 +77,8 @@ class Batch(NamedTuple):
     """Reads that were tried again for it."""
     bytes_read: int
     """Of the images' files."""
+    cache_use: CacheUse = CacheUse()
+    """Of remote shards that were wanted for it."""
     refusal: str | None = None
     """What the user has to change before anything can be read."""
 
@@ -100,7 +104,8 @@ class Views(Dataset[Batch]):
     def __getitems__(self, request: Share) -> Batch:
         for stretch in request.ahead:
             self._announce(stretch)
-        retried = self.index.store.retried
+        store = self.index.store
+        retried, cache_use = store.retried, store.cache_use
         images = _empty_batch(len(request.tickets), self.recipe.model.img_size)
         samples: list[int] = []
         faults: list[Fault] = []
@@ -108,9 +113,9 @@ class Views(Dataset[Batch]):
             for ticket, out in zip(request.tickets, images, strict=True):
                 samples.append(self._render(ticket, out, faults))
         except UsageError as error:  # raised here it would reach the main process as a traceback
-            return Batch(images, samples, faults, 0, 0, str(error))
+            return Batch(images, samples, faults, 0, 0, refusal=str(error))
         bytes_read = int(self.index.samples["size"][samples].sum())
-        return Batch(images, samples, faults, self.index.store.retried - retried, bytes_read)
+        return Batch(images, samples, faults, store.retried - retried, bytes_read, store.cache_use.since(cache_use))
 
     def _render(self, ticket: Ticket, out: Tensor, faults: list[Fault]) -> int:
         """Draws a ticket's sample, or the first usable one of its substitutes; returns which, or -1."""
@@ -165,6 +170,10 @@ def _empty_batch(count: int, size: int) -> Tensor:
     return flat.permute(0, 3, 1, 2)
 
 
+def _begin_worker(worker: int) -> None:
+    leave_signals_to_the_main_process()
+
+
 class _Requests:
     """Endless micro-batches of one rank, as shares of its streams."""
 
@@ -197,6 +206,7 @@ class Stream:
         self.tally = Tally(record)
         self.retried = 0
         self.bytes_read = 0
+        self.cache_use = CacheUse()
         workers = recipe.data.num_workers
         first_batch = position.samples // recipe.train.global_batch
         loader: DataLoader[Batch] = DataLoader(
@@ -206,6 +216,7 @@ class Stream:
             prefetch_factor=recipe.data.prefetch_factor if workers else None,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_begin_worker,
         )
         self._batches: Iterator[Batch] | None = iter(loader)
 
@@ -230,6 +241,7 @@ class Stream:
             raise UsageError(batch.refusal)
         self.retried += batch.retried
         self.bytes_read += batch.bytes_read
+        self.cache_use = self.cache_use.plus(batch.cache_use)
         for fault in batch.faults:
             self.tally.add(fault)
             if (found := self.tally.of_epoch(fault.epoch)).total() > self.allowed:

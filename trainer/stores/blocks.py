@@ -13,7 +13,7 @@ import xxhash
 
 from trainer.config import Cache, Network
 from trainer.stores.cache import BlockCache
-from trainer.stores.store import Store, plain_name
+from trainer.stores.store import CacheUse, Store, plain_name
 
 _LONGEST_DELAY = 30.0
 _OUTAGE = 60.0
@@ -45,6 +45,10 @@ class CachedStore(Store):
         self._down_until = -math.inf
         self._cache = BlockCache(cache.dir, cache.max_bytes)
         self._place = xxhash.xxh3_64_hexdigest(location.encode())
+
+    @property
+    def cache_use(self) -> CacheUse:
+        return CacheUse(self._cache.reads - self._cache.fetches, self._cache.fetches)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         return b"".join(

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class BlockCache:
             UsageError: the directory cannot be made.
         """
         self.max_bytes = max_bytes
+        self._reads: Counter[int] = Counter()
+        self._fetches: Counter[int] = Counter()
         self._removal: Callable[[], object] | None = None
         if directory is None:
             _remove_abandoned()
@@ -56,6 +59,16 @@ class BlockCache:
                 directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(f"data.cache.dir={directory} cannot be made: {error.strerror}") from error
+
+    @property
+    def reads(self) -> int:
+        """Blocks that were wanted, in this process so far."""
+        return self._reads[os.getpid()]
+
+    @property
+    def fetches(self) -> int:
+        """Those of them that were not here."""
+        return self._fetches[os.getpid()]
 
     def read(self, key: str, offset: int, size: int, fetch: Callable[[], bytes]) -> bytes:
         """`size` bytes of a block from `offset` on.
@@ -69,12 +82,14 @@ class BlockCache:
             UsageError: the block is larger than the cache.
             OSError: the disk is full; whatever `fetch` raises.
         """
+        self._reads[os.getpid()] += 1
         if (found := self._find(key, offset, size)) is not None:
             return found
         lock = FileLock(self.directory / ".locks" / f"{xxhash.xxh3_64_intdigest(key.encode()) % _LOCKS:03x}")
         with lock.acquire(poll_interval=0.01):
             if (found := self._find(key, offset, size)) is not None:
                 return found
+            self._fetches[os.getpid()] += 1
             block = fetch()
             self._insert(key, block)
         return block[offset : offset + size]

@@ -9,10 +9,25 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.errors import UsageError
 
 _DESCRIPTORS = 64
+
+
+class CacheUse(NamedTuple):
+    """Blocks of files that are behind a URL, by where they came from."""
+
+    found: int = 0
+    """In the node's cache, or there once another process had fetched them."""
+    fetched: int = 0
+
+    def plus(self, others: "CacheUse") -> "CacheUse":
+        return CacheUse(self.found + others.found, self.fetched + others.fetched)
+
+    def since(self, earlier: "CacheUse") -> "CacheUse":
+        return CacheUse(self.found - earlier.found, self.fetched - earlier.fetched)
 
 
 class Store(ABC):
@@ -30,6 +45,11 @@ class Store(ABC):
     def retried(self) -> int:
         """Reads that had to be tried again, in this process so far."""
         return self._retried[os.getpid()]
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Blocks that were wanted, in this process so far; none where files are read without a cache."""
+        return CacheUse()
 
     @abstractmethod
     def read(self, name: str, offset: int, size: int) -> bytes:

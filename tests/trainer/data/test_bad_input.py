@@ -27,8 +27,8 @@ from trainer.data.index import ShardIndex, open_index
 from trainer.data.stream import Position, Stream
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
+from trainer.job import check, prepare
 from trainer.loop import fit
-from trainer.pretrain import check, prepare
 from trainer.shards.indexing import write_index
 
 GOOD = 39

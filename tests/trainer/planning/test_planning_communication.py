@@ -11,10 +11,10 @@ from models.mixing import draw_mix
 from tests.helpers import run_ranks
 from tests.trainer.planning.test_planning_states import BUCKET, LIMITS, Case, recipe_for
 from trainer import engine as trainer_engine
+from trainer.communication import Communication
 from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.engine import build_engine, build_model
-from trainer.observe import _communication
 from trainer.planning.activations import on_meta
 from trainer.planning.communication import Traffic, seconds, traffic
 from trainer.planning.devices import build_cluster
@@ -62,14 +62,17 @@ def count(ranks: Ranks, recipes: list[Recipe], zero: dict[str, int]) -> list[dic
 def _one_step(ranks: Ranks, recipe: Recipe) -> dict[str, float]:
     engine = build_engine(build_model(recipe), recipe, ranks)
     generator = torch.Generator().manual_seed(0)
+    sent = Communication()
     before: dict[str, float] = {}
     for _ in range(4 if recipe.train.zero_stage == 3 else 2):  # ZeRO-3 watches two steps before it looks ahead
-        before = dict(_communication())
+        sent.read()
+        before = dict(sent.bytes)
         for _ in range(recipe.accumulation(ranks.world_size)):
             engine.backward(engine(torch.randn(2, 3, 64, 64), *draw_mix(2, 2, (2, 2), generator)))
             engine.step()
+    sent.read()
     engine.destroy()
-    return {operation: total - before.get(operation, 0.0) for operation, total in _communication()}
+    return {operation: total - before.get(operation, 0.0) for operation, total in sent.bytes.items()}
 
 
 def whole(counted: dict[str, float]) -> dict[str, float]:

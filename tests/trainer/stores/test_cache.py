@@ -36,6 +36,7 @@ def test_a_block_is_fetched_once(tmp_path: Path) -> None:
     cache = BlockCache(tmp_path / "a" / "b", 100)
     assert cache.read(f"{PLACE}/0.tar/0", 2, 3, lambda: b"0123456789") == b"234"
     assert cache.read(f"{PLACE}/0.tar/0", 5, 5, _never) == b"56789"
+    assert (cache.reads, cache.fetches) == (2, 1)
     assert BlockCache(tmp_path / "a" / "b", 100).read(f"{PLACE}/0.tar/0", 0, 1, _never) == b"0"
     assert (tmp_path / "a" / "b" / PLACE / "0.tar" / "0").read_bytes() == b"0123456789"
 

@@ -1,0 +1,96 @@
+"""A process with all its descendants in a group of their own, its output drained, its true end known."""
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from launch.supervision.outcome import Exit
+from launch.supervision.output import Console, Output
+
+_DRAIN_SECONDS = 1.0
+_LOOK_SECONDS = 0.05
+
+
+class Child:
+    """Starts a process.
+
+    Args:
+        log: where its standard output and error go.
+        console: where they go besides.
+        descriptors: files that it inherits.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        console: Console | None = None,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=descriptors,
+        )
+        assert self._process.stdout is not None
+        self.output = Output(self._process.stdout.fileno(), log, console)
+        self.started = time.monotonic()
+        self.ended: Exit | None = None
+        self.ended_at = 0.0
+
+    @property
+    def group(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> Exit | None:
+        """How the process ended, or None while it runs. With its end the rest of its group is killed.
+
+        The group is killed before the process is reaped: until then nothing else can have its number.
+        """
+        if self.ended is not None:
+            return self.ended
+        if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return None
+        self.ended_at = time.monotonic()
+        self.send_to_group(signal.SIGKILL)
+        code = self._process.wait()
+        self.output.close(_DRAIN_SECONDS)
+        lines = self.output.last_lines()
+        self.ended = Exit(code, lines=lines) if code >= 0 else Exit(None, -code, lines)
+        return self.ended
+
+    def send(self, number: signal.Signals) -> None:
+        """Signals the process alone, not its descendants."""
+        if self.ended is None:
+            os.kill(self._process.pid, number)
+
+    def send_to_group(self, number: signal.Signals) -> None:
+        """Signals the process and all its descendants that did not leave its group."""
+        if self.ended is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def dump_and_abort(self) -> None:
+        """Has Python's fault handler print where all threads are, which needs no working interpreter, and ends it."""
+        if self.ended is None:
+            resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
+            self.send(signal.SIGABRT)
+
+
+async def ended_within(child: Child, seconds: float) -> bool:
+    """Waits for the process's end, as long as that; whether it came."""
+    deadline = time.monotonic() + seconds
+    while child.poll() is None and time.monotonic() < deadline:
+        await asyncio.sleep(_LOOK_SECONDS)
+    return child.ended is not None

@@ -1,0 +1,122 @@
+"""How a start of a run ended: one record, and the last words that a user reads of it."""
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
+
+FILE = "outcome.json"
+USER = "the user"
+"""Who asked a run to stop, where a signal came to the command that started it."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a rank's process ended.
+
+    Attributes:
+        code: what it returned; None if a signal ended it.
+        signal: the number of that signal.
+        lines: the last lines of its output.
+    """
+
+    code: int | None
+    signal: int | None = None
+    lines: Sequence[str] = ()
+
+    @property
+    def in_words(self) -> str:
+        if self.signal is None:
+            return f"ended with exit code {self.code}"
+        hint = "; the kernel does that when memory is short" if self.signal == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(self.signal).name}{hint}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of a run ended.
+
+    Attributes:
+        code: what the command returns, one of `trainer.exits`.
+        reason: one line, without a full stop.
+        step: the last step that any rank was seen at.
+        rank: the first rank that failed, or the late one; None where no rank is to blame.
+        host: where it ran.
+        exit_code: what its process returned.
+        signal: the name of the signal that ended its process.
+        log: the file with its output.
+        lines: the last lines of it.
+        stopped_by: who asked for the stop, where one was asked for: `USER`, or a rank and host.
+        stop_signal: the signal by which it was asked.
+    """
+
+    code: int
+    reason: str
+    step: int = 0
+    rank: int | None = None
+    host: str | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    log: str | None = None
+    lines: list[str] = field(default_factory=list)
+    stopped_by: str | None = None
+    stop_signal: str | None = None
+
+    @classmethod
+    def of_exit(cls, rank: int, host: str, ended: Exit) -> Self:
+        """The failure of a run whose first failing rank ended like this."""
+        return cls(
+            MISTAKE if ended.code == MISTAKE else FAILED,
+            f"rank {rank} on {host} {ended.in_words}",
+            rank=rank,
+            host=host,
+            exit_code=ended.code,
+            signal=None if ended.signal is None else signal.Signals(ended.signal).name,
+            lines=list(ended.lines),
+        )
+
+    def with_lines(self, lines: Sequence[str]) -> Self:
+        return replace(self, lines=list(lines))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def last_words(self) -> str:
+        """What the user reads last on the console; nothing of a run that finished, which has said so itself."""
+        if self.code == FINISHED:
+            return ""
+        shown = []
+        if self.log is not None and self.lines:
+            shown.append(f"mixmae: last lines of {self.log}, rank {self.rank} on {self.host}:")
+            shown += [f"    {line}" for line in self.lines]
+        shown.append(f"mixmae: {'' if self.code == PREEMPTED else 'error: '}{self.reason}")
+        return "\n".join(shown)
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Leaves the record in an attempt's folder; whole or not at all."""
+    partial = folder / f".{FILE}"
+    partial.write_text(json.dumps(outcome.to_json(), indent=1) + "\n")
+    partial.replace(folder / FILE)
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """The record of an attempt; None if its first rank's supervisor left none."""
+    try:
+        return Outcome(**json.loads((folder / FILE).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def log_file(folder: Path, rank: int) -> Path:
+    """Where a rank's output goes."""
+    return folder / f"rank-{rank:05d}.log"
+
+
+def attempt_folder(run_dir: Path, attempt: str) -> Path:
+    """Where everything about one start of a run goes."""
+    return run_dir / "logs" / attempt

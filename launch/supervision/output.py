@@ -1,0 +1,95 @@
+"""A process's output: all of it to a file, the last lines kept, and what the console takes to the console."""
+
+import os
+import queue
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+KEPT_LINES = 30
+_LONGEST_LINE = 500
+_CHUNK = 2**16
+_WAITING = 1000
+"""Chunks for a console that does not take them; more are left out there."""
+
+
+class Console:
+    """Writes to standard output in a thread of its own, so that a stopped terminal or a broken pipe holds up nobody."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_WAITING)
+        self._left_out = 0
+        self._thread = threading.Thread(target=self._write, name="console", daemon=True)
+        self._thread.start()
+
+    def show(self, chunk: bytes) -> None:
+        if self._left_out and not self._queue.full():
+            chunk = f"\n[{self._left_out} bytes left out here; the log has them]\n".encode() + chunk
+            self._left_out = 0
+        try:
+            self._queue.put_nowait(chunk)
+        except queue.Full:
+            self._left_out += len(chunk)
+
+    def close(self, seconds: float) -> None:
+        """Waits until everything is shown, as long as that."""
+        try:
+            self._queue.put(None, timeout=seconds)
+        except queue.Full:
+            return
+        self._thread.join(seconds)
+
+    def _write(self) -> None:
+        descriptor = sys.stdout.fileno()
+        while (chunk := self._queue.get()) is not None:
+            try:
+                while chunk:
+                    chunk = chunk[os.write(descriptor, chunk) :]
+            except OSError:
+                return  # nobody reads any more; the log goes on
+
+
+class Output:
+    """Drains a pipe until all who could write to it are gone.
+
+    A log that cannot be written costs lines, never the run: the pipe is read on, and the last lines say so.
+    """
+
+    def __init__(self, pipe: int, log: Path, console: Console | None = None) -> None:
+        self._pipe, self._log, self._console = pipe, log, console
+        self._kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self._rest = b""
+        self._unwritten: OSError | None = None
+        self._file = log.open("ab", buffering=0)
+        self._thread = threading.Thread(target=self._drain, name="output", daemon=True)
+        self._thread.start()
+
+    def last_lines(self) -> list[str]:
+        """The last lines, the latest last; what a progress bar overwrote is left out."""
+        lines = [*self._kept.copy(), _readable(self._rest)]
+        if self._unwritten is not None:
+            lines.append(f"[{self._log} could not be written: {self._unwritten.strerror}]")
+        return [line for line in lines if line][-KEPT_LINES:]
+
+    def close(self, seconds: float) -> None:
+        """Waits for the end of the output, as long as that."""
+        self._thread.join(seconds)
+
+    def _drain(self) -> None:
+        while chunk := os.read(self._pipe, _CHUNK):
+            try:
+                self._file.write(chunk)
+            except OSError as error:
+                self._unwritten = error
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            self._kept.extend(_readable(line) for line in lines)
+            self._rest = self._rest[-_CHUNK:]
+            if self._console is not None:
+                self._console.show(chunk)
+        self._file.close()
+
+
+def _readable(line: bytes) -> str:
+    shown = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+    return shown[:_LONGEST_LINE]

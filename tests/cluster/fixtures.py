@@ -1,0 +1,40 @@
+"""Clusters as pytest fixtures, for the whole session."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.cluster import programs
+from tests.cluster.cluster import Cluster, bring_up
+from tests.helpers import lacks
+
+
+@pytest.fixture(scope="session")
+def cluster_of() -> Iterator[Callable[[int], Cluster]]:
+    """Calling it with a number of hosts gives a cluster of that many, two slots each; the same one to every test."""
+    made: dict[int, Cluster] = {}
+
+    def get(hosts: int) -> Cluster:
+        if reason := programs.missing():
+            lacks(reason)
+        if hosts not in made:
+            made[hosts] = bring_up(f"pytest-{os.getpid()}-{hosts}", hosts, slots=2, with_parent=True)
+        return made[hosts]
+
+    yield get
+    for cluster in made.values():
+        cluster.down()
+
+
+@pytest.fixture(scope="session")
+def cluster(cluster_of: Callable[[int], Cluster]) -> Cluster:
+    """A cluster of two hosts with two slots each."""
+    return cluster_of(2)
+
+
+@pytest.fixture
+def mended(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, for a test that breaks it."""
+    yield cluster
+    cluster.mend()

@@ -1,0 +1,116 @@
+"""docs/reliability.md, from what the drills found."""
+
+import os
+import platform
+import statistics
+import subprocess
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.drill.rig import GLOBAL_BATCH, IMAGES, SAVE_EVERY, STEPS
+from tests.drill.session import Outcome
+from trainer.run_dir import versions
+
+_WIDTH = 120
+
+_WHAT = """\
+What happens to a run when something breaks. The fault drill wrote this page: it starts real runs with `mixmae
+launch`, on one host (local), on two hosts over ssh (hostfile) and as jobs of a real Slurm (slurm), does the damage,
+starts the run again where its user would have to, and looks at what must hold when it has finished.
+"""
+
+_HOW_TO_READ = """\
+**How to read it.** A run here has {steps} steps of {batch} images, {epochs:g} epochs of {images} images, on two
+ranks, and saves every {every} steps; it runs at any ZeRO stage. A row is one kind of damage in one way of starting.
+*Count* says how often it was done: each time at another moment, to another rank or file, drawn by seed. *Such as* is
+one of them. *How it went on* is what the run, its launcher, Slurm or its user did then. *Ended* is the time from the
+damage until the command was over, where its user had to type it again; *training* the time from the last damage until
+a start that came after it did a step. Of several the median and the longest are given. From the command to the first
+step takes {start:.0f} s here where nothing happens, most of it for importing torch on two ranks.
+"""
+
+_HELD = "**What held.** All of this was so {held} of {count} times when the run had finished:"
+
+_MUST_HOLD = (
+    "it ended at step {steps}, with exit code 0, and its newest checkpoint is whole;",
+    "every step used the samples that it uses where nothing happens, and every epoch showed every image once;",
+    "losses, weights and both moments of AdamW are those of a run to which nothing happened, bit for bit; where it "
+    "went on with other ranks or at another ZeRO stage, to rounding;",
+    "each start that trained said where it began: at the newest checkpoint, or why not; each restart is in "
+    "`restarts.jsonl` with its reason, or was typed by its user; no start began anew in silence;",
+    "no process, no file in shared memory and no partial checkpoint was left on any host.",
+)
+
+
+def write_report(file: Path, outcomes: Sequence[Outcome], command: str, start: float) -> None:
+    """Writes the page.
+
+    Args:
+        command: that did the drills.
+        start: seconds from a command to its first step, where nothing happens.
+    """
+    count, held = len(outcomes), sum(not outcome.problems for outcome in outcomes)
+    facts = {"steps": STEPS, "batch": GLOBAL_BATCH, "images": IMAGES, "every": SAVE_EVERY, "start": start}
+    parts = [
+        "# Reliability",
+        _filled(_WHAT),
+        _filled(_HOW_TO_READ.format(epochs=STEPS * GLOBAL_BATCH / IMAGES, **facts)),
+        _HELD.format(held=held, count=count),
+        "\n".join(_filled(f"- {item.format(steps=STEPS)}", "  ") for item in _MUST_HOLD),
+        _broken(outcomes),
+        "## The faults",
+        _table(outcomes),
+        "## Made on",
+        _filled(_machine()),
+        f"    {command}",
+    ]
+    file.write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(" ".join(text.split()), _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _broken(outcomes: Sequence[Outcome]) -> str:
+    broken = [f"- {o.way}, {o.words} ({o.done}): {'; '.join(o.problems)}" for o in outcomes if o.problems]
+    return "\n".join(["**What did not.**", "", *broken]) if broken else ""
+
+
+def _table(outcomes: Sequence[Outcome]) -> str:
+    groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[outcome.words, outcome.way].append(outcome)
+    rows = [
+        f"| {words} | {way} | {len(found)} | {found[0].done} | {'; or '.join(dict.fromkeys(o.how for o in found))} "
+        f"| {_seconds([o.ended for o in found])} | {_seconds([o.training for o in found])} |"
+        for (words, way), found in groups.items()
+    ]
+    title = "| what | way | count | such as | how it went on | ended (s) | training (s) |"
+    return "\n".join([title, "|---|---|---|---|---|---|---|", *sorted(rows)])
+
+
+def _seconds(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < 2:
+        return "".join(f"{value:.0f}" for value in known)
+    return f"{statistics.median(known):.0f}, {max(known):.0f}"
+
+
+def _machine() -> str:
+    found = versions()
+    packages = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "deepspeed"))
+    return (
+        f"{os.cpu_count()} cores of {_processor()}, without GPUs; three hosts as namespaces of one machine "
+        f"(`tests/cluster`); Linux {platform.release().split('-')[0]}, Slurm {_slurm()}, {packages}. The command:"
+    )
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _slurm() -> str:
+    return subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]

@@ -1,0 +1,104 @@
+"""What all drills share: three hosts, shards, recipes, and runs that nothing disturbs."""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.cluster import Cluster
+from tests.drill.runs import Local, Run, Way
+from tests.helpers import tiny_recipe
+from trainer.shards.build import build_shards
+from trainer.shards.synthetic import Synthetic
+
+IMAGES = 90
+"""In an epoch: 7 global batches and a half."""
+GLOBAL_BATCH = 12
+STEPS, SAVE_EVERY = 60, 5
+STAGES = (0, 1, 2, 3)
+_UNDISTURBED_SECONDS, _LOOK_SECONDS = 300.0, 0.1
+
+
+@dataclass
+class Rig:
+    """A cluster of three hosts with two slots each, and what is computed on it once.
+
+    Attributes:
+        folder: on all hosts the same; everything of the drills is below.
+        start_seconds: from a command to the first step of the last undisturbed run.
+    """
+
+    cluster: Cluster
+    folder: Path
+    start_seconds: float = 0.0
+    _undisturbed: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> Path:
+        shards = self.folder / "shards"
+        if not shards.exists():
+            build_shards(Synthetic(IMAGES, 72, seed=0), shards, shard_bytes=60_000, seed=0, jobs=1)
+        return shards
+
+    def recipe(self, run_dir: Path, stage: int, **changes: Any) -> Path:
+        """Writes the recipe of a drill beside its run directory; returns the file.
+
+        Global batches and streams divide by 1, 2 and 3 ranks; no epoch ends where a global batch does.
+        """
+        recipe = tiny_recipe(
+            **{
+                "run_dir": str(run_dir),
+                "model.sizes.drop_path_rate": 0.2,
+                "data.shards": str(self.shards),
+                "data.streams": GLOBAL_BATCH,
+                "train.global_batch": GLOBAL_BATCH,
+                "train.precision": "bf16" if stage else "fp32",
+                "train.zero_stage": stage,
+                "train.duration": f"{STEPS} steps",
+                "optim.clip_grad": 0.05,
+                "checkpoint.every": f"{SAVE_EVERY} steps",
+                "launch.stuck_seconds": 60,
+                "launch.join_seconds": 120,
+                "launch.grace_seconds": 60,
+                "log.samples": True,
+                "monitoring.enabled": False,
+                **changes,
+            }
+        )
+        file = run_dir.with_suffix(".yaml")
+        file.write_text(recipe.to_yaml())
+        return file
+
+    def run(self, name: str, way: Way, stage: int, **changes: Any) -> Run:
+        """A run that was not started yet, in an empty directory."""
+        run_dir = self.folder / name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return Run(self.cluster, way, self.recipe(run_dir, stage, **changes), run_dir)
+
+    def undisturbed(self, stage: int) -> Path:
+        """The directory of a run on two ranks of one host to which nothing happened."""
+        if stage not in self._undisturbed:
+            run = self.run(f"undisturbed-stage-{stage}", Local(2), stage, **{"checkpoint.keep": STEPS})
+            started = time.monotonic()
+            run.start()
+            while run.step() == 0 and run.poll() is None:
+                time.sleep(_LOOK_SECONDS)
+            self.start_seconds = time.monotonic() - started
+            code = run.wait(_UNDISTURBED_SECONDS)
+            assert code == 0, f"the undisturbed run ended with {code}:\n{run.output()[-5000:]}"
+            self._undisturbed[stage] = run.folder
+        return self._undisturbed[stage]
+
+    def clear(self, run: Run, keep: bool) -> None:
+        """Sets the cluster right after a drill, and removes what the run left unless it is to be kept."""
+        if run.mounted is not None:
+            host, place = run.mounted
+            if keep:
+                shutil.copytree(run.folder, run.run_dir.with_suffix(".kept"), dirs_exist_ok=True)
+            host.unmount(place)
+            run.mounted = None
+        self.cluster.mend()
+        if not keep:
+            for path in self.folder.glob(f"{run.run_dir.name}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,210 @@
+"""Runs as their user starts them: `mixmae launch`, three ways, again and again with the same command."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.host import Host
+from tests.cluster.slurm import ENDED
+from trainer.checkpoints.layout import FOLDER, leftovers
+from trainer.exits import FAILED
+from trainer.run_dir import EVENTS
+
+ROOT = Path(__file__).parents[2]
+_LOOK_SECONDS, _JOB_SECONDS = 0.1, 0.5
+_RANK = r" -m trainer\.pretrain "
+_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+"""One thread: the order of additions must not depend on how many ranks share a host."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """Ranks on one host."""
+
+    ranks: int
+    host: str = "node1"
+    name = "local"
+    spread = 1
+
+    def options(self, folder: Path) -> list[str]:
+        return ["--local", str(self.ranks)]
+
+
+@dataclass(frozen=True)
+class OnHosts:
+    """So many ranks on each of some hosts, by DeepSpeed's launcher with pdsh and ssh."""
+
+    hosts: Sequence[str]
+    slots: int = 1
+    host: str = "login"
+    name = "hostfile"
+
+    @property
+    def ranks(self) -> int:
+        return len(self.hosts) * self.slots
+
+    @property
+    def spread(self) -> int:
+        return len(self.hosts)
+
+    def options(self, folder: Path) -> list[str]:
+        hostfile = folder.with_suffix(".hosts")
+        hostfile.write_text("".join(f"{host} slots={self.slots}\n" for host in self.hosts))
+        return ["--hostfile", str(hostfile), "--skip-preflight"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A job of Slurm with so many ranks on each of its nodes."""
+
+    nodes: int
+    tasks: int = 1
+    limit: str | None = None
+    host: str = "login"
+    name = "slurm"
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks
+
+    @property
+    def spread(self) -> int:
+        return self.nodes
+
+    def options(self, folder: Path) -> list[str]:
+        limit = ["--time", self.limit] if self.limit else []
+        return ["--slurm", "--nodes", str(self.nodes), "--tasks-per-node", str(self.tasks), *limit]
+
+
+Way = Local | OnHosts | Batch
+"""All of them say from which host they are started, their number of ranks, and over how many hosts these are spread."""
+
+
+class Run:
+    """One run directory, and the command that starts it.
+
+    Attributes:
+        way: how it is started next.
+        starts: how often its user started it.
+        launcher: the last `mixmae launch`; under Slurm it ended when the job was submitted.
+        job: the last one's number, under Slurm.
+        mounted: a host, and where in the directory a file system is mounted that this host alone sees.
+    """
+
+    def __init__(self, cluster: Cluster, way: Way, recipe: Path, run_dir: Path) -> None:
+        self.cluster, self.way, self.recipe, self.run_dir = cluster, way, recipe, run_dir
+        self.starts = 0
+        self.launcher: subprocess.Popen[str] | None = None
+        self.job: int | None = None
+        self._next_look = 0.0
+        self.mounted: tuple[Host, Path] | None = None
+        self._console = run_dir.with_suffix(".out")
+        self._console.unlink(missing_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory as its hosts see it."""
+        if self.mounted is None:
+            return self.run_dir
+        return Path(f"/proc/{self.mounted[0].namespaces.pid}/root{self.run_dir}")
+
+    def start(self, max_restarts: int = 0, *overrides: str) -> None:
+        """Types the command; returns at once, under Slurm when the job is submitted."""
+        self.starts += 1
+        options = [*self.way.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
+        command = [sys.executable, "-m", "launch.cli", "launch", str(self.recipe), *options]
+        host = self.cluster.host(self.way.host)
+        self.job = None
+        if isinstance(self.way, Batch):
+            self.job = int(host.run(command, _ENVIRONMENT, ROOT, check=True).stdout)
+            return
+        with self._console.open("a") as console:
+            both = {"stdout": console, "stderr": subprocess.STDOUT}
+            self.launcher = host.popen(command, _ENVIRONMENT, ROOT, **both)
+
+    def poll(self) -> int | None:
+        """The exit code of the last start, or None while it goes on, or will by itself."""
+        if self.job is None:
+            assert self.launcher is not None
+            return self.launcher.poll()
+        if time.monotonic() < self._next_look:
+            return None
+        state = self.cluster.slurm.state(self.job)
+        self._next_look = time.monotonic() + _JOB_SECONDS
+        if state not in ENDED:
+            return None
+        return 0 if state == "COMPLETED" else self.cluster.slurm.exit_code(self.job) or FAILED
+
+    def wait(self, seconds: float) -> int:
+        """The exit code of the last start, when it is over.
+
+        Raises:
+            TimeoutError: it goes on after so many seconds; with what it said last.
+        """
+        deadline = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the run had not ended after {seconds:.0f} s; it said:\n{self.output()[-3000:]}")
+            time.sleep(_LOOK_SECONDS)
+        return code
+
+    def output(self) -> str:
+        """All that its user read on the console, or in the job's output."""
+        texts = [self._console] if self._console.exists() else []
+        texts += sorted((self.folder / "logs").glob("slurm-*.out"))
+        return "".join(path.read_text(errors="replace") for path in texts)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the run said of itself so far, in the order of writing; a line that was cut short is left out."""
+        return _records(self.folder / EVENTS)
+
+    def restarts(self) -> list[dict[str, Any]]:
+        """What the launcher noted of restarts that it did by itself, oldest first."""
+        return _records(self.folder / "restarts.jsonl")
+
+    def step(self) -> int:
+        """The last step that was logged; 0 before the first."""
+        return next((record["step"] for record in reversed(self.events()) if record["event"] == "step"), 0)
+
+    def begins(self) -> int:
+        """How many starts came as far as training."""
+        return sum(record["event"] in ("start", "resumed") for record in self.events())
+
+    def partial(self) -> list[Path]:
+        """Checkpoints that are being written."""
+        return leftovers(self.folder)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / FOLDER
+
+    def ranks(self) -> dict[int, tuple[Host, psutil.Process]]:
+        """The ranks' processes that live now, with their hosts."""
+        found = {}
+        for host in (self.cluster.login, *self.cluster.hosts):
+            for process in host.processes(_RANK):
+                try:
+                    found[int(process.environ()["RANK"])] = (host, process)
+                except (psutil.NoSuchProcess, KeyError):
+                    continue
+        return found
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def clean_environment() -> None:
+    """Takes from this process what would reach the ranks of a run and change how they are started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)

@@ -1,0 +1,85 @@
+"""Supervised stand-in ranks on this machine, without any launcher, for tests."""
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from launch.supervision.outcome import Outcome, attempt_folder, read_outcome
+from trainer.ports import free_port
+
+ATTEMPT = "one"
+STAND_IN = "tests.launch.stand_in"
+ROOT = Path(__file__).parents[2]
+
+
+class Started:
+    """The supervisors of a run, by rank."""
+
+    def __init__(self, run_dir: Path, ranks: int, settings: tuple[str, ...], limits: dict[str, float]) -> None:
+        self.run_dir, self.folder = run_dir, attempt_folder(run_dir, ATTEMPT)
+        self.port, self.secret = free_port(), secrets.token_hex(8)
+        self._limits = {"join": 20.0, "stuck": 100.0, "grace": 20.0, **limits}
+        self._command = [STAND_IN, "--world-size", str(ranks), *settings]
+        self.supervisors = [self.start(rank, ranks) for rank in range(ranks)]
+
+    def start(self, rank: int, ranks: int) -> "subprocess.Popen[str]":
+        options = {"attempt": ATTEMPT, "run-dir": self.run_dir, "ranks": ranks, "port": self.port}
+        options |= {f"{name}-seconds": value for name, value in self._limits.items()}
+        given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+        environment = {**os.environ, "MIXMAE_TOKEN": self.secret, **{name: str(value) for name, value in place.items()}}
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.rank", *given, *self._command],
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def codes(self, seconds: float = 60.0) -> list[int]:
+        """Waits for all supervisors; returns their exit codes."""
+        return [supervisor.wait(seconds) for supervisor in self.supervisors]
+
+    def outcome(self) -> Outcome:
+        outcome = read_outcome(self.folder)
+        assert outcome is not None
+        return outcome
+
+    def log(self, rank: int) -> str:
+        file = self.folder / f"rank-{rank:05d}.log"
+        return file.read_text() if file.is_file() else ""
+
+    def rank(self, rank: int) -> psutil.Process:
+        """A rank's own process, once it runs."""
+        return next(child for child in psutil.Process(self.supervisors[rank].pid).children() if child.name() != "sh")
+
+
+@contextmanager
+def started(run_dir: Path, ranks: int, *settings: str, **limits: float) -> Iterator[Started]:
+    """Starts ranks; kills what is left of them in the end."""
+    run = Started(run_dir, ranks, settings, limits)
+    try:
+        yield run
+    finally:
+        for supervisor in run.supervisors:
+            supervisor.kill()
+            supervisor.communicate()
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Live processes that a run left: those whose environment or command line names its directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            named = str(run_dir) in " ".join(process.cmdline()) or str(run_dir) in process.environ().get("RUN_DIR", "")
+            if named and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

@@ -1,0 +1,92 @@
+"""A rank that trains nothing: `python -m tests.launch.stand_in --world-size N key=value ...`.
+
+It steps, beats, notes signals and fails as it is told; ranks that would wait for a failed one in a collective do so.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
+from trainer.exits import PREEMPTED
+from trainer.heartbeat import FILE, Heartbeat
+from trainer.place import read_place
+
+STEP_SECONDS = 0.1
+
+
+class Rank:
+    """Does `steps` steps; at step `at` rank `rank` does `how`: error, exit, kill, stop, hang, leave, deaf."""
+
+    def __init__(self, settings: dict[str, str]) -> None:
+        self.place = read_place(os.environ)
+        self.steps, self.at = int(settings.get("steps", 20)), int(settings.get("at", -1))
+        self.how, self.fails = settings.get("how", ""), self.place.rank == int(settings.get("rank", -1))
+        self.code = int(settings.get("code", 1))
+        self.run_dir = Path(settings["run_dir"]) if "run_dir" in settings else None
+        self.asked: str | None = None
+        self.beat = Heartbeat(Path(os.environ[FILE]))
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN if self.how == "deaf" else self.note)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+
+    def run(self) -> int:
+        first = newest_step(self.run_dir) if self.run_dir is not None else 0
+        print(f"rank {self.place.rank} of {self.place.world_size} from step {first}, port {self.place.master_port}")
+        for step in range(first, self.steps):
+            self.beat.at("forward", step)
+            time.sleep(STEP_SECONDS)
+            if step == self.at and self.how not in ("", "deaf"):
+                self.fail() if self.fails else self.wait()
+            if self.asked is not None:
+                self.save(step + 1)
+                print(f"stopped by {self.asked} after step {step + 1}")
+                return PREEMPTED
+            if (step + 1) % 5 == 0:
+                self.save(step + 1)
+        print("done")
+        return 0
+
+    def fail(self) -> None:
+        match self.how:
+            case "error":
+                raise RuntimeError("the loss is made of cheese")
+            case "exit":
+                print("mixmae: error: this cannot be", file=sys.stderr)
+                sys.exit(self.code)
+            case "kill" | "stop":
+                os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
+            case "hang":
+                self.beat.at("data_wait")
+                time.sleep(1000)
+            case "leave":
+                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "left behind"])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait(self) -> None:
+        self.beat.at("backward")
+        while True:
+            time.sleep(1000)
+
+    def save(self, step: int) -> None:
+        if self.run_dir is not None and self.place.is_main:
+            folder = self.run_dir / FOLDER / name_of(step)
+            folder.mkdir(parents=True, exist_ok=True)
+            point_to(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--world-size", type=int)
+    parser.add_argument("settings", nargs="*")
+    args = parser.parse_args()
+    rank = Rank(dict(setting.split("=", 1) for setting in args.settings))
+    assert args.world_size == rank.place.world_size
+    sys.exit(rank.run())

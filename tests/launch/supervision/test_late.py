@@ -1,0 +1,53 @@
+"""Which rank the others wait for."""
+
+import pytest
+
+from launch.supervision.late import Sighting, is_stuck, late, sighting
+from trainer.heartbeat import Beat
+
+
+def at(part: str, step: int = 7, still: float = 100.0, unticked: float = 0.5) -> Sighting:
+    return Sighting(step, part, still, unticked)
+
+
+@pytest.mark.parametrize(
+    ("seen", "ranks", "words"),
+    [
+        ([at("backward"), at("backward", unticked=90), at("backward")], [1], "interpreter has not run for 90 s"),
+        ([at("backward", unticked=90), at("data_wait")], [0], "interpreter"),  # a stopped one before a waiting one
+        ([at("optimizer"), at("data_wait"), at("backward")], [1], "in data_wait of step 8"),
+        ([at("checkpoint"), at("forward"), at("forward")], [0], "in checkpoint of step 8"),
+        ([at("between"), at("between"), at("forward")], [0, 1], "in between of step 8"),
+        ([at("backward"), at("forward", step=6), at("backward")], [1], "at step 7, the others are ahead"),
+        ([at("backward"), at("backward")], [], "all ranks are in backward of step 8"),
+        ([at("backward"), at("forward")], [], "all ranks are in backward or forward of step 8"),
+        ([at("backward", unticked=90), at("backward", unticked=90)], [], "all ranks"),
+    ],
+)
+def test_the_late_rank_is_told_apart(seen: list[Sighting], ranks: list[int], words: str) -> None:
+    found, why = late(dict(enumerate(seen)))
+    assert found == ranks
+    assert words in why
+
+
+def test_a_short_pause_of_an_interpreter_is_no_stop() -> None:
+    assert late({0: at("backward", unticked=4.0), 1: at("backward")})[0] == []
+    assert late({0: at("backward", still=5.0, unticked=4.0), 1: at("backward", still=5.0)})[0] == [0]
+
+
+def test_a_run_is_stuck_when_no_rank_moves() -> None:
+    assert not is_stuck([at("backward", still=601), at("forward", still=10)], 600)
+    assert is_stuck([at("backward", still=601), at("forward", still=602)], 600)
+    assert not is_stuck([], 600)
+
+
+@pytest.mark.parametrize("part", ["starting", "checkpoint", "ending"])
+def test_starting_and_saving_may_take_longer(part: str) -> None:
+    assert not is_stuck([at("backward", still=601), at(part, still=601)], 600)
+    assert is_stuck([at("backward", still=1801), at(part, still=1801)], 600)
+
+
+def test_a_rank_without_a_beat_is_starting() -> None:
+    assert sighting(None, started=100.0, now=130.0) == Sighting(0, "starting", 30.0, 0.0)
+    beat = Beat(step=4, part="forward", since=120.0, ticked=129.0)
+    assert sighting(beat, started=100.0, now=130.0) == Sighting(4, "forward", 10.0, 1.0)

@@ -1,0 +1,172 @@
+"""Supervisors with stand-in ranks on loopback: every end of a rank ends the run, in words, and leaves nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.supervision.outcome import Exit
+from tests.launch.ranks import Started, processes_of, started
+from tests.launch.supervision.test_processes import eventually
+from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
+
+
+def stepping(run: Started) -> bool:
+    """Waits until all ranks are past their start."""
+    return eventually(lambda: all("rank" in run.log(rank) for rank in range(len(run.supervisors))), 20)
+
+
+def test_a_run_finishes(tmp_path: Path) -> None:
+    with started(tmp_path, 3, "steps=5", f"run_dir={tmp_path}") as run:
+        assert run.codes() == [FINISHED] * 3
+        assert (run.outcome().code, run.outcome().step) == (FINISHED, 4)
+        console = run.supervisors[0].communicate()[0]
+    assert console == run.log(0)  # rank 0's output is the console's, whole
+    assert "rank 0 of 3" in console
+    assert "rank 2 of 3" in run.log(2)
+    assert not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "reason", "line"),
+    [
+        ("error", FAILED, "rank 1 on {host} ended with exit code 1", "RuntimeError: the loss is made of cheese"),
+        ("kill", FAILED, "rank 1 on {host} was killed by SIGKILL; the kernel does that when memory is short", "port"),
+        ("leave", FAILED, "rank 1 on {host} was killed by SIGKILL; the kernel does that when memory is short", "port"),
+        ("hang", FAILED, "stuck: nothing moved for", "in fail"),
+        ("stop", FAILED, "stuck: nothing moved for", "port"),
+    ],
+)
+def test_one_failed_rank_ends_all_and_is_named(tmp_path: Path, how: str, code: int, reason: str, line: str) -> None:
+    host = os.uname().nodename
+    settings = ["at=5", "rank=1", f"how={how}", f"run_dir={tmp_path}"]
+    with started(tmp_path, 3, *settings, stuck=4.0 if how in ("hang", "stop") else 100.0) as run:
+        assert run.codes() == [code] * 3
+        outcome = run.outcome()
+    assert outcome.reason.startswith(reason.format(host=host))
+    assert (outcome.rank, outcome.host, outcome.log) == (1, host, str(run.folder / "rank-00001.log"))
+    assert any(line in text for text in outcome.lines)
+    assert outcome.last_words().splitlines()[-1] == f"mixmae: error: {outcome.reason}"
+    if how == "hang":
+        assert "late is rank 1" in outcome.reason
+        assert "it is in data_wait of step 6" in outcome.reason
+    if how == "error":
+        assert "in wait" in run.log(0)  # where those hung that waited for it
+    assert not processes_of(tmp_path)
+
+
+def test_a_mistake_ends_with_its_own_code(tmp_path: Path) -> None:
+    with started(tmp_path, 2, "at=0", "rank=1", "how=exit", "code=2") as run:
+        assert run.codes() == [MISTAKE] * 2
+        assert run.outcome().lines[-1] == "mixmae: error: this cannot be"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_one_supervisor_stops_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
+    with started(tmp_path, 2, "steps=1000") as run:
+        assert stepping(run)
+        run.supervisors[1].send_signal(number)
+        assert run.codes() == [PREEMPTED] * 2
+        outcome = run.outcome()
+    name = number.name if number in (signal.SIGUSR1, signal.SIGUSR2) else "SIGTERM"
+    assert (outcome.stop_signal, outcome.code) == (name, PREEMPTED)
+    assert outcome.stopped_by == f"rank 1 on {os.uname().nodename}"
+    assert all(f"stopped by {name}" in run.log(rank) for rank in range(2))
+
+
+def test_a_second_signal_does_not_disturb_the_stop(tmp_path: Path) -> None:
+    with started(tmp_path, 2, "steps=1000") as run:
+        assert stepping(run)
+        for supervisor in run.supervisors * 2:
+            supervisor.send_signal(signal.SIGTERM)
+        assert run.codes() == [PREEMPTED] * 2
+
+
+def test_ranks_that_do_not_heed_a_stop_are_ended(tmp_path: Path) -> None:
+    with started(tmp_path, 2, "steps=10000", "how=deaf", f"run_dir={tmp_path}", grace=2.0) as run:
+        assert stepping(run)
+        run.supervisors[0].send_signal(signal.SIGTERM)
+        assert run.codes() == [FAILED] * 2
+        assert "had not ended 2 s after the signal to stop" in run.outcome().reason
+    assert not processes_of(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_supervisor_takes_its_rank_and_the_run_along(tmp_path: Path, rank: int) -> None:
+    with started(tmp_path, 2, "steps=10000", f"run_dir={tmp_path}") as run:
+        assert stepping(run)
+        run.supervisors[rank].kill()
+        assert run.codes()[1 - rank] == FAILED
+        if rank == 0:
+            assert "lost the supervisor of rank 0 on 127.0.0.1" in run.supervisors[1].communicate()[1]
+            assert not (run.folder / "outcome.json").exists()
+        else:
+            assert "lost its supervisor" in run.outcome().reason
+        assert eventually(lambda: not processes_of(tmp_path))
+
+
+def test_ranks_end_when_what_started_them_is_gone(tmp_path: Path) -> None:
+    start = f"import sys, time; sys.path[:0] = {sys.path!r}\n" + (
+        "from pathlib import Path; from tests.launch.ranks import Started\n"
+        f"Started(Path({str(tmp_path)!r}), 2, ('steps=10000', 'run_dir={tmp_path}'), {{}}); time.sleep(1000)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", start])
+    log = tmp_path / "logs" / "one" / "rank-00001.log"
+    assert eventually(lambda: log.is_file() and "rank" in log.read_text(), 20)
+    launcher.kill()
+    launcher.wait()
+    assert eventually(lambda: not processes_of(tmp_path), 30)
+    assert "the process that started rank" in (tmp_path / "logs" / "one" / "outcome.json").read_text()
+
+
+def test_missing_ranks_are_named(tmp_path: Path) -> None:
+    with started(tmp_path, 2, join=2.0) as run:
+        run.supervisors[1].kill()
+        run.supervisors[1].wait()
+        assert run.supervisors[0].wait(30) == FAILED
+        assert "rank 1" in run.outcome().reason
+
+
+@pytest.mark.slow
+def test_a_stopped_supervisor_counts_as_an_unreachable_host(tmp_path: Path) -> None:
+    with started(tmp_path, 2, "steps=10000", f"run_dir={tmp_path}") as run:
+        assert stepping(run)
+        begun = time.monotonic()
+        run.supervisors[1].send_signal(signal.SIGSTOP)
+        assert run.supervisors[0].wait(60) == FAILED
+        assert time.monotonic() - begun < 60
+        assert "rank 1 on" in run.outcome().reason
+        assert "was not heard for 20 s" in run.outcome().reason
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "3"}, "3 ranks were started, expected 2"),
+        ({"MIXMAE_TOKEN": ""}, "MIXMAE_TOKEN is not set"),
+        ({"RANK": "x"}, "expected whole numbers"),
+    ],
+)
+def test_wrong_environments_are_one_clear_line(environment: dict[str, str], message: str) -> None:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    options = ["--attempt", "a", "--run-dir", "r", "--ranks", "2", "--port", "20000"]
+    limits = ["--join-seconds", "1", "--stuck-seconds", "1", "--grace-seconds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.rank", *options, *limits, "tests.launch.stand_in"],
+        env={**os.environ, "MIXMAE_TOKEN": "secret", **place, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == MISTAKE
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_exits_in_words() -> None:
+    assert Exit(3).in_words == "ended with exit code 3"
+    assert Exit(None, signal.SIGSEGV).in_words == "was killed by SIGSEGV"

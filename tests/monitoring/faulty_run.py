@@ -1,0 +1,99 @@
+"""A real run of two ranks with faults that files turn on."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from trainer.config import Recipe
+from trainer.data.stream import Batch
+from trainer.distributed import join, leave, read_ranks
+from trainer.engine import build_engine
+from trainer.job import check, prepare
+from trainer.loop import fit
+from trainer.ports import free_port
+
+
+class Control:
+    """Which faults are on: files that any process can make and remove."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on(self, fault: str) -> bool:
+        return (self._folder / fault).exists()
+
+    def set(self, fault: str, on: bool) -> None:
+        (self._folder / fault).touch() if on else (self._folder / fault).unlink()
+
+    def wait_while(self, fault: str) -> None:
+        while self.on(fault):
+            time.sleep(0.05)
+
+
+class FaultyStream:
+    """A stream whose batches come late on all ranks (`slow`), or not at all on one (`no-data-1`)."""
+
+    def __init__(self, stream: Any, control: Control, rank: int) -> None:
+        self._stream, self._control, self._rank = stream, control, rank
+
+    def __next__(self) -> Batch:
+        if self._control.on("slow"):
+            time.sleep(0.2)
+        self._control.wait_while(f"no-data-{self._rank}")
+        batch: Batch = next(self._stream)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) -> None:
+    """Trains as the main job does; `no-engine-1` holds up rank 1 while it starts, `nan` and `steep` spoil losses."""
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in env.items()})
+    ranks = read_ranks(os.environ)
+    job = check(recipe, ranks)
+    join(ranks)
+
+    def held(*given: Any) -> Any:
+        control.wait_while(f"no-engine-{rank}")
+        return build_engine(*given)
+
+    with mock.patch("trainer.job.build_engine", held):
+        run = prepare(job, ranks)
+    run.batches = FaultyStream(run.batches, control, rank)  # type: ignore[assignment]
+    model = run.engine.module
+    forward: Callable[..., Any] = model.forward
+
+    def faulty(*inputs: Any) -> Any:
+        loss = forward(*inputs)
+        if control.on("nan"):
+            loss = loss * float("nan")
+        return loss * 20 if control.on("steep") else loss
+
+    model.forward = faulty
+    fit(run)
+    leave(0)
+
+
+@contextmanager
+def faulty_run(recipe: Recipe, control: Control) -> Iterator[list[SpawnProcess]]:
+    """The two ranks, until the end of the context."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [
+        context.Process(target=train_with_faults, args=(rank, port, recipe, control), daemon=False) for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()

@@ -1,0 +1,150 @@
+"""A run continues on other numbers of ranks and at other ZeRO stages: same images, same losses to rounding."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import run_ranks, tiny_recipe
+from trainer import saving
+from trainer.checkpoints.layout import Manifest, complete
+from trainer.checkpoints.pieces import KINDS
+from trainer.checkpoints.weights import master_weights
+from trainer.config import Recipe
+from trainer.distributed import Ranks
+from trainer.job import check, prepare
+from trainer.loop import fit
+from trainer.run_dir import read_events
+from trainer.sample_log import read_samples
+
+CHANGES = {
+    "fp32 stages 0 1 2": ("fp32", [(0, 2), (1, 1), (2, 4)]),
+    "fp32 stages 2 0 3": ("fp32", [(2, 2), (0, 4), (3, 1)]),
+    "bf16 stage 1": ("bf16", [(1, 2), (1, 1), (1, 4)]),
+    "bf16 stage 2": ("bf16", [(2, 2), (2, 1), (2, 4)]),
+    "bf16 stage 3": ("bf16", [(3, 2), (3, 1), (3, 4)]),
+    "bf16 stages 1 3 2": ("bf16", [(1, 2), (3, 2), (2, 4)]),
+    "bf16 stages 3 1 3": ("bf16", [(3, 4), (1, 2), (3, 1)]),
+}
+"""Precision, then (ZeRO stage, ranks) for steps 1 to 4, 5 to 8 and 9 to 12."""
+STEPS = (4, 8, 12)
+
+
+def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recipe:
+    return tiny_recipe(
+        **{
+            "data.shards": str(shards),
+            "run_dir": str(run_dir),
+            "train.zero_stage": stage,
+            "train.precision": precision,
+            "train.duration": "12 steps",
+            "optim.clip_grad": 0.05,
+            "optim.base_lr": 0.2,
+            "model.sizes.drop_path_rate": 0.2,
+            "checkpoint.every": "4 steps",
+            "monitoring.enabled": False,
+            "log.samples": True,
+        }
+    )
+
+
+def train(ranks: Ranks, recipes: list[tuple[Recipe, int]]) -> list[int]:
+    """Trains each recipe from where it stands until a step; returns where each began."""
+    began = []
+    for recipe, until in recipes:
+        run = prepare(check(recipe, ranks), ranks)
+        began.append(run.state.step)
+        run.stop = StopAt(run, until)  # type: ignore[assignment]
+        fit(run)
+        run.reporter.close()
+        run.engine.destroy()
+    return began
+
+
+class StopAt:
+    """Asks a run to stop so that it does right after a step: what is wished then is agreed on one step later."""
+
+    def __init__(self, run: Any, step: int) -> None:
+        self.run, self.step = run, step
+
+    def reason(self, seconds_before_end: float) -> str | None:
+        return "enough" if self.run.state.step >= self.step - 1 else None
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directories, by name of change: trained in three parts; and by precision: without a change."""
+    folder = tmp_path_factory.mktemp("elastic")
+    for precision, stage in (("fp32", 2), ("bf16", 2)):
+        whole = recipe_for(shards, folder / precision, precision, stage)
+        run_ranks(train, 2, [(whole, STEPS[-1])])
+    for part, until in enumerate(STEPS):
+        for world_size in (1, 2, 4):
+            recipes = [
+                (recipe_for(shards, folder / change, precision, parts[part][0]), until)
+                for change, (precision, parts) in CHANGES.items()
+                if parts[part][1] == world_size
+            ]
+            if recipes:
+                for began in run_ranks(train, world_size, recipes):
+                    assert set(began) == {until - 4}
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_losses_continue_as_if_nothing_had_changed(runs: Path, change: str) -> None:
+    precision, _ = CHANGES[change]
+    expected, actual = ([e["loss"] for e in read_events(runs / name, "step")] for name in (precision, change))
+    assert actual == pytest.approx(expected, abs=2e-6 if precision == "fp32" else 5e-4)
+    assert expected[-1] < expected[0] - 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_and_moments_do_too(runs: Path, change: str, kind: str) -> None:
+    precision, _ = CHANGES[change]
+    expected = master_weights(complete(runs / precision)[-1], kind)
+    actual = master_weights(complete(runs / change)[-1], kind)
+    first = master_weights(complete(runs / precision)[0], kind)
+    moved = torch.stack([(expected[name] - first[name]).norm() for name in expected]).norm()
+    apart = torch.stack([(expected[name] - actual[name]).norm() for name in expected]).norm()
+    assert apart < moved * (1e-4 if precision == "fp32" else 0.05)
+
+
+def test_every_step_takes_the_same_images_in_the_same_order(runs: Path) -> None:
+    expected = read_samples(runs / "fp32")
+    assert list(expected) == list(range(1, STEPS[-1] + 1))
+    for change in CHANGES:
+        assert read_samples(runs / change) == expected
+
+
+def test_every_change_took_every_step_of_the_optimizer(runs: Path) -> None:
+    for change, (_, parts) in CHANGES.items():
+        manifests = [Manifest.read(checkpoint) for checkpoint in complete(runs / change)]
+        assert [manifest.optimizer_step for manifest in manifests] == list(STEPS)
+        assert [(manifest.zero_stage, manifest.world_size) for manifest in manifests] == parts
+
+
+def test_what_another_stage_reads_is_what_was_written(runs: Path, shards: Path, tmp_path: Path) -> None:
+    """Resumed elsewhere and saved at once, a checkpoint has the same bits: nothing is lost on the way."""
+    for change, stage, world_size in (("bf16 stage 1", 3, 4), ("bf16 stage 3", 2, 1), ("fp32 stages 0 1 2", 0, 2)):
+        copy = tmp_path / change
+        shutil.copytree(runs / change, copy)
+        before = complete(copy)[-1].rename(copy / "before")
+        complete(copy)[-1].rename(copy / "checkpoints" / "damaged-step-00000008")
+        shutil.copytree(before, copy / "checkpoints" / "step-00000012")
+        recipe = recipe_for(shards, copy, CHANGES[change][0], stage)
+        run_ranks(save_again, world_size, recipe)
+        for kind in KINDS:
+            written, again = master_weights(before, kind), master_weights(complete(copy)[-1], kind)
+            assert all(torch.equal(value, again[name]) for name, value in written.items()), (change, kind)
+
+
+def save_again(ranks: Ranks, recipe: Recipe) -> None:
+    run = prepare(check(recipe, ranks), ranks)
+    saving.save(run)
+    run.saver.wait()
+    run.reporter.close()
+    run.engine.destroy()

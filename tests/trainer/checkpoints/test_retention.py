@@ -1,0 +1,45 @@
+"""The last checkpoints, one every so often, and the best are kept; a half-removed one is no checkpoint."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.checkpoints.test_layout import make
+from trainer.checkpoints.layout import complete, step_of
+from trainer.checkpoints.retention import prune
+from trainer.config import Checkpoint
+
+
+def grow(run_dir: Path, settings: Checkpoint, losses: dict[int, float | None]) -> list[int]:
+    """Steps of the checkpoints left when each was saved and the folder pruned behind it."""
+    for step, loss in losses.items():
+        prune(run_dir, make(run_dir, step, loss), settings)
+    return [step_of(folder) for folder in complete(run_dir)]
+
+
+FALLING: dict[int, float | None] = {step: 1 - step / 100 for step in range(4, 41, 4)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "losses", "left"),
+    [
+        ({"keep": 1}, FALLING, [40]),
+        ({"keep": 3}, FALLING, [32, 36, 40]),
+        ({"keep": 2, "keep_every": "10 steps"}, FALLING, [12, 20, 32, 36, 40]),  # the first ones after 10, 20, 30
+        ({"keep": 1, "keep_every": "1 epoch"}, FALLING, [12, 20, 32, 40]),  # an epoch has 10 steps
+        ({"keep": 1, "keep_every": "160 samples"}, FALLING, [20, 40]),
+        ({"keep": 1, "keep_best": 2}, {4: 0.3, 8: 0.9, 12: None, 16: 0.1, 20: 0.5}, [4, 16, 20]),
+        ({"keep": 2, "keep_best": 1}, {4: None, 8: None, 12: None}, [8, 12]),
+    ],
+)
+def test_what_is_kept(
+    tmp_path: Path, settings: dict[str, object], losses: dict[int, float | None], left: list[int]
+) -> None:
+    assert grow(tmp_path, Checkpoint.model_validate(settings), losses) == left
+
+
+def test_a_history_that_was_given_up_goes(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        make(tmp_path, step)
+    prune(tmp_path, make(tmp_path, 6), Checkpoint(keep=2))
+    assert [step_of(folder) for folder in complete(tmp_path)] == [4, 6]

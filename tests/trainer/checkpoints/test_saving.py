@@ -1,0 +1,243 @@
+"""Saves while training goes on; what is damaged is stepped over, what cannot be written costs nothing (two ranks)."""
+
+import resource
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import run_ranks, tiny_recipe
+from trainer import saving
+from trainer.checkpoints.claim import Claim
+from trainer.checkpoints.files import Snapshot
+from trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
+from trainer.checkpoints.pieces import KINDS
+from trainer.checkpoints.resume import NothingWholeError
+from trainer.checkpoints.weights import master_weights
+from trainer.config import Recipe
+from trainer.distributed import Ranks
+from trainer.errors import UsageError
+from trainer.job import check, prepare
+from trainer.loop import fit, train_step
+from trainer.run_dir import read_events
+from trainer.saving import SaveError
+
+
+def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
+    return tiny_recipe(
+        **{
+            "data.shards": str(shards),
+            "run_dir": str(run_dir),
+            "train.duration": "12 steps",
+            "checkpoint.every": "4 steps",
+            "monitoring.enabled": False,
+            **changes,
+        }
+    )
+
+
+def train(ranks: Ranks, recipe: Recipe) -> str:
+    """Trains to the end; returns the message of what ended it earlier, if anything did."""
+    try:
+        run = prepare(check(recipe, ranks), ranks)
+    except NothingWholeError as error:
+        return str(error)
+    message = ""
+    try:
+        fit(run)
+    except SaveError as error:
+        message = str(error)
+    run.reporter.close()
+    run.engine.destroy()
+    return message
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert run_ranks(train, 2, recipe_for(shards, run_dir)) == ["", ""]
+    return run_dir
+
+
+def same_end(a: Path, b: Path) -> bool:
+    ends = [[master_weights(complete(run_dir)[-1], kind) for kind in KINDS] for run_dir in (a, b)]
+    return all(torch.equal(value, y[name]) for x, y in zip(*ends, strict=True) for name, value in x.items())
+
+
+def flip(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def cut(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose(checkpoint: Path) -> None:
+    (checkpoint / "rank-00001.safetensors").unlink()
+
+
+def empty(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).write_text("")
+
+
+FAULTS: dict[Callable[[Path], None], str] = {
+    flip: "rank-00001.safetensors has other content than was written",
+    cut: "rank-00000.safetensors has",
+    lose: "rank-00001.safetensors is missing",
+    empty: "manifest.json cannot be read",
+}
+
+
+@pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
+def test_damaged_checkpoints_are_stepped_over(
+    whole: Path, shards: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    shutil.rmtree(complete(copy)[-1])
+    (copy / FOLDER / "newest").write_text("step-00000008\n")
+    damage(complete(copy)[-1])
+    assert run_ranks(train, 2, recipe_for(shards, copy)) == ["", ""]
+    (note,) = read_events(copy, "fallback")
+    assert "step-00000008 is damaged and was set aside: " + FAULTS[damage] in note["message"]
+    assert note["step"] == 4
+    assert (copy / FOLDER / "damaged-step-00000008").is_dir()
+    assert same_end(whole, copy)
+
+
+def test_a_run_never_starts_over_where_nothing_is_whole(whole: Path, shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    for checkpoint in complete(copy):
+        flip(checkpoint)
+    with pytest.raises(UsageError, match="is damaged: rank-00001"):
+        master_weights(complete(copy)[-1])
+    for message in run_ranks(train, 2, recipe_for(shards, copy)):
+        assert "is whole: step-00000012 is damaged and was set aside" in message
+        assert "name another run_dir to start from the beginning" in message
+
+
+def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
+    """Trains on while a save is held up until two steps later; returns what happened in which order."""
+    run = prepare(check(recipe, ranks), ranks)
+    order = []
+    let_go = threading.Event()
+    write = Snapshot.write
+
+    def held(self: Snapshot, file: Path) -> Any:
+        let_go.wait()
+        order.append("written")
+        return write(self, file)
+
+    Snapshot.write = held  # type: ignore[method-assign]
+    for _ in range(4):
+        train_step(run)
+        run.state.advance(8, applied=True)
+        order.append("step")
+        if run.state.step == 2:
+            saving.save(run)
+    assert run.saver.poll() is None
+    let_go.set()
+    run.saver.wait()
+    assert (run.saver.poll() is not None) == ranks.is_main
+    run.reporter.close()
+    run.engine.destroy()
+    return order
+
+
+def test_training_goes_on_while_a_save_is_written(shards: Path, tmp_path: Path) -> None:
+    held, plain = recipe_for(shards, tmp_path / "held"), recipe_for(shards, tmp_path / "plain")
+    for order in run_ranks(hold_writes, 2, held):
+        assert order == ["step"] * 4 + ["written"]
+    changed = {"checkpoint.every": "2 steps", "checkpoint.keep": 9, "checkpoint.asynchronous": False}
+    run_ranks(train, 2, recipe_for(shards, tmp_path / "plain", **changed))
+    for kind in KINDS:
+        a = master_weights(complete(held.run_dir)[0], kind)
+        b = master_weights(complete(plain.run_dir)[0], kind)
+        assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_step: int) -> str:
+    """As `train`, but files cannot grow for some steps: the system refuses, as it does on a full disk."""
+    run = prepare(check(recipe, ranks), ranks)
+    fetch = run.to_device
+
+    def limited(images: Any) -> Any:
+        full = ranks.rank == 1 and from_step <= run.state.step < until_step
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return fetch(images)
+
+    run.to_device = limited  # type: ignore[assignment]
+    message = ""
+    try:
+        fit(run)
+    except SaveError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run.reporter.close()
+    run.engine.destroy()
+    return message
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole: Path, shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
+    assert run_ranks(train_with_a_full_disk, 2, recipe, 7, 8) == ["", ""]
+    (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
+    assert "rank 1: File too large" in failed["message"]
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004", "step-00000012"]
+    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
+    assert same_end(whole, recipe.run_dir)
+
+
+def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None:
+    settings = {"checkpoint.max_failures": 1, "checkpoint.every": "2 steps", "checkpoint.asynchronous": False}
+    recipe = recipe_for(shards, tmp_path / "run", **settings)
+    messages = run_ranks(train_with_a_full_disk, 2, recipe, 3, 99)
+    assert messages[0] == messages[1]
+    assert "the run ends at step 7: 2 saves in a row failed, the last with rank 1: File too large" in messages[0]
+    assert "make room" in messages[0]
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000002"]
+
+
+def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
+    """As `train`, but in mid-run another start takes the run directory over."""
+    run = prepare(check(recipe, ranks), ranks)
+    fetch = run.to_device
+
+    def interfere(images: Any) -> Any:
+        if ranks.is_main and run.state.step == 5:
+            Claim.take(recipe.run_dir)
+        return fetch(images)
+
+    run.to_device = interfere  # type: ignore[assignment]
+    try:
+        fit(run)
+    except SaveError as error:
+        return str(error)
+    finally:
+        run.reporter.close()
+        run.engine.destroy()
+    return ""
+
+
+def test_an_earlier_start_leaves_the_run_to_a_later_one(shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
+    for message in run_ranks(train_twice_at_once, 2, recipe):
+        assert message.startswith("the run ends at step 9: the run was started again on ")
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004"]
+    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
+
+
+def test_the_last_save_must_succeed(shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run")
+    for message in run_ranks(train_with_a_full_disk, 2, recipe, 11, 99):
+        assert "the run ends at step 12: 1 saves in a row failed" in message
+    assert Manifest.read(complete(recipe.run_dir)[-1]).step == 8

@@ -1,0 +1,49 @@
+"""Who may publish checkpoints of a run directory: its newest start.
+
+A node that its cluster gave up may live on, and a command may be typed twice. The start that came last has the run; an
+earlier one learns of it before it publishes, and ends.
+"""
+
+import json
+import os
+import platform
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_FILE = "claimed.json"
+
+
+class SupersededError(Exception):
+    """A later start has the run directory."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A start's hold on a run directory.
+
+    Attributes:
+        token: tells this start's files from those of others.
+        host, pid, time: of the start's main rank, for the messages of others; seconds since the epoch.
+    """
+
+    token: str
+    host: str
+    pid: int
+    time: float
+
+    @classmethod
+    def take(cls, run_dir: Path) -> "Claim":
+        """Takes the run over from whatever start had it; for the main rank."""
+        claim = cls(uuid.uuid4().hex[:12], platform.node(), os.getpid(), time.time())
+        partial = run_dir / f".{_FILE}-{claim.token}"
+        partial.write_text(json.dumps(asdict(claim)) + "\n")
+        partial.replace(run_dir / _FILE)
+        return claim
+
+    def require(self, run_dir: Path) -> None:
+        """Raises SupersededError if a later start took the run directory."""
+        now = Claim(**json.loads((run_dir / _FILE).read_text()))
+        if now != self:
+            raise SupersededError(f"the run was started again on {now.host} (process {now.pid}), which has it now")

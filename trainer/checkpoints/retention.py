@@ -1,0 +1,55 @@
+"""Which checkpoints a run keeps: the last ones, one every so often, and the best."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.checkpoints import layout
+from trainer.checkpoints.layout import DamagedError, Manifest
+from trainer.config import Checkpoint
+
+
+def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:
+    """Removes what is not kept, also what lies behind the newest: it belongs to a history that was given up."""
+    found = layout.complete(run_dir)
+    past = [checkpoint for checkpoint in found if checkpoint.name <= newest.name]
+    keep = kept(past, settings)
+    for checkpoint in found:
+        if checkpoint not in keep:
+            stale = checkpoint.with_name(layout.partial_name_of(layout.step_of(checkpoint), "removed"))
+            checkpoint.rename(stale)  # a half-removed one must not have the name of a complete one
+            shutil.rmtree(stale)
+
+
+def kept(checkpoints: Sequence[Path], settings: Checkpoint) -> set[Path]:
+    """Of a history, oldest first, what the recipe keeps."""
+    keep = set(checkpoints[-settings.keep :])
+    if settings.keep_every is None and settings.keep_best == 0:
+        return keep
+    manifests = {checkpoint: manifest for checkpoint in checkpoints if (manifest := _manifest(checkpoint))}
+    losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
+    keep |= set(sorted(losses, key=lambda path: losses[path])[: settings.keep_best])
+    if settings.keep_every is not None:
+        keep |= {path for path, count in _periods(manifests, settings).items() if count}
+    return keep
+
+
+def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path, int]:
+    """How many whole periods of `keep_every` each checkpoint is the first one after."""
+    every = settings.keep_every
+    assert every is not None
+    crossed = {}
+    before = 0
+    for path, manifest in manifests.items():
+        done = {"step": manifest.step, "sample": manifest.state["samples"], "epoch": manifest.epoch}[every.unit]
+        periods = int(done / every.amount + 1e-9)
+        crossed[path] = periods - before
+        before = periods
+    return crossed
+
+
+def _manifest(checkpoint: Path) -> Manifest | None:
+    try:
+        return Manifest.read(checkpoint)
+    except DamagedError:  # found and told at the next resume
+        return None

@@ -1,0 +1,100 @@
+"""Looks at a cluster from all its ranks: `python -m trainer.doctor [RECIPE] [key=value ...]` under any launcher.
+
+`mixmae doctor` starts it; deepspeed, torchrun and srun do as well.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+
+from trainer import distributed
+from trainer.arguments import at_least
+from trainer.config import Recipe
+from trainer.distributed import Ranks, read_ranks
+from trainer.doctor.checks import judge
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.findings import exit_code, print_findings
+from trainer.doctor.job import FULL, SHORT, Effort, attend
+from trainer.doctor.lead import Lead
+from trainer.doctor.link import link_rate
+from trainer.doctor.meeting import AbsentError, Meeting
+from trainer.errors import run_in_words
+from trainer.exits import FAILED, FINISHED
+from trainer.recipes import load_recipe
+
+
+class EndedError(BaseException):
+    """Asked to end: whoever waits stops waiting. Nothing but `_lead` is to catch it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_intermixed_args(argv)
+    recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
+    ranks = read_ranks(os.environ)
+    effort = SHORT if args.short else FULL
+    if not ranks.is_main:
+        return _follow(ranks, recipe, effort)
+    cluster = Cluster(args.world_size, ranks.world_size, (), (), recipe, link=args.link)
+    return _lead(Lead(ranks, effort, cluster), args.jsonl)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainer.doctor", description=__doc__)
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", help="YAML file; without it hosts and network alone are looked at"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
+    parser.add_argument("--world-size", type=at_least(1), metavar="N", help="ranks that there should be")
+    parser.add_argument("--link", type=link_rate, help="what the network should give, such as 200gbps")
+    parser.add_argument("--short", action="store_true", help="only what takes a few seconds")
+    parser.add_argument("--jsonl", action="store_true", help="print findings as JSON, one a line, instead of a table")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    return parser
+
+
+def _lead(lead: Lead, as_json: bool) -> int:
+    def end(*_: object) -> None:
+        raise EndedError
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        lead.run(late=lambda: os._exit(_tell(lead.cluster, as_json)))
+    except EndedError:  # the launcher ends all ranks because one failed
+        return _tell(replace(lead.cluster, ended=True), as_json)
+    code = _tell(lead.cluster, as_json)
+    lead.end()
+    return code
+
+
+def _tell(cluster: Cluster, as_json: bool) -> int:
+    """Prints what was found; returns the exit code."""
+    findings = judge(cluster)
+    if as_json:
+        print("\n".join(finding.to_json() for finding in findings))
+    else:
+        print_findings(findings, Console(highlight=False))
+    sys.stdout.flush()
+    return exit_code(findings)
+
+
+def _follow(ranks: Ranks, recipe: Recipe | None, effort: Effort) -> int:
+    meeting = Meeting(ranks)
+    try:
+        attend(meeting, ranks, recipe, effort)
+    except (AbsentError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"mixmae: rank {ranks.rank}: the main rank ended early ({reason})", file=sys.stderr, flush=True)
+        return FAILED
+    return FINISHED
+
+
+if __name__ == "__main__":
+    code = run_in_words(main, sys.argv[1:])
+    distributed.leave(FAILED if code == FINISHED and dist.is_initialized() else code)

@@ -1,0 +1,45 @@
+"""Judging a cluster: each check is a function from what is known to findings, and looks at nothing itself.
+
+A new check is one more function here; `CHECKS` below has all of them, in the order in which they are shown.
+"""
+
+from collections.abc import Callable, Iterator
+
+from trainer.doctor.checks import data, gpus, hosts, network, presence, storage, versions
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.findings import Finding
+
+CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (
+    presence.ranks,
+    presence.hosts_once,
+    presence.answers,
+    presence.ended,
+    presence.recipe,
+    versions.software,
+    versions.environment,
+    hosts.clocks,
+    hosts.cores,
+    hosts.memory,
+    hosts.open_files,
+    hosts.locked_memory,
+    hosts.shared_memory,
+    hosts.exporter_port,
+    gpus.visible,
+    gpus.alike,
+    gpus.free_memory,
+    gpus.errors,
+    gpus.speed,
+    storage.shared,
+    storage.space,
+    storage.writing,
+    data.same_shards,
+    data.readable,
+    network.own_names,
+    network.neighbours,
+    network.all_reduce,
+)
+
+
+def judge(cluster: Cluster) -> list[Finding]:
+    """Everything that can be said of a cluster."""
+    return [finding for check in CHECKS for finding in check(cluster)]

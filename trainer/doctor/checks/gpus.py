@@ -1,0 +1,114 @@
+"""GPUs: there, alike, free and in good health."""
+
+from collections.abc import Iterator
+
+from monitoring.text import size
+from trainer.doctor.checks.among import departing, hosts_in_words, most_common
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import Gpu, HostFacts, RankFacts
+from trainer.doctor.findings import Finding, Level, some
+
+_FREE = 0.95
+"""Share of its memory that a GPU has free before ranks use it."""
+
+
+def _all(cluster: Cluster) -> Iterator[tuple[HostFacts, Gpu]]:
+    return ((host, gpu) for host in cluster.hosts for gpu in host.gpus)
+
+
+def _name(host: HostFacts, gpu: Gpu) -> str:
+    return f"{host.host} GPU {gpu.index}"
+
+
+def visible(cluster: Cluster) -> Iterator[Finding]:
+    """A GPU for each rank, on all hosts or on none."""
+    for host in cluster.hosts:
+        ranks = cluster.ranks_of(host)
+        least, most = min(rank.gpus for rank in ranks), max(rank.local_rank for rank in ranks)
+        if host.gpus and not least:
+            advice = "install a torch built for this driver's CUDA, and look at CUDA_VISIBLE_DEVICES"
+            yield Finding(
+                Level.ERROR, "GPUs", host.host, f"{len(host.gpus)}, of which torch sees none", "all of them", advice
+            )
+        elif least and most >= least:
+            advice = "start no more ranks on a host than it has GPUs: slots in the hostfile, --gpus-per-node"
+            yield Finding(Level.ERROR, "GPUs", host.host, f"{least} for {most + 1} ranks", f"{most + 1}", advice)
+    with_gpus = [rank.host for rank in cluster.ranks if rank.gpus]
+    without = dict.fromkeys(rank.host for rank in cluster.ranks if not rank.gpus)
+    if with_gpus and without:
+        advice = "ranks compute on GPUs everywhere or nowhere: take these hosts out, or mend their driver"
+        yield Finding(Level.ERROR, "GPUs", some(list(without)), "none", "GPUs, as on the other hosts", advice)
+    if cluster.ranks and not with_gpus and not any(host.gpus for host in cluster.hosts):
+        yield Finding(Level.NOTE, "GPUs", hosts_in_words(len(cluster.hosts)), "none: ranks compute on the hosts' cores")
+    yield from _shared_gpus(cluster)
+
+
+def _shared_gpus(cluster: Cluster) -> Iterator[Finding]:
+    ranks_of: dict[str, list[RankFacts]] = {}
+    for rank in cluster.ranks:
+        if rank.gpu:
+            ranks_of.setdefault(rank.gpu, []).append(rank)
+    for gpu, ranks in ranks_of.items():
+        if len(ranks) > 1:
+            found = f"ranks {some([str(rank.rank) for rank in ranks])} share {gpu}"
+            advice = "give each rank a GPU of its own; look at CUDA_VISIBLE_DEVICES and at hosts named twice"
+            yield Finding(Level.ERROR, "GPUs", ranks[0].host, found, "a GPU for each", advice)
+
+
+def alike(cluster: Cluster) -> Iterator[Finding]:
+    """The same model and memory everywhere: the slowest GPU sets the pace."""
+    kinds = {_name(host, gpu): (gpu.name, round(gpu.memory / 2**30)) for host, gpu in _all(cluster)}
+    if not kinds:
+        return
+    name, memory = most_common(kinds)
+    for (other, its_memory), where in departing(kinds).items():
+        advice = "take equal nodes (Slurm: --constraint), or plan for the slowest and smallest"
+        expected = f"{name}, {memory} GiB"
+        yield Finding(Level.WARNING, "GPUs", some(where), f"{other}, {its_memory} GiB", expected, advice)
+    if len(set(kinds.values())) == 1:
+        yield Finding(Level.OK, "GPUs", hosts_in_words(len(cluster.hosts)), f"{len(kinds)} x {name}, {memory} GiB")
+
+
+def free_memory(cluster: Cluster) -> Iterator[Finding]:
+    """Nobody else holds the GPUs' memory."""
+    for host, gpu in _all(cluster):
+        if gpu.free is not None and gpu.free < _FREE * gpu.memory:
+            users = f" by processes {some([str(pid) for pid in gpu.used_by])}" if gpu.used_by else ""
+            found = f"{size(gpu.memory - gpu.free)} of {size(gpu.memory)} in use{users}"
+            advice = "end what was left there by an earlier job ('nvidia-smi' names it), or take another node"
+            yield Finding(Level.WARNING, "GPU memory", _name(host, gpu), found, f"{_FREE:.0%} free", advice)
+
+
+def errors(cluster: Cluster) -> Iterator[Finding]:
+    """Memory errors; and hosts whose GPUs could not be looked into."""
+    for host, gpu in _all(cluster):
+        if gpu.ecc_uncorrected or gpu.pending_repair:
+            waiting = " and a repair that waits for a reset" if gpu.pending_repair else ""
+            found = f"{gpu.ecc_uncorrected or 0} uncorrected memory errors{waiting}"
+            advice = "drain the node and reset the GPU ('nvidia-smi --gpu-reset'); replace it if they come back"
+            yield Finding(Level.ERROR, "GPU errors", _name(host, gpu), found, "none", advice)
+    blind = [host.host for host in cluster.hosts if host.nvml and host.gpus]
+    if blind:
+        reason = next(host.nvml for host in cluster.hosts if host.nvml and host.gpus)
+        advice = "pip install 'mixmae[gpu]' there"
+        found = f"free memory, errors and throttling not looked at: {reason}"
+        yield Finding(Level.NOTE, "GPU errors", some(blind), found, advice=advice)
+
+
+def speed(cluster: Cluster) -> Iterator[Finding]:
+    """Clocks that are held down, lower clock limits than the others', and lost PCIe lanes."""
+    limits = {_name(host, gpu): gpu.clock_limit_mhz for host, gpu in _all(cluster) if gpu.clock_limit_mhz}
+    for host, gpu in _all(cluster):
+        where = _name(host, gpu)
+        if gpu.throttled:
+            advice = "see to cooling and power of this node, or take another"
+            found = f"clock held down: {', '.join(gpu.throttled)}"
+            yield Finding(Level.WARNING, "GPU speed", where, found, "full clock", advice)
+        if gpu.pcie_width is not None and gpu.pcie_width[0] < gpu.pcie_width[1]:
+            advice = "reseat the card, or take another node"
+            lanes, expected = (f"{width} PCIe lanes" for width in gpu.pcie_width)
+            yield Finding(Level.WARNING, "GPU speed", where, lanes, expected, advice)
+    for limit, hosts in departing(limits).items() if limits else ():
+        advice = "lift the limit ('nvidia-smi --reset-gpu-clocks'), or take equal nodes"
+        expected = f"{most_common(limits)} MHz"
+        yield Finding(Level.WARNING, "GPU speed", some(hosts), f"clock limit {limit} MHz", expected, advice)

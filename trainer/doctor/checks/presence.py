@@ -1,0 +1,75 @@
+"""Is everybody there, and does the recipe fit them?"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from trainer.doctor.checks.among import hosts_in_words
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.findings import Finding, Level, some
+
+
+def ranks(cluster: Cluster) -> Iterator[Finding]:
+    """As many ranks as were asked for, started and arrived."""
+    asked = cluster.asked or cluster.world_size
+    where = hosts_in_words(len(cluster.hosts))
+    if cluster.world_size != asked:
+        advice = "correct the hostfile, --nodes or --gpus-per-node; a run of another size is never started"
+        yield Finding(Level.ERROR, "ranks", where, f"{cluster.world_size} started", f"{asked}", advice)
+    here = {rank.rank for rank in cluster.ranks}
+    absent = [str(rank) for rank in range(cluster.world_size) if rank not in here]
+    if absent:
+        found = f"{len(absent)} of {cluster.world_size} did not report: {some(absent)}"
+        advice = "look at these ranks' output, and whether their hosts reach the main rank's address"
+        yield Finding(Level.ERROR, "ranks", where, found, f"{cluster.world_size} ranks", advice)
+    elif cluster.world_size == asked:
+        yield Finding(Level.OK, "ranks", where, f"{asked} arrived: {_by_host(cluster)}")
+
+
+def _by_host(cluster: Cluster) -> str:
+    counts = Counter(rank.host for rank in cluster.ranks)
+    return some([f"{count} on {host}" for host, count in counts.items()])
+
+
+def hosts_once(cluster: Cluster) -> Iterator[Finding]:
+    """No local rank twice on a machine, and no name for two machines."""
+    places = Counter((rank.machine, rank.local_rank) for rank in cluster.ranks)
+    names = {rank.machine: rank.host for rank in cluster.ranks}
+    for machine in dict.fromkeys(machine for (machine, _), count in places.items() if count > 1):
+        advice = "it stands in the hostfile under two names or addresses: leave one"
+        yield Finding(Level.ERROR, "host twice", names[machine], "local ranks started twice", "once", advice)
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            advice = "give each host a name of its own: logs and metrics tell them apart by it"
+            yield Finding(Level.WARNING, "host names", name, f"{count} machines have this name", "one", advice)
+
+
+def answers(cluster: Cluster) -> Iterator[Finding]:
+    """Hosts that arrived and then fell silent."""
+    for host in cluster.hosts:
+        if host.rank in cluster.lost:
+            advice = "look at its file systems ('df', 'dmesg'): a hung mount stops whoever reads it"
+            yield Finding(Level.ERROR, "host", host.host, "stopped answering during the checks", "an answer", advice)
+
+
+def ended(cluster: Cluster) -> Iterator[Finding]:
+    """Whether the launcher cut all this short."""
+    if cluster.ended:
+        advice = "another rank failed: the launcher's output says which, and why"
+        yield Finding(Level.ERROR, "checks", "main rank", "ended by the launcher", "to reach their end", advice)
+
+
+def recipe(cluster: Cluster) -> Iterator[Finding]:
+    """What training itself would refuse, and the batch's arithmetic."""
+    if cluster.recipe is None or cluster.recipe_facts is None:
+        return
+    if cluster.recipe_facts.refused:
+        yield Finding(
+            Level.ERROR, "recipe", "main rank", cluster.recipe_facts.refused, advice="training would end with this"
+        )
+        return
+    train, facts = cluster.recipe.train, cluster.recipe_facts
+    steps = cluster.recipe.accumulation(cluster.world_size)
+    batch = f"{train.global_batch} images = {train.micro_batch} x {cluster.world_size} ranks x {steps} micro-steps"
+    size = f"{(facts.parameters or 0) / 1e6:.1f} M parameters"
+    found = f"{batch}, {size}, {facts.checkpoints or 'no'} checkpoint{'s'[: facts.checkpoints != 1]} so far"
+    yield Finding(Level.OK, "recipe", "main rank", found)

@@ -1,0 +1,93 @@
+"""Is the run directory one and the same everywhere, and will the checkpoints fit?"""
+
+from collections.abc import Iterator
+
+from monitoring.text import duration, size
+from trainer.doctor.checks.among import hosts_in_words
+from trainer.doctor.cluster import Cluster
+from trainer.doctor.facts import RunDirFacts
+from trainer.doctor.findings import Finding, Level
+
+_BYTES_PER_PARAMETER = 12
+"""fp32 weights and two moments."""
+_MARGIN = 1.05
+_SLOW = 300.0
+"""Seconds for a checkpoint that are worth a warning."""
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+def checkpoint_bytes(cluster: Cluster) -> int | None:
+    """A checkpoint's size, rounded up; None without a model."""
+    if cluster.recipe_facts is None or cluster.recipe_facts.parameters is None:
+        return None
+    return int(cluster.recipe_facts.parameters * _BYTES_PER_PARAMETER * _MARGIN)
+
+
+def _looked(cluster: Cluster) -> list[tuple[str, RunDirFacts]]:
+    """Hosts and what they see; the main rank's first."""
+    names = {host.rank: host.host for host in cluster.hosts}
+    return [(names[probe.rank], probe.run_dir) for probe in cluster.probes if probe.run_dir is not None]
+
+
+def shared(cluster: Cluster) -> Iterator[Finding]:
+    """What one host writes, the others read."""
+    looked = _looked(cluster)
+    if cluster.recipe is None or not looked:
+        return
+    run_dir, apart = cluster.recipe.run_dir, False
+    for host, facts in looked:
+        if facts.saw and (facts.seen or facts.problem):
+            continue
+        apart = True
+        seen = "does not see what the main rank writes" if not facts.saw else "writes what the main rank does not see"
+        found = f"{facts.resolved} ({facts.filesystem}) {seen}"
+        advice = f"put run_dir={run_dir} on a file system that all hosts mount at the same path"
+        yield Finding(Level.ERROR, "run directory", host, found, "one directory on all hosts", advice)
+    if not apart:
+        _, main = looked[0]
+        found = f"{main.resolved} ({main.filesystem}) is one directory"
+        yield Finding(Level.OK, "run directory", hosts_in_words(len(looked)), found)
+    if any(facts.filesystem in _IN_MEMORY for _, facts in looked):
+        advice = "what stands there is lost when the host restarts; name a run_dir on a disk"
+        yield Finding(Level.WARNING, "run directory", looked[0][0], f"{run_dir} is in memory", "a disk", advice)
+
+
+def space(cluster: Cluster) -> Iterator[Finding]:
+    """Free space for all checkpoints that are kept, and for the one that is being written."""
+    one = checkpoint_bytes(cluster)
+    looked = _looked(cluster)
+    if cluster.recipe is None or cluster.recipe_facts is None or one is None or not looked:
+        return
+    settings, there = cluster.recipe.checkpoint, cluster.recipe_facts.checkpoints
+    kept = settings.keep + settings.keep_best + 1
+    needed = max(1, kept - there) * one
+    host, facts = min(looked, key=lambda entry: entry[1].free)
+    expected = f"{size(needed)} for {max(1, kept - there)} checkpoints of {size(one)}"
+    if facts.free < needed:
+        advice = "make room, name another run_dir, or lower checkpoint.keep"
+        yield Finding(Level.ERROR, "disk space", host, f"{size(facts.free)} free", expected, advice)
+    else:
+        yield Finding(Level.OK, "disk space", host, f"{size(facts.free)} free", expected)
+
+
+def writing(cluster: Cluster) -> Iterator[Finding]:
+    """Whether hosts can write, and how long a checkpoint takes at the rate of all of them together."""
+    looked = _looked(cluster)
+    for host, facts in looked:
+        if facts.problem:
+            advice = "make room, raise the quota, or see to the directory's permissions"
+            yield Finding(Level.ERROR, "writing", host, f"{facts.resolved}: {facts.problem}", "to write there", advice)
+    timed = [facts for _, facts in looked if facts.seconds]
+    if not timed:
+        return
+    rate = sum(facts.wrote for facts in timed) / max(facts.seconds for facts in timed)
+    where, found = hosts_in_words(len(timed)), f"{rate / 1e6:,.0f} MB/s together"
+    one = checkpoint_bytes(cluster)
+    if one is None:
+        yield Finding(Level.OK, "writing", where, found)
+    elif one / rate > _SLOW:
+        advice = "take a faster file system for run_dir, or save less often (checkpoint.every)"
+        found += f", {duration(one / rate)} for a checkpoint of {size(one)}"
+        yield Finding(Level.WARNING, "writing", where, found, f"less than {duration(_SLOW)}", advice)
+    else:
+        yield Finding(Level.OK, "writing", where, f"{found}, {duration(one / rate)} for a checkpoint of {size(one)}")

@@ -1,0 +1,43 @@
+"""A cluster as far as it is known: what the checks judge. No torch."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from trainer.config import Recipe
+from trainer.doctor.facts import Clock, HostFacts, Network, ProbeFacts, RankFacts, RecipeFacts
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """All that is known, for the checks.
+
+    Attributes:
+        asked: ranks asked for; None where nobody said.
+        world_size: ranks that the launcher started.
+        ranks: those that arrived.
+        lost: hosts, by their first rank, that arrived and then did not answer in time.
+        ended: whether the launcher ended the ranks before all was looked at.
+        link: what the network should give, as the user said it.
+    """
+
+    asked: int | None
+    world_size: int
+    ranks: tuple[RankFacts, ...]
+    hosts: tuple[HostFacts, ...]
+    recipe: Recipe | None = None
+    recipe_facts: RecipeFacts | None = None
+    clocks: tuple[Clock, ...] = ()
+    probes: tuple[ProbeFacts, ...] = ()
+    lost: tuple[int, ...] = ()
+    ended: bool = False
+    network: Network | None = None
+    link: float | None = None
+
+    def ranks_of(self, host: HostFacts) -> tuple[RankFacts, ...]:
+        """The ranks on a host."""
+        machine = self._machine[host.rank]
+        return tuple(rank for rank in self.ranks if rank.machine == machine)
+
+    @cached_property
+    def _machine(self) -> dict[int, str]:
+        return {rank.rank: rank.machine for rank in self.ranks}

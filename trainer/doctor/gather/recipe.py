@@ -1,0 +1,26 @@
+"""What training says of the recipe before ranks join."""
+
+import torch
+
+from trainer.checkpoints.layout import complete
+from trainer.config import Recipe
+from trainer.distributed import Ranks
+from trainer.doctor.facts import RecipeFacts
+from trainer.engine import build_model
+from trainer.errors import UsageError
+from trainer.job import check
+
+
+def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
+    """The first reason for which training would refuse to start, and the model's size; no weights are made."""
+    with torch.device("meta"):
+        refused = ""
+        try:
+            check(recipe, ranks)
+        except UsageError as error:
+            refused = str(error)
+        try:
+            parameters = sum(one.numel() for one in build_model(recipe).parameters())
+        except UsageError:  # the model is what is refused
+            parameters = None
+    return RecipeFacts(refused, parameters, len(complete(recipe.run_dir)))

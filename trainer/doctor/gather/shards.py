@@ -1,0 +1,57 @@
+"""The shards as a host sees them."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainer.config import Recipe
+from trainer.data.admit import admit
+from trainer.data.faults import Reason, UnusableError
+from trainer.data.index import ShardIndex, open_index
+from trainer.doctor.facts import ShardFacts
+from trainer.errors import UsageError
+
+_SHARDS = 8
+"""So many shards are tried, the first and the last among them."""
+
+
+def look_at_shards(recipe: Recipe, seconds: float) -> ShardFacts:
+    """Opens the shards as a run would, and reads samples of some of them; begins none after `seconds`."""
+    once = recipe.data.network.model_copy(update={"retries": 1})
+    try:
+        index = open_index(recipe.data.shards, once, recipe.data.cache)
+    except UsageError as error:
+        return ShardFacts(refused=str(error))
+    try:
+        return _look_into(index, recipe.data.max_bad_share, seconds)
+    finally:
+        index.store.close()
+
+
+def _look_into(index: ShardIndex, max_bad_share: float, seconds: float) -> ShardFacts:
+    try:
+        note = admit(index, max_bad_share) or ""
+    except UsageError as error:
+        return ShardFacts(index.fingerprint, len(index), refused=str(error))
+    tried, read, unreadable = 0, 0, []
+    started = time.perf_counter()
+    for sample in first_and_last(index):
+        if tried and time.perf_counter() - started > seconds:
+            break
+        tried += 1
+        try:
+            read += len(index.read(sample))
+        except UnusableError as error:
+            unreadable.append(f"{index.name_of(sample)} ({error})")
+    taken = time.perf_counter() - started
+    return ShardFacts(index.fingerprint, len(index), "", note, tried, tuple(unreadable), read, taken)
+
+
+def first_and_last(index: ShardIndex) -> Iterator[int]:
+    """The first and the last usable sample of some shards, spread over the directory."""
+    ends = np.cumsum([shard.samples for shard in index.shards])
+    for shard in np.unique(np.linspace(0, len(ends) - 1, _SHARDS).astype(int)):
+        start = int(ends[shard]) - index.shards[shard].samples
+        usable = np.flatnonzero(index.samples["state"][start : ends[shard]] < min(Reason))
+        yield from (start + int(number) for number in np.unique(usable[[0, -1]] if len(usable) else usable))
