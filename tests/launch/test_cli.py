@@ -44,7 +44,9 @@ def test_launching_works_without_torch() -> None:
     assert "-m deepspeed.launcher.runner" in done.stdout
     assert "--hostfile /dev/null --num_gpus 2" in done.stdout
     assert "--module launch.rank" in done.stdout
-    assert done.stdout.endswith("trainer.pretrain --world-size 2 configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'\n")
+    assert done.stdout.endswith(
+        "trainer.pretrain --world-size 2 configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'\n"
+    )
 
 
 @pytest.mark.parametrize(
