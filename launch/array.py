@@ -27,9 +27,10 @@ def tasks(array: str) -> list[int]:
     found: set[int] = set()
     for match in filter(None, parts):
         first, last = int(match[1]), int(match[2] or match[1])
-        found.update(range(first, last + 1, int(match[3] or 1) or 1))
-        if last < first or len(found) > _MOST:
+        numbers = range(first, last + 1, int(match[3] or 1) or 1)
+        if not 0 < len(numbers) <= _MOST:
             raise UsageError(f"--array {array}: {match[0]} is empty or too long; expected such as 0-15")
+        found.update(numbers)
     return sorted(found)
 
 
