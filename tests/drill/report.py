@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import textwrap
@@ -113,4 +114,7 @@ def _processor() -> str:
 
 
 def _slurm() -> str:
-    return subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    # Its commands want a configuration to tell their version, its daemons do not.
+    controller = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert controller is not None, "the cluster needs it"
+    return subprocess.run([controller, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]

@@ -51,10 +51,15 @@ def play_all(rig: Rig, seed: int, count: int, ways: Sequence[str], only: Sequenc
     return outcomes
 
 
-def play(rig: Rig, fault: Fault, way: str, seed: str) -> Outcome:
-    """Plays one fault; the cluster is as before afterwards, and the run directory is kept if anything does not hold."""
+def play(rig: Rig, fault: Fault, way: str, seed: str, stage: int | None = None) -> Outcome:
+    """Plays one fault; the cluster is as before afterwards, and the run directory is kept if anything does not hold.
+
+    Args:
+        stage: of ZeRO; None draws one.
+    """
     rng = random.Random(f"{fault.name} {way} {seed}")
-    stage = rng.choice(fault.stages)
+    drawn = rng.choice(fault.stages)
+    stage = drawn if stage is None else stage
     undisturbed = rig.undisturbed(stage)
     run = rig.run(f"{seed}-{fault.name}-{way}", WAYS[way], stage)
     drill = Drill(rig, run, stage, rng)

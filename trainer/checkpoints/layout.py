@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,9 +161,16 @@ def newest_step(run_dir: Path) -> int:
 
 
 def pointed(run_dir: Path) -> Path | None:
-    """What `newest` names, whether or not it is there."""
+    """What `newest` names, whether or not it is there; None if it names nothing that could be a checkpoint."""
     pointer = run_dir / FOLDER / NEWEST
-    return run_dir / FOLDER / pointer.read_text().strip() if pointer.is_file() else None
+    name = pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
+    return run_dir / FOLDER / name if re.fullmatch(rf"{_COMPLETE}\d+", name) else None
+
+
+def lost(run_dir: Path) -> list[str]:
+    """What tells that a run without any checkpoint had some: those set aside, and the pointer to the newest."""
+    aside = sorted(path.name for path in (run_dir / FOLDER).glob(f"{_DAMAGED}*"))
+    return [*aside, *([NEWEST] if (run_dir / FOLDER / NEWEST).exists() else [])]
 
 
 def point_to(checkpoint: Path) -> None:

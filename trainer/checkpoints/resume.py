@@ -37,7 +37,7 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
     """Loads the newest whole checkpoint into the engine; None in a run directory that has none. To be called by all.
 
     Raises:
-        NothingWholeError: there are checkpoints, but none is whole.
+        NothingWholeError: there are, or were, checkpoints, but none is whole.
     """
     found = _newest_whole(run_dir, ranks)
     if found is not None:
@@ -46,19 +46,24 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes = from_main((list(layout.history(run_dir)), _lost_pointer(run_dir)))
+    candidates, notes, lost = from_main((list(layout.history(run_dir)), _lost_pointer(run_dir), layout.lost(run_dir)))
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
             if notes and ranks.is_main:
                 layout.point_to(folder)
             return Resumed(folder, manifest, tuple(notes))
-    if not candidates:
+    if not candidates and not lost:
         return None
     raise NothingWholeError(
-        f"no checkpoint in {run_dir / layout.FOLDER} is whole: {'; '.join(notes)}; restore one from a copy, or "
-        "name another run_dir to start from the beginning"
+        f"no checkpoint in {run_dir / layout.FOLDER} is whole: {'; '.join(notes) if candidates else _gone(lost)}; "
+        "restore one from a copy, or name another run_dir to start from the beginning"
     )
+
+
+def _gone(lost: list[str]) -> str:
+    """Where the checkpoints that there were are gone, or were set aside by an earlier start."""
+    return f"there are only {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
 
 
 def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:

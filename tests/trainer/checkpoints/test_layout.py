@@ -15,9 +15,11 @@ from trainer.checkpoints.layout import (
     Written,
     complete,
     history,
+    lost,
     name_of,
     newest_step,
     point_to,
+    pointed,
     set_aside,
     verify_file,
 )
@@ -116,3 +118,22 @@ def test_what_is_set_aside_is_kept_but_no_checkpoint(tmp_path: Path) -> None:
     assert len(set(aside)) == 3
     assert all((folder / MANIFEST).is_file() for folder in aside)
     assert complete(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\0" * 14, b"\xff\xfe", b"..\n", b"step-\n", b"partial-00000003-0\n"])
+def test_a_pointer_that_names_no_checkpoint_is_none(tmp_path: Path, content: bytes) -> None:
+    """As a crash of the machine, or of its storage, leaves one."""
+    make(tmp_path, 3)
+    newest = make(tmp_path, 6)
+    (tmp_path / FOLDER / NEWEST).write_bytes(content)
+    assert pointed(tmp_path) is None
+    assert next(history(tmp_path)) == newest
+
+
+def test_what_is_lost_leaves_traces(tmp_path: Path) -> None:
+    assert lost(tmp_path) == []
+    checkpoint = make(tmp_path, 3)
+    assert lost(tmp_path) == []
+    point_to(checkpoint)
+    set_aside(checkpoint)
+    assert lost(tmp_path) == [f"damaged-{checkpoint.name}", NEWEST]

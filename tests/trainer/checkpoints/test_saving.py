@@ -123,6 +123,17 @@ def test_a_run_never_starts_over_where_nothing_is_whole(whole: Path, shards: Pat
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
         assert "is whole: step-00000012 is damaged and was set aside" in message
         assert "name another run_dir to start from the beginning" in message
+    for message in run_ranks(train, 2, recipe_for(shards, copy)):  # nor when it is tried again, as by --max-restarts
+        assert "is whole: there are only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
+
+
+def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    for checkpoint in complete(copy):
+        shutil.rmtree(checkpoint)
+    for message in run_ranks(train, 2, recipe_for(shards, copy)):
+        assert "is whole: there are only newest; restore one from a copy" in message
 
 
 def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
