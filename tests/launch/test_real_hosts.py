@@ -202,10 +202,10 @@ def test_ranks_started_by_hand(cluster: Cluster, run_dir: Path, shards: Path, wa
     recipe.write_text(tiny_recipe(**{**settings, "train.duration": "3 steps"}).to_yaml())
     if way == "deepspeed":
         hostfile = cluster.hostfile(slots=1)
-        typed = ["deepspeed", "--hostfile", hostfile, "--module", "trainer.pretrain", recipe]
+        typed = ["deepspeed", "--hostfile", str(hostfile), "--module", "trainer.pretrain", str(recipe)]
     else:
         ask = ["--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-        typed = ["srun", *ask, sys.executable, "-m", "trainer.pretrain", recipe]
+        typed = ["srun", *ask, sys.executable, "-m", "trainer.pretrain", str(recipe)]
     done = cluster.login.run(typed, {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}, ROOT, timeout=SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
