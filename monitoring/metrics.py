@@ -81,7 +81,8 @@ METRICS = (
     Metric("start_timestamp_seconds", _G, _M, "When this process of the main rank started to train", unit="seconds"),
     Metric("estimated_end_timestamp_seconds", _G, _M, "When the run ends at its present rate", unit="seconds"),
     Metric("run_info", _G, _M, "Always 1; what runs",
-           ("encoder", "parameters", "world_size", "zero_stage", "precision", "torch", "deepspeed", "version")),
+           ("recipe", "encoder", "parameters", "world_size", "zero_stage", "precision", "torch", "deepspeed",
+            "version")),
     Metric("resumes_total", _C, _M, "Times that the run was started again, by how the attempt before ended",
            ("reason",)),
     # speed

@@ -28,10 +28,10 @@ class NodeExporter:
         """Ends it; after an unclean end its target stays, and Prometheus sees a node that is down."""
         if clean:
             self._process.terminate()
-        else:
-            self._process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_ENDING)
+            with suppress(subprocess.TimeoutExpired):  # it hangs, and does not clean up after itself
+                self._process.wait(_ENDING)
+        self._process.kill()
+        self._process.wait()
 
 
 def check_monitoring(recipe: Recipe) -> None:

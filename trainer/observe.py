@@ -27,6 +27,7 @@ from trainer.exporting import NodeExporter
 from trainer.flops import model_flops, peak_flops
 from trainer.heartbeat import Heartbeat
 from trainer.run_dir import versions
+from trainer.same_run import recipe_id
 from trainer.state import TrainState
 from trainer.timing import StepClock
 
@@ -104,8 +105,9 @@ class Observer:
         self.recorder.set(
             "run_info",
             1,
+            recipe_id(self.recipe),
             self.recipe.model.encoder,
-            str(parameters),
+            f"{parameters / 1e6:.1f}M",
             str(self.ranks.world_size),
             str(train.zero_stage),
             train.precision,

@@ -1,5 +1,7 @@
 """Whether a recipe continues the run that a directory holds: what may change, and what would compute something else."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,15 @@ def require_same_recipe(recipe: Recipe, earlier: dict[str, Any], run_dir: Path) 
         raise UsageError(
             f"run_dir={run_dir} belongs to another recipe: {shown}; set what differs as it was, or name another run_dir"
         )
+
+
+def recipe_id(recipe: Recipe) -> str:
+    """Twelve hexadecimal digits, equal for recipes of which each could continue the other's run."""
+    content = recipe.model_dump(mode="json")
+    for path in _MAY_CHANGE:
+        section, _, key = path.rpartition(".")
+        (content[section] if section else content).pop(key)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _differences(before: Section, now: Section, prefix: str = "") -> list[tuple[str, Any, Any]]:

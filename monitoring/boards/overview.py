@@ -4,18 +4,18 @@ from monitoring.panels import FIRING, NOW, RUN, Board, Look, Panel, Query, Row, 
 
 _WAITING = f'mixmae_step_part_seconds_sum{{run="$run", part="data_wait"}}{NOW}'
 _RUNNING = f"count(count by (rank) (time() - mixmae_alive_timestamp_seconds{RUN} < 60))"
-_INFO = "encoder, parameters, world_size, zero_stage, precision, torch, deepspeed, version"
+_INFO = "recipe, encoder, parameters, world_size, zero_stage, precision, torch, deepspeed, version"
 
 _WHAT_RUNS = Panel(
     "What runs",
     Look.TEXT,
     Unit.NONE,
-    "Model, parameters, ranks and versions of the run.",
+    "Model, parameters, ranks, recipe and versions. Runs of equal recipes compute the same.",
     (
         Query(
             f"max by ({_INFO}) (mixmae_run_info{RUN})",
             "$encoder, $parameters parameters, $world_size ranks, ZeRO $zero_stage, $precision"
-            " (torch $torch, DeepSpeed $deepspeed, mixmae $version)",
+            " (recipe $recipe; torch $torch, DeepSpeed $deepspeed, mixmae $version)",
         ),
     ),
 )

@@ -92,7 +92,17 @@ class FakeRun(NamedTuple):
             "checkpoint_failures_total": float(age > 2000),
         }
         if name == "run_info":
-            what = ("mixmae_swin_base_w14", "88.9M", str(self.ranks), "1", "bf16", "2.12.0", "0.19.8", "0.1.0")
+            what = (
+                "5f0c2e81a9b3",
+                "mixmae_swin_base_w14",
+                "88.9M",
+                str(self.ranks),
+                "1",
+                "bf16",
+                "2.12.0",
+                "0.19.8",
+                "0.1.0",
+            )
             return {what: 1}
         if name == "resumes_total":
             return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}

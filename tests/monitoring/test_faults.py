@@ -3,6 +3,7 @@
 What needs a GPU (MixmaeDeviceMemoryNearLimit) is left to the unit tests of the rules; restarts have tests of their own.
 """
 
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from tests.helpers import tiny_recipe
 from tests.monitoring.browser import visit
 from tests.monitoring.faulty_run import Control, faulty_run
 from tests.monitoring.test_dashboards import NOW, QUERIES, fill
+from tests.monitoring.test_exporter import fetch
 from tests.monitoring.watching import Watching, watching
 
 pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(3600)]
@@ -64,7 +66,12 @@ def run(disk: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     control.set("no-engine-1", on=True)
     endless = {"train.duration": "1000000 steps", "train.max_skipped_steps": 10**6, "data.max_bad_share": 0.99}
     saving = {"checkpoint.every": "100 steps", "checkpoint.keep": 1, "checkpoint.max_failures": 10**6}
-    telling = {"monitoring.port": 0, "monitoring.comms_logger": True, "monitoring.peak_flops": 1e12}
+    telling = {
+        "monitoring.port": 0,
+        "monitoring.stall_seconds": 5.0,
+        "monitoring.comms_logger": True,
+        "monitoring.peak_flops": 1e12,
+    }
     own = {"data.shards": str(copy), "run_dir": str(run_dir), "optim.base_lr": 1e-6}
     recipe = tiny_recipe(**{**endless, **saving, **telling, **own})
     with faulty_run(recipe, control) as ranks:
@@ -86,6 +93,13 @@ def switch(run: Run, fault: str, *alerts: str) -> dict[str, str]:
     return told
 
 
+def health(run: Run) -> tuple[int, str]:
+    """What the exporter says to whoever asks only whether all is well."""
+    (file,) = (run.run_dir / "monitoring" / "targets").glob("*.json")
+    (target,) = json.loads(file.read_text())[0]["targets"]
+    return fetch(f"http://{target}/healthz")
+
+
 def test_a_rank_that_does_not_get_ready(run: Run) -> None:
     run.watching.fire("MixmaeNotTraining")
     assert run.watching.value('count(mixmae_rank_part{part="starting"} == 1)') == 2
@@ -98,6 +112,7 @@ def test_a_healthy_run_fires_nothing(run: Run) -> None:
     assert run.watching.value("count(mixmae_step)") == 2
     assert run.watching.value("max(mixmae_checkpoint_seconds_count)") > 0
     assert run.watching.alerts() == {}
+    assert health(run) == (200, "ok\n")
 
 
 def test_a_loader_that_is_slow(run: Run) -> None:
@@ -125,8 +140,12 @@ def test_a_rank_that_is_stopped_is_named(run: Run) -> None:
     os.kill(victim, signal.SIGSTOP)
     run.watching.fire("MixmaeRanksMissing", "MixmaeNoProgress")
     assert f"1 of its ranks do not run; rank 1 on {NODE} is one" in run.watching.summary("MixmaeRanksMissing")
+    status, text = health(run)
+    assert status == 503
+    assert text.startswith("no step finished for 5 s: rank 0 (")
     os.kill(victim, signal.SIGCONT)
     run.watching.resolve("MixmaeRanksMissing", "MixmaeNoProgress")
+    assert health(run) == (200, "ok\n")
 
 
 def test_a_disk_that_fills_up(run: Run) -> None:

@@ -73,6 +73,12 @@ def test_every_alert_is_tested(name: str) -> None:
     assert any(not case["exp_alerts"] for case in cases[min(fired) + 1 :]), "no test says that it resolves"
 
 
+@pytest.mark.parametrize("name", ALERTS)
+def test_every_alert_has_a_real_fault_too(name: str) -> None:
+    real = "".join((Path(__file__).parent / file).read_text() for file in ("test_faults.py", "test_restarts.py"))
+    assert f'"{name}"' in real or name == "MixmaeDeviceMemoryNearLimit"  # of a GPU, which few test machines have
+
+
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_recorded_value_is_tested_and_used(name: str) -> None:
     assert any(name in case["expr"] and case["exp_samples"] for case in unit_tests("promql_expr_test"))

@@ -247,7 +247,7 @@ class Exporter:
                   "learning_rate": 1e-3, "checkpoint_timestamp_seconds": NOW - 40}  # fmt: skip
         for name, value in single.items():
             self.metrics[name].set(value)
-        self.metrics["run_info"].labels("nano", "1M", "4", "1", "bf16", "2", "0", "0").set(1)
+        self.metrics["run_info"].labels("0f", "nano", "1M", "4", "1", "bf16", "2", "0", "0").set(1)
         for rank, wait in (("0", 0.1), ("1", 0.4)):
             self.metrics["replaced_samples_total"].labels(rank, "decode").inc(2)
             self.metrics["replaced_samples_total"].labels(rank, "truncated").inc(1)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from trainer.config import Recipe
 from trainer.errors import UsageError
 from trainer.recipes import load_recipe, parse_recipe
+from trainer.same_run import recipe_id
 from trainer.units import Span
 
 
@@ -97,3 +98,11 @@ def test_spans() -> None:
     assert Span(40, "epoch").steps(1_281_167, 1024) == round(40 * 1_281_167 / 1024)
     assert Span(5e6, "sample").steps(10, 1000) == 5000
     assert Span(7, "step").steps(10, 1000) == 7
+
+
+def test_recipes_that_compute_the_same_have_one_name(recipe_file: Path) -> None:
+    def name(*overrides: str) -> str:
+        return recipe_id(load_recipe(recipe_file, overrides))
+
+    assert name() == name("run_dir=elsewhere", "log.every=7", "train.zero_stage=2", "data.cache.dir=/tmp")
+    assert len({name(), name("seed=1"), name("data.hflip=0"), name("optim.base_lr=1e-3")}) == 4

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -182,6 +183,24 @@ def lose_the_exporter(ranks: Ranks, recipe: Recipe) -> int:
 
 def test_a_run_goes_on_without_its_exporter(shards: Path, tmp_path: Path) -> None:
     assert run_ranks(lose_the_exporter, 1, recipe_for(shards, tmp_path / "run")) == [8]
+
+
+def stop_the_exporter(ranks: Ranks, recipe: Recipe) -> bool:
+    run = prepare(check(recipe, ranks), ranks)
+    exporter = run.observer.exporter
+    assert exporter is not None
+    scrape(recipe.run_dir)
+    os.kill(exporter.pid, signal.SIGSTOP)
+    fit(run)
+    run.observer.close(clean=True)
+    run.batches.close()
+    run.reporter.close()
+    run.engine.destroy()
+    return psutil.pid_exists(exporter.pid)
+
+
+def test_an_exporter_that_hangs_does_not_outlive_its_run(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(stop_the_exporter, 1, recipe_for(shards, tmp_path / "run")) == [False]
 
 
 def observe_without_memory(ranks: Ranks, recipe: Recipe) -> str | None:
