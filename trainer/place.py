@@ -46,7 +46,8 @@ def read_place(env: Mapping[str, str]) -> Place:
     if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _place(env, _LAUNCHER, env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID", "").isdigit():
-        port = 20_000 + (int(env.get("SLURM_JOB_ID", "0")) * 16 + int(env["SLURM_STEP_ID"])) % 20_000
+        # Above the exporters' ports, below those of mixmae launch: steps typed by hand and launched jobs share nodes.
+        port = 10_000 + (int(env.get("SLURM_JOB_ID", "0")) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
         return _place(env, _SLURM, env.get("MASTER_ADDR") or _first_host(env), env.get("MASTER_PORT", str(port)))
     return Place(master_port=free_port())
 

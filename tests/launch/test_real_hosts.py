@@ -49,7 +49,7 @@ def on_hosts(
     """A run of stand-in ranks, one on each host, started from the login host."""
     hostfile = cluster.hostfile(slots=1)
     command = [sys.executable, "-c", START, str(hostfile), str(run_dir), str(port), str(restarts), *settings]
-    return cluster.login.popen(command, ENVIRONMENT, ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return cluster.login.popen(command, ENVIRONMENT, ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = SECONDS) -> None:
@@ -210,4 +210,4 @@ def test_ranks_started_by_hand(cluster: Cluster, run_dir: Path, shards: Path, wa
     assert done.returncode == 0, done.stdout + done.stderr
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
-    assert events[0]["world_size"] == 2
+    assert [event["world_size"] for event in events if event["event"] == "start"] == [2]
