@@ -1,6 +1,7 @@
 """Starts on real hosts: sshd, pdsh and Slurm of the test cluster."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,29 @@ def test_ranks_started_by_hand(cluster: Cluster, run_dir: Path, shards: Path, wa
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
     assert [event["world_size"] for event in events if event["event"] == "start"] == [2]
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("tasks", ["per_gpu", "per_node"])
+def test_a_job_looks_at_its_nodes_first(cluster: Cluster, run_dir: Path, shards: Path, tasks: str) -> None:
+    """It trains where all is well, and says what is not where a shard has gone."""
+    data = cluster.shared / f"shards-{tasks}"
+    shutil.copytree(shards, data)
+    settings = {"data.shards": str(data), "run_dir": str(run_dir), "launch.tasks": tasks, "train.duration": "2 steps"}
+    recipe = cluster.shared / f"{tasks}.yaml"
+    recipe.write_text(tiny_recipe(**settings, **{"monitoring.enabled": False}).to_yaml())
+    typed = [sys.executable, "-m", "launch.cli", "launch", str(recipe), "--slurm", "--nodes=2", "--tasks-per-node=1"]
+
+    def ends() -> tuple[str, str]:
+        done = cluster.login.run(typed, ENVIRONMENT, ROOT, check=True)
+        job = int(done.stdout)
+        return cluster.slurm.wait(job, timeout=SECONDS), (run_dir / "logs" / f"slurm-{job}.out").read_text()
+
+    state, output = ends()
+    assert state == "COMPLETED", output
+    assert output.index("all-reduce") < output.index("step 2")
+    next(data.glob("*.tar")).unlink()
+    state, output = ends()
+    assert state == "FAILED"
+    assert "missing" in output
+    assert output.splitlines()[-1].startswith("mixmae: error: the look at the nodes found errors, shown above; mend")
