@@ -36,8 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         f"in a row saved no further checkpoint (default 0; --slurm {_SLURM_RESTARTS})")  # fmt: skip
     parser.add_argument("--array", metavar="TASKS", help="with --slurm: such as 0-7%%2; {task} in values is the task's "
                         "number")  # fmt: skip
-    parser.add_argument("--skip-preflight", action="store_true", help="with --hostfile: start without looking at the "
-                        "hosts first, as mixmae doctor does")  # fmt: skip
+    parser.add_argument("--skip-preflight", action="store_true", help="start without looking at all hosts first, as "
+                        "mixmae doctor does; --local never does")  # fmt: skip
     add_ways(parser)
     args = parser.parse_intermixed_args(argv)
     require_fitting(args)
@@ -90,7 +90,7 @@ def _submit(args: argparse.Namespace) -> int:
     _require_ranks(recipe, request.ranks)
     site = read_site(find_site(args.site, os.environ))
     restarts = _SLURM_RESTARTS if args.max_restarts is None else args.max_restarts
-    script = slurm.slurm_script(job, request, site, restarts)
+    script = slurm.slurm_script(job, request, site, restarts, preflight=not args.skip_preflight)
     if args.dry_run:
         print(script, end="")
         return 0

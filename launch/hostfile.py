@@ -20,6 +20,8 @@ from trainer.errors import UsageError
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
 _CONNECT_SECONDS, _SWEEP_SECONDS = 5, 20
+_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+"""Ends ssh to a host that went out of reach; nothing else would, whatever becomes of the run."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class OnHosts:
         rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
         return Command(
             [*runner, *where, *ssh, "--module", "launch.rank", *map(for_pdsh, rank)],
-            {"DS_ENV_FILE": str(exports)},
+            {
+                "DS_ENV_FILE": str(exports),
+                "PDSH_SSH_ARGS_APPEND": f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {_ALIVE}",
+            },
             {
                 hostfile: "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items()),
                 exports: environment_file(variables),

@@ -14,6 +14,8 @@ from launch.site import Site
 from launch.supervision.supervisor import TOKEN
 from trainer.errors import UsageError
 
+_INDENT = " " * 4
+
 
 @dataclass(frozen=True)
 class Request:
@@ -42,11 +44,12 @@ class Request:
         return self.nodes * self.ranks_per_node
 
 
-def slurm_script(job: Job, request: Request, site: Site, max_restarts: int) -> str:
+def slurm_script(job: Job, request: Request, site: Site, max_restarts: int, preflight: bool = False) -> str:
     """The batch script that runs a job; `{task}` in its directory and arguments is the number of the array's task.
 
     Args:
         max_restarts: so many restarts in a row that save no further checkpoint are the last.
+        preflight: whether its nodes are looked at before the first start, and errors end the job there.
 
     Raises:
         UsageError: a value cannot stand in a line for sbatch.
@@ -56,7 +59,9 @@ def slurm_script(job: Job, request: Request, site: Site, max_restarts: int) -> s
         _site(site),
         _what(job, site),
         _start(job, site),
-        _ranks_by_node(job, request, site) if _per_node(job) else _ranks(job, request, site),
+        _launcher(request) if _per_node(job) else "",
+        _preflight(job, request, site) if preflight else "",
+        _ranks(job, request, site),
         _end(max_restarts),
     ]
     return "\n".join(filter(None, parts))
@@ -187,26 +192,43 @@ batch begin --launch "job$SLURM_JOB_ID" --restarts "$restarts"
 """
 
 
-def _ranks(job: Job, request: Request, site: Site) -> str:
+def _launcher(request: Request) -> str:
+    """What a job of one task per node defines for them."""
     return f"""\
-# One task per rank: a supervisor, which starts the rank.
-srun --kill-on-bad-exit=1 {_container(site)}\\
-    {_inside(site)}"$python" -m launch.rank \\
-{_rank_arguments(job, request)} &
-ranks=$!
-"""
-
-
-def _ranks_by_node(job: Job, request: Request, site: Site) -> str:
-    return f"""\
-# One task per node: DeepSpeed's launcher, which starts a supervisor for each rank. Signals that it does not know are
-# kept from it.
+# One task per node: DeepSpeed's launcher, which starts its ranks. Signals that it does not know are kept from it.
 hostfile=$run_dir/logs/$attempt/hostfile
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={request.ranks_per_node}/' > "$hostfile"
 launcher='trap "" USR1 USR2; exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"'
-srun --kill-on-bad-exit=1 {_container(site)}\\
-    {_inside(site)}bash -c "$launcher" "$python" --log_level error --hostfile "$hostfile" --no_ssh \\
-    --master_addr "$MASTER_ADDR" --master_port "$port" --no_local_rank --module launch.rank \\
+"""
+
+
+def _tasks(job: Job, site: Site) -> str:
+    """The command for all ranks, up to the name of a module."""
+    start = f"srun --kill-on-bad-exit=1 {_container(site)}\\\n{_INDENT}{_inside(site)}"
+    if not _per_node(job):
+        return f'{start}"$python" -m'
+    return f"""{start}bash -c "$launcher" "$python" --log_level error --hostfile "$hostfile" --no_ssh \\
+    --master_addr "$MASTER_ADDR" --master_port "$port" --no_local_rank --module"""
+
+
+def _preflight(job: Job, request: Request, site: Site) -> str:
+    return f"""\
+# A look at the nodes before the first start, as by 'mixmae doctor'.
+look() {{
+    {_tasks(job, site).replace(_INDENT, 2 * _INDENT)} \\
+        trainer.doctor --short --world-size {request.ranks} "${{arguments[@]}}"
+}}
+if ((restarts == 0)) && ! look; then
+    echo "mixmae: error: the look at the nodes found errors, shown above; mend them, or use --skip-preflight" >&2
+    exit 1
+fi
+"""
+
+
+def _ranks(job: Job, request: Request, site: Site) -> str:
+    return f"""\
+# A supervisor for each rank, which starts it.
+{_tasks(job, site)} launch.rank \\
 {_rank_arguments(job, request)} &
 ranks=$!
 """

@@ -19,7 +19,7 @@ from trainer.errors import UsageError
 _PREFIX = "mixmae-cluster-"
 _SWITCH = "switch"
 _SIZES = "sizes.json"
-_DAEMONS = ("munged", ssh.DAEMON, "slurmctld", "slurmd ")
+_DAEMONS = ("munged", ssh.DAEMON, "slurmctld", ".*slurmscriptd", "slurmd ")
 
 
 @dataclass(frozen=True)

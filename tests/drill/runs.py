@@ -82,7 +82,8 @@ class Batch:
 
     def options(self, folder: Path) -> list[str]:
         limit = ["--time", self.limit] if self.limit else []
-        return ["--slurm", "--nodes", str(self.nodes), "--tasks-per-node", str(self.tasks), *limit]
+        tasks = ["--tasks-per-node", str(self.tasks)]
+        return ["--slurm", "--nodes", str(self.nodes), *tasks, *limit, "--skip-preflight"]
 
 
 Way = Local | OnHosts | Batch

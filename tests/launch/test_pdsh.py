@@ -115,7 +115,8 @@ def test_the_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "--force_multi" in words  # one host alone would else be taken for this one
     assert words[-2:] == ["r.yaml", "'a=[1]'"]
     hostfile, exports = command.files
-    assert command.environment == {"DS_ENV_FILE": str(exports)}
+    assert command.environment["DS_ENV_FILE"] == str(exports)
+    assert command.environment["PDSH_SSH_ARGS_APPEND"].split()[:2] == ["-o", "ServerAliveInterval=10"]
     assert options["--hostfile"] == str(hostfile)
     assert command.files[hostfile] == "node1 slots=3\nnode2 slots=1\n"
     assert command.files[exports].splitlines() == ["NCCL_X=1", "MIXMAE_TOKEN=secret", f"PYTHONPATH={tmp_path}"]

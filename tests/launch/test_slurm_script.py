@@ -50,7 +50,7 @@ def test_every_script_is_one_that_bash_reads(tmp_path: Path, kind: str, site: st
     file = tmp_path / "site.yaml"
     file.write_text(site or "")
     job = Job(JOB.module, JOB.arguments, Path("runs/x-{task}"), Launch(tasks=kind))
-    script = checked(slurm_script(job, Request(2, 8, array=array), read_site(file), 3))
+    script = checked(slurm_script(job, Request(2, 8, array=array), read_site(file), 3, preflight=True))
     assert "/tmp" not in script.replace(sys.executable, "")
     assert script.endswith('exit "$code"\n')
 
@@ -77,6 +77,18 @@ def test_a_task_per_node_gets_the_cores_of_all_its_ranks() -> None:
     assert not any(option.startswith("--gpus") for option in asked)
     assert "sed 's/$/ slots=8/'" in script
     assert "deepspeed.launcher.runner" in script
+
+
+@pytest.mark.parametrize("kind", ["per_gpu", "per_node"])
+def test_nodes_are_looked_at_as_ranks_are_started(kind: str) -> None:
+    job = Job(JOB.module, JOB.arguments, JOB.run_dir, Launch(tasks=kind))
+    script = slurm_script(job, Request(2, 8), Site(), 3, preflight=True)
+    lines = [line.strip() for line in script.replace("\\\n", " ").splitlines()]
+    look, train = (" ".join(line.split()) for line in lines if line.startswith("srun"))
+    start, _, options = look.partition("trainer.doctor")
+    assert train.startswith(f"{start}launch.rank")
+    assert options == ' --short --world-size 16 "${arguments[@]}"'
+    assert "trainer.doctor" not in slurm_script(job, Request(2, 8), Site(), 3)
 
 
 def test_what_the_site_wants(tmp_path: Path) -> None:

@@ -377,14 +377,14 @@ def test_nothing_stays_after_close(
     gc.collect()
     before = _descriptors()
     use_all()
-    assert _settled(before) == before
+    assert _settled(before) <= before  # what earlier tests left may be closed meanwhile
     assert list(tmp_path.iterdir()) == []
 
 
 def _settled(expected: set[int]) -> set[int]:
     """This process's descriptors, once the server's threads too have closed theirs."""
     deadline = time.monotonic() + 5
-    while (now := _descriptors()) != expected and time.monotonic() < deadline:
+    while not (now := _descriptors()) <= expected and time.monotonic() < deadline:
         time.sleep(0.01)
     return now
 
