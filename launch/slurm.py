@@ -11,10 +11,13 @@ from pathlib import Path
 from launch.array import PLACE, tasks
 from launch.job import FIRST_PORT, PORT_BLOCK, PORT_BLOCKS, Job
 from launch.site import Site
+from launch.supervision.outcome import OVER
 from launch.supervision.supervisor import TOKEN
 from trainer.errors import UsageError
 
 _INDENT = " " * 4
+_LOOK_SECONDS, _LEAVE_SECONDS = 2, 50
+"""How often a batch script looks at its ranks, and how long srun may take to end after the first supervisor has."""
 
 
 @dataclass(frozen=True)
@@ -261,10 +264,15 @@ stop() {{
 }}
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
+# Supervisors end together and say so; srun would wait for ever for one whose slurmstepd was killed.
+late=0
 while kill -s 0 "$ranks" 2> /dev/null; do
-    wait "$ranks"
+    sleep {_LOOK_SECONDS} &
+    wait -n "$ranks" "$!"
+    [[ ! -e $run_dir/logs/$attempt/{OVER} ]] || ((++late < {_LEAVE_SECONDS // _LOOK_SECONDS})) || kill -s KILL "$ranks"
 done
 trap - USR1 TERM
+wait
 
 # The last words, and whether the job goes back to the queue: not if it was cancelled, or Slurm requeues it already.
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,8 @@ from typing import Any, Self
 from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
 
 FILE = "outcome.json"
+OVER = "over"
+"""An empty file in an attempt's folder: at least one supervisor has ended, and the others do."""
 USER = "the user"
 """Who asked a run to stop, where a signal came to the command that started it."""
 
@@ -110,6 +113,12 @@ def read_outcome(folder: Path) -> Outcome | None:
         return Outcome(**json.loads((folder / FILE).read_text()))
     except FileNotFoundError:
         return None
+
+
+def mark_over(folder: Path) -> None:
+    """Says that a supervisor ends, to whoever waits for all of them; a full disk must not change how it ends."""
+    with suppress(OSError):
+        (folder / OVER).touch()
 
 
 def log_file(folder: Path, rank: int) -> Path:

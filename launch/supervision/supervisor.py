@@ -15,7 +15,7 @@ from launch.supervision.child import Child, ended_within
 from launch.supervision.guard import Guard
 from launch.supervision.hub import Hub
 from launch.supervision.late import sighting
-from launch.supervision.outcome import Outcome, attempt_folder, log_file
+from launch.supervision.outcome import Outcome, attempt_folder, log_file, mark_over
 from launch.supervision.output import Console
 from launch.supervision.ports import PortError
 from launch.supervision.roll import Limits
@@ -97,6 +97,7 @@ class Supervisor:
         self._guard.release()
         if self._console is not None:
             self._console.close(_KILL_SECONDS)
+        mark_over(self._task.folder)
         return code
 
     async def _open_hub(self) -> None:

@@ -12,6 +12,7 @@ from launch.array import load_array, tasks
 from launch.job import Job
 from launch.site import Container, Site, find_site, read_site
 from launch.slurm import Request, slurm_script
+from launch.supervision.outcome import OVER
 from trainer.config import Launch
 from trainer.errors import UsageError
 
@@ -186,3 +187,18 @@ def test_where_a_site_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match=r"MIXMAE_SITE=/nowhere: no such file"):
         find_site(None, {"MIXMAE_SITE": "/nowhere"})
     assert read_site(None) == Site(container=Container())
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_step_that_never_ends_is_left_once_its_supervisors_are_gone(tmp_path: Path, over: bool) -> None:
+    """As srun does for a task whose slurmstepd was killed; while supervisors live, it is waited for."""
+    script = slurm_script(JOB, REQUEST, Site(), 3)
+    waiting = script[script.index("late=0") : script.index("# The last words")]
+    (tmp_path / "logs" / "a").mkdir(parents=True)
+    if over:
+        (tmp_path / "logs" / "a" / OVER).touch()
+    ended = tmp_path / "ended"
+    step = f"{{ /bin/sleep 3; touch {ended}; }} & ranks=$!"
+    begin = f"run_dir={tmp_path} attempt=a\n{step}\nsleep() {{ /bin/sleep 0.05; }}"  # a shorter look
+    subprocess.run(["bash", "-uc", f"{begin}\n{waiting}"], stderr=subprocess.DEVNULL, timeout=60, check=True)
+    assert ended.exists() != over

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervision.outcome import Exit
+from launch.supervision.outcome import OVER, Exit
 from tests.launch.ranks import Started, processes_of, started
 from tests.launch.supervision.test_processes import eventually
 from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
@@ -107,6 +107,7 @@ def test_a_killed_supervisor_takes_its_rank_and_the_run_along(tmp_path: Path, ra
         else:
             assert "lost its supervisor" in run.outcome().reason
         assert eventually(lambda: not processes_of(tmp_path))
+        assert (run.folder / OVER).exists()
 
 
 def test_ranks_end_when_what_started_them_is_gone(tmp_path: Path) -> None:
