@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -206,6 +207,8 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def clean_environment() -> None:
-    """Takes from this process what would reach the ranks of a run and change how they are started."""
+    """Takes from this process what would reach a run and change how it is started, or how it takes signals."""
+    # A drill under nohup survives a hangup, but its children must not inherit that: a handler is not inherited.
+    signal.signal(signal.SIGHUP, lambda *_: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

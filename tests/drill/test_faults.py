@@ -1,6 +1,8 @@
-"""The lot that faults are drawn by."""
+"""The lot that faults are drawn by, and what runs inherit of a drill."""
 
 import random
+import subprocess
+import sys
 from collections import Counter
 
 from hypothesis import given
@@ -38,3 +40,17 @@ def test_faults_are_told_apart_by_name_and_by_words() -> None:
 def test_some_can_be_drawn_alone() -> None:
     drawn = draw(random.Random(0), 4, ["local"], ["killed_rank", "flipped_bit"])
     assert Counter(fault.name for fault, _ in drawn) == {"killed_rank": 2, "flipped_bit": 2}
+
+
+def test_runs_of_a_drill_under_nohup_hear_a_hangup() -> None:
+    child = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)"
+    drill = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from tests.drill.runs import clean_environment
+clean_environment()
+signal.raise_signal(signal.SIGHUP)
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", drill], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
