@@ -64,7 +64,7 @@ class MixMAE(nn.Module):
 
     def _predict(self, images: Tensor, groups: Tensor, partners: Tensor, visible: Tensor) -> Tensor:
         mixed = mix_images(images, groups, partners).to(self.decoder.mask_token.dtype)
-        features = self.encoder(mixed, groups if self.separate_groups else None)
+        features = self.encoder(mixed, groups, self.num_images) if self.separate_groups else self.encoder(mixed)
         return self.decoder(features.flatten(1, 2), visible)
 
     def _visible(self, groups: Tensor) -> Tensor:
