@@ -25,15 +25,15 @@ _CODE_WIDTH = 8
 
 
 class Problems(NamedTuple):
-    """`count` attention problems of `size` tokens each, side by side in a stage's order.
+    """`num` attention problems of `size` tokens each, side by side in a stage's order.
 
-    pairs: [1 or count, size * size], the rows of the bias table for all pairs of query and key.
-    bias: [count, 1, size, size], 0 within a group and -inf across, where one map is shared by the micro-batch.
-    query_codes, key_codes: [B, count, 1, size, 8] where each sample has its own map: extra head dimensions whose
+    pairs: [1 or num, size * size], the rows of the bias table for all pairs of query and key.
+    bias: [num, 1, size, size], 0 within a group and -inf across, where one map is shared by the micro-batch.
+    query_codes, key_codes: [B, num, 1, size, 8] where each sample has its own map: extra head dimensions whose
         product is 0 within a group and hugely negative across, so that no mask for each sample is ever made.
     """
 
-    count: int
+    num: int
     size: int
     pairs: Tensor
     bias: Tensor | None = None
@@ -42,7 +42,7 @@ class Problems(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.count * self.size
+        return self.num * self.size
 
 
 class Arrangement(NamedTuple):
@@ -86,7 +86,7 @@ def by_window(grid: tuple[int, int], window: int, pairs: Tensor) -> Arrangement:
     """Tokens window by window, unmixed; `pairs` are those of `relative_position_index(window)`."""
     height, width = grid
     problems = Problems((height // window) * (width // window), window * window, pairs[None])
-    if problems.count == 1:
+    if problems.num == 1:
         return Arrangement(None, None, (problems,))
     position = torch.arange(height * width, device=pairs.device).view(height, width, 1)
     order = to_windows(position, window).flatten()
@@ -104,7 +104,7 @@ def separated(arrangement: Arrangement, groups: Tensor, grid: tuple[int, int], d
     members = upsample_groups(groups, grid).flatten(-2)
     if arrangement.order is not None:
         members = members.index_select(-1, arrangement.order)
-    members = members.unflatten(-1, (windows.count, windows.size))
+    members = members.unflatten(-1, (windows.num, windows.size))
     if groups.dim() == 2:
         same = members[:, :, None] == members[:, None, :]
         bias = torch.zeros(same.shape, dtype=dtype, device=groups.device).masked_fill_(~same, float("-inf"))
@@ -118,8 +118,9 @@ def by_group(groups: Tensor, num_groups: int, grid: tuple[int, int], pairs: Tens
 
     Groups of one size stand together, as one batch of problems.
     """
-    members = upsample_groups(groups, grid).flatten()
-    order = members.argsort(stable=True)
+    sizes = group_sizes(num_groups, groups.numel())
+    assert groups.device.type != "cpu" or groups.flatten().bincount().tolist() == sizes, f"groups are not of {sizes} cells"
+    order = upsample_groups(groups, grid).flatten().argsort(stable=True)
     pairs = pairs.view(len(order), len(order))
     problems, start = [], 0
     for count, size in token_counts(num_groups, groups.shape, grid):

@@ -32,10 +32,10 @@ class WindowAttention(nn.Module):
         return self.proj(out[0] if len(out) == 1 else torch.cat(out, dim=1))
 
     def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
-        """[B, count * size, 3C] -> [B, count * size, C]."""
+        """[B, num * size, 3C] -> [B, num * size, C]."""
         batch, tokens, triple = qkv.shape
         heads, width = self.num_heads, triple // 3 // self.num_heads
-        q, k, v = qkv.view(batch, problems.count, problems.size, 3, heads, width).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv.view(batch, problems.num, problems.size, 3, heads, width).permute(3, 0, 1, 4, 2, 5)
         bias = self._position_bias(problems)
         if problems.bias is not None:
             bias = bias + problems.bias
@@ -47,10 +47,10 @@ class WindowAttention(nn.Module):
             # Problems differ in their bias, samples do not: problems stand beside the heads.
             joint = bias.flatten(0, 1)[None]
             out = kernels.attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), joint, self.scale)
-        return out.view(batch, problems.count, heads, problems.size, width).transpose(2, 3).reshape(batch, tokens, -1)
+        return out.view(batch, problems.num, heads, problems.size, width).transpose(2, 3).reshape(batch, tokens, -1)
 
     def _position_bias(self, problems: Problems) -> Tensor:
-        """[1 or count, h, size, size]."""
+        """[1 or num, h, size, size]."""
         # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs.
         bias = self.relative_position_bias_table.t().index_select(1, problems.pairs.flatten())
         return bias.view(-1, len(problems.pairs), problems.size, problems.size).transpose(0, 1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """`encoder(images, groups=None, num_groups=None) -> features`, the same object in pretraining and in fine-tuning."""
+    """`encoder(images, groups=None, num_groups=None) -> features`, one object in pretraining and in fine-tuning."""
 
     grid: tuple[int, int]
     """Cells (Gh, Gw): the token grid of the last stage."""

@@ -21,7 +21,6 @@ from models.attention import WindowAttention
 from models.layers import PatchMerging
 from models.mixing import draw_mix, upsample_groups
 
-
 GRID = (8, 8)
 
 

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Sequence
 
 BENCHMARKS = {
+    "step": "images per second, MFU and memory of the training step, in several ways of computing it",
     "data": "images per second of a recipe's input pipeline",
     "monitoring": "what metrics take from a step",
     "checkpoints": "how long training stands still for a save, and how long it takes",

@@ -8,7 +8,6 @@ matrix, adds bias and mask, and takes the softmax.
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from models import MixMAE
