@@ -44,6 +44,11 @@ class Problems(NamedTuple):
     def tokens(self) -> int:
         return self.num * self.size
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all tokens of a problem see each other."""
+        return self.bias is None and self.query_codes is None
+
 
 class Arrangement(NamedTuple):
     """The order of a stage's tokens, and the attention problems in that order.
@@ -119,7 +124,8 @@ def by_group(groups: Tensor, num_groups: int, grid: tuple[int, int], pairs: Tens
     Groups of one size stand together, as one batch of problems.
     """
     sizes = group_sizes(num_groups, groups.numel())
-    assert groups.device.type != "cpu" or groups.flatten().bincount().tolist() == sizes, f"groups are not of {sizes} cells"
+    if groups.device.type == "cpu":
+        assert groups.flatten().bincount().tolist() == sizes, f"groups are not of {sizes} cells"
     order = upsample_groups(groups, grid).flatten().argsort(stable=True)
     pairs = pairs.view(len(order), len(order))
     problems, start = [], 0

@@ -3,12 +3,19 @@
 Shapes: tokens [B, L, C] in the stage's order; h heads of width d.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from models import kernels
 from models.arrangement import Arrangement, Problems
+
+MAX_SIZE = 128
+"""Tokens of a problem whose attention matrix lies in a GPU's registers."""
+Kernel = Callable[[Tensor, Tensor, float], Tensor]
+"""Packed queries, keys and values [B, num * size, 3C], bias [num, h, size, size], and scale to [B, num * size, C]."""
 
 
 class WindowAttention(nn.Module):
@@ -19,6 +26,7 @@ class WindowAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"embed dim {dim} does not divide into {num_heads} heads")
         self.num_heads = num_heads
+        self.kernel: Kernel | None = None
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -33,10 +41,12 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
         """[B, num * size, 3C] -> [B, num * size, C]."""
+        bias = self._position_bias(problems)
+        if self.kernel is not None and len(bias) == problems.num and problems.size <= MAX_SIZE and problems.is_dense:
+            return self.kernel(qkv, bias, self.scale)
         batch, tokens, triple = qkv.shape
         heads, width = self.num_heads, triple // 3 // self.num_heads
         q, k, v = qkv.view(batch, problems.num, problems.size, 3, heads, width).permute(3, 0, 1, 4, 2, 5)
-        bias = self._position_bias(problems)
         if problems.bias is not None:
             bias = bias + problems.bias
         if problems.query_codes is not None and problems.key_codes is not None:

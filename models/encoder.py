@@ -34,3 +34,7 @@ class Encoder(nn.Module):
     @abstractmethod
     def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] = (1, 2, 3, 4)) -> None:
         """Recomputes the blocks of the named stages, counted from 1, in the backward pass."""
+
+    @abstractmethod
+    def set_fused_attention(self) -> None:
+        """Attention in a kernel of this project's own, on GPUs, where problems are small enough for it."""

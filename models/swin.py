@@ -165,6 +165,13 @@ class Swin(Encoder):
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable and number in stages
 
+    def set_fused_attention(self) -> None:
+        from models.triton_attention import grouped_attention  # Triton comes with torch for GPUs alone
+
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.kernel = grouped_attention
+
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
         chosen = self.stages[stage - 1]
         assert isinstance(chosen, Stage)

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_SIZE = 128
-"""Tokens of a problem whose matrix still fits in registers."""
 _PROGRAMS = 1024
 """As many at least, where there is work for them, so that every multiprocessor has several."""
 
@@ -125,7 +123,7 @@ def grouped_attention(qkv: Tensor, bias: Tensor, scale: float) -> Tensor:
     num, heads, size, _ = bias.shape
     batch, tokens, triple = qkv.shape
     assert qkv.stride()[1:] == (triple, 1)
-    assert tokens == num * size <= num * MAX_SIZE
+    assert tokens == num * size
     out = qkv.new_empty(batch, tokens, triple // 3)
     grid, settings = _launch(batch, bias, triple)
     _forward[grid](qkv, bias.contiguous(), out, batch, qkv.stride(0), heads, scale, **settings)
@@ -143,9 +141,8 @@ def _grouped_attention_backward(grad: Tensor, qkv: Tensor, bias: Tensor, scale: 
     grid, settings = _launch(batch, bias, triple)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     sums = torch.empty(grid[1], *bias.shape, dtype=torch.float32, device=qkv.device)
-    _backward[grid](
-        qkv, bias.contiguous(), grad.contiguous(), grad_qkv, sums, batch, qkv.stride(0), bias.shape[1], scale, **settings
-    )  # fmt: skip
+    where = (qkv, bias.contiguous(), grad.contiguous(), grad_qkv, sums)
+    _backward[grid](*where, batch, qkv.stride(0), bias.shape[1], scale, **settings)
     return grad_qkv, sums.sum(0).to(bias.dtype)
 
 

@@ -4,6 +4,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from models import MixMAE
@@ -13,7 +14,9 @@ def suit_cpu(model: MixMAE) -> None:
     """Changes how a bf16 model computes on this machine's processor, in place; parameters keep their names."""
     for block in model.decoder.blocks:
         # The backward pass of torch's fused attention takes longer than the matrices that it saves.
-        block.attn.fused_attn = False
+        attention = block.attn
+        assert isinstance(attention, Attention)
+        attention.fused_attn = False
     if needs_widening():
         widen_products(model)
 

@@ -87,6 +87,9 @@ def compile_parts(model: MixMAE, **options: Any) -> None:
     Args:
         options: more of `torch.compile`.
     """
+    # All blocks are one function to torch, which gives up at 8 shapes and modes of it: five stages, each trained and
+    # evaluated, are more.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     encoder_blocks = [model.encoder.stage_blocks(stage) for stage in range(1, model.encoder.num_stages + 1)]
     for part in chain(*encoder_blocks, model.decoder.blocks, [model.loss]):
         part.compile(fullgraph=True, dynamic=False, **options)
@@ -101,6 +104,10 @@ def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
     model.to(ranks.device)
     if recipe.train.precision == "bf16" and ranks.device.type == "cpu":
         suit_cpu(model)
+    if recipe.train.fused_attention:
+        if ranks.device.type != "cuda":
+            raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
+        model.encoder.set_fused_attention()
     if recipe.train.compile:
         compile_parts(model)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made

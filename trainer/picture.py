@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models import MixMAE
-from models.mixing import Mix, mix_images
 from models.loss import cell_deviation, cells, uncells
+from models.mixing import Mix, mix_images
 from trainer.config import Data
 
 _GAP, _HEADER = 4, 14

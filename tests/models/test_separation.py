@@ -19,9 +19,7 @@ def encoder() -> Swin:
 MAPS = ["micro_batch", "micro_batch, masked", "sample"]
 
 
-def changed_cells(
-    encoder: Swin, k: int, kind: str, separate: bool, group: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def changed_cells(encoder: Swin, k: int, kind: str, separate: bool, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest change at each cell [B, Gh, Gw] when all images of one group get other pixels, and the cells' groups."""
     batch = 6
     groups, partners = draw_mix(batch, k, GRID, torch.Generator().manual_seed(k), kind == "sample")

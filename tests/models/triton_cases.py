@@ -16,7 +16,8 @@ CASES = [(1, 2, 12, 3, 16), (3, 1, 48, 2, 32), (2, 2, 100, 1, 32), (4, 3, 16, 5,
 
 
 def main(device: str) -> None:
-    half = torch.bfloat16 if device == "cuda" else torch.float16  # the interpreter multiplies bf16 as the integers it holds
+    # The interpreter holds bf16 as integers, and multiplies them as such.
+    half = torch.bfloat16 if device == "cuda" else torch.float16
     for dtype, off in ((torch.float32, 1e-5), (half, 2e-2)):
         for num, heads, size, batch, width in CASES:
             torch.manual_seed(0)

@@ -8,7 +8,8 @@ matrix, adds bias and mask, and takes the softmax.
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from timm.layers import Attention
+from torch import Tensor
 
 from models import MixMAE
 from models.arrangement import relative_position_index, to_windows
@@ -33,8 +34,9 @@ def make_plain(model: MixMAE) -> MixMAE:
             attention.forward = MethodType(_attention, attention)  # type: ignore[method-assign]
             attention.register_buffer("relative_position_index", index, persistent=False)
     for block in model.decoder.blocks:
-        assert isinstance(block.attn, nn.Module)
-        block.attn.fused_attn = False  # type: ignore[assignment]
+        attention = block.attn
+        assert isinstance(attention, Attention)
+        attention.fused_attn = False
     return model
 
 

@@ -35,7 +35,7 @@ def kernel_shares(profiler: Any, device: torch.device, rows: int = 12) -> dict[s
     times = {
         event.key: float(getattr(event, attribute))
         for event in profiler.key_averages()
-        if device.type == "cpu" or event.device_type == torch.autograd.DeviceType.CUDA
+        if device.type == "cpu" or event.self_device_time_total
     }
     total = sum(times.values()) or 1.0
     largest = sorted(times, key=lambda name: -times[name])[:rows]

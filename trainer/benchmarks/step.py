@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default="mixmae_swin_base_w14", help="the encoder (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images at once (default %(default)s)")
     parser.add_argument("--variant", default="plain,grouped", help=f"of {','.join(VARIANTS)} (default %(default)s)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of weights (default %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as model.num_images=2")

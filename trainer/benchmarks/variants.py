@@ -21,7 +21,7 @@ from trainer.optim import parameter_groups
 def _masked(model: MixMAE) -> None:
     assert isinstance(model.encoder, Swin)
     for stage in model.encoder.stages:
-        stage.forward = MethodType(_without_sorting_by_group, stage)  # type: ignore[method-assign]
+        stage.forward = MethodType(_without_sorting_by_group, stage)
 
 
 def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None) -> Tensor:
@@ -29,7 +29,7 @@ def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num
 
 
 def _fused(model: MixMAE) -> None:
-    model.encoder.set_attention("triton")
+    model.encoder.set_fused_attention()
 
 
 @dataclass(frozen=True)
