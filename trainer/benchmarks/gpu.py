@@ -1,4 +1,4 @@
-"""`python -m trainer.benchmarks.gpu`: the list that `make bench-gpu` measures, one process each, largest gains first."""
+"""`python -m trainer.benchmarks.gpu`: the list that `make bench-gpu` measures, a process each."""
 
 import subprocess
 import sys
