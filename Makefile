@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-slow drill check dashboards clean
+.PHONY: install demo test test-slow drill check dashboards performance wheels bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,26 @@ check: $(VENV)/.installed-test
 # From the lists of metrics and panels: Grafana's JSON, the console page, docs/metrics.md.
 dashboards: $(VENV)/.installed-test
 	$(BIN)/python -m monitoring.generate
+
+# The table and picture of docs/performance.md, from benchmarks/results.
+performance: $(VENV)/.installed-test
+	$(BIN)/python -m trainer.benchmarks.page
+
+# What `make bench-gpu` needs beside torch, torchvision, timm and pytest on a machine without a network; WHEELS_PYTHON is
+# the version of Python there.
+WHEELS_PYTHON ?= 3.12
+wheels: $(VENV)/.installed
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir wheels --constraint constraints.txt deepspeed fairscale
+	$(BIN)/pip download --dest wheels --only-binary :all: --no-deps --python-version $(WHEELS_PYTHON) \
+		--constraint constraints.txt webdataset simplejpeg xxhash braceexpand hjson py-cpuinfo einops msgpack \
+		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock
+
+# Installs nothing from outside: into an environment over the machine's own packages, from wheels/.
+bench-gpu:
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/pip install --quiet --no-index --no-deps wheels/*.whl
+	.venv-gpu/bin/python -m pytest -m gpu tests/models tests/trainer
+	.venv-gpu/bin/python -m trainer.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .hypothesis

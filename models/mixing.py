@@ -55,6 +55,11 @@ def check_num_images(num_images: int, grid: tuple[int, int]) -> None:
         raise ValueError(f"a grid of {grid[0]}x{grid[1]} cells has no room for {num_images} images; raise img_size")
 
 
+def group_sizes(num_images: int, cells: int) -> list[int]:
+    """Cells of each group, as `draw_mix` splits them; larger groups come first."""
+    return [cells // num_images + (group < cells % num_images) for group in range(num_images)]
+
+
 def _draw_groups(batch: int | None, num_images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     cells = grid[0] * grid[1]
     even_split = torch.arange(cells) % num_images

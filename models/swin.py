@@ -12,7 +12,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Separation, WindowAttention, separate
+from models.arrangement import Arrangement, by_group, by_window, relative_position_index, separated
+from models.attention import WindowAttention
 from models.encoder import Encoder
 from models.layers import Block, PatchMerging, init_weights, sincos_positions
 
@@ -20,7 +21,9 @@ NUM_STAGES = 4
 
 
 class Stage(nn.Module):
-    """Patch merging (but for the first stage), then blocks that share one window size and one group separation."""
+    """Patch merging (but for the first stage), then blocks that share one arrangement of tokens."""
+
+    relative_position_index: Tensor
 
     def __init__(
         self,
@@ -41,18 +44,25 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
         )
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
 
-    def forward(self, x: Tensor, groups: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
         x = self.downsample(x)
-        separation: Separation | None = None
-        if groups is not None:
-            separation = separate(groups, self.grid, self.window, x.dtype)
+        arrangement = self._arrange(groups, num_groups, x.dtype)
+        tokens = arrangement.sort(x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, separation, use_reentrant=False, preserve_rng_state=self.training)
+                tokens = checkpoint(block, tokens, arrangement, use_reentrant=False, preserve_rng_state=self.training)
             else:
-                x = block(x, separation)
-        return x
+                tokens = block(tokens, arrangement)
+        return arrangement.restore(tokens, self.grid)
+
+    def _arrange(self, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
+        is_global = self.grid == (self.window, self.window)
+        if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
+            return by_group(groups, num_groups, self.grid, self.relative_position_index)
+        windows = by_window(self.grid, self.window, self.relative_position_index)
+        return windows if groups is None else separated(windows, groups, self.grid, dtype)
 
 
 class Swin(Encoder):
@@ -112,15 +122,15 @@ class Swin(Encoder):
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
         """Images [B, 3, H, W], normalised; groups [H/32, W/32] or [B, H/32, W/32], or None for unmixed images."""
-        return self.forward_head(self.forward_features(images, groups))
+        return self.forward_head(self.forward_features(images, groups, num_groups))
 
-    def forward_features(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
         """The final norm's tokens, [B, H/32, W/32, C]."""
         x = self._embed(images)
         for stage in self.stages:
-            x = stage(x, groups)
+            x = stage(x, groups, num_groups)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -140,7 +150,7 @@ class Swin(Encoder):
         maps = []
         x = self._embed(x)
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x, None)
+            x = stage(x)
             if i in take:
                 out = self.norm(x) if norm and i == NUM_STAGES - 1 else x
                 maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
@@ -154,6 +164,13 @@ class Swin(Encoder):
         for number, stage in enumerate(self.stages, start=1):
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable and number in stages
+
+    def set_fused_attention(self) -> None:
+        from models.triton_attention import grouped_attention  # Triton comes with torch for GPUs alone
+
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.kernel = grouped_attention
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
         chosen = self.stages[stage - 1]

@@ -124,6 +124,9 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     compile: bool = False
+    """Compiles each block and the loss (torch.compile)."""
+    fused_attention: bool = False
+    """On GPUs: the global stages' attention in one kernel (models/triton_attention.py) in place of torch's."""
     max_skipped_steps: int = Field(10, ge=1)
     """So many steps in a row with a non-finite loss or gradient end the run."""
 

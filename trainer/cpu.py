@@ -1,22 +1,36 @@
-"""bf16 on processors without bf16 instructions.
-
-There, torch multiplies bf16 matrices by a slow generic loop. Converting the operands to fp32, multiplying, and rounding
-the result gives the same numbers (bf16 products are exact in fp32) many times faster.
-"""
+"""bf16 on processors: what torch does slowly there, done otherwise with the same numbers to one rounding."""
 
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 
+from models import MixMAE
 
-def needs_widening(device: torch.device) -> bool:
-    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+def suit_cpu(model: MixMAE) -> None:
+    """Changes how a bf16 model computes on this machine's processor, in place; parameters keep their names."""
+    for block in model.decoder.blocks:
+        # The backward pass of torch's fused attention takes longer than the matrices that it saves.
+        attention = block.attn
+        assert isinstance(attention, Attention)
+        attention.fused_attn = False
+    if needs_widening():
+        widen_products(model)
+
+
+def needs_widening() -> bool:
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def widen_products(model: nn.Module) -> None:
-    """Makes every linear layer and convolution of a bf16 model multiply in fp32."""
+    """Makes every linear layer and convolution of a bf16 model multiply in fp32.
+
+    Without bf16 instructions torch multiplies bf16 matrices by a slow generic loop. Converting the operands to fp32,
+    multiplying, and rounding the result gives the same numbers (bf16 products are exact in fp32) many times faster.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import torch
 from models import MixMAE, build_encoder
 from trainer.activations import checkpoint_activations
 from trainer.config import Recipe
-from trainer.cpu import needs_widening, widen_products
+from trainer.cpu import suit_cpu
 from trainer.distributed import Ranks
 from trainer.errors import UsageError
 from trainer.optim import build_optimizer
@@ -81,6 +81,20 @@ def build_model(recipe: Recipe) -> MixMAE:
         raise UsageError(f"model: {error}") from error
 
 
+def compile_parts(model: MixMAE, **options: Any) -> None:
+    """Compiles each block, and the loss, by itself; shapes are static, and blocks of one shape share their code.
+
+    Args:
+        options: more of `torch.compile`.
+    """
+    # All blocks are one function to torch, which gives up at 8 shapes and modes of it: five stages, each trained and
+    # evaluated, are more.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    encoder_blocks = [model.encoder.stage_blocks(stage) for stage in range(1, model.encoder.num_stages + 1)]
+    for part in chain(*encoder_blocks, model.decoder.blocks, [model.loss]):
+        part.compile(fullgraph=True, dynamic=False, **options)
+
+
 def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
     """DeepSpeed's engine around the model, its optimizer and its precision."""
     import deepspeed
@@ -88,12 +102,14 @@ def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
     config = deepspeed_config(recipe, ranks.world_size)
     checkpoint_activations(model, recipe.train.activation_checkpointing)
     model.to(ranks.device)
-    if recipe.train.precision == "bf16" and needs_widening(ranks.device):
-        widen_products(model)
+    if recipe.train.precision == "bf16" and ranks.device.type == "cpu":
+        suit_cpu(model)
+    if recipe.train.fused_attention:
+        if ranks.device.type != "cuda":
+            raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
+        model.encoder.set_fused_attention()
     if recipe.train.compile:
-        encoder_blocks = [model.encoder.stage_blocks(stage) for stage in range(1, model.encoder.num_stages + 1)]
-        for block in chain(*encoder_blocks, model.decoder.blocks):
-            block.compile(fullgraph=True)
+        compile_parts(model)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False

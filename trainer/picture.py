@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from models import MixMAE
+from models.loss import cell_deviation, cells, uncells
 from models.mixing import Mix, mix_images
-from models.mixmae import cell_deviation, cells, uncells
 from trainer.config import Data
 
 _GAP, _HEADER = 4, 14
@@ -26,7 +26,7 @@ def reconstructions(model: MixMAE, images: Tensor, mix: Mix, rows: int) -> Tenso
     predictions, visible = predictions[:, :rows], visible[:, :rows]
     sources = images[mix.partners[: len(predictions), :rows]]
     true = torch.stack([cells(source, model.cell) for source in sources])
-    if model.norm_pix_loss:
+    if model.loss.norm_pix_loss:
         predictions = predictions * cell_deviation(true) + true.mean(-1, keepdim=True)
     painted = torch.where(visible[..., None], true, predictions)
     columns = [mix_images(images, *mix)[:rows]]

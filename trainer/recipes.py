@@ -29,9 +29,22 @@ def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{file} holds {type(content).__name__}; expected sections such as 'model:' and 'train:'")
+    return _overridden(content, overrides, str(file))
+
+
+def default_recipe(overrides: Sequence[str]) -> Recipe:
+    """The recipe of all defaults with overrides.
+
+    Raises:
+        UsageError: an unknown key or a value outside its range.
+    """
+    return _overridden({}, overrides, "recipe")
+
+
+def _overridden(content: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
     for override in overrides:
         _apply(content, override)
-    return parse_recipe(content, str(file))
+    return parse_recipe(content, source)
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:

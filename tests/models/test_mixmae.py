@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from models import MixMAE, build_encoder
+from models.loss import cells, normalise_cells, uncells
 from models.mixing import Mix, draw_mix
-from models.mixmae import cells, normalise_cells, uncells
 
 BATCH, SIDE = 6, 128
 

@@ -58,8 +58,10 @@ def test_encoded_features(
     model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]
 ) -> None:
     groups, partners = mix
-    features = model.encoder(mix_images(images, groups, partners), groups)
-    torch.testing.assert_close(features.flatten(1, 2), reference["encoded"], atol=1e-4, rtol=0)
+    mixed = mix_images(images, groups, partners)
+    for num_groups in (None, 2):
+        features = model.encoder(mixed, groups, num_groups)
+        torch.testing.assert_close(features.flatten(1, 2), reference["encoded"], atol=1e-4, rtol=0)
 
 
 def test_reconstruction(

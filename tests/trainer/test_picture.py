@@ -24,7 +24,7 @@ def test_columns_are_mixed_input_sources_and_reconstructions() -> None:
 def test_a_perfect_prediction_is_the_image() -> None:
     model = build_model(tiny_recipe())
     images, mix = torch.rand(4, 3, 64, 64), draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
-    from models.mixmae import cells, normalise_cells
+    from models.loss import cells, normalise_cells
 
     target = normalise_cells(cells(images, 32))
     model.reconstruct = lambda images, groups, partners: (target[partners], model._visible(groups))  # type: ignore[method-assign]

@@ -5,7 +5,9 @@ import importlib
 from collections.abc import Sequence
 
 BENCHMARKS = {
+    "step": "images per second, MFU and memory of the training step, in several ways of computing it",
     "data": "images per second of a recipe's input pipeline",
+    "scale": "images per second of several ranks here, and what each ZeRO stage sends",
     "monitoring": "what metrics take from a step",
     "checkpoints": "how long training stands still for a save, and how long it takes",
     "scrape": "how long all exporters of a large run take to answer",

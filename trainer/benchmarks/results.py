@@ -30,6 +30,13 @@ def write_result(file: Path, content: dict[str, Any]) -> None:
     print(f"written to {file}")
 
 
+def write_measurements(file: Path, measurements: list[dict[str, Any]]) -> None:
+    """Measurements of several things in one run, each of which tells its own circumstances."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(measurements, indent=1) + "\n")
+    print(f"written to {file}")
+
+
 def _cpu() -> str:
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.is_file() else []

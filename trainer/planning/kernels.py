@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import kernels
 from trainer.planning.tracking import Workspaces
 
 Device = Literal["cuda", "cpu"]
@@ -22,13 +23,15 @@ _FLASH_ROWS = 128
 
 @contextmanager
 def attention_of(device: Device) -> Iterator[None]:
-    """Makes `F.scaled_dot_product_attention` call the kernel that it would take on a device."""
-    original = F.scaled_dot_product_attention
+    """Makes attention, with and without a learned bias, take the kernel that it would take on a device."""
+    original, with_bias = F.scaled_dot_product_attention, kernels.attend
     F.scaled_dot_product_attention = _CHOICES[device]
+    if device == "cpu":
+        kernels.attend = kernels.explicit
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = original
+        F.scaled_dot_product_attention, kernels.attend = original, with_bias
 
 
 def _on_cuda(
@@ -46,9 +49,8 @@ def _on_cuda(
 def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
 ) -> Tensor:
-    if attn_mask is None:
-        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, **more)[0]
-    return _aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, **more)[0]
+    assert attn_mask is None
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, **more)[0]
 
 
 _CHOICES: dict[Device, Callable[..., Tensor]] = {"cuda": _on_cuda, "cpu": _on_cpu}

@@ -6,24 +6,14 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from trainer.benchmarks import profiling
 
 
 def peak_allocated(work: Callable[[], object]) -> int:
     """The most bytes of host memory that torch had allocated at once for what `work` made, by torch's profiler."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    del result
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return profiling.peak_allocated(profiling.profiled(work, torch.device("cpu")))
 
 
 def storages() -> dict[int, torch.UntypedStorage]:

@@ -1,0 +1,20 @@
+"""How attention with a learned bias is computed on a device.
+
+Shapes: q, k, v [P, h, N, d], P independent problems; bias [1, h, N, N].
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """[P, h, N, d]. The bias may be -inf, but not for all keys of a query."""
+    if q.device.type == "cpu":
+        return explicit(q, k, v, bias, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """The formula. On CPUs torch's own way with a bias that learns is the same in fp32, and in bf16 five times slower:
+    it widens all operands, and guards against queries that see nothing, of which there are none here."""
+    return ((q * scale) @ k.transpose(-2, -1) + bias).softmax(-1) @ v

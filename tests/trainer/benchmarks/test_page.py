@@ -1,0 +1,32 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.benchmarks.page import PAGE, draw, table, with_table
+from trainer.benchmarks.results import RESULTS
+
+ROOT = Path(__file__).parents[3]
+FIELDS = ("device", "model", "variant", "batch", "images_per_second", "model_tflops", "mfu", "peak_memory_bytes")
+
+
+def measurements() -> list[dict[str, object]]:
+    files = sorted((ROOT / RESULTS).glob("step-*.json"))
+    return [found for file in files for found in json.loads(file.read_text())]
+
+
+def test_the_page_tells_what_was_measured() -> None:
+    page = (ROOT / PAGE).read_text()
+    assert with_table(page, table(measurements())) == page, "run `make performance`"
+
+
+def test_measurements_say_what_they_were_made_on() -> None:
+    assert measurements()
+    for found in measurements():
+        assert {*FIELDS, "ratio_to_plain", "versions", "commit"} <= set(found)
+
+
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw(measurements(), tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 5000

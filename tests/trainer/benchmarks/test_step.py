@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from tests.helpers import tiny_recipe
+from trainer.benchmarks import scale, step
+from trainer.errors import UsageError
+from trainer.flops import model_flops
+
+HERE = torch.device("cpu")
+
+
+def test_measurements_are_consistent() -> None:
+    recipe = tiny_recipe(**{"train.micro_batch": 4, "train.global_batch": 4})
+    found = step.measure(recipe, ["plain", "grouped"], 2, HERE)
+    assert [one["variant"] for one in found] == ["plain", "grouped"]
+    assert found[0]["ratio_to_plain"] == 1
+    for one in found:
+        assert one["images_per_second"] == pytest.approx(4 / one["step_seconds"], rel=0.01)
+        assert one["model_tflops"] * 1e12 == pytest.approx(
+            one["images_per_second"] * model_flops(recipe), rel=0.01, abs=1e8
+        )
+        assert one["peak_memory_bytes"] > 0
+        assert sum(one["kernel_shares"].values()) == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(
+        found[1]["ratio_to_plain"],
+        found[1]["images_per_second"] / found[0]["images_per_second"],
+        rtol=0.01,
+        atol=0.01,
+    )
+
+
+@pytest.mark.parametrize("variant", ["fast", "triton"])
+def test_variants_that_cannot_run_are_refused(variant: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs them")
+    with pytest.raises(UsageError, match=variant):
+        step.main(["--variant", variant])
+
+
+def test_ranks_send_what_is_planned() -> None:
+    recipe = tiny_recipe(**{"train.micro_batch": 2, "train.global_batch": 4, "train.zero_stage": 2})
+    found = scale.measure(recipe, 2, 1)
+    assert found["images_per_second"] > 0
+    assert found["planned_bytes"]
+    for name, planned in found["planned_bytes"].items():
+        assert found["bytes"][name] == pytest.approx(planned, rel=0.02, abs=2000)

@@ -1,0 +1,174 @@
+"""`mixmae bench scale`: 1, 2, 4, ... ranks on this machine, and what each ZeRO stage makes them send.
+
+Ranks of one machine share its cores and memory, so images per second tell how much is lost between ranks, and not how a
+cluster would scale. Bytes are counted by DeepSpeed's logger in one optimizer step, and stand beside the formula of
+`mixmae plan`.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.mixing import draw_mix
+from trainer.benchmarks.results import RESULTS, circumstances, write_measurements
+from trainer.communication import Communication
+from trainer.config import Recipe
+from trainer.distributed import Ranks, join, leave, read_ranks
+from trainer.engine import build_engine, build_model, deepspeed_config
+from trainer.errors import UsageError
+from trainer.planning.activations import on_meta
+from trainer.planning.communication import traffic
+from trainer.planning.states import Limits, count_parameters
+from trainer.ports import free_port
+from trainer.recipes import default_recipe
+
+_OPERATIONS = {
+    "all-reduce": "all_reduce",
+    "all-gather": "all_gather_into_tensor",
+    "reduce-scatter": "reduce_scatter_tensor",
+}
+_WARM_UP = 3
+"""ZeRO-3 watches two steps before it looks ahead."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae bench scale", description=__doc__)
+    parser.add_argument("--model", default="mixmae_swin_nano", help="the encoder (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images at once on each rank (default %(default)s)")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks (default %(default)s)")
+    parser.add_argument("--stages", default="1,2,3", help="ZeRO stages (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as model.img_size=128")
+    args = parser.parse_args(argv)
+    worlds, stages = (_numbers(name, getattr(args, name)) for name in ("ranks", "stages"))
+    found = []
+    for world_size in worlds:
+        for stage in stages:
+            batch = [f"train.micro_batch={args.batch}", f"train.global_batch={args.batch * world_size}"]
+            own = [f"model.encoder={args.model}", f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
+            recipe = default_recipe([*own, *batch, *args.overrides])
+            found.append({**measure(recipe, world_size, args.steps), **circumstances()})
+            print(_in_words(found[-1]))
+    if args.json:
+        write_measurements(RESULTS / f"scale-{args.model}.json", found)
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--{name} {text}: expected whole numbers with commas between, as 1,2,4") from error
+
+
+def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
+    """Images per second without, then bytes of a step with DeepSpeed's logger."""
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
+        out, port = Path(folder) / "found.pt", free_port()
+        processes = [
+            context.Process(target=_rank, args=(rank, world_size, port, recipe, steps, out))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a rank ended with exit code {process.exitcode}; its output is above")
+        seconds, sent = torch.load(out, weights_only=True)
+    planned = _planned(recipe, world_size)
+    return {
+        "model": recipe.model.encoder,
+        "ranks": world_size,
+        "zero_stage": recipe.train.zero_stage,
+        "precision": recipe.train.precision,
+        "batch": recipe.train.micro_batch,
+        "images_per_second": round(recipe.train.global_batch * steps / seconds, 2),
+        "bytes": {name: sent[name] for name in planned},
+        "planned_bytes": planned,
+    }
+
+
+def _planned(recipe: Recipe, world_size: int) -> dict[str, float]:
+    if world_size == 1:
+        return {}
+    train, limits = recipe.train, Limits.of(deepspeed_config(recipe, world_size))
+    parameters = count_parameters(on_meta(recipe), limits)
+    parts = traffic(train.zero_stage, train.precision, parameters, recipe.accumulation(world_size), limits)
+    return {part.operation: part.bytes for part in parts}
+
+
+def _rank(rank: int, world_size: int, port: int, recipe: Recipe, steps: int, out: Path) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    where = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in where.items()})
+    ranks = read_ranks(os.environ)
+    join(ranks)
+    step, end = _step_of(recipe, ranks)
+    for _ in range(_WARM_UP):
+        step()
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    seconds = time.perf_counter() - started
+    end()
+    sent = _bytes_of_a_step(recipe, ranks)
+    if rank == 0:
+        torch.save((seconds, sent), out)
+    leave(0)
+
+
+def _bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
+    """By operation, of the whole tensors; DeepSpeed counts an all-gather by the part that a rank brings."""
+    logged = recipe.model_copy(update={"monitoring": recipe.monitoring.model_copy(update={"comms_logger": True})})
+    step, end = _step_of(logged, ranks)
+    sent = Communication()
+    for _ in range(_WARM_UP):
+        step()
+    sent.read()
+    before = dict(sent.bytes)
+    step()
+    sent.read()
+    end()
+    factor = {"all-gather": ranks.world_size}
+    return {
+        name: float((sent.bytes[key] - before.get(key, 0)) * factor.get(name, 1)) for name, key in _OPERATIONS.items()
+    }
+
+
+def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
+    """A function that does an optimizer step on random pixels, and one that takes the engine down."""
+    engine = build_engine(build_model(recipe), recipe, ranks)
+    batch, side = recipe.train.micro_batch, recipe.model.img_size
+    images = torch.randn(batch, 3, side, side, device=ranks.device)
+    generator = torch.Generator().manual_seed(ranks.rank)
+
+    def step() -> None:
+        mix = draw_mix(batch, recipe.model.num_images, engine.module.grid, generator).to(ranks.device)
+        engine.backward(engine(images, *mix))
+        engine.step()
+
+    return step, engine.destroy
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    traffics = "; ".join(
+        f"{name} {found['bytes'][name] / 1e6:.2f} MB, planned {planned / 1e6:.2f}"
+        for name, planned in found["planned_bytes"].items()
+    )
+    head = f"{found['ranks']} ranks, ZeRO-{found['zero_stage']}: {found['images_per_second']:.1f} images/s"
+    return f"{head}; a step's traffic: {traffics or 'none'}"

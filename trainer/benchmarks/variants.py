@@ -1,0 +1,126 @@
+"""The bare step (forward, backward, optimizer) in several ways of computing it: what `mixmae bench step` compares."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import Tensor
+
+from models import MixMAE
+from models.mixing import Mix
+from models.swin import Stage, Swin
+from trainer.activations import checkpoint_activations
+from trainer.benchmarks.plain import make_plain
+from trainer.config import Recipe
+from trainer.cpu import suit_cpu
+from trainer.engine import build_model, compile_parts
+from trainer.optim import parameter_groups
+
+
+def _masked(model: MixMAE) -> None:
+    assert isinstance(model.encoder, Swin)
+    for stage in model.encoder.stages:
+        stage.forward = MethodType(_without_sorting_by_group, stage)
+
+
+def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None) -> Tensor:
+    return Stage.forward(self, x, groups, None)
+
+
+def _fused(model: MixMAE) -> None:
+    model.encoder.set_fused_attention()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of computing the step.
+
+    Attributes:
+        words: for the table.
+        change: what it makes of a model.
+        autocast: fp32 weights under `torch.autocast` in place of bf16 weights.
+        compiled: torch.compile, block by block.
+        cuda_only: whether a CPU cannot run it.
+    """
+
+    words: str
+    change: Callable[[MixMAE], object] = lambda model: None
+    autocast: bool = False
+    compiled: bool = False
+    cuda_only: bool = False
+
+
+VARIANTS = {
+    "plain": Variant("as published code computes it, weights in the run's precision", make_plain),
+    "plain-autocast": Variant("as published code computes it, fp32 weights under autocast", make_plain, autocast=True),
+    "masked": Variant("tokens sorted by window once per stage, groups kept apart by a mask", _masked),
+    "grouped": Variant("tokens sorted by group in the global stages: what runs where nothing is compiled"),
+    "compiled": Variant("grouped, each block and the loss compiled (train.compile=true)", compiled=True),
+    "triton": Variant("grouped, attention of the global stages in one kernel", _fused, cuda_only=True),
+    "compiled-triton": Variant("both", _fused, compiled=True, cuda_only=True),
+}
+
+
+class BareStep:
+    """Model and AdamW without DeepSpeed, loop, data or watchers; bf16 weights have fp32 masters, as in a run.
+
+    Args:
+        recipe: model, precision and activation checkpointing; weights are a function of its seed.
+    """
+
+    def __init__(self, recipe: Recipe, variant: Variant, device: torch.device) -> None:
+        self.model = build_model(recipe).to(device)
+        checkpoint_activations(self.model, recipe.train.activation_checkpointing)
+        variant.change(self.model)
+        self._autocast = variant.autocast
+        self._device = device
+        if recipe.train.precision == "bf16" and not variant.autocast:
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.bfloat16()
+            if device.type == "cpu":
+                suit_cpu(self.model)
+        if variant.compiled:
+            compile_parts(self.model)
+        named = list(self.model.named_parameters())
+        self._weights = [parameter for _, parameter in named]
+        self._masters = [
+            torch.nn.Parameter(parameter.detach().float()) if parameter.dtype != torch.float32 else parameter
+            for parameter in self._weights
+        ]
+        names = [name for name, _ in named]
+        groups = parameter_groups(
+            zip(names, self._masters, strict=True), recipe.optim.weight_decay, recipe.optim.no_decay
+        )
+        self._optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=recipe.optim.betas, fused=True)
+
+    @property
+    def bytes(self) -> int:
+        """Of weights, their masters, and AdamW's moments."""
+        apart = [m for w, m in zip(self._weights, self._masters, strict=True) if w is not m]
+        states = [*self._weights, *apart, *self.model.buffers()]
+        return sum(t.numel() * t.element_size() for t in states) + 8 * sum(m.numel() for m in self._masters)
+
+    def loss(self, images: Tensor, mix: Mix) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+            loss: Tensor = self.model(images, *mix)
+        return loss
+
+    def __call__(self, images: Tensor, mix: Mix) -> Tensor:
+        """One step; returns its loss, on the device."""
+        loss = self.loss(images, mix)
+        loss.backward()
+        self._optimize()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _optimize(self) -> None:
+        apart = [(w, m) for w, m in zip(self._weights, self._masters, strict=True) if w is not m]
+        for weight, master in apart:
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+        self._optimizer.step()
+        for weight, master in apart:
+            weight.copy_(master)
+            weight.grad = None
+        self._optimizer.zero_grad()
