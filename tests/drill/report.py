@@ -75,7 +75,8 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def _broken(outcomes: Sequence[Outcome]) -> str:
-    broken = [f"- {o.way}, {o.words} ({o.done}): {'; '.join(o.problems)}" for o in outcomes if o.problems]
+    firsts = [(o, [problem.splitlines()[0] for problem in o.problems]) for o in outcomes if o.problems]
+    broken = [f"- {o.way}, {o.words} ({o.done}): {'; '.join(problems)}" for o, problems in firsts]
     return "\n".join(["**What did not.**", "", *broken]) if broken else ""
 
 
