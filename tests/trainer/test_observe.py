@@ -6,7 +6,7 @@ import signal
 import time
 import urllib.request
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +31,7 @@ from trainer.job import check, prepare
 from trainer.loop import fit
 from trainer.observe import Observer, start_observer
 from trainer.run_dir import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
+from trainer.timing import StepClock
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
@@ -158,6 +159,10 @@ def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[Counter[str]]:
     for recipe in recipes:
         run = prepare(check(recipe, ranks), ranks)
         with ExitStack() as stack:
+            if not recipe.monitoring.enabled:  # what an observer without a recorder does is left out too
+                for verb in ("at", "data", "process", "logged", "checkpoint", "step"):
+                    stack.enter_context(mock.patch.object(Observer, verb))
+                stack.enter_context(mock.patch.object(StepClock, "part", return_value=nullcontext()))
             waits = {name: stack.enter_context(mock.patch(name)) for name in WAITS}
             counter = stack.enter_context(CountReads())
             fit(run)
