@@ -17,7 +17,10 @@ COMMANDS = {
     "watch": ("launch.watch", "watch a run's progress, ranks and alerts in a terminal"),
     "monitor": ("launch.monitor", "Prometheus and Alertmanager for runs on this machine: monitor up RUN_DIR"),
     "curves": ("trainer.curves", "draw a run's loss curve"),
-    "bench": ("trainer.benchmarks.cli", "measure parts of a run beside a reference: data, monitoring, checkpoints"),
+    "bench": (
+        "trainer.benchmarks.cli",
+        "measure parts of a run beside a reference: data, monitoring, checkpoints, scrape",
+    ),
     "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
 }
 

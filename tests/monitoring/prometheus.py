@@ -15,11 +15,12 @@ from tests.monitoring.fake_run import FakeRun, history, served, target_files
 from trainer.ports import free_port
 
 ROOT = Path(__file__).parents[2]
+# A name that ships, with a threshold at which it fires on fake runs at once: what is told of it stands in pictures.
 RULES = """
 groups:
   - name: test
     rules:
-      - alert: DeviceAlmostFull
+      - alert: MixmaeDeviceMemoryNearLimit
         expr: mixmae_device_memory_peak_bytes / mixmae_device_memory_limit_bytes > 0.84
         labels: {severity: warning}
         annotations: {summary: "rank {{ $labels.rank }}: {{ $value | humanizePercentage }} of its device's memory"}

@@ -94,7 +94,7 @@ def test_boards_are_drawn_without_errors(server: Prometheus, board: Board, tmp_p
     assert document.unknown == 0
     assert all(panel.title in document.text for panel in board.panels if panel.look in DRAWN | {Look.TILE})
     if board is OVERVIEW:
-        assert re.search(r"DeviceAlmostFull . 3rank", document.text)  # ranks 1, 2 and 7
+        assert re.search(r"MixmaeDeviceMemoryNearLimit . 3rank", document.text)  # ranks 1, 2 and 7
 
 
 @pytest.mark.services

@@ -5,6 +5,8 @@ import os
 import signal
 import time
 import urllib.request
+from collections import Counter
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +31,7 @@ from trainer.job import check, prepare
 from trainer.loop import fit
 from trainer.observe import Observer, start_observer
 from trainer.run_dir import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
+from trainer.timing import StepClock
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
@@ -132,25 +135,38 @@ def test_flops_are_those_of_a_real_pass() -> None:
     assert model_flops(recipe) == 3 * counter.get_total_flops() / 2
 
 
+READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+WAITS = ("torch.cuda.synchronize", "torch.cuda.Event.synchronize", "torch.cuda.Stream.synchronize")
+
+
 class CountReads(TorchDispatchMode):
-    """Counts reads of a tensor's value by the host: each would wait for a GPU."""
+    """Counts what would make the host wait for a GPU: reads of a tensor's value, and copies that end on the host."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.reads = 0
+        self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in READS or (func in COPIES and result.device.type == "cpu"):
+            self.seen[str(func)] += 1
+        return result
 
 
-def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
+def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[Counter[str]]:
     counts = []
     for recipe in recipes:
         run = prepare(check(recipe, ranks), ranks)
-        with CountReads() as counter:
+        with ExitStack() as stack:
+            if not recipe.monitoring.enabled:  # what an observer without a recorder does is left out too
+                for verb in ("at", "data", "process", "logged", "checkpoint", "step"):
+                    stack.enter_context(mock.patch.object(Observer, verb))
+                stack.enter_context(mock.patch.object(StepClock, "part", return_value=nullcontext()))
+            waits = {name: stack.enter_context(mock.patch(name)) for name in WAITS}
+            counter = stack.enter_context(CountReads())
             fit(run)
-        counts.append(counter.reads)
+        counts.append(counter.seen + Counter({name: wait.call_count for name, wait in waits.items()}))
         run.observer.close(clean=True)
         run.batches.close()
         run.reporter.close()
@@ -161,9 +177,10 @@ def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
 def test_observing_adds_no_read_of_the_device(shards: Path, tmp_path: Path) -> None:
     recipes = []
     for enabled in (False, True):
-        changes = {"monitoring.enabled": enabled, "log.every": 100}
+        changes = {"monitoring.enabled": enabled, "log.every": 4}
         recipes.append(recipe_for(shards, tmp_path / f"observed-{enabled}", **changes))
     unobserved, observed = run_ranks(reads_of_a_run, 1, recipes)[0]
+    assert {"aten._local_scalar_dense.default", "aten.copy_.default"} <= set(unobserved)  # they are counted at all
     assert observed == unobserved
 
 

@@ -1,9 +1,12 @@
 """`mixmae bench monitoring`: what metrics take from a step, with an exporter that is scraped.
 
-Steps with and without take turns, so that both see the same machine; medians are compared.
+Steps with and without take turns, so that both see the same machine; medians are compared. The exporter, its scraper
+and the thread that says every second that the rank runs are there during both kinds of steps: the comparison shows what
+the calls in a step take, not what those take from all steps. The exporter's share of one core is told beside it.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -14,15 +17,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from monitoring.discovery import targets_folder
 from monitoring.handover import Recorder
 from trainer.benchmarks.results import RESULTS, write_result
 from trainer.config import Recipe
+from trainer.data.faults import Reason, Tally
+from trainer.data.stream import Stream
 from trainer.distributed import Ranks
 from trainer.observe import Observer, Silence
 from trainer.state import TrainState
+from trainer.stores.store import CacheUse
 
 _SCRAPER = """
 import json, sys, time, urllib.request
@@ -32,6 +39,9 @@ while True:
     time.sleep(1)
 """
 _PARTS = ("data_wait", "forward", "backward", "optimizer")
+_LOGGED = {"loss": 1.0, "grad_norm": 1.0, "lr": 1e-4, "epoch": 1.0, "images_per_second": 1000.0}
+_CALLS = 1000
+"""Steps without work, whose mean is what the calls take: one in `log.every` is logged."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"{result['step_ms_without']:.2f} ms a step without metrics, {result['step_ms_with']:.2f} ms with: "
         f"{result['ratio'] - 1:+.3%}; the calls alone take {result['calls_us']:.0f} microseconds, "
-        f"{result['calls_share']:.3%} of a step"
+        f"{result['calls_share']:.3%} of a step; the exporter, scraped every second, takes "
+        f"{result['exporter_cpu_share']:.2%} of a core"
     )
     if args.json is not None:
         write_result(args.json, result)
@@ -61,14 +72,21 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     observed = Observer(Recorder(shared, 0), recipe, Ranks(), shared)
     silent = Observer(Silence(), recipe, Ranks())
     observed.export()
+    assert observed.exporter is not None
     scraper = _scrape(recipe.run_dir)
-    work = _work_of(seconds)
+    exporter = psutil.Process(observed.exporter.pid)
+    work, batches = _work_of(seconds), _Batches()
+    observed.begin(2 * steps, parameters=0)
     times: dict[bool, list[float]] = {False: [], True: []}
     try:
-        for number in range(2 * steps):
-            told = number % 2 == 1
-            times[told].append(_step(observed if told else silent, work, TrainState(step=number)))
-        calls = statistics.median(_step(observed, lambda: None, TrainState()) for _ in range(1000))
+        started, busy = time.perf_counter(), _cpu_seconds(exporter)
+        for number in range(1, steps + 1):
+            for told in (False, True):
+                times[told].append(_step(observed if told else silent, work, batches, TrainState(step=number)))
+        share = (_cpu_seconds(exporter) - busy) / (time.perf_counter() - started)
+        calls = statistics.mean(
+            _step(observed, lambda: None, batches, TrainState(step=n)) for n in range(1, _CALLS + 1)
+        )
     finally:
         scraper.kill()
         observed.close(clean=True)
@@ -79,19 +97,44 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
         "ratio": round(with_ / without, 5),
         "calls_us": round(calls * 1e6, 1),
         "calls_share": round(calls / without, 6),
+        "exporter_cpu_share": round(share, 5),
         "steps": steps,
     }
 
 
-def _step(observer: Observer, work: Callable[[], object], state: TrainState) -> float:
-    """Seconds of a step whose work is its forward part."""
+class _Batches(Stream):
+    """In place of a rank's input: what an observer reads of it, with a workers' queue and a replaced sample."""
+
+    def __init__(self) -> None:
+        self.retried, self.bytes_read, self.cache_use = 0, 0, CacheUse()
+        self.tally = Tally()
+        self.tally.counts[Reason.DAMAGED] = 1
+        self._queue: multiprocessing.Queue[int] = multiprocessing.Queue()
+
+    @property
+    def ready(self) -> int:
+        return self._queue.qsize()
+
+
+def _step(observer: Observer, work: Callable[[], object], batches: Stream, state: TrainState) -> float:
+    """Seconds of a step whose work is its forward part; tells what the loop tells, at logged steps too."""
     started = time.perf_counter()
     for part in _PARTS:
         with observer.clock.part(part):
             if part == "forward":
                 work()
+    observer.data(batches)
+    if state.step % observer.recipe.log.every == 0:
+        with observer.clock.part("logging"):
+            observer.process()
+            observer.logged(_LOGGED, state, state.step)
     observer.step(state, images=128)
     return time.perf_counter() - started
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _work_of(seconds: float) -> Callable[[], object]:
