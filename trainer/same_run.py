@@ -18,6 +18,7 @@ _MAY_CHANGE = (
     "data.network",
     "data.cache",
     "train.compile",
+    "train.fused_attention",
     "train.zero_stage",
     "train.micro_batch",
     "train.activation_checkpointing",
