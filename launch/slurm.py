@@ -281,7 +281,7 @@ state=$(squeue --noheader --jobs="$job" --format=%T)
 decision=$(batch end --launch "job$SLURM_JOB_ID" --job-state "$state" --max-restarts {max_restarts})
 code=$?
 if [[ $decision == requeue ]]; then
-    scontrol requeue "$job" && sleep 600 # in which Slurm ends this script
+    scontrol requeue "$job" && exec sleep 600 # in which Slurm ends it; a child could outlive this script
 fi
 exit "$code"
 """
