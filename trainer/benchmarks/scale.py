@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from models.mixing import draw_mix
+from trainer.benchmarks.recipe import recipe_of
 from trainer.benchmarks.results import RESULTS, circumstances, write_measurements
 from trainer.communication import Communication
 from trainer.config import Recipe
@@ -26,7 +27,6 @@ from trainer.planning.activations import on_meta
 from trainer.planning.communication import traffic
 from trainer.planning.states import Limits, count_parameters
 from trainer.ports import free_port
-from trainer.recipes import default_recipe
 
 _OPERATIONS = {
     "all-reduce": "all_reduce",
@@ -51,9 +51,8 @@ def main(argv: Sequence[str]) -> int:
     found = []
     for world_size in worlds:
         for stage in stages:
-            batch = [f"train.micro_batch={args.batch}", f"train.global_batch={args.batch * world_size}"]
-            own = [f"model.encoder={args.model}", f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
-            recipe = default_recipe([*own, *batch, *args.overrides])
+            own = [f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
+            recipe = recipe_of(args.model, args.batch, [*own, *args.overrides], world_size)
             found.append({**measure(recipe, world_size, args.steps), **circumstances()})
             print(_in_words(found[-1]))
     if args.json:
