@@ -175,4 +175,8 @@ def _launch(batch: int, bias: Tensor, triple: int) -> tuple[tuple[int, int], dic
     chunk = triton.cdiv(batch, chunks)
     block = max(16, triton.next_power_of_2(size))
     settings = {"SIZE": size, "WIDTH": triple // 3 // heads, "BLOCK": block, "CHUNK": chunk}
-    return (num * heads, triton.cdiv(batch, chunk)), {**settings, "num_warps": 4 if block <= 64 else 8}
+    return (num * heads, triton.cdiv(batch, chunk)), {**settings, "num_warps": warps(block)}
+
+
+def warps(block: int) -> int:
+    return 4 if block <= 64 else 8
