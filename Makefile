@@ -47,20 +47,23 @@ dashboards: $(VENV)/.installed-test
 performance: $(VENV)/.installed-test
 	$(BIN)/python -m trainer.benchmarks.page
 
-# What `make bench-gpu` needs beside torch, torchvision, timm and pytest on a machine without a network; WHEELS_PYTHON is
-# the version of Python there.
+# What `make bench-gpu` needs beside torch, torchvision, timm and pytest, and what those need themselves, on a machine
+# without a network; WHEELS_PYTHON is the version of Python there.
 WHEELS_PYTHON ?= 3.12
 wheels: $(VENV)/.installed
+	rm -rf wheels
 	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir wheels --constraint constraints.txt deepspeed fairscale
 	$(BIN)/pip download --dest wheels --only-binary :all: --no-deps --python-version $(WHEELS_PYTHON) \
 		--constraint constraints.txt webdataset simplejpeg xxhash braceexpand hjson py-cpuinfo einops msgpack \
-		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock
+		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock \
+		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers
 
-# Installs nothing from outside: into an environment over the machine's own packages, from wheels/.
+# Installs nothing from outside: into an environment over the machine's own packages, from wheels/. Only files with tests
+# for a GPU are collected, since others need packages that are not there.
 bench-gpu:
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
 	.venv-gpu/bin/pip install --quiet --no-index --no-deps wheels/*.whl
-	.venv-gpu/bin/python -m pytest -m gpu tests/models tests/trainer
+	.venv-gpu/bin/python -m pytest -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests/models tests/trainer)
 	.venv-gpu/bin/python -m trainer.benchmarks.gpu
 
 clean:

@@ -19,7 +19,7 @@ COMMANDS = {
     "curves": ("trainer.curves", "draw a run's loss curve"),
     "bench": (
         "trainer.benchmarks.cli",
-        "measure parts of a run beside a reference: step, scale, data, monitoring, checkpoints, scrape",
+        "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, scrape",
     ),
     "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
 }

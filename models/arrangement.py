@@ -87,15 +87,29 @@ class _Permuted(torch.autograd.Function):
         return gradients[0].index_select(1, place), None, None
 
 
-def by_window(grid: tuple[int, int], window: int, pairs: Tensor) -> Arrangement:
-    """Tokens window by window, unmixed; `pairs` are those of `relative_position_index(window)`."""
+def window_order(grid: tuple[int, int], window: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """`order` and `place` of tokens window by window; None where that is the grid's own order."""
+    height, width = grid
+    if (height, width) == (window, window):
+        return None
+    position = torch.arange(height * width, device=device).view(height, width, 1)
+    order = to_windows(position, window).flatten()
+    return order, order.argsort()
+
+
+def by_window(
+    grid: tuple[int, int], window: int, pairs: Tensor, order_and_place: tuple[Tensor, Tensor] | None
+) -> Arrangement:
+    """Tokens window by window, unmixed.
+
+    Args:
+        pairs: those of `relative_position_index(window)`.
+        order_and_place: those of `window_order`.
+    """
     height, width = grid
     problems = Problems((height // window) * (width // window), window * window, pairs[None])
-    if problems.num == 1:
-        return Arrangement(None, None, (problems,))
-    position = torch.arange(height * width, device=pairs.device).view(height, width, 1)
-    order = to_windows(position, window).flatten()
-    return Arrangement(order, order.argsort(), (problems,))
+    order, place = order_and_place or (None, None)
+    return Arrangement(order, place, (problems,))
 
 
 def separated(arrangement: Arrangement, groups: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Arrangement:
@@ -123,13 +137,15 @@ def by_group(groups: Tensor, num_groups: int, grid: tuple[int, int], pairs: Tens
 
     Groups of one size stand together, as one batch of problems.
     """
-    sizes = group_sizes(num_groups, groups.numel())
+    members = upsample_groups(groups, grid).flatten()
+    counts = token_counts(num_groups, groups.shape, grid)
     if groups.device.type == "cpu":
-        assert groups.flatten().bincount().tolist() == sizes, f"groups are not of {sizes} cells"
-    order = upsample_groups(groups, grid).flatten().argsort(stable=True)
+        sizes = [size for count, size in counts for _ in range(count)]
+        assert members.bincount().tolist() == sizes, f"groups are not of {sizes} tokens"
+    order = members.argsort(stable=True)
     pairs = pairs.view(len(order), len(order))
     problems, start = [], 0
-    for count, size in token_counts(num_groups, groups.shape, grid):
+    for count, size in counts:
         own = order[start : start + count * size].view(count, size)
         problems.append(Problems(count, size, pairs[own[:, :, None], own[:, None, :]].flatten(1)))
         start += count * size

@@ -12,8 +12,9 @@ from torch.nn.init import trunc_normal_
 from models import kernels
 from models.arrangement import Arrangement, Problems
 
-MAX_SIZE = 128
-"""Tokens of a problem whose attention matrix lies in a GPU's registers."""
+MAX_SIZES = {2: 128, 4: 64}
+"""By bytes of an element: tokens of a problem whose attention matrix lies in a GPU's registers, and what its products
+read in shared memory."""
 Kernel = Callable[[Tensor, Tensor, float], Tensor]
 """Packed queries, keys and values [B, num * size, 3C], bias [num, h, size, size], and scale to [B, num * size, C]."""
 
@@ -42,7 +43,8 @@ class WindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
         """[B, num * size, 3C] -> [B, num * size, C]."""
         bias = self._position_bias(problems)
-        if self.kernel is not None and len(bias) == problems.num and problems.size <= MAX_SIZE and problems.is_dense:
+        fits = problems.size <= MAX_SIZES.get(qkv.itemsize, 0)
+        if self.kernel is not None and len(bias) == problems.num and fits and problems.is_dense:
             return self.kernel(qkv, bias, self.scale)
         batch, tokens, triple = qkv.shape
         heads, width = self.num_heads, triple // 3 // self.num_heads

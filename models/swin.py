@@ -3,8 +3,9 @@
 Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage is one cell of the mixing grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Self
 
 import torch
 from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
@@ -12,7 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.arrangement import Arrangement, by_group, by_window, relative_position_index, separated
+from models.arrangement import Arrangement, by_group, by_window, relative_position_index, separated, window_order
 from models.attention import WindowAttention
 from models.encoder import Encoder
 from models.layers import Block, PatchMerging, init_weights, sincos_positions
@@ -45,6 +46,13 @@ class Stage(nn.Module):
             Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
         )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        # No buffers: checkpoints hold all buffers of a model, and older ones would lack these.
+        self._window_order = window_order(grid, window, self.relative_position_index.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._window_order = window_order(self.grid, self.window, self.relative_position_index.device)
+        return self
 
     def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
         x = self.downsample(x)
@@ -61,7 +69,7 @@ class Stage(nn.Module):
         is_global = self.grid == (self.window, self.window)
         if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
             return by_group(groups, num_groups, self.grid, self.relative_position_index)
-        windows = by_window(self.grid, self.window, self.relative_position_index)
+        windows = by_window(self.grid, self.window, self.relative_position_index, self._window_order)
         return windows if groups is None else separated(windows, groups, self.grid, dtype)
 
 

@@ -28,10 +28,29 @@ def _softmax(q, k, bias, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_bias(BIAS, index, rows, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _addresses(heads, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Of this program's problem and head: the problem's rows, and where a sample's queries and results lie."""
+    problem, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    rows = tl.arange(0, BLOCK)
+    tokens = (problem * SIZE + rows)[:, None]
+    columns = head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return rows, tokens * 3 * heads * WIDTH + columns, tokens * heads * WIDTH + columns
+
+
+@triton.jit
+def _load_packed(at, channels, inside):  # type: ignore[no-untyped-def]
+    """Queries, keys and values."""
+    q = tl.load(at, mask=inside, other=0.0)
+    k = tl.load(at + channels, mask=inside, other=0.0)
+    v = tl.load(at + 2 * channels, mask=inside, other=0.0)
+    return q, k, v
+
+
+@triton.jit
+def _load_bias(BIAS, rows, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """[BLOCK, BLOCK] in fp32: -inf for keys beyond the problem, 0 for queries beyond it, which are never stored."""
     inside = rows < SIZE
-    at = BIAS + index * SIZE * SIZE + rows[:, None] * SIZE + rows[None, :]
+    at = BIAS + tl.program_id(0) * SIZE * SIZE + rows[:, None] * SIZE + rows[None, :]
     bias = tl.load(at, mask=inside[:, None] & inside[None, :], other=0.0).to(tl.float32)
     return tl.where(inside[None, :], bias, float("-inf"))
 
@@ -42,23 +61,16 @@ def _forward(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """stride: from sample to sample in QKV; its tokens, and OUT, are contiguous."""
-    index = tl.program_id(0)
-    problem, head = index // heads, index % heads
     channels = heads * WIDTH
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    rows, own, own_out = _addresses(heads, SIZE, WIDTH, BLOCK)
     inside = (rows < SIZE)[:, None]
-    bias = _load_bias(BIAS, index, rows, SIZE)
-    tokens = (problem * SIZE + rows)[:, None]
-    own = tokens * 3 * channels + head * WIDTH + columns[None, :]
-    own_out = tokens * channels + head * WIDTH + columns[None, :]
+    bias = _load_bias(BIAS, rows, SIZE)
     first = tl.program_id(1) * CHUNK
     stride_out = tl.num_programs(0) // heads * SIZE * channels
     at = QKV + first.to(tl.int64) * stride + own
     to = OUT + first.to(tl.int64) * stride_out + own_out
     for _ in range(first, tl.minimum(first + CHUNK, batch)):
-        q = tl.load(at, mask=inside, other=0.0)
-        k = tl.load(at + channels, mask=inside, other=0.0)
-        v = tl.load(at + 2 * channels, mask=inside, other=0.0)
+        q, k, v = _load_packed(at, channels, inside)
         weights = _softmax(q, k, bias, scale)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         tl.store(to, out.to(OUT.dtype.element_ty), mask=inside)
@@ -72,15 +84,10 @@ def _backward(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """GRAD and GRAD_QKV are contiguous; GRAD_BIAS [chunks, num, heads, size, size] holds a sum for each chunk."""
-    index = tl.program_id(0)
-    problem, head = index // heads, index % heads
     channels = heads * WIDTH
-    rows, columns = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    rows, own, own_out = _addresses(heads, SIZE, WIDTH, BLOCK)
     inside = (rows < SIZE)[:, None]
-    bias = _load_bias(BIAS, index, rows, SIZE)
-    tokens = (problem * SIZE + rows)[:, None]
-    own = tokens * 3 * channels + head * WIDTH + columns[None, :]
-    own_out = tokens * channels + head * WIDTH + columns[None, :]
+    bias = _load_bias(BIAS, rows, SIZE)
     grad_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
     first = tl.program_id(1) * CHUNK
     stride_out = tl.num_programs(0) // heads * SIZE * channels
@@ -88,9 +95,7 @@ def _backward(  # type: ignore[no-untyped-def]
     at_grad = GRAD + first.to(tl.int64) * stride_out + own_out
     to = GRAD_QKV + first.to(tl.int64) * 3 * stride_out + own
     for _ in range(first, tl.minimum(first + CHUNK, batch)):
-        q = tl.load(at, mask=inside, other=0.0)
-        k = tl.load(at + channels, mask=inside, other=0.0)
-        v = tl.load(at + 2 * channels, mask=inside, other=0.0)
+        q, k, v = _load_packed(at, channels, inside)
         grad = tl.load(at_grad, mask=inside, other=0.0)
         weights = _softmax(q, k, bias, scale)
         grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -107,7 +112,7 @@ def _backward(  # type: ignore[no-untyped-def]
         at += stride
         at_grad += stride_out
         to += 3 * stride_out
-    chunk = tl.program_id(1) * tl.num_programs(0) + index
+    chunk = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at_bias = GRAD_BIAS + chunk * SIZE * SIZE + rows[:, None] * SIZE + rows[None, :]
     tl.store(at_bias, grad_bias, mask=inside & (rows < SIZE)[None, :])
 
@@ -170,4 +175,8 @@ def _launch(batch: int, bias: Tensor, triple: int) -> tuple[tuple[int, int], dic
     chunk = triton.cdiv(batch, chunks)
     block = max(16, triton.next_power_of_2(size))
     settings = {"SIZE": size, "WIDTH": triple // 3 // heads, "BLOCK": block, "CHUNK": chunk}
-    return (num * heads, triton.cdiv(batch, chunk)), {**settings, "num_warps": 4 if block <= 64 else 8}
+    return (num * heads, triton.cdiv(batch, chunk)), {**settings, "num_warps": warps(block)}
+
+
+def warps(block: int) -> int:
+    return 4 if block <= 64 else 8

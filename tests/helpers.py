@@ -1,58 +1,24 @@
 """What several tests share: ranks as processes, small recipes, small shards."""
 
 import io
-import multiprocessing
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import torch
 
+from trainer.benchmarks import ranks
 from trainer.config import Recipe
-from trainer.distributed import join, leave, read_ranks
-from trainer.ports import free_port
 from trainer.recipes import parse_recipe
 
 RANKS_TIMEOUT = 600
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Calls `function(ranks, *args)` in `world_size` gloo processes; returns what each returned, by rank.
-
-    The function must be importable (a plain function of a test module); results travel by torch.save.
-    """
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        port = str(free_port())
-        processes = [
-            context.Process(target=_child, args=(function, rank, world_size, port, folder, args))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(RANKS_TIMEOUT)
-            if process.is_alive() or process.exitcode:
-                for other in processes:
-                    other.kill()
-                raise AssertionError(f"a rank ended with {process.exitcode}; its output is above")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
-
-
-def _child(function: Callable[..., Any], rank: int, world_size: int, port: str, folder: str, args: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )
-    ranks = read_ranks(os.environ)
-    join(ranks)
-    torch.save(function(ranks, *args), Path(folder) / f"{rank}.pt")
-    leave(0)
+    """What each rank's `function(ranks, *args)` returned, see `trainer.benchmarks.ranks`; a rank that hangs fails."""
+    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT)
 
 
 def needs_jpegtran() -> None:

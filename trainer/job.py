@@ -72,14 +72,19 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, hear
             raise lost from error
         raise
     finally:
-        run.saver.wait(_LAST_SAVE)
-        if run.sample_log is not None:
-            run.sample_log.close()
-        run.observer.close(clean)
-        run.batches.close()
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean)
     return exits.FINISHED if asked_by is None else exits.PREEMPTED
+
+
+def close(run: Run, clean: bool) -> None:
+    """Ends all that a run started."""
+    run.saver.wait(_LAST_SAVE)
+    if run.sample_log is not None:
+        run.sample_log.close()
+    run.observer.close(clean)
+    run.batches.close()
+    run.reporter.close()
+    run.engine.destroy()
 
 
 def say_end(run: Run, asked_by: str | None) -> None:

@@ -16,6 +16,7 @@ from models.arrangement import (
     separated,
     to_windows,
     token_counts,
+    window_order,
 )
 from models.attention import WindowAttention
 from models.layers import PatchMerging
@@ -25,7 +26,8 @@ GRID = (8, 8)
 
 
 def windows(window: int) -> Arrangement:
-    return by_window(GRID, window, relative_position_index(window))
+    order_and_place = window_order(GRID, window, torch.device("cpu"))
+    return by_window(GRID, window, relative_position_index(window), order_and_place)
 
 
 def attend(attention: WindowAttention, x: Tensor, arrangement: Arrangement) -> Tensor:

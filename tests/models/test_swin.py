@@ -56,6 +56,20 @@ def test_features_only_gives_the_stages(indices: tuple[int, ...]) -> None:
     assert model.feature_info.reduction() == [4 * 2**i for i in indices]
 
 
+def test_the_order_of_windows_goes_where_the_model_goes_and_is_no_buffer() -> None:
+    """Checkpoints hold all buffers of a model: one more, and a run could not be continued from older ones."""
+    with torch.device("meta"):
+        model = build_encoder("mixmae_swin_nano")
+    assert {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()} == {"positions", "relative_position_index"}
+    model = model.to_empty(device="cpu")
+    made = build_encoder("mixmae_swin_nano")
+    model.load_state_dict(made.state_dict())
+    for (_, moved), (_, buffer) in zip(model.named_buffers(), made.named_buffers(), strict=True):
+        moved.copy_(buffer)
+    images = torch.randn(1, 3, 128, 128)
+    assert torch.equal(model(images), made(images))
+
+
 def test_features_are_the_forward_pass() -> None:
     model = timm.create_model("mixmae_swin_nano").eval()
     images = torch.randn(2, 3, 128, 128)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "step": "images per second, MFU and memory of the training step, in several ways of computing it",
+    "loop": "what the trainer's loop adds to the bare step",
     "data": "images per second of a recipe's input pipeline",
     "scale": "images per second of several ranks here, and what each ZeRO stage sends",
     "monitoring": "what metrics take from a step",

@@ -6,7 +6,6 @@ the calls in a step take, not what those take from all steps. The exporter's sha
 """
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -22,14 +21,13 @@ import torch
 
 from monitoring.discovery import targets_folder
 from monitoring.handover import Recorder
+from trainer.benchmarks.in_memory import InMemory
 from trainer.benchmarks.results import RESULTS, write_result
 from trainer.config import Recipe
-from trainer.data.faults import Reason, Tally
 from trainer.data.stream import Stream
 from trainer.distributed import Ranks
 from trainer.observe import Observer, Silence
 from trainer.state import TrainState
-from trainer.stores.store import CacheUse
 
 _SCRAPER = """
 import json, sys, time, urllib.request
@@ -75,7 +73,7 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     assert observed.exporter is not None
     scraper = _scrape(recipe.run_dir)
     exporter = psutil.Process(observed.exporter.pid)
-    work, batches = _work_of(seconds), _Batches()
+    work, batches = _work_of(seconds), InMemory()
     observed.begin(2 * steps, parameters=0)
     times: dict[bool, list[float]] = {False: [], True: []}
     try:
@@ -100,20 +98,6 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
         "exporter_cpu_share": round(share, 5),
         "steps": steps,
     }
-
-
-class _Batches(Stream):
-    """In place of a rank's input: what an observer reads of it, with a workers' queue and a replaced sample."""
-
-    def __init__(self) -> None:
-        self.retried, self.bytes_read, self.cache_use = 0, 0, CacheUse()
-        self.tally = Tally()
-        self.tally.counts[Reason.DAMAGED] = 1
-        self._queue: multiprocessing.Queue[int] = multiprocessing.Queue()
-
-    @property
-    def ready(self) -> int:
-        return self._queue.qsize()
 
 
 def _step(observer: Observer, work: Callable[[], object], batches: Stream, state: TrainState) -> float:

@@ -1,10 +1,18 @@
 """Where a step's time and memory go, by torch's profiler."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def settled(device: torch.device) -> float:
+    """The clock's seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def profiled(work: Callable[[], object], device: torch.device) -> Any:

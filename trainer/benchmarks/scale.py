@@ -7,32 +7,31 @@ cluster would scale. Bytes are counted by DeepSpeed's logger in one optimizer st
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.mixing import draw_mix
+from trainer.benchmarks.ranks import run_ranks
+from trainer.benchmarks.recipe import recipe_of
 from trainer.benchmarks.results import RESULTS, circumstances, write_measurements
 from trainer.communication import Communication
 from trainer.config import Recipe
-from trainer.distributed import Ranks, join, leave, read_ranks
+from trainer.distributed import Ranks
 from trainer.engine import build_engine, build_model, deepspeed_config
 from trainer.errors import UsageError
 from trainer.planning.activations import on_meta
 from trainer.planning.communication import traffic
 from trainer.planning.states import Limits, count_parameters
-from trainer.ports import free_port
-from trainer.recipes import default_recipe
 
-_OPERATIONS = {
+OPERATIONS = {
     "all-reduce": "all_reduce",
     "all-gather": "all_gather_into_tensor",
     "reduce-scatter": "reduce_scatter_tensor",
 }
+"""What a plan names, and what DeepSpeed's logger does."""
 _WARM_UP = 3
 """ZeRO-3 watches two steps before it looks ahead."""
 
@@ -51,9 +50,8 @@ def main(argv: Sequence[str]) -> int:
     found = []
     for world_size in worlds:
         for stage in stages:
-            batch = [f"train.micro_batch={args.batch}", f"train.global_batch={args.batch * world_size}"]
-            own = [f"model.encoder={args.model}", f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
-            recipe = default_recipe([*own, *batch, *args.overrides])
+            own = [f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
+            recipe = recipe_of(args.model, args.batch, [*own, *args.overrides], world_size)
             found.append({**measure(recipe, world_size, args.steps), **circumstances()})
             print(_in_words(found[-1]))
     if args.json:
@@ -70,21 +68,10 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
     """Images per second without, then bytes of a step with DeepSpeed's logger."""
-    context = torch.multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
-        out, port = Path(folder) / "found.pt", free_port()
-        processes = [
-            context.Process(target=_rank, args=(rank, world_size, port, recipe, steps, out))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"a rank ended with exit code {process.exitcode}; its output is above")
-        seconds, sent = torch.load(out, weights_only=True)
-    planned = _planned(recipe, world_size)
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    seconds, sent = run_ranks(_seconds_and_bytes, world_size, recipe, steps, threads=threads)[0]
+    limits = Limits.of(deepspeed_config(recipe, world_size))
+    plan = planned(recipe, world_size, limits) if world_size > 1 else {}
     return {
         "model": recipe.model.encoder,
         "ranks": world_size,
@@ -92,32 +79,20 @@ def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
         "precision": recipe.train.precision,
         "batch": recipe.train.micro_batch,
         "images_per_second": round(recipe.train.global_batch * steps / seconds, 2),
-        "bytes": {name: sent[name] for name in planned},
-        "planned_bytes": planned,
+        "bytes": {name: sent[name] for name in plan},
+        "planned_bytes": plan,
     }
 
 
-def _planned(recipe: Recipe, world_size: int) -> dict[str, float]:
-    if world_size == 1:
-        return {}
-    train, limits = recipe.train, Limits.of(deepspeed_config(recipe, world_size))
+def planned(recipe: Recipe, world_size: int, limits: Limits) -> dict[str, float]:
+    """Bytes of a step by operation, of the whole tensors."""
+    train = recipe.train
     parameters = count_parameters(on_meta(recipe), limits)
     parts = traffic(train.zero_stage, train.precision, parameters, recipe.accumulation(world_size), limits)
     return {part.operation: part.bytes for part in parts}
 
 
-def _rank(rank: int, world_size: int, port: int, recipe: Recipe, steps: int, out: Path) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    where = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in where.items()})
-    ranks = read_ranks(os.environ)
-    join(ranks)
+def _seconds_and_bytes(ranks: Ranks, recipe: Recipe, steps: int) -> tuple[float, dict[str, float]]:
     step, end = _step_of(recipe, ranks)
     for _ in range(_WARM_UP):
         step()
@@ -126,14 +101,12 @@ def _rank(rank: int, world_size: int, port: int, recipe: Recipe, steps: int, out
         step()
     seconds = time.perf_counter() - started
     end()
-    sent = _bytes_of_a_step(recipe, ranks)
-    if rank == 0:
-        torch.save((seconds, sent), out)
-    leave(0)
+    return seconds, bytes_of_a_step(recipe, ranks)
 
 
-def _bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
-    """By operation, of the whole tensors; DeepSpeed counts an all-gather by the part that a rank brings."""
+def bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
+    """What DeepSpeed's logger counts in a step, by operation, of the whole tensors: an all-gather it counts by the part
+    that a rank brings."""
     logged = recipe.model_copy(update={"monitoring": recipe.monitoring.model_copy(update={"comms_logger": True})})
     step, end = _step_of(logged, ranks)
     sent = Communication()
@@ -146,7 +119,7 @@ def _bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
     end()
     factor = {"all-gather": ranks.world_size}
     return {
-        name: float((sent.bytes[key] - before.get(key, 0)) * factor.get(name, 1)) for name, key in _OPERATIONS.items()
+        name: float((sent.bytes[key] - before.get(key, 0)) * factor.get(name, 1)) for name, key in OPERATIONS.items()
     }
 
 
@@ -158,17 +131,18 @@ def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(ranks.rank)
 
     def step() -> None:
-        mix = draw_mix(batch, recipe.model.num_images, engine.module.grid, generator).to(ranks.device)
-        engine.backward(engine(images, *mix))
-        engine.step()
+        for _ in range(recipe.accumulation(ranks.world_size)):
+            mix = draw_mix(batch, recipe.model.num_images, engine.module.grid, generator).to(ranks.device)
+            engine.backward(engine(images, *mix))
+            engine.step()
 
     return step, engine.destroy
 
 
 def _in_words(found: dict[str, Any]) -> str:
     traffics = "; ".join(
-        f"{name} {found['bytes'][name] / 1e6:.2f} MB, planned {planned / 1e6:.2f}"
-        for name, planned in found["planned_bytes"].items()
+        f"{name} {found['bytes'][name] / 1e6:.2f} MB, planned {plan / 1e6:.2f}"
+        for name, plan in found["planned_bytes"].items()
     )
     head = f"{found['ranks']} ranks, ZeRO-{found['zero_stage']}: {found['images_per_second']:.1f} images/s"
     return f"{head}; a step's traffic: {traffics or 'none'}"

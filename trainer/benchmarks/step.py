@@ -7,7 +7,6 @@ second (those of the method, where all tokens of a window see each other, withou
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,13 +14,13 @@ from typing import Any
 import torch
 
 from models.mixing import Mix, draw_mix
-from trainer.benchmarks.profiling import kernel_shares, peak_allocated, profiled
+from trainer.benchmarks.profiling import kernel_shares, peak_allocated, profiled, settled
+from trainer.benchmarks.recipe import recipe_of
 from trainer.benchmarks.results import RESULTS, circumstances, write_measurements
 from trainer.benchmarks.variants import VARIANTS, BareStep
 from trainer.config import Recipe
 from trainer.errors import UsageError
 from trainer.flops import model_flops
-from trainer.recipes import default_recipe
 
 _SIDES = {"cpu": 4096, "cuda": 8192}
 """Of the matrices whose product is the peak."""
@@ -39,9 +38,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _variants(args.variant, device)
-    own = [f"model.encoder={args.model}", f"train.precision={args.precision}"]
-    batch = [f"train.micro_batch={args.batch}", f"train.global_batch={args.batch}"]
-    recipe = default_recipe([*own, *batch, *args.overrides])
+    recipe = recipe_of(args.model, args.batch, [f"train.precision={args.precision}", *args.overrides])
     measurements = measure(recipe, names, args.steps, device)
     for found in measurements:
         print(_in_words(found))
@@ -138,13 +135,9 @@ def _product(precision: str, device: torch.device) -> Callable[[], float]:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    started = settled(device)
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return settled(device) - started
 
 
 def _in_words(found: dict[str, Any]) -> str:

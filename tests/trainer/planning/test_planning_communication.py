@@ -3,20 +3,17 @@
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.mixing import draw_mix
 from tests.helpers import run_ranks
 from tests.trainer.planning.test_planning_states import BUCKET, LIMITS, Case, recipe_for
 from trainer import engine as trainer_engine
-from trainer.communication import Communication
+from trainer.benchmarks.scale import OPERATIONS, bytes_of_a_step, planned
 from trainer.config import Recipe
 from trainer.distributed import Ranks
-from trainer.engine import build_engine, build_model
 from trainer.planning.activations import on_meta
-from trainer.planning.communication import Traffic, seconds, traffic
+from trainer.planning.communication import Traffic, seconds
 from trainer.planning.devices import build_cluster
 from trainer.planning.states import Limits, count_parameters
 
@@ -30,15 +27,6 @@ CASES: list[Case] = [
     (2, "bf16", 2),
     (3, "bf16", 2),
 ]
-OPERATIONS = {
-    "all_reduce": "all-reduce",
-    "all_gather_into_tensor": "all-gather",
-    "reduce_scatter_tensor": "reduce-scatter",
-}
-
-
-def logged(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"monitoring": recipe.monitoring.model_copy(update={"comms_logger": True})})
 
 
 def recomputing(recipe: Recipe) -> Recipe:
@@ -47,7 +35,7 @@ def recomputing(recipe: Recipe) -> Recipe:
 
 
 def count(ranks: Ranks, recipes: list[Recipe], zero: dict[str, int]) -> list[dict[str, float]]:
-    """Bytes by operation that DeepSpeed counts in a step of each recipe."""
+    """Bytes by operation of a step of each recipe."""
     made = trainer_engine.deepspeed_config
 
     def configured(recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -56,53 +44,26 @@ def count(ranks: Ranks, recipes: list[Recipe], zero: dict[str, int]) -> list[dic
         return config
 
     trainer_engine.deepspeed_config = configured
-    return [_one_step(ranks, recipe) for recipe in recipes]
+    return [bytes_of_a_step(recipe, ranks) for recipe in recipes]
 
 
-def _one_step(ranks: Ranks, recipe: Recipe) -> dict[str, float]:
-    engine = build_engine(build_model(recipe), recipe, ranks)
-    generator = torch.Generator().manual_seed(0)
-    sent = Communication()
-    before: dict[str, float] = {}
-    for _ in range(4 if recipe.train.zero_stage == 3 else 2):  # ZeRO-3 watches two steps before it looks ahead
-        sent.read()
-        before = dict(sent.bytes)
-        for _ in range(recipe.accumulation(ranks.world_size)):
-            engine.backward(engine(torch.randn(2, 3, 64, 64), *draw_mix(2, 2, (2, 2), generator)))
-            engine.step()
-    sent.read()
-    engine.destroy()
-    return {operation: total - before.get(operation, 0.0) for operation, total in sent.bytes.items()}
-
-
-def whole(counted: dict[str, float]) -> dict[str, float]:
-    """Bytes of the whole tensors; DeepSpeed counts an all-gather by the part that a rank brings."""
-    return {
-        name: counted.get(logged_as, 0.0) * (WORLD_SIZE if name == "all-gather" else 1)
-        for logged_as, name in OPERATIONS.items()
-    }
-
-
-def planned(recipe: Recipe, limits: Limits) -> dict[str, float]:
-    train = recipe.train
-    model = count_parameters(on_meta(recipe), limits)
-    parts = traffic(train.zero_stage, train.precision, model, recipe.accumulation(WORLD_SIZE), limits)
-    return {**dict.fromkeys(OPERATIONS.values(), 0.0), **{part.operation: part.bytes for part in parts}}
+def expected(recipe: Recipe, limits: Limits) -> dict[str, float]:
+    return {**dict.fromkeys(OPERATIONS, 0.0), **planned(recipe, WORLD_SIZE, limits)}
 
 
 def test_engines_send_what_was_planned() -> None:
     """To 1 %: buffers are padded, and norms are reduced too."""
-    recipes = [logged(recipe_for(case, WORLD_SIZE)) for case in CASES]
+    recipes = [recipe_for(case, WORLD_SIZE) for case in CASES]
     found = run_ranks(count, WORLD_SIZE, recipes, {"reduce_bucket_size": BUCKET})[0]
     for case, recipe, counted in zip(CASES, recipes, found, strict=True):
-        for operation, sent in planned(recipe, LIMITS).items():
-            assert whole(counted)[operation] == pytest.approx(sent, rel=0.01, abs=2000), (case, operation)
+        for operation, sent in expected(recipe, LIMITS).items():
+            assert counted[operation] == pytest.approx(sent, rel=0.01, abs=2000), (case, operation)
 
 
 def test_zero_3_gathers_again_what_it_did_not_keep() -> None:
     """Where fewer weights may be there at once than the model has, with blocks that are computed twice too; to 5 %,
     since whole tensors are kept."""
-    plain = logged(recipe_for((3, "bf16", 1), WORLD_SIZE))
+    plain = recipe_for((3, "bf16", 1), WORLD_SIZE)
     total = count_parameters(on_meta(plain), LIMITS).total
     limits = Limits(BUCKET, BUCKET // 10, max_live_parameters=total // 3)
     zero = {
@@ -113,9 +74,9 @@ def test_zero_3_gathers_again_what_it_did_not_keep() -> None:
     }
     recipes = [plain, recomputing(plain)]
     for recipe, counted in zip(recipes, run_ranks(count, WORLD_SIZE, recipes, zero)[0], strict=True):
-        expected = planned(recipe, limits)["all-gather"]
-        assert expected > 1.3 * 2 * total
-        assert whole(counted)["all-gather"] == pytest.approx(expected, rel=0.05)
+        gathered = expected(recipe, limits)["all-gather"]
+        assert gathered > 1.3 * 2 * total
+        assert counted["all-gather"] == pytest.approx(gathered, rel=0.05)
 
 
 def ring(values: list[list[float]]) -> tuple[list[list[float]], list[int]]:

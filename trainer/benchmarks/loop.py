@@ -1,0 +1,170 @@
+"""`mixmae bench loop`: what the trainer's loop adds to the bare step.
+
+The loop is a run's own, with its votes, clock, log, exporter and heartbeat. The bare step is forward pass, backward
+pass and optimizer of the same engine, on pixels and a mix that lie on the device. They take turns of as many steps as
+lie between two logged ones, so that both see the same machine and each turn of the loop logs once; a turn of the loop
+is compared with the bare ones before and after it. Batches are in memory: reading them, saving, and drawing pictures
+are not measured.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer import distributed
+from trainer.benchmarks.in_memory import InMemory
+from trainer.benchmarks.profiling import settled
+from trainer.benchmarks.recipe import recipe_of
+from trainer.benchmarks.results import RESULTS, circumstances, write_result
+from trainer.config import Recipe
+from trainer.data.stream import Batch
+from trainer.distributed import Ranks
+from trainer.errors import UsageError
+from trainer.heartbeat import Heartbeat
+from trainer.job import check, close, prepare
+from trainer.loop import fit, mix_for
+from trainer.ports import free_port
+from trainer.run import Run
+from trainer.shards.build import build_shards
+from trainer.shards.synthetic import Synthetic
+from trainer.signals import StopRequest
+
+_KEPT = 4
+"""Batches in memory."""
+_GOAL = 0.1
+"""Seconds of a step, of which the loop may add 2 %."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae bench loop", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as log.every=10")
+    parser.add_argument("--model", default="mixmae_swin_nano", help="the encoder (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images at once (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed, after one that is not (default %(default)s)")
+    parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "loop.json", help="write the figures")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise UsageError(f"--rounds {args.rounds}: expected 1 or more")
+    with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
+        recipe = _recipe(args.model, args.batch, args.overrides, Path(folder), args.rounds)
+        with (Path(folder) / "said").open("w") as said, redirect_stdout(said):
+            result = measure(recipe, args.rounds)
+    low, high = result["added_us_spread"]
+    print(
+        f"{result['step_ms_bare']:.2f} ms a bare step, {result['step_ms_loop']:.2f} ms in the loop: "
+        f"{result['ratio'] - 1:+.2%}; the loop adds {result['added_us']:.0f} microseconds ({low:.0f} to {high:.0f}), "
+        f"{result['share_of_100_ms']:.2%} of a step of 100 ms"
+    )
+    if args.json is not None:
+        write_result(args.json, result)
+    return 0
+
+
+def _recipe(model: str, batch: int, overrides: Sequence[str], folder: Path, rounds: int) -> Recipe:
+    """A run that neither saves nor draws before all rounds are over, on a few images of its own."""
+    recipe = recipe_of(model, batch, overrides)
+    images = Synthetic(_KEPT * recipe.train.global_batch, recipe.model.img_size, seed=0)
+    build_shards(images, folder / "shards", shard_bytes=10**9, seed=0, jobs=1)
+    steps = recipe.log.every * (rounds + 1) + 1  # after the last one a run saves
+    own = [
+        f"run_dir={folder / 'run'}",
+        f"data.shards={folder / 'shards'}",
+        "data.num_workers=0",
+        f"train.duration={steps} steps",
+        "optim.warmup=1 steps",
+        f"checkpoint.every={steps} steps",
+        "log.pictures=null",
+        "monitoring.port=0",
+    ]
+    return recipe_of(model, batch, [*overrides, *own])
+
+
+def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
+    """Step times in the loop and without, in turns; `recipe.log.every` steps are a turn.
+
+    From here on this process only notes the signals that ask a run to stop.
+    """
+    ranks, stop = Ranks(master_port=free_port()), StopRequest()
+    job = check(recipe, ranks)
+    distributed.join(ranks)
+    heartbeat = Heartbeat(recipe.run_dir.with_name("heartbeat"))
+    run = prepare(job, ranks, stop, heartbeat)
+    clean = False
+    try:
+        with run.batches as stream:
+            batches = [next(stream) for _ in range(_KEPT)]
+        turns = run.batches = Turns(run, batches)
+        asked_by = fit(run)
+        clean = True
+    finally:
+        close(run, clean)
+        heartbeat.close()
+        dist.destroy_process_group()
+    if asked_by is not None:
+        raise UsageError(f"{asked_by} ended the measurement after {len(turns.loop)} of {rounds + 1} rounds")
+    return _compared(recipe, turns, ranks.device)
+
+
+class Turns(InMemory):
+    """A run's input that, asked for the first batch of a turn, does a turn of bare steps before it gives one.
+
+    Attributes:
+        bare, loop: seconds of a step in each turn; of bare ones there is one more.
+    """
+
+    def __init__(self, run: Run, batches: Sequence[Batch]) -> None:
+        super().__init__(batches)
+        self.bare: list[float] = []
+        self.loop: list[float] = []
+        self._engine, self._device, self._steps = run.engine, run.ranks.device, run.recipe.log.every
+        images = [run.to_device(batch.images) for batch in batches]
+        self._inputs = [(pixels, mix_for(run, number, len(pixels))) for number, pixels in enumerate(images)]
+        self._began = 0.0
+
+    def __next__(self) -> Batch:
+        if self.given % self._steps == 0:
+            self._begin_turn()
+        return super().__next__()
+
+    def _begin_turn(self) -> None:
+        now = settled(self._device)
+        if self.given:
+            self.loop.append((now - self._began) / self._steps)
+        started = settled(self._device)
+        for number in range(self._steps):
+            images, mix = self._inputs[number % len(self._inputs)]
+            self._engine.backward(self._engine(images, *mix))
+            self._engine.step()
+        self._began = settled(self._device)
+        self.bare.append((self._began - started) / self._steps)
+
+
+def _compared(recipe: Recipe, turns: Turns, device: torch.device) -> dict[str, Any]:
+    bare = [(before + after) / 2 for before, after in pairwise(turns.bare)][1:]
+    loop = turns.loop[1:]
+    added = [with_ - without for with_, without in zip(loop, bare, strict=True)]
+    middle, step = statistics.median(added), statistics.median(bare)
+    where = circumstances()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else where["cpu"],
+        "model": recipe.model.encoder,
+        "precision": recipe.train.precision,
+        "zero_stage": recipe.train.zero_stage,
+        "batch": recipe.train.micro_batch,
+        "log_every": recipe.log.every,
+        "rounds": len(loop),
+        "step_ms_bare": round(step * 1000, 4),
+        "step_ms_loop": round(statistics.median(loop) * 1000, 4),
+        "ratio": round(1 + middle / step, 5),
+        "added_us": round(middle * 1e6, 1),
+        "added_us_spread": [round(min(added) * 1e6, 1), round(max(added) * 1e6, 1)],
+        "share_of_100_ms": round(middle / _GOAL, 6),
+    }

@@ -1,0 +1,18 @@
+"""The recipe that a benchmark of a step computes."""
+
+from collections.abc import Sequence
+
+from models.registry import SIZES
+from trainer.config import Recipe
+from trainer.recipes import default_recipe
+
+
+def recipe_of(model: str, batch: int, overrides: Sequence[str], ranks: int = 1) -> Recipe:
+    """All defaults but for the encoder and its image size; so many images on each rank, nothing accumulated.
+
+    Raises:
+        UsageError: an unknown key or a value outside its range.
+    """
+    side = SIZES.get(model, {}).get("img_size", 224)
+    batches = [f"train.micro_batch={batch}", f"train.global_batch={batch * ranks}"]
+    return default_recipe([f"model.encoder={model}", f"model.img_size={side}", *batches, *overrides])
