@@ -105,7 +105,7 @@ class Data(Section):
 
 
 class ActivationCheckpointing(Section):
-    kind: Literal["none", "torch", "fairscale"] = "none"
+    kind: Literal["none", "selective", "torch", "fairscale"] = "none"
     stages: tuple[Literal[1, 2, 3, 4, "decoder"], ...] = (1, 2, 3, 4, "decoder")
     cpu_offload: bool = False
 

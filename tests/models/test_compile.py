@@ -1,5 +1,7 @@
 """Blocks compile whole, and once: no graph breaks, and nothing is compiled again after the first steps."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,17 +10,19 @@ from torch._dynamo.utils import counters
 
 from models import MixMAE, build_encoder
 from models.mixing import draw_mix
+from trainer.activations import checkpoint_activations
+from trainer.config import ActivationCheckpointing
 from trainer.engine import compile_parts
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["none", "selective", "torch"])
 @pytest.mark.parametrize("k", [2, 4])
-def test_compiled_parts_equal_eager_ones_and_stay_compiled(k: int, checkpointing: bool) -> None:
+def test_compiled_parts_equal_eager_ones_and_stay_compiled(k: int, kind: Literal["none", "selective", "torch"]) -> None:
     torch._dynamo.reset()
     counters.clear()
     eager, compiled = small_model(k), small_model(k)
     compiled.load_state_dict(eager.state_dict())
-    compiled.encoder.set_grad_checkpointing(checkpointing)
+    checkpoint_activations(compiled, ActivationCheckpointing(kind=kind))
     compiler = CompileCounterWithBackend("aot_eager")
     compile_parts(compiled, backend=compiler)
     frames = []

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.mixing import draw_mix
 from tests.helpers import tiny_recipe
@@ -22,8 +23,9 @@ def gradients(dtype: torch.dtype, **settings: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [{"stages": (1, 2)}, {}], ids=str)
-def test_torch_gives_the_same_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    expected, actual = gradients(dtype), gradients(dtype, kind="torch", **settings)
+@pytest.mark.parametrize("kind", ["selective", "torch"])
+def test_torch_gives_the_same_gradients(kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    expected, actual = gradients(dtype), gradients(dtype, kind=kind, **settings)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
 
@@ -60,3 +62,22 @@ def saved_bytes(**settings: Any) -> int:
 def test_recomputing_the_first_stages_saves_memory() -> None:
     everything = saved_bytes()
     assert saved_bytes(kind="torch", stages=(1, 2)) < 0.8 * everything
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.3])
+def test_selective_recomputes_no_product(drop_path_rate: float) -> None:
+    """Nor another mask of drop path than was used; how little it keeps beside that is for the plan to say."""
+    recipe = tiny_recipe(**{"model.sizes.depths": [2, 1, 2, 1], "model.sizes.drop_path_rate": drop_path_rate})
+    images, mix = torch.randn(4, 3, 64, 64), draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
+    operations, found = [], []
+    for kind in ("none", "selective"):
+        model = build_model(recipe).train()
+        checkpoint_activations(model, ActivationCheckpointing(kind=kind))
+        torch.manual_seed(0)
+        with FlopCounterMode(display=False) as counter:
+            model(images, *mix).backward()
+        counts = counter.get_flop_counts()["Global"]
+        operations.append({name: counts[name] for name in (torch.ops.aten.addmm, torch.ops.aten.mm)})
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert operations[0] == operations[1]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers import run_ranks, tiny_recipe
 from trainer.checkpoints.layout import complete
 from trainer.checkpoints.weights import master_weights
-from trainer.config import Recipe
+from trainer.config import ActivationCheckpointing, Recipe
 from trainer.data.index import open_index
 from trainer.data.stream import Position, Stream, ToDevice
 from trainer.distributed import Ranks
@@ -229,3 +229,13 @@ def test_too_many_of_them_end_the_run_naming_step_and_samples(shards: Path, tmp_
         assert "8 samples" not in facts[0]["message"]  # rank 0's were finite
         assert "4 samples" in facts[0]["message"]
         assert ".tar: 00000" in facts[0]["message"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_selective_checkpointing_changes_no_bit(folder: Path, shards: Path, tmp_path: Path, stage: int) -> None:
+    """Also where parameters are gathered again for what is recomputed."""
+    whole = recipe_for(shards, folder, stage, "bf16")
+    settings = whole.train.model_copy(update={"activation_checkpointing": ActivationCheckpointing(kind="selective")})
+    run_ranks(train, WORLD_SIZE, [whole.model_copy(update={"train": settings, "run_dir": tmp_path})])
+    assert losses(tmp_path) == losses(whole.run_dir)
+    assert all(torch.equal(value, weights(tmp_path)[key]) for key, value in weights(whole.run_dir).items())

@@ -124,7 +124,7 @@ def buffer_bytes(model: nn.Module) -> int:
 
 
 def describe(policy: ActivationCheckpointing) -> str:
-    """A policy in a few characters: `none`, `torch 1-2`, `torch all`, `fairscale all, offloaded`."""
+    """A policy in a few characters: `none`, `selective all`, `torch 1-2`, `fairscale all, offloaded`."""
     if policy.kind == "none":
         return "none"
     stages: list[Any] = [stage for stage in policy.stages if stage != "decoder"]

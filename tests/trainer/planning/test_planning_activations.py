@@ -25,6 +25,7 @@ from trainer.planning.activations import describe, measure
 TOLERANCE = 0.02
 POLICIES = {
     "none": ActivationCheckpointing(),
+    "selective": ActivationCheckpointing(kind="selective"),
     "torch": ActivationCheckpointing(kind="torch"),
     "torch 1-2": ActivationCheckpointing(kind="torch", stages=(1, 2)),
     "fairscale": ActivationCheckpointing(kind="fairscale"),
@@ -174,7 +175,14 @@ def test_operations_are_those_of_a_real_pass(policy: ActivationCheckpointing) ->
 def test_policies_are_named_in_short() -> None:
     part = ActivationCheckpointing(kind="fairscale", stages=(1, 2, "decoder"), cpu_offload=True)
     names = [describe(policy) for policy in (*POLICIES.values(), part)]
-    assert names == ["none", "torch all", "torch 1-2", "fairscale all", "fairscale 1-2,decoder, offloaded"]
+    assert names == [
+        "none",
+        "selective all",
+        "torch all",
+        "torch 1-2",
+        "fairscale all",
+        "fairscale 1-2,decoder, offloaded",
+    ]
 
 
 @pytest.mark.gpu

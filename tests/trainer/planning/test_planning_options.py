@@ -40,7 +40,7 @@ def with_memory(cluster: Cluster, usable: float) -> Cluster:
 @settings(deadline=None, max_examples=40)
 @given(
     stage=st.sampled_from([1, 2, 3]),
-    policy=st.sampled_from(["none", "torch 1-2", "torch all"]),
+    policy=st.sampled_from(["none", "selective all", "torch 1-2", "torch all"]),
     gpus=st.sampled_from([1, 2, 8, 64]),
     megabytes=st.integers(1, 2000),
 )
@@ -127,7 +127,7 @@ def test_the_recipes_own_policy_is_among_them() -> None:
     own = ActivationCheckpointing(kind="fairscale", stages=(3,), cpu_offload=True)
     recipe = recipe_of(**{"train.activation_checkpointing": own.model_dump()})
     assert policies(recipe)["fairscale 3, offloaded"] == own
-    assert list(policies(recipe_of())) == ["none", "torch 1-2", "torch all"]
+    assert list(policies(recipe_of())) == ["none", "selective all", "torch 1-2", "torch all"]
 
 
 def test_gpus_of_the_table_fit_the_small_model() -> None:
