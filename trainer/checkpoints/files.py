@@ -6,6 +6,7 @@ A tensor's name is KIND/PARAMETER@START: elements START, START + 1, ... of the f
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainer.checkpoints.pieces import KINDS, Pieces
 
 _CHUNK = 16 * 2**20
 _ALIGNMENT = 64
+_STATE_BYTES = len(KINDS) * torch.float32.itemsize
 
 
 def file_name(rank: int) -> str:
@@ -31,28 +33,36 @@ def buffer_name(name: str) -> str:
 
 
 class Snapshot:
-    """A copy in host memory of what a rank saves; the memory is kept from save to save, pinned where there is a GPU."""
+    """A copy in host memory of what a rank saves; the memory is kept from save to save, pinned where there is a GPU.
 
-    def __init__(self) -> None:
+    It is made in a thread from the start on: the first save then stops training for no longer than the others.
+    """
+
+    def __init__(self, pieces: Pieces, buffers: Mapping[str, Tensor]) -> None:
+        held = pieces.to_write()
+        size = _STATE_BYTES * sum(piece.numel for piece in held) + sum(buffer.nbytes for buffer in buffers.values())
         self.header = b""
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        maker = ThreadPoolExecutor(1, "snapshot")
+        self._made = maker.submit(_host_memory, size, pinned=any(piece.home.is_cuda for piece in held))
+        maker.shutdown(wait=False)
+
+    @property
+    def _memory(self) -> Tensor:
+        return self._made.result()
 
     def take(self, pieces: Pieces, buffers: Mapping[str, Tensor]) -> None:
-        """Copies the rank's pieces, and the model's buffers where they are given; returns when they are copied."""
+        """Copies what it was made for, as it is now; returns when all is copied."""
         sources = {
             f"{kind}/{piece.name}@{piece.start}": pieces.values(piece, kind)
             for piece in pieces.to_write()
             for kind in KINDS
         } | {buffer_name(name): value for name, value in buffers.items()}
         sources = dict(sorted(sources.items(), key=lambda entry: -entry[1].element_size()))  # so that all are aligned
-        self.header, places, size = _header(sources)
-        on_gpu = any(source.is_cuda for source in sources.values())
-        if self._memory.numel() != size:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        self.header, places = _header(sources)
         for (start, end), source in zip(places, sources.values(), strict=True):
             target = self._memory[start:end].view(source.dtype).view(source.shape)
             target.copy_(source, non_blocking=True)
-        if on_gpu:
+        if self._memory.is_pinned():
             torch.cuda.current_stream().synchronize()
 
     @property
@@ -75,13 +85,18 @@ class Snapshot:
         return Written(self.bytes, digest.hexdigest())
 
 
+def _host_memory(size: int, pinned: bool) -> Tensor:
+    """Written to once: only then has it pages."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+
+
 def _write_all(descriptor: int, content: memoryview) -> None:
     while content:
         content = content[os.write(descriptor, content) :]
 
 
-def _header(sources: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[int, int]], int]:
-    """The file's first bytes, where each tensor goes behind them, and how many bytes that is in all."""
+def _header(sources: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[int, int]]]:
+    """The file's first bytes, and where each tensor goes behind them."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places = []
     end = 0
@@ -91,7 +106,7 @@ def _header(sources: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[int, int]]
         entries[name] = {"dtype": _DTYPES[source.dtype], "shape": list(source.shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, places, end
+    return len(text).to_bytes(8, "little") + text, places
 
 
 _DTYPES = {

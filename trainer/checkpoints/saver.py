@@ -55,7 +55,8 @@ class Saver:
         self.error: str | None = None
         self.failures = 0
         self.superseded = False
-        self._snapshot = Snapshot()
+        self._buffers = dict(engine.module.named_buffers()) if ranks.is_main else {}
+        self._snapshot = Snapshot(Pieces(engine), self._buffers)
         self._group = background_group()
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
@@ -78,8 +79,7 @@ class Saver:
         self.wait()
         self.begun = manifest.step
         pieces = Pieces(self._engine)
-        buffers = dict(self._engine.module.named_buffers()) if self._ranks.is_main else {}
-        self._snapshot.take(pieces, buffers)
+        self._snapshot.take(pieces, self._buffers)
         manifest = replace(manifest, optimizer_step=pieces.optimizer_step, shapes=pieces.shapes)
         stall = time.perf_counter() - started
         self._thread = threading.Thread(target=self._write, args=(manifest, started, stall), name="checkpoint")

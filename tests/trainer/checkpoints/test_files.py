@@ -37,7 +37,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
         "flags": torch.tensor([True, False, True]),
         "positions": torch.randn(4, 2, dtype=torch.float64),
     }
-    snapshot = Snapshot()
+    snapshot = Snapshot(held, buffers)  # type: ignore[arg-type]
     snapshot.take(held, buffers)  # type: ignore[arg-type]
     written = snapshot.write(tmp_path / "rank")
     verify_file(tmp_path / "rank", written)
@@ -58,15 +58,14 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
 def test_a_snapshot_is_of_the_moment_and_its_memory_is_kept(tmp_path: Path) -> None:
     home = torch.zeros(100)
     held = Held([Piece("a", 0, 100, home, 0)], dict.fromkeys(KINDS, home))
-    snapshot = Snapshot()
+    snapshot = Snapshot(held, {})  # type: ignore[arg-type]
+    memory = snapshot._memory.data_ptr()
     for value in (1.0, 2.0):
         home.fill_(value)
         snapshot.take(held, {})  # type: ignore[arg-type]
         home.fill_(-1)
         snapshot.write(tmp_path / "rank")
         assert torch.equal(load_file(tmp_path / "rank")["weight/a@0"], torch.full((100,), value))
-        memory = snapshot._memory.data_ptr()
-    snapshot.take(held, {})  # type: ignore[arg-type]
     assert snapshot._memory.data_ptr() == memory
 
 
