@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from models.mixing import Mix
 from models.swin import Stage, Swin
 from trainer.activations import checkpoint_activations
 from trainer.benchmarks.plain import make_plain
-from trainer.config import Recipe
+from trainer.config import ActivationCheckpointing, Recipe
 from trainer.cpu import suit_cpu
 from trainer.engine import build_model, compile_parts
 from trainer.optim import parameter_groups
@@ -26,6 +28,10 @@ def _masked(model: MixMAE) -> None:
 
 def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None) -> Tensor:
     return Stage.forward(self, x, groups, None)
+
+
+def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[MixMAE], object]:
+    return partial(checkpoint_activations, settings=ActivationCheckpointing(kind=kind))
 
 
 def _fused(model: MixMAE) -> None:
@@ -56,6 +62,8 @@ VARIANTS = {
     "plain-autocast": Variant("as published code computes it, fp32 weights under autocast", make_plain, autocast=True),
     "masked": Variant("tokens sorted by window once per stage, groups kept apart by a mask", _masked),
     "grouped": Variant("tokens sorted by group in the global stages: what runs where nothing is compiled"),
+    "selective": Variant("grouped, norms and GELU recomputed (kind=selective)", _recomputing("selective")),
+    "recomputed": Variant("grouped, each block recomputed (kind=torch)", _recomputing("torch")),
     "compiled": Variant("grouped, each block and the loss compiled (train.compile=true)", compiled=True),
     "triton": Variant("grouped, attention of the global stages in one kernel", _fused, cuda_only=True),
     "compiled-triton": Variant("both", _fused, compiled=True, cuda_only=True),

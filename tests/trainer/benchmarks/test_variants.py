@@ -41,7 +41,7 @@ def assert_equal(recipe: Recipe, name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["masked", "grouped"])
+@pytest.mark.parametrize("name", ["masked", "grouped", "selective", "recomputed"])
 def test_variants_equal_published_code(name: str, precision: str, k: int) -> None:
     assert_equal(recipe_of(precision, k), name, HERE)
 
