@@ -14,11 +14,13 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
+from trainer.run_dir import versions
 
 GIB = 2.0**30
 CHECKPOINT_EVERY = 720.0
 BATCH = 512
 """Images of a rank's step."""
+VERSIONS = [versions()[package] for package in ("torch", "deepspeed", "mixmae")]
 
 
 class Observed(NamedTuple):
@@ -92,17 +94,7 @@ class FakeRun(NamedTuple):
             "checkpoint_failures_total": float(age > 2000),
         }
         if name == "run_info":
-            what = (
-                "5f0c2e81a9b3",
-                "mixmae_swin_base_w14",
-                "88.9M",
-                str(self.ranks),
-                "1",
-                "bf16",
-                "2.12.0",
-                "0.19.8",
-                "0.1.0",
-            )
+            what = ("5f0c2e81a9b3", "mixmae_swin_base_w14", "88.9M", str(self.ranks), "1", "bf16", *VERSIONS)
             return {what: 1}
         if name == "resumes_total":
             return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}
