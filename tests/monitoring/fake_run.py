@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from monitoring.collector import family_of
 from monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
 from trainer.run_dir import versions
 
@@ -256,8 +256,7 @@ def _lines(metric: Metric, labels: str, value: float | Observed, now: float) -> 
 
 
 def _family(metric: Metric, values: Values) -> Any:
-    kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
-    family = kinds[metric.kind](metric.full_name, metric.help, labels=metric.label_names)
+    family = family_of(metric)
     for labels, value in values.items():
         if isinstance(value, Observed):
             family.add_metric(labels, _buckets(value), value.total)

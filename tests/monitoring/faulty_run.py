@@ -112,9 +112,9 @@ def pretend_device(observer: Observer, control: Control) -> None:
         return 78 * gib if control.on("full-device") else 40 * gib
 
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
-        setattr(torch.cuda, name, held)
-    size = SimpleNamespace(total_memory=80 * gib)
-    torch.cuda.get_device_properties = lambda device: size
+        mock.patch.object(torch.cuda, name, held).start()
+    properties = SimpleNamespace(total_memory=80 * gib)
+    mock.patch.object(torch.cuda, "get_device_properties", return_value=properties).start()
     observer.ranks = OnGpus(**asdict(observer.ranks))
 
 

@@ -1,6 +1,7 @@
 """What a node's exporter finds out by itself."""
 
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from monitoring.metrics import BY_NAME
-from monitoring.node import Gpus, Reading, readings
+from monitoring.node import Disk, Gpus, Reading, readings
 from tests.monitoring.drivers import pynvml
 
 
@@ -37,6 +38,40 @@ def test_a_node_without_a_driver_tells_no_gpus(monkeypatch: pytest.MonkeyPatch) 
     assert [*Gpus().readings()] == []
 
 
+def test_a_gpu_that_is_lost_silences_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(number: int) -> int:
+        if number == 0:
+            raise pynvml.NVMLError
+        return number
+
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    gpus = Gpus()
+    assert {reading.labels for reading in gpus.readings()} == {("1",)}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", mock.Mock(side_effect=pynvml.NVMLError))
+    assert [*gpus.readings()] == []
+
+
+def test_storage_that_hangs_or_is_gone_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers, asked = threading.Event(), []
+
+    def hangs(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        assert answers.wait(60)
+        return SimpleNamespace(total=6, free=2)
+
+    monkeypatch.setattr("monitoring.node.PATIENCE", 0.1)
+    disk = Disk(tmp_path / "none")
+    assert [*disk.readings()] == []
+    monkeypatch.setattr("shutil.disk_usage", hangs)
+    for _ in range(3):
+        assert [*disk.readings()] == []
+    assert len(asked) == 1  # not a thread for every scrape
+    answers.set()
+    monkeypatch.setattr("monitoring.node.PATIENCE", 60)
+    assert {reading.metric for reading in disk.readings()} == {"run_dir_free_bytes", "run_dir_size_bytes"}
+
+
 def test_memory_and_disk_are_told_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     disk = SimpleNamespace(total=6 * 10**12, free=2 * 10**12)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 2**30, total=8 * 2**30))
@@ -44,7 +79,7 @@ def test_memory_and_disk_are_told_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr("monitoring.node.SHARED_MEMORY", tmp_path)
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     gpus = Gpus()
-    assert [*readings(tmp_path, gpus)] == [
+    assert [*readings(Disk(tmp_path), gpus)] == [
         Reading("node_memory_available_bytes", (), 3 * 2**30),
         Reading("node_memory_total_bytes", (), 8 * 2**30),
         Reading("run_dir_free_bytes", (), 2 * 10**12),
