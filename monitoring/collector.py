@@ -18,24 +18,24 @@ class NodeCollector(Collector):
     """The ranks' numbers and the node's own as Prometheus families, at the time of a scrape."""
 
     def __init__(self, shared: Path, run_dir: Path) -> None:
-        self.shared, self.run_dir = shared, run_dir
-        self._gpus = node.Gpus()
+        self._shared = shared
+        self._disk, self._gpus = node.Disk(run_dir), node.Gpus()
         self._scrapes = 0
 
     def describe(self) -> Iterable[Family]:
-        return [_family(metric) for metric in METRICS]
+        return [family_of(metric) for metric in METRICS]
 
     def collect(self) -> Iterator[Family]:
         self._scrapes += 1
         found: dict[str, list[tuple[int, Value]]] = defaultdict(list)
-        for rank, values in read_ranks(self.shared):
+        for rank, values in read_ranks(self._shared):
             for value in filter(is_known, values):
                 found[value.metric].append((rank, value))
         here = defaultdict(list)
-        for reading in [*node.readings(self.run_dir, self._gpus), node.Reading("scrapes_total", (), self._scrapes)]:
+        for reading in [*node.readings(self._disk, self._gpus), node.Reading("scrapes_total", (), self._scrapes)]:
             here[reading.metric].append(reading)
         for metric in METRICS:
-            family = _family(metric)
+            family = family_of(metric)
             if metric.source is Source.NODE:
                 for reading in here[metric.name]:
                     family.add_metric(reading.labels, reading.value)
@@ -50,7 +50,7 @@ class NodeCollector(Collector):
                 yield family
 
 
-def _family(metric: Metric) -> Any:
+def family_of(metric: Metric) -> Any:
     kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
     return kinds[metric.kind](metric.full_name, metric.help, labels=metric.label_names)
 

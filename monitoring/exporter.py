@@ -2,7 +2,7 @@
 
 A process of its own, started by the node's first rank: it takes nothing from a rank's time, and goes on telling when
 ranks hang. It ends with the rank that started it. After a clean end its target file is gone; after a crash it stays, so
-that Prometheus sees a node that is down.
+that Prometheus sees a node that is down. It has the rank's output for its own, and waits for no reader of that.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import base64
 import errno
 import hmac
 import os
+import select
 import shutil
 import signal
 import socket
@@ -18,9 +19,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
@@ -32,6 +34,8 @@ from monitoring.handover import read_ranks
 
 PORTS = 100
 """Ports tried, from the wanted one on."""
+UNUSABLE = 2
+"""Exit code where something the user gave cannot be used: another start would end the same way."""
 ENDED_JOB = "mixmae_ended"
 """The job of numbers on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
 _PARENT_CHECK = 1.0
@@ -110,13 +114,13 @@ class Exporter:
         try:
             tell(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
         except (OSError, ValueError) as error:  # ValueError: no address
-            print(f"mixmae: monitoring.pushgateway={gateway} takes no numbers: {error}", file=sys.stderr, flush=True)
+            _say(sys.stderr, f"mixmae: monitoring.pushgateway={gateway} takes no numbers: {error}")
 
     def _bind(self) -> Any:
         settings = self.settings
         for port in range(settings.port, settings.port + PORTS) if settings.port else (0,):
             try:
-                server = make_server(settings.address, port, self._answer, ThreadingWSGIServer, _QuietHandler)
+                server = make_server(settings.address, port, self._answer, _QuietServer, _QuietHandler)
             except socket.gaierror as error:
                 raise ExporterError(f"monitoring.address={settings.address} is no address: {error}") from error
             except OSError as error:
@@ -163,6 +167,11 @@ class Exporter:
         return kind.lower() == "basic" and hmac.compare_digest(given, self._credentials)
 
 
+class _QuietServer(ThreadingWSGIServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that says nothing, or no TLS, or hangs up is its own trouble, and no news of the run."""
+
+
 class _QuietHandler(WSGIRequestHandler):
     timeout = 10
     """Seconds after which a scraper that says nothing is left."""
@@ -199,6 +208,13 @@ def _tls(certfile: Path, keyfile: Path | None) -> ssl.SSLContext:
     return context
 
 
+def _say(stream: TextIO, line: str) -> None:
+    """Prints a line, or does not where nobody reads: waiting for room, this would miss the end of its rank."""
+    if select.select([], [stream], [], 0)[1]:
+        with suppress(OSError):
+            os.write(stream.fileno(), f"{line}\n".encode())
+
+
 def main(argv: Sequence[str]) -> int:
     """Serves until the process that started it says so (SIGTERM: a clean end), or is gone."""
     parser = argparse.ArgumentParser(prog="monitoring.exporter", description=__doc__)
@@ -210,18 +226,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, default=9400)
     parser.add_argument("--stall-seconds", type=float, default=300.0)
     parser.add_argument("--pushgateway")
-    args = parser.parse_args(argv)
+    parser.add_argument("--parent", type=int, default=os.getppid())
+    given = vars(parser.parse_args(argv))
+    parent, settings = given.pop("parent"), Settings(**given)
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks; the first of them ends this
-    parent = os.getppid()
     try:
-        exporter = Exporter(Settings(**vars(args)))
+        exporter = Exporter(settings)
     except ExporterError as error:
-        print(f"mixmae: no metrics are exported: {error}", file=sys.stderr, flush=True)
-        return 2
-    target = write_target(args.run_dir, socket.gethostname(), exporter.target)
-    print(f"metrics at {exporter.url}, announced in {target}", flush=True)
+        _say(sys.stderr, f"mixmae: no metrics are exported: {error}")
+        return UNUSABLE
+    target = write_target(settings.run_dir, socket.gethostname(), exporter.target)
+    _say(sys.stdout, f"metrics at {exporter.url}, announced in {target}")
     exporter.take_back()
     while not ended.wait(_PARENT_CHECK) and os.getppid() == parent:
         pass
@@ -232,7 +249,8 @@ def main(argv: Sequence[str]) -> int:
             exporter.push()
     finally:
         exporter.close()
-        shutil.rmtree(args.shared, ignore_errors=True)
+        if os.getppid() != parent:  # which cannot do it any more; as long as it lives, it may start another exporter
+            shutil.rmtree(settings.shared, ignore_errors=True)
     return 0
 
 

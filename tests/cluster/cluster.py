@@ -17,6 +17,8 @@ from tests.cluster.slurm import Slurm
 from trainer.errors import UsageError
 
 _PREFIX = "mixmae-cluster-"
+_ROOM = Path(tempfile.gettempdir())
+"""The machine's own, for whatever a test sets later: paths of sockets must be short."""
 _SWITCH = "switch"
 _SIZES = "sizes.json"
 _DAEMONS = ("munged", ssh.DAEMON, "slurmctld", ".*slurmscriptd", "slurmd ")
@@ -97,7 +99,7 @@ class Cluster:
 
 def folder_of(name: str) -> Path:
     """The folder of the cluster of this name."""
-    return Path(tempfile.gettempdir()) / f"{_PREFIX}{name}"
+    return _ROOM / f"{_PREFIX}{name}"
 
 
 def bring_up(name: str = "test", hosts: int = 2, slots: int = 2, with_parent: bool = False) -> Cluster:

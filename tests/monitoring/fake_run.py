@@ -9,16 +9,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from monitoring.collector import family_of
 from monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
+from trainer.run_dir import versions
 
 GIB = 2.0**30
 CHECKPOINT_EVERY = 720.0
 BATCH = 512
 """Images of a rank's step."""
+VERSIONS = [versions()[package] for package in ("torch", "deepspeed", "mixmae")]
 
 
 class Observed(NamedTuple):
@@ -92,17 +94,7 @@ class FakeRun(NamedTuple):
             "checkpoint_failures_total": float(age > 2000),
         }
         if name == "run_info":
-            what = (
-                "5f0c2e81a9b3",
-                "mixmae_swin_base_w14",
-                "88.9M",
-                str(self.ranks),
-                "1",
-                "bf16",
-                "2.12.0",
-                "0.19.8",
-                "0.1.0",
-            )
+            what = ("5f0c2e81a9b3", "mixmae_swin_base_w14", "88.9M", str(self.ranks), "1", "bf16", *VERSIONS)
             return {what: 1}
         if name == "resumes_total":
             return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}
@@ -264,8 +256,7 @@ def _lines(metric: Metric, labels: str, value: float | Observed, now: float) -> 
 
 
 def _family(metric: Metric, values: Values) -> Any:
-    kinds = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily, Kind.HISTOGRAM: HistogramMetricFamily}
-    family = kinds[metric.kind](metric.full_name, metric.help, labels=metric.label_names)
+    family = family_of(metric)
     for labels, value in values.items():
         if isinstance(value, Observed):
             family.add_metric(labels, _buckets(value), value.total)

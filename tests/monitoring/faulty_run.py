@@ -1,22 +1,30 @@
-"""A real run of two ranks with faults that files turn on."""
+"""A real run of two ranks with faults that files turn on, on GPUs as far as monitoring knows."""
 
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
+
 from trainer.config import Recipe
 from trainer.data.stream import Batch
-from trainer.distributed import join, leave, read_ranks
+from trainer.distributed import Ranks, join, leave, read_ranks
 from trainer.engine import build_engine
 from trainer.job import check, prepare
 from trainer.loop import fit
+from trainer.observe import Observer
 from trainer.ports import free_port
+
+DRIVERS = Path(__file__).parent / "drivers"
+"""Where Python finds a `pynvml` that needs no GPU."""
 
 
 class Control:
@@ -65,8 +73,10 @@ def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) ->
         control.wait_while(f"no-engine-{rank}")
         return build_engine(*given)
 
+    pretend_drivers()
     with mock.patch("trainer.job.build_engine", held):
         run = prepare(job, ranks)
+    pretend_device(run.observer, control)
     run.batches = FaultyStream(run.batches, control, rank)  # type: ignore[assignment]
     model = run.engine.module
     forward: Callable[..., Any] = model.forward
@@ -80,6 +90,32 @@ def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) ->
     model.forward = faulty
     fit(run)
     leave(0)
+
+
+class OnGpus(Ranks):
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank)
+
+
+def pretend_drivers() -> None:
+    """Processes that this one starts, of which its exporter is one, find an NVML."""
+    paths = [str(DRIVERS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def pretend_device(observer: Observer, control: Control) -> None:
+    """The observer takes its rank for one on a GPU of 80 GiB, half of which is held, or nearly all (`full-device`)."""
+    gib = 2**30
+
+    def held(device: torch.device) -> int:
+        return 78 * gib if control.on("full-device") else 40 * gib
+
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        mock.patch.object(torch.cuda, name, held).start()
+    properties = SimpleNamespace(total_memory=80 * gib)
+    mock.patch.object(torch.cuda, "get_device_properties", return_value=properties).start()
+    observer.ranks = OnGpus(**asdict(observer.ranks))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring.discovery import forget_targets, targets_folder, write_target
 from monitoring.exporter import Exporter, ExporterError, Settings
-from monitoring.handover import Recorder
+from monitoring.handover import Recorder, read_ranks
 
 
 @contextmanager
@@ -112,11 +112,17 @@ def test_basic_auth(tmp_path: Path) -> None:
         assert fetch(running.url, {"Authorization": "Basic \xff"})[0] == 401
 
 
-def test_tls(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def certify(folder: Path) -> tuple[Path, Path]:
+    """A certificate of this host for itself, and its key."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject]
     subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    return cert, key
+
+
+def test_tls(tmp_path: Path) -> None:
+    cert, key = certify(tmp_path)
     with exporter(tmp_path, certfile=cert, keyfile=key) as running:
         host, port = running.target.split(":")
         assert running.url.startswith("https://")
@@ -142,11 +148,27 @@ def test_other_paths_say_which_there_are(tmp_path: Path) -> None:
         assert fetch(running.url.replace("/metrics", "/")) == (404, "/metrics or /healthz\n")
 
 
-def start_process(tmp_path: Path) -> subprocess.Popen[bytes]:
+@pytest.mark.parametrize("words", [b"", b"GET /metrics HTTP/1.1\r\n"], ids=["nothing", "half a request"])
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_a_client_that_is_left_is_no_news(
+    words: bytes, secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("monitoring.exporter._QuietHandler.timeout", 0.1)
+    certificate = dict(zip(("certfile", "keyfile"), certify(tmp_path), strict=True)) if secure else {}
+    with exporter(tmp_path, **certificate) as running:
+        host, port = running.target.split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(words)
+            while client.recv(1000):
+                pass  # until it is left
+    assert capfd.readouterr() == ("", "")
+
+
+def start_process(tmp_path: Path, *more: str, output: int | None = None) -> subprocess.Popen[bytes]:
     (tmp_path / "run").mkdir(exist_ok=True)
     Recorder(tmp_path / "shared", 0).set("step", 1)
-    options = ["--shared", str(tmp_path / "shared"), "--run-dir", str(tmp_path / "run"), "--port", "0"]
-    return subprocess.Popen([sys.executable, "-m", "monitoring.exporter", *options])
+    options = ["--shared", str(tmp_path / "shared"), "--run-dir", str(tmp_path / "run"), "--port", "0", *more]
+    return subprocess.Popen([sys.executable, "-m", "monitoring.exporter", *options], stdout=output, stderr=output)
 
 
 def wait_for_target(run_dir: Path) -> dict[str, Any]:
@@ -166,6 +188,50 @@ def test_a_clean_end_takes_the_target_away(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(10) == 0
     assert not list(targets_folder(tmp_path / "run").glob("*.json"))
+    assert [*read_ranks(tmp_path / "shared")]  # for an exporter that its rank may start instead
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes no more: its reader hangs."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\0" * 4096)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def test_words_that_nobody_reads_hold_nothing_up(tmp_path: Path) -> None:
+    """The exporter's output is its rank's, mostly a pipe to a launcher; it has news at its start and at its end."""
+    reader, writer = full_pipe()
+    process = start_process(tmp_path, "--pushgateway", "http://127.0.0.1:1", output=writer)
+    os.close(writer)
+    target = wait_for_target(tmp_path / "run")
+    assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not list(targets_folder(tmp_path / "run").glob("*.json"))
+    os.close(reader)
+
+
+def test_a_reader_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start_process(tmp_path, output=writer)
+    os.close(writer)
+    target = wait_for_target(tmp_path / "run")
+    assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_a_rank_that_was_gone_before_its_exporter_looked_is_missed(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as rank:
+        pass
+    process = start_process(tmp_path, "--parent", str(rank.pid))
+    assert process.wait(20) == 0
+    assert wait_for_target(tmp_path / "run")
     assert not (tmp_path / "shared").exists()
 
 

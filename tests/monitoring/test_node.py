@@ -1,54 +1,21 @@
 """What a node's exporter finds out by itself."""
 
 import sys
+import threading
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
+from unittest import mock
 
 import psutil
 import pytest
 
 from monitoring.metrics import BY_NAME
-from monitoring.node import Gpus, Reading, readings
-
-
-class FakeNvml(ModuleType):
-    """NVML of a node with two GPUs: percent, milliwatts and degrees, of which the second tells no power."""
-
-    NVML_TEMPERATURE_GPU = 0
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, has_driver: bool = True) -> None:
-        super().__init__("pynvml")
-        self.has_driver = has_driver
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        if not self.has_driver:
-            raise self.NVMLError
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, number: int) -> int:  # noqa: N802
-        return number
-
-    def nvmlDeviceGetUtilizationRates(self, device: int) -> Any:  # noqa: N802
-        return SimpleNamespace(gpu=[87, 0][device], memory=41)
-
-    def nvmlDeviceGetPowerUsage(self, device: int) -> int:  # noqa: N802
-        if device == 1:
-            raise self.NVMLError
-        return 612_500
-
-    def nvmlDeviceGetTemperature(self, device: int, sensor: int) -> int:  # noqa: N802
-        assert sensor == self.NVML_TEMPERATURE_GPU
-        return [64, 31][device]
+from monitoring.node import Disk, Gpus, Reading, readings
+from tests.monitoring.drivers import pynvml
 
 
 def test_gpus_are_told_in_base_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     told = [*Gpus().readings()]
     assert told == [
         Reading("gpu_utilization_ratio", ("0",), 0.87),
@@ -60,10 +27,49 @@ def test_gpus_are_told_in_base_units(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {reading.metric for reading in told} == {name for name in BY_NAME if name.startswith("gpu_")}
 
 
-@pytest.mark.parametrize("module", [None, FakeNvml(has_driver=False)], ids=["no library", "no driver"])
-def test_a_node_without_gpus_tells_none(monkeypatch: pytest.MonkeyPatch, module: ModuleType | None) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", module)
+def test_a_node_without_the_library_tells_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert [*Gpus().readings()] == []
+
+
+def test_a_node_without_a_driver_tells_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    monkeypatch.setattr(pynvml, "nvmlInit", mock.Mock(side_effect=pynvml.NVMLError))
+    assert [*Gpus().readings()] == []
+
+
+def test_a_gpu_that_is_lost_silences_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(number: int) -> int:
+        if number == 0:
+            raise pynvml.NVMLError
+        return number
+
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    gpus = Gpus()
+    assert {reading.labels for reading in gpus.readings()} == {("1",)}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", mock.Mock(side_effect=pynvml.NVMLError))
+    assert [*gpus.readings()] == []
+
+
+def test_storage_that_hangs_or_is_gone_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    answers, asked = threading.Event(), []
+
+    def hangs(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        assert answers.wait(60)
+        return SimpleNamespace(total=6, free=2)
+
+    monkeypatch.setattr("monitoring.node.PATIENCE", 0.1)
+    disk = Disk(tmp_path / "none")
+    assert [*disk.readings()] == []
+    monkeypatch.setattr("shutil.disk_usage", hangs)
+    for _ in range(3):
+        assert [*disk.readings()] == []
+    assert len(asked) == 1  # not a thread for every scrape
+    answers.set()
+    monkeypatch.setattr("monitoring.node.PATIENCE", 60)
+    assert {reading.metric for reading in disk.readings()} == {"run_dir_free_bytes", "run_dir_size_bytes"}
 
 
 def test_memory_and_disk_are_told_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -71,9 +77,9 @@ def test_memory_and_disk_are_told_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 2**30, total=8 * 2**30))
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk)
     monkeypatch.setattr("monitoring.node.SHARED_MEMORY", tmp_path)
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     gpus = Gpus()
-    assert [*readings(tmp_path, gpus)] == [
+    assert [*readings(Disk(tmp_path), gpus)] == [
         Reading("node_memory_available_bytes", (), 3 * 2**30),
         Reading("node_memory_total_bytes", (), 8 * 2**30),
         Reading("run_dir_free_bytes", (), 2 * 10**12),
