@@ -60,6 +60,7 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     engine = build_engine(build_model(recipe), recipe, ranks)
     _fill_moments(engine)
     saver = Saver(engine, recipe.run_dir, recipe.checkpoint.model_copy(update={"keep": 1}), ranks)
+    _work_rate(lambda: not saver.is_ready())  # as a run, whose first save comes much later
     beside, told = [], []
     waited, reference = [], []
     for turn in range(saves):

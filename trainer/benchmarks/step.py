@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         print(_in_words(found))
     if args.json:
         chip = measurements[0]["device"].split("(")[0].strip().lower().replace(" ", "-")
-        write_measurements(RESULTS / f"step-{chip}-{args.model}-{args.precision}.json", measurements)
+        write_measurements(RESULTS / f"step-{chip}-{args.model}-{recipe.train.precision}.json", measurements)
     return 0
 
 

@@ -47,6 +47,11 @@ class Snapshot:
         maker.shutdown(wait=False)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the memory was made."""
+        return self._made.done()
+
+    @property
     def _memory(self) -> Tensor:
         return self._made.result()
 

@@ -91,6 +91,10 @@ class Saver:
         saved, self._saved = self._saved, None
         return saved
 
+    def is_ready(self) -> bool:
+        """Whether the memory was made that a save is copied to."""
+        return self._snapshot.is_ready
+
     def is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 

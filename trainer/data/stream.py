@@ -92,7 +92,7 @@ class ToDevice:
         self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * 255)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return (images.to(self.device, non_blocking=True) - self.mean) * self.inverse_std
+        return (images.to(self.device, non_blocking=True) - self.mean).mul_(self.inverse_std)
 
 
 class Views(Dataset[Batch]):
