@@ -6,7 +6,6 @@ import pwd
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from tests.cluster.slurm import Slurm
 from trainer.errors import UsageError
 
 _PREFIX = "mixmae-cluster-"
-_ROOM = Path(tempfile.gettempdir())
-"""The machine's own, for whatever a test sets later: paths of sockets must be short."""
+_ROOM = Path("/tmp")
+"""Whatever TMPDIR says: commands with another one must find a cluster, and paths of sockets must be short."""
 _SWITCH = "switch"
 _SIZES = "sizes.json"
 _DAEMONS = ("munged", ssh.DAEMON, "slurmctld", ".*slurmscriptd", "slurmd ")
