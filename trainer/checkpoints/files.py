@@ -1,11 +1,12 @@
-"""One rank's file: safetensors, written from one stretch of host memory, read by stretches of parameters.
+"""One rank's file: safetensors, written from one stretch of host memory or as it is, read by stretches of parameters.
 
 A tensor's name is KIND/PARAMETER@START: elements START, START + 1, ... of the flattened parameter.
 """
 
 import json
+import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,49 +31,74 @@ def buffer_name(name: str) -> str:
     return f"buffer/{name}"
 
 
-class Snapshot:
-    """A copy in host memory of what a rank saves; the memory is kept from save to save, pinned where there is a GPU."""
+def contents(pieces: Pieces, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a rank saves, by its name in the file: its pieces, and the model's buffers where they are given."""
+    found = {
+        f"{kind}/{piece.name}@{piece.start}": pieces.values(piece, kind)
+        for piece in pieces.to_write()
+        for kind in KINDS
+    } | {buffer_name(name): value for name, value in buffers.items()}
+    return dict(sorted(found.items(), key=lambda entry: -entry[1].element_size()))  # so that all are aligned
+
+
+class HostMemory:
+    """Memory of this host for copies of what a rank saves: the same from save to save, pinned where there is a GPU."""
 
     def __init__(self) -> None:
-        self.header = b""
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, pieces: Pieces, buffers: Mapping[str, Tensor]) -> None:
-        """Copies the rank's pieces, and the model's buffers where they are given; returns when they are copied."""
-        sources = {
-            f"{kind}/{piece.name}@{piece.start}": pieces.values(piece, kind)
-            for piece in pieces.to_write()
-            for kind in KINDS
-        } | {buffer_name(name): value for name, value in buffers.items()}
-        sources = dict(sorted(sources.items(), key=lambda entry: -entry[1].element_size()))  # so that all are aligned
-        self.header, places, size = _header(sources)
-        on_gpu = any(source.is_cuda for source in sources.values())
-        if self._memory.numel() != size:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        for (start, end), source in zip(places, sources.values(), strict=True):
-            target = self._memory[start:end].view(source.dtype).view(source.shape)
-            target.copy_(source, non_blocking=True)
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes room for copies of these tensors, where there is none yet; nothing is left to allocate for `copy`.
 
-    @property
-    def bytes(self) -> int:
-        return len(self.header) + self._memory.numel()
-
-    def write(self, file: Path) -> Written:
-        """Writes the file and returns when it is on disk.
-
-        Raises:
-            OSError: the disk is full, or out of reach.
+        Each page is written to, because the system gives memory only then, and takes several times a copy's time for
+        it. By numpy: in one thread, beside which the interpreter and the cores that train go on.
         """
-        digest = xxhash.xxh3_128()
-        content = memoryview(self._memory.numpy().data)
-        with file.open("wb", buffering=0) as opened:
-            for part in (memoryview(self.header), *(content[i : i + _CHUNK] for i in range(0, len(content), _CHUNK))):
-                digest.update(part)
-                _write_all(opened.fileno(), part)
-            os.fsync(opened.fileno())
-        return Written(self.bytes, digest.hexdigest())
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._memory.numel() != size:
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=_on_gpu(tensors))
+            self._memory.numpy()[:: mmap.PAGESIZE] = 0
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors' copies in this memory, until the next ones; returns when they are copied."""
+        self.reserve(tensors)
+        copies = {}
+        end = 0
+        for name, tensor in tensors.items():
+            start, end = end, end + tensor.nbytes
+            copies[name] = self._memory[start:end].view(tensor.dtype).view(tensor.shape)
+            copies[name].copy_(tensor, non_blocking=True)
+        if _on_gpu(tensors):
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
+def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors.values())
+
+
+def write(file: Path, tensors: Mapping[str, Tensor]) -> Written:
+    """Writes the file and returns when it is on disk.
+
+    Raises:
+        OSError: the disk is full, or out of reach.
+    """
+    digest = xxhash.xxh3_128()
+    size = 0
+    with file.open("wb", buffering=0) as opened:
+        for part in _parts(tensors):
+            digest.update(part)
+            _write_all(opened.fileno(), part)
+            size += len(part)
+        os.fsync(opened.fileno())
+    return Written(size, digest.hexdigest())
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The file's bytes, a chunk at a time."""
+    yield memoryview(_header(tensors))
+    for tensor in tensors.values():
+        content = memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        yield from (content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK))
 
 
 def _write_all(descriptor: int, content: memoryview) -> None:
@@ -80,18 +106,16 @@ def _write_all(descriptor: int, content: memoryview) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def _header(sources: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[int, int]], int]:
-    """The file's first bytes, where each tensor goes behind them, and how many bytes that is in all."""
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The file's first bytes, which say where behind them each tensor is."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places = []
     end = 0
-    for name, source in sources.items():
-        start, end = end, end + source.numel() * source.element_size()
-        places.append((start, end))
-        entries[name] = {"dtype": _DTYPES[source.dtype], "shape": list(source.shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, places, end
+    return len(text).to_bytes(8, "little") + text
 
 
 _DTYPES = {

@@ -1,5 +1,7 @@
 """Saves while training goes on; what is damaged is stepped over, what cannot be written costs nothing (two ranks)."""
 
+import errno
+import os
 import resource
 import shutil
 import threading
@@ -13,10 +15,10 @@ import torch
 from tests.helpers import run_ranks, tiny_recipe
 from trainer import saving
 from trainer.checkpoints.claim import Claim
-from trainer.checkpoints.files import Snapshot
 from trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
 from trainer.checkpoints.pieces import KINDS
 from trainer.checkpoints.resume import NothingWholeError
+from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.weights import master_weights
 from trainer.config import Recipe
 from trainer.distributed import Ranks
@@ -141,14 +143,14 @@ def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
     run = prepare(check(recipe, ranks), ranks)
     order = []
     let_go = threading.Event()
-    write = Snapshot.write
+    write = Saver._write_own
 
-    def held(self: Snapshot, file: Path) -> Any:
+    def held(self: Saver, partial: Path, tensors: Any) -> Any:
         let_go.wait()
         order.append("written")
-        return write(self, file)
+        return write(self, partial, tensors)
 
-    Snapshot.write = held  # type: ignore[method-assign]
+    Saver._write_own = held  # type: ignore[method-assign]
     for _ in range(4):
         train_step(run)
         run.state.advance(8, applied=True)
@@ -174,6 +176,66 @@ def test_training_goes_on_while_a_save_is_written(shards: Path, tmp_path: Path) 
         a = master_weights(complete(held.run_dir)[0], kind)
         b = master_weights(complete(plain.run_dir)[0], kind)
         assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def memory_of_saves(ranks: Ranks, recipe: Recipe) -> list[int]:
+    """Where the copies are before the first save and after each of three, and how many bytes that is."""
+    run = prepare(check(recipe, ranks), ranks)
+    run.saver.wait()
+    memory = run.saver._memory
+    held = [memory._memory]
+    for _ in range(3):
+        train_step(run)
+        run.state.advance(8, applied=True)
+        saving.save(run)
+        run.saver.wait()
+        held.append(memory._memory)
+    run.reporter.close()
+    run.engine.destroy()
+    assert len({tensor.data_ptr() for tensor in held}) == 1
+    return [tensor.numel() for tensor in held]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_saves_find_their_memory_ready(shards: Path, tmp_path: Path, stage: int) -> None:
+    precision = "bf16" if stage == 3 else "fp32"
+    recipe = recipe_for(shards, tmp_path / "run", **{"train.zero_stage": stage, "train.precision": precision})
+    for sizes in run_ranks(memory_of_saves, 2, recipe):
+        assert set(sizes) == {sizes[0]}
+        assert sizes[0] > 0
+
+
+def test_saves_that_training_waits_for_take_no_memory(shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
+    assert run_ranks(memory_of_saves, 2, recipe) == [[0] * 4] * 2
+    for saved in read_events(recipe.run_dir, "checkpoint"):
+        assert saved["stall_seconds"] == saved["seconds"] > 0
+
+
+def train_beside_a_reader(ranks: Ranks, recipe: Recipe) -> str:
+    """As `train`, but no old checkpoint can be removed, as on NFS while somebody reads it."""
+
+    remove = shutil.rmtree
+
+    def busy(folder: Path, **options: Any) -> None:
+        if folder.name.endswith("-removed"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+        remove(folder, **options)
+
+    shutil.rmtree = busy  # type: ignore[assignment]
+    return train(ranks, recipe)
+
+
+def test_an_old_checkpoint_that_stays_costs_no_new_one(shards: Path, tmp_path: Path) -> None:
+    settings = {"checkpoint.keep": 1, "checkpoint.max_failures": 0}
+    recipe = recipe_for(shards, tmp_path / "run", **settings)
+    assert run_ranks(train_beside_a_reader, 2, recipe) == ["", ""]
+    assert [event["step"] for event in read_events(recipe.run_dir, "checkpoint")] == [4, 8, 12]
+    assert not list(read_events(recipe.run_dir, "checkpoint_failed"))
+    kept = list(read_events(recipe.run_dir, "checkpoint_kept"))
+    assert [event["step"] for event in kept] == [8, 12]
+    assert "could not be removed: Directory not empty" in kept[0]["message"]
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000012"]
 
 
 def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_step: int) -> str:
