@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +179,6 @@ def _fill_from(file: Path, wanted: Mapping[tuple[str, str], list[Wanted]]) -> in
 
 def read_buffers(file: Path) -> dict[str, Tensor]:
     """The model's buffers by name, from the main rank's file."""
-    with ExitStack() as stack:
-        opened = stack.enter_context(safe_open(file, "pt"))
+    with safe_open(file, "pt") as opened:
         names = [key for key in list(opened.keys()) if key.startswith(buffer_name(""))]
         return {key.removeprefix(buffer_name("")): opened.get_tensor(key) for key in names}

@@ -6,6 +6,7 @@ Where saving is not asynchronous, training stands until all is written, and no h
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,8 +128,8 @@ class Saver:
         own: Written | str
         try:
             own = self._write_own(partial, tensors)
-        except OSError as error:
-            own = f"rank {self._ranks.rank}: {error.strerror or error} ({partial / file_name(self._ranks.rank)})"
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            own = _in_words(error, self._ranks.rank, partial / file_name(self._ranks.rank))
         parts: list[Written | str] = [own] * self._ranks.world_size
         dist.all_gather_object(parts, own, group=self._group)
         if self._ranks.is_main:
@@ -158,13 +159,13 @@ class Saver:
             self._claim.require(self._run_dir)
             folder = _rename(partial, manifest.step)
             layout.point_to(folder)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            return replace(saved, error=f"rank 0: {error.strerror or error} ({error.filename or partial})")
         except SupersededError as error:
             self.superseded = True
             shutil.rmtree(partial, ignore_errors=True)
             return replace(saved, error=str(error))
+        except Exception as error:  # whatever it is, nobody must take this save for one that succeeded
+            shutil.rmtree(partial, ignore_errors=True)
+            return replace(saved, error=_in_words(error, self._ranks.rank, partial))
         return replace(saved, folder=folder, bytes=manifest.bytes, kept=self._prune(folder))
 
     def _prune(self, newest: Path) -> str | None:
@@ -174,6 +175,13 @@ class Saver:
         except OSError as error:
             return f"{error.strerror or error} ({error.filename})"
         return None
+
+
+def _in_words(error: Exception, rank: int, place: Path) -> str:
+    if isinstance(error, OSError):
+        return f"rank {rank}: {error.strerror or error} ({error.filename or place})"
+    traceback.print_exception(error)
+    return f"rank {rank}: {error!r} ({place})"
 
 
 def _rename(partial: Path, step: int) -> Path:

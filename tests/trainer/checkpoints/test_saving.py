@@ -270,6 +270,60 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole: Path, shards: Pat
     assert same_end(whole, recipe.run_dir)
 
 
+def train_on_a_bad_disk(ranks: Ranks, recipe: Recipe, bad: int) -> str:
+    """As `train`, but what one rank wrote first does not get to its disk."""
+    sync = os.fsync
+    broken = iter([ranks.rank == bad])
+
+    def fails_once(descriptor: int) -> None:
+        if next(broken, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    run = prepare(check(recipe, ranks), ranks)
+    os.fsync = fails_once  # type: ignore[assignment]
+    fit(run)
+    run.reporter.close()
+    run.engine.destroy()
+    return run.saver.error or ""
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_input_output_error_costs_a_checkpoint_and_not_the_run(
+    whole: Path, shards: Path, tmp_path: Path, bad: int
+) -> None:
+    recipe = recipe_for(shards, tmp_path / "run")
+    assert run_ranks(train_on_a_bad_disk, 2, recipe, bad) == ["", ""]
+    (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
+    assert failed["step"] == 4
+    assert f"rank {bad}: Input/output error" in failed["message"]
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000008", "step-00000012"]
+    assert same_end(whole, recipe.run_dir)
+
+
+def train_with_a_broken_claim(ranks: Ranks, recipe: Recipe) -> str:
+    """As `train`, but the file that says who has the run is of no use any more."""
+    run = prepare(check(recipe, ranks), ranks)
+    if ranks.is_main:
+        (recipe.run_dir / "claimed.json").write_text("")
+    message = ""
+    try:
+        fit(run)
+    except SaveError as error:
+        message = str(error)
+    run.reporter.close()
+    run.engine.destroy()
+    return message
+
+
+def test_whatever_ends_a_save_is_told(shards: Path, tmp_path: Path) -> None:
+    """Also what nobody thought of, in a thread that nobody waits for: no run ends as if all were saved."""
+    recipe = recipe_for(shards, tmp_path / "run")
+    for message in run_ranks(train_with_a_broken_claim, 2, recipe):
+        assert "3 saves in a row failed, the last with rank 0: JSONDecodeError(" in message
+    assert complete(recipe.run_dir) == []
+
+
 def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None:
     settings = {"checkpoint.max_failures": 1, "checkpoint.every": "2 steps", "checkpoint.asynchronous": False}
     recipe = recipe_for(shards, tmp_path / "run", **settings)
