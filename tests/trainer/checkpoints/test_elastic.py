@@ -20,6 +20,7 @@ from trainer.run_dir import read_events
 from trainer.sample_log import read_samples
 
 CHANGES = {
+    "fp32 stage 0": ("fp32", [(0, 2), (0, 1), (0, 4)]),
     "fp32 stages 0 1 2": ("fp32", [(0, 2), (1, 1), (2, 4)]),
     "fp32 stages 2 0 3": ("fp32", [(2, 2), (0, 4), (3, 1)]),
     "bf16 stage 1": ("bf16", [(1, 2), (1, 1), (1, 4)]),
