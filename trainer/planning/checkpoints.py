@@ -1,5 +1,6 @@
 """Size and cost of a checkpoint: fp32 master weights and AdamW's two moments, each rank its share."""
 
+import math
 from dataclasses import dataclass
 
 from trainer.config import Checkpoint
@@ -22,7 +23,7 @@ class CheckpointCost:
     seconds: float
     """Until all is written."""
     host_bytes: float
-    """Of a node's memory, held for the copies; none where training stands until all is written."""
+    """Of a node's memory, pinned for the copies; none where training stands until all is written."""
     kept_bytes: float
     """On disk at most: the kept ones and the one being written."""
 
@@ -37,6 +38,11 @@ def checkpoint_cost(model: Parameters, cluster: Cluster, settings: Checkpoint, w
         share,
         share / cluster.gpu.host if settings.asynchronous else seconds,
         seconds,
-        of_node if settings.asynchronous else 0.0,
+        cluster.gpus_per_node * _pinned(share) if settings.asynchronous else 0.0,
         (settings.keep + 1) * whole,
     )
+
+
+def _pinned(size: float) -> int:
+    """Bytes that torch's pinned allocator takes for so many: the next power of two."""
+    return 1 << (math.ceil(size) - 1).bit_length()
