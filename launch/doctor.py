@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,11 +19,7 @@ _GPUS = Path("/proc/driver/nvidia/gpus")
 
 def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
-    try:
-        findings = _examine(args)
-    except KeyboardInterrupt:
-        print("mixmae: interrupted", file=sys.stderr)
-        return 130
+    findings = _examine(args)
     if args.json:
         print(as_document(findings))
     else:

@@ -81,7 +81,7 @@ def select(hosts: Hosts, include: str, exclude: str) -> Hosts:
 
 def _parse(option: str, text: str, hosts: Hosts) -> dict[str, set[int]]:
     named: dict[str, set[int]] = {}
-    for part in filter(None, [text]) if not text else text.split("@"):
+    for part in text.split("@") if text else []:
         name, colon, numbers = part.partition(":")
         if name not in hosts.slots:
             raise UsageError(f"{option} {text}: the hostfile has no {name!r}; it has {_some(list(hosts.slots))}")

@@ -172,7 +172,8 @@ class Checkpoint(Section):
     keep_best: int = Field(0, ge=0)
     """So many with the lowest logged loss are kept too."""
     asynchronous: bool = True
-    """Writes while training goes on, from a copy in host memory: 12 bytes per parameter, shared by the ranks."""
+    """Writes while training goes on, from a copy in host memory: 12 bytes per parameter, shared by the ranks, held from
+    the start on. Else training stands until all is written, and no memory is taken."""
     max_failures: int = Field(3, ge=0)
     """Saves in a row that may fail (a full disk) before the run ends."""
     stop_before_end: float = Field(300.0, ge=0)

@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+_INTERRUPTED = 130
+"""What a shell says of a command that SIGINT ended."""
+
 
 class UsageError(ValueError):
     """A value the user gave; the message says the value, what was expected and what to change."""
@@ -12,10 +15,13 @@ class UsageError(ValueError):
 
 
 def run_in_words(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command; a UsageError becomes one line on standard error and its exit code."""
+    """Runs a command; a UsageError becomes one line on standard error and its exit code, and so does Ctrl-C."""
     try:
         return main(argv)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")
         print(f"mixmae: error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("mixmae: interrupted", file=sys.stderr, flush=True)
+        return _INTERRUPTED

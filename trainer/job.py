@@ -141,6 +141,9 @@ def _build(
         write_run_dir(recipe, index)
         observer.begin(schedule.total_steps, job.parameters)
     main = ranks.is_main
+    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
+    # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
+    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -148,11 +151,11 @@ def _build(
         index=index,
         schedule=schedule,
         state=state,
-        batches=Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank)),
+        batches=batches,
         to_device=ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
         reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
         observer=observer,
-        saver=Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None),
+        saver=saver,
         stop=stop,
         sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
     )

@@ -36,8 +36,6 @@ def save(run: Run) -> None:
             files={},
         )
     )
-    if not run.recipe.checkpoint.asynchronous:
-        run.saver.wait()
 
 
 def tell(run: Run) -> None:
@@ -69,6 +67,14 @@ def _report(run: Run, saved: Saved) -> None:
         seconds=saved.seconds,
         stall_seconds=saved.stall,
     )
+    if saved.kept is not None:
+        run.reporter.event(
+            "checkpoint_kept",
+            f"step {saved.step} is saved, but an older checkpoint could not be removed: {saved.kept}; it goes with "
+            "the next save or start",
+            step=saved.step,
+            error=saved.kept,
+        )
 
 
 def wish(run: Run) -> Wish:

@@ -108,10 +108,10 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The record of an attempt; None if its first rank's supervisor left none."""
+    """The record of an attempt; None if its first rank's supervisor left none, or its host lost power over it."""
     try:
         return Outcome(**json.loads((folder / FILE).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from launch import batch
 from launch.restarts import FILE, decide, read_restarts, record_restart
+from launch.supervision.outcome import FILE as OUTCOME
 from launch.supervision.outcome import USER, Outcome, attempt_folder, write_outcome
 from trainer.checkpoints.layout import FOLDER, name_of, point_to
 from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
@@ -102,6 +103,9 @@ def test_a_job_that_starts_again_records_how_it_ended_before(tmp_path: Path) -> 
     assert (record["attempt"], record["message"]) == ("20260101T000000Z-job7-1", CRASH.reason)
     assert batch.main([*begin, "5"]) == 0
     assert read_restarts(tmp_path)[1]["reason"] == "lost"
+    (attempt_folder(tmp_path, "20260101T000000Z-job7-1") / OUTCOME).write_text("")  # all that a power cut left of it
+    assert batch.main([*begin, "2"]) == 0
+    assert read_restarts(tmp_path)[2]["reason"] == "lost"
 
 
 @pytest.mark.parametrize(

@@ -341,3 +341,13 @@ def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path
         r"mixmae: error: (rank 1: )?model: img_size 96x96", late.stderr
     )  # the launcher ends the other rank
     assert "Traceback" not in late.stderr
+
+
+def test_deepspeed_typed_by_hand_never_becomes_a_smaller_run(recipe_file: Path, tmp_path: Path) -> None:
+    """DeepSpeed's launcher goes on alone where it finds no hostfile; the number of ranks that is asked for tells."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "nowhere")]
+    run = ["--num_gpus", "1", "--master_port", str(free_port()), "--module", "trainer.pretrain", str(recipe_file)]
+    done = start(*launcher, *run, f"run_dir={tmp_path / 'run'}", "--world-size=2")
+    assert done.returncode != 0
+    assert "mixmae: error: 1 ranks were started, but --world-size=2" in done.stderr
+    assert not (tmp_path / "run").exists()

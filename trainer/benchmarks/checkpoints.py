@@ -24,6 +24,7 @@ from trainer.checkpoints.saver import Saved, Saver
 from trainer.config import Recipe
 from trainer.distributed import Ranks
 from trainer.engine import build_engine, build_model
+from trainer.errors import UsageError
 from trainer.ports import free_port
 from trainer.recipes import load_recipe
 
@@ -35,22 +36,33 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_huge.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--folder", type=Path, help="on the storage to measure (default: the temporary folder)")
-    parser.add_argument("--saves", type=int, default=3, help="of each kind; medians are shown (default %(default)s)")
+    parser.add_argument("--saves", type=int, default=3, help="of each kind, 3 or more (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the figures to {RESULTS}")
     args = parser.parse_args(argv)
+    if args.saves < 3:
+        raise UsageError(f"--saves {args.saves}: expected 3 or more, the first of which is told apart from the others")
     recipe = load_recipe(args.recipe, [*args.overrides, "train.zero_stage=0", "train.precision=fp32"])
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-", dir=args.folder) as folder:
         result = measure(recipe.model_copy(update={"run_dir": Path(folder)}), args.saves)
-    print(
-        f"{result['bytes'] / 1e9:.2f} GB: training stands for {result['stall_seconds']:.2f} s of the "
-        f"{result['save_seconds']:.2f} s that a save takes; written while it waits: "
-        f"{result['synchronous_seconds']:.2f} s; by DeepSpeed: {result['deepspeed_seconds']:.2f} s\n"
-        f"work beside the writing takes {result['slowdown']:.2f} of its time without; verified and loaded again in "
-        f"{result['resume_seconds']:.2f} s"
-    )
+    print(_in_words(result))
     if args.json:
         write_result(RESULTS / f"checkpoints-{args.recipe.stem}.json", result)
     return 0
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    def told(name: str) -> str:
+        return f"{result[f'{name}_seconds']:.2f} s (first {result[f'first_{name}_seconds']:.2f} s)"
+
+    return (
+        f"{result['bytes'] / 1e9:.2f} GB, {result['saves']} saves of each kind: the median without the first, and the "
+        f"first\nhost memory is ready    {result['reserve_seconds']:.2f} s after the start, beside training\n"
+        f"training stands for     {told('stall')}\n"
+        f"until it is written     {told('save')}, beside work that is {result['slowdown']:.2f} times slower for it\n"
+        f"written while it waits  {told('synchronous')}\n"
+        f"by DeepSpeed            {told('deepspeed')}, without checksums and fsync\n"
+        f"verified and loaded     {result['resume_seconds']:.2f} s"
+    )
 
 
 def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
@@ -59,35 +71,51 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     distributed.join(ranks)
     engine = build_engine(build_model(recipe), recipe, ranks)
     _fill_moments(engine)
-    saver = Saver(engine, recipe.run_dir, recipe.checkpoint.model_copy(update={"keep": 1}), ranks)
-    _work_rate(lambda: not saver.is_ready())  # as a run, whose first save comes much later
-    beside, told = [], []
-    waited, reference = [], []
+    beside = recipe.run_dir / "beside"
+    started = time.perf_counter()
+    saver = _saver(engine, beside, recipe, ranks, asynchronous=True)
+    saver.wait()  # as a run's first steps do
+    reserved = time.perf_counter() - started
+    waiting = _saver(engine, recipe.run_dir / "waiting", recipe, ranks, asynchronous=False)
+    seconds: dict[str, list[float]] = {name: [] for name in ("stall", "save", "synchronous", "deepspeed")}
+    slowdowns = []
     for turn in range(saves):
         alone = _work_rate(lambda: False)
-        saver.save(_manifest(recipe, 2 * turn + 1))
-        beside.append(alone / _work_rate(saver.is_writing))
-        told.append(_outcome(saver))
-        started = time.perf_counter()
-        saver.save(_manifest(recipe, 2 * turn + 2))
-        told_waiting = _outcome(saver)
-        assert told_waiting.folder is not None, told_waiting.error
-        waited.append(time.perf_counter() - started)
-        reference.append(_by_deepspeed(engine, recipe.run_dir / "deepspeed"))
+        saver.save(_manifest(recipe, turn + 1))
+        slowdowns.append(alone / _work_rate(saver.is_writing))
+        saved = _outcome(saver)
+        seconds["stall"].append(saved.stall)
+        seconds["save"].append(saved.seconds)
+        waiting.save(_manifest(recipe, turn + 1))
+        waited = _outcome(waiting)
+        seconds["synchronous"].append(waited.seconds)
+        _remove(waited)
+        seconds["deepspeed"].append(_by_deepspeed(engine, recipe.run_dir / "deepspeed"))
     started = time.perf_counter()
-    assert resume(engine, recipe.run_dir, ranks) is not None
+    assert resume(engine, beside, ranks) is not None
+    resumed = time.perf_counter() - started
     return {
         "encoder": recipe.model.encoder,
-        "bytes": told[-1].bytes,
-        "stall_seconds": round(statistics.median(saved.stall for saved in told), 3),
-        "first_stall_seconds": round(told[0].stall, 3),
-        "save_seconds": round(statistics.median(saved.seconds for saved in told), 3),
-        "synchronous_seconds": round(statistics.median(waited), 3),
-        "deepspeed_seconds": round(statistics.median(reference), 3),
-        "resume_seconds": round(time.perf_counter() - started, 3),
-        "slowdown": round(statistics.median(beside), 3),
+        "bytes": saved.bytes,
         "saves": saves,
+        "reserve_seconds": round(reserved, 3),
+        **{f"first_{name}_seconds": round(times[0], 3) for name, times in seconds.items()},
+        **{f"{name}_seconds": round(statistics.median(times[1:]), 3) for name, times in seconds.items()},
+        "resume_seconds": round(resumed, 3),
+        "slowdown": round(statistics.median(slowdowns), 3),
     }
+
+
+def _saver(engine: Any, run_dir: Path, recipe: Recipe, ranks: Ranks, asynchronous: bool) -> Saver:
+    run_dir.mkdir()
+    settings = recipe.checkpoint.model_copy(update={"keep": 1, "asynchronous": asynchronous})
+    return Saver(engine, run_dir, settings, ranks)
+
+
+def _remove(saved: Saved) -> None:
+    """Makes room: what is measured may be as large as all else on a disk."""
+    assert saved.folder is not None
+    shutil.rmtree(saved.folder)
 
 
 def _fill_moments(engine: Any) -> None:
@@ -103,6 +131,7 @@ def _outcome(saver: Saver) -> Saved:
     saver.wait()
     saved = saver.poll()
     assert saved is not None
+    assert saved.folder is not None, saved.error
     return saved
 
 

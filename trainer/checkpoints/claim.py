@@ -12,6 +12,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.checkpoints import layout
+
 _FILE = "claimed.json"
 
 
@@ -39,6 +41,7 @@ class Claim:
         claim = cls(uuid.uuid4().hex[:12], platform.node(), os.getpid(), time.time())
         partial = run_dir / f".{_FILE}-{claim.token}"
         partial.write_text(json.dumps(asdict(claim)) + "\n")
+        layout.sync(partial)
         partial.replace(run_dir / _FILE)
         return claim
 

@@ -1,13 +1,12 @@
-"""One rank's file: safetensors, written from one stretch of host memory, read by stretches of parameters.
+"""One rank's file: safetensors, written from one stretch of host memory or as it is, read by stretches of parameters.
 
 A tensor's name is KIND/PARAMETER@START: elements START, START + 1, ... of the flattened parameter.
 """
 
 import json
+import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from trainer.checkpoints.pieces import KINDS, Pieces
 
 _CHUNK = 16 * 2**20
 _ALIGNMENT = 64
-_STATE_BYTES = len(KINDS) * torch.float32.itemsize
 
 
 def file_name(rank: int) -> str:
@@ -32,67 +30,74 @@ def buffer_name(name: str) -> str:
     return f"buffer/{name}"
 
 
-class Snapshot:
-    """A copy in host memory of what a rank saves; the memory is kept from save to save, pinned where there is a GPU.
+def contents(pieces: Pieces, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a rank saves, by its name in the file: its pieces, and the model's buffers where they are given."""
+    found = {
+        f"{kind}/{piece.name}@{piece.start}": pieces.values(piece, kind)
+        for piece in pieces.to_write()
+        for kind in KINDS
+    } | {buffer_name(name): value for name, value in buffers.items()}
+    return dict(sorted(found.items(), key=lambda entry: -entry[1].element_size()))  # so that all are aligned
 
-    It is made in a thread from the start on: the first save then stops training for no longer than the others.
-    """
 
-    def __init__(self, pieces: Pieces, buffers: Mapping[str, Tensor]) -> None:
-        held = pieces.to_write()
-        size = _STATE_BYTES * sum(piece.numel for piece in held) + sum(buffer.nbytes for buffer in buffers.values())
-        self.header = b""
-        maker = ThreadPoolExecutor(1, "snapshot")
-        self._made = maker.submit(_host_memory, size, pinned=any(piece.home.is_cuda for piece in held))
-        maker.shutdown(wait=False)
+class HostMemory:
+    """Memory of this host for copies of what a rank saves: the same from save to save, pinned where there is a GPU."""
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the memory was made."""
-        return self._made.done()
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
-    @property
-    def _memory(self) -> Tensor:
-        return self._made.result()
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes room for copies of these tensors, where there is none yet; nothing is left to allocate for `copy`.
 
-    def take(self, pieces: Pieces, buffers: Mapping[str, Tensor]) -> None:
-        """Copies what it was made for, as it is now; returns when all is copied."""
-        sources = {
-            f"{kind}/{piece.name}@{piece.start}": pieces.values(piece, kind)
-            for piece in pieces.to_write()
-            for kind in KINDS
-        } | {buffer_name(name): value for name, value in buffers.items()}
-        sources = dict(sorted(sources.items(), key=lambda entry: -entry[1].element_size()))  # so that all are aligned
-        self.header, places = _header(sources)
-        for (start, end), source in zip(places, sources.values(), strict=True):
-            target = self._memory[start:end].view(source.dtype).view(source.shape)
-            target.copy_(source, non_blocking=True)
-        if self._memory.is_pinned():
-            torch.cuda.current_stream().synchronize()
-
-    @property
-    def bytes(self) -> int:
-        return len(self.header) + self._memory.numel()
-
-    def write(self, file: Path) -> Written:
-        """Writes the file and returns when it is on disk.
-
-        Raises:
-            OSError: the disk is full, or out of reach.
+        Each page is written to, because the system gives memory only then, and takes several times a copy's time for
+        it. By numpy: in one thread, beside which the interpreter and the cores that train go on.
         """
-        digest = xxhash.xxh3_128()
-        content = memoryview(self._memory.numpy().data)
-        with file.open("wb", buffering=0) as opened:
-            for part in (memoryview(self.header), *(content[i : i + _CHUNK] for i in range(0, len(content), _CHUNK))):
-                digest.update(part)
-                _write_all(opened.fileno(), part)
-            os.fsync(opened.fileno())
-        return Written(self.bytes, digest.hexdigest())
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._memory.numel() != size:
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=_on_gpu(tensors))
+            self._memory.numpy()[:: mmap.PAGESIZE] = 0
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors' copies in this memory, until the next ones; returns when they are copied."""
+        self.reserve(tensors)
+        copies = {}
+        end = 0
+        for name, tensor in tensors.items():
+            start, end = end, end + tensor.nbytes
+            copies[name] = self._memory[start:end].view(tensor.dtype).view(tensor.shape)
+            copies[name].copy_(tensor, non_blocking=True)
+        if _on_gpu(tensors):
+            torch.cuda.current_stream().synchronize()
+        return copies
 
 
-def _host_memory(size: int, pinned: bool) -> Tensor:
-    """Written to once: only then has it pages."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors.values())
+
+
+def write(file: Path, tensors: Mapping[str, Tensor]) -> Written:
+    """Writes the file and returns when it is on disk.
+
+    Raises:
+        OSError: the disk is full, or out of reach.
+    """
+    digest = xxhash.xxh3_128()
+    size = 0
+    with file.open("wb", buffering=0) as opened:
+        for part in _parts(tensors):
+            digest.update(part)
+            _write_all(opened.fileno(), part)
+            size += len(part)
+        os.fsync(opened.fileno())
+    return Written(size, digest.hexdigest())
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The file's bytes, a chunk at a time."""
+    yield memoryview(_header(tensors))
+    for tensor in tensors.values():
+        content = memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        yield from (content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK))
 
 
 def _write_all(descriptor: int, content: memoryview) -> None:
@@ -100,18 +105,16 @@ def _write_all(descriptor: int, content: memoryview) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def _header(sources: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[int, int]]]:
-    """The file's first bytes, and where each tensor goes behind them."""
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """The file's first bytes, which say where behind them each tensor is."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places = []
     end = 0
-    for name, source in sources.items():
-        start, end = end, end + source.numel() * source.element_size()
-        places.append((start, end))
-        entries[name] = {"dtype": _DTYPES[source.dtype], "shape": list(source.shape), "data_offsets": [start, end]}
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, places
+    return len(text).to_bytes(8, "little") + text
 
 
 _DTYPES = {
@@ -176,7 +179,6 @@ def _fill_from(file: Path, wanted: Mapping[tuple[str, str], list[Wanted]]) -> in
 
 def read_buffers(file: Path) -> dict[str, Tensor]:
     """The model's buffers by name, from the main rank's file."""
-    with ExitStack() as stack:
-        opened = stack.enter_context(safe_open(file, "pt"))
+    with safe_open(file, "pt") as opened:
         names = [key for key in list(opened.keys()) if key.startswith(buffer_name(""))]
         return {key.removeprefix(buffer_name("")): opened.get_tensor(key) for key in names}

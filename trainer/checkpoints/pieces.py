@@ -83,7 +83,7 @@ class Pieces:
         else:
             state = self._inner.state.get(piece.home, {})
             if kind not in state:
-                return torch.zeros(piece.numel)
+                return torch.zeros(1).expand(piece.numel)
             home = state[kind]
         return home.detach().view(-1)[piece.offset : piece.offset + piece.numel]
 

@@ -1,7 +1,9 @@
 """Size and cost of a checkpoint: fp32 master weights and AdamW's two moments, each rank its share."""
 
+import math
 from dataclasses import dataclass
 
+from trainer.config import Checkpoint
 from trainer.planning.devices import Cluster
 from trainer.planning.states import Parameters
 
@@ -15,26 +17,32 @@ class CheckpointCost:
 
     bytes: float
     share: float
-    """What one rank copies to host memory, and writes."""
-    writers: int
+    """What each rank copies to host memory, and writes."""
     stall: float
-    """Seconds that training stands: the copy to host memory, at the rate of the GPU's slot."""
+    """Seconds that training stands: the copy to host memory, at the rate of the GPU's slot; or until all is written."""
     seconds: float
-    """Until all is written, beside training."""
+    """Until all is written."""
     host_bytes: float
-    """Held in a node's memory until then."""
+    """Of a node's memory, pinned for the copies; none where training stands until all is written."""
     kept_bytes: float
     """On disk at most: the kept ones and the one being written."""
 
 
-def checkpoint_cost(
-    model: Parameters, zero_stage: int, cluster: Cluster, keep: int, write_rate: float
-) -> CheckpointCost:
-    """A save's cost when each node writes `write_rate` bytes per second. At ZeRO stage 0 the first rank has it all."""
+def checkpoint_cost(model: Parameters, cluster: Cluster, settings: Checkpoint, write_rate: float) -> CheckpointCost:
+    """A save's cost when each node writes `write_rate` bytes per second; the same at every ZeRO stage."""
     whole = _BYTES * model.total
-    writers = cluster.gpus if zero_stage else 1
-    nodes = cluster.nodes if zero_stage else 1
-    share = whole / writers
+    share, of_node = whole / cluster.gpus, whole / cluster.nodes
+    seconds = of_node / write_rate
     return CheckpointCost(
-        whole, share, writers, share / cluster.gpu.host, whole / nodes / write_rate, whole / nodes, (keep + 1) * whole
+        whole,
+        share,
+        share / cluster.gpu.host if settings.asynchronous else seconds,
+        seconds,
+        cluster.gpus_per_node * _pinned(share) if settings.asynchronous else 0.0,
+        (settings.keep + 1) * whole,
     )
+
+
+def _pinned(size: float) -> int:
+    """Bytes that torch's pinned allocator takes for so many: the next power of two."""
+    return 1 << (math.ceil(size) - 1).bit_length()

@@ -158,13 +158,13 @@ def _time(plan: Plan) -> Iterator[RenderableType]:
 def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
     saved, needed, cluster = plan.checkpoint, plan.loading, plan.cluster
     yield _title("Checkpoints and data")
-    each = "each rank" if saved.writers > 1 else "the first rank"
-    yield _line(
-        f"A checkpoint: {_bytes(saved.bytes)}, {each} {_bytes(saved.share)}. Training stands for at least "
-        f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s); written after "
-        f"{_seconds(saved.seconds)}. {plan.recipe.checkpoint.keep} kept and one in the making: "
-        f"{_bytes(saved.kept_bytes)} of disk."
-    )
+    kept = f"{plan.recipe.checkpoint.keep} kept and one in the making: {_bytes(saved.kept_bytes)} of disk."
+    stands = f"A checkpoint: {_bytes(saved.bytes)}, each rank {_bytes(saved.share)}. Training stands for at least "
+    if plan.recipe.checkpoint.asynchronous:
+        copied = f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s)"
+        yield _line(f"{stands}{copied}; written after {_seconds(saved.seconds)}. {kept}")
+    else:
+        yield _line(f"{stands}{_seconds(saved.stall)}, until it is written. {kept}")
     cores = "" if needed.cores is None else f", {needed.cores} {'core' if needed.cores == 1 else 'cores'}"
     yield _line(
         f"The loader of a node: {amount(round(needed.images_per_second))} images/s, "
@@ -178,7 +178,7 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
             "dim",
         )
     yield _line(
-        f"Host memory of a node: {_bytes(saved.host_bytes)} for a checkpoint on its way, "
+        f"Host memory of a node: {_bytes(saved.host_bytes)} for copies of what is saved, "
         f"{_bytes(needed.host_bytes)} for decoded batches, beside the processes' own."
     )
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,11 +65,7 @@ def main(argv: Sequence[str]) -> int:
     for command in (build, synth, index, check):
         command.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)")
     args = parser.parse_args(argv)
-    try:
-        return {"build": _build, "synth": _synth, "index": _index, "check": _check}[args.command](args)
-    except KeyboardInterrupt:
-        print("mixmae: interrupted", file=sys.stderr)
-        return 130
+    return {"build": _build, "synth": _synth, "index": _index, "check": _check}[args.command](args)
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Files are safetensors by their own library's reading; any cut of a parameter is put together from any other cut."""
 
+import mmap
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.checkpoints.files import Snapshot, Wanted, fill, read_buffers
+from trainer.checkpoints.files import HostMemory, Wanted, contents, fill, read_buffers, write
 from trainer.checkpoints.layout import verify_file
 from trainer.checkpoints.pieces import KINDS, Piece
 
@@ -37,9 +38,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
         "flags": torch.tensor([True, False, True]),
         "positions": torch.randn(4, 2, dtype=torch.float64),
     }
-    snapshot = Snapshot(held, buffers)  # type: ignore[arg-type]
-    snapshot.take(held, buffers)  # type: ignore[arg-type]
-    written = snapshot.write(tmp_path / "rank")
+    written = write(tmp_path / "rank", contents(held, buffers))  # type: ignore[arg-type]
     verify_file(tmp_path / "rank", written)
     assert written.bytes == (tmp_path / "rank").stat().st_size
     found = load_file(tmp_path / "rank")
@@ -55,18 +54,42 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     assert read_buffers(tmp_path / "rank").keys() == buffers.keys()
 
 
-def test_a_snapshot_is_of_the_moment_and_its_memory_is_kept(tmp_path: Path) -> None:
+def test_copies_are_of_the_moment_and_their_memory_is_kept(tmp_path: Path) -> None:
     home = torch.zeros(100)
     held = Held([Piece("a", 0, 100, home, 0)], dict.fromkeys(KINDS, home))
-    snapshot = Snapshot(held, {})  # type: ignore[arg-type]
-    memory = snapshot._memory.data_ptr()
+    tensors = contents(held, {"steps": torch.tensor(5), "flag": torch.tensor(True)})  # type: ignore[arg-type]
+    memory = HostMemory()
+    memory.reserve(tensors)
+    reserved = memory._memory.data_ptr()
     for value in (1.0, 2.0):
         home.fill_(value)
-        snapshot.take(held, {})  # type: ignore[arg-type]
+        copies = memory.copy(tensors)
         home.fill_(-1)
-        snapshot.write(tmp_path / "rank")
-        assert torch.equal(load_file(tmp_path / "rank")["weight/a@0"], torch.full((100,), value))
-    assert snapshot._memory.data_ptr() == memory
+        write(tmp_path / "rank", copies)
+        found = load_file(tmp_path / "rank")
+        assert torch.equal(found["weight/a@0"], torch.full((100,), value))
+        assert found["buffer/steps"].item() == 5
+        assert next(iter(copies.values())).data_ptr() == memory._memory.data_ptr() == reserved
+
+
+def test_reserved_memory_is_there_to_its_last_page() -> None:
+    """The system gives a page at its first write; a first save that had to wait for that would take far longer."""
+    memory = HostMemory()
+    before = resident_bytes()
+    memory.reserve({"weight": torch.zeros(1).expand(2**24)})
+    assert resident_bytes() - before > 0.9 * 4 * 2**24
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_file_is_the_same_from_copies_and_as_it_is(tmp_path: Path) -> None:
+    home = torch.randn(100)
+    held = Held([Piece("a", 3, 40, home, 9)], dict.fromkeys(KINDS, home))
+    buffers = {"half": torch.randn(3, 5).bfloat16().T, "flag": torch.tensor(True)}
+    tensors = contents(held, buffers)  # type: ignore[arg-type]
+    assert write(tmp_path / "copied", HostMemory().copy(tensors)) == write(tmp_path / "direct", tensors)
 
 
 cuts = st.lists(st.integers(1, 59), max_size=6, unique=True).map(sorted)

@@ -1,5 +1,7 @@
 """Saves while training goes on; what is damaged is stepped over, what cannot be written costs nothing (two ranks)."""
 
+import errno
+import os
 import resource
 import shutil
 import threading
@@ -13,10 +15,10 @@ import torch
 from tests.helpers import run_ranks, tiny_recipe
 from trainer import saving
 from trainer.checkpoints.claim import Claim
-from trainer.checkpoints.files import Snapshot
 from trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
 from trainer.checkpoints.pieces import KINDS
 from trainer.checkpoints.resume import NothingWholeError
+from trainer.checkpoints.saver import Saver
 from trainer.checkpoints.weights import master_weights
 from trainer.config import Recipe
 from trainer.distributed import Ranks
@@ -141,14 +143,14 @@ def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
     run = prepare(check(recipe, ranks), ranks)
     order = []
     let_go = threading.Event()
-    write = Snapshot.write
+    write = Saver._write_own
 
-    def held(self: Snapshot, file: Path) -> Any:
+    def held(self: Saver, partial: Path, tensors: Any) -> Any:
         let_go.wait()
         order.append("written")
-        return write(self, file)
+        return write(self, partial, tensors)
 
-    Snapshot.write = held  # type: ignore[method-assign]
+    Saver._write_own = held  # type: ignore[method-assign]
     for _ in range(4):
         train_step(run)
         run.state.advance(8, applied=True)
@@ -174,6 +176,66 @@ def test_training_goes_on_while_a_save_is_written(shards: Path, tmp_path: Path) 
         a = master_weights(complete(held.run_dir)[0], kind)
         b = master_weights(complete(plain.run_dir)[0], kind)
         assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def memory_of_saves(ranks: Ranks, recipe: Recipe) -> list[int]:
+    """Where the copies are before the first save and after each of three, and how many bytes that is."""
+    run = prepare(check(recipe, ranks), ranks)
+    run.saver.wait()
+    memory = run.saver._memory
+    held = [memory._memory]
+    for _ in range(3):
+        train_step(run)
+        run.state.advance(8, applied=True)
+        saving.save(run)
+        run.saver.wait()
+        held.append(memory._memory)
+    run.reporter.close()
+    run.engine.destroy()
+    assert len({tensor.data_ptr() for tensor in held}) == 1
+    return [tensor.numel() for tensor in held]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_saves_find_their_memory_ready(shards: Path, tmp_path: Path, stage: int) -> None:
+    precision = "bf16" if stage == 3 else "fp32"
+    recipe = recipe_for(shards, tmp_path / "run", **{"train.zero_stage": stage, "train.precision": precision})
+    for sizes in run_ranks(memory_of_saves, 2, recipe):
+        assert set(sizes) == {sizes[0]}
+        assert sizes[0] > 0
+
+
+def test_saves_that_training_waits_for_take_no_memory(shards: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
+    assert run_ranks(memory_of_saves, 2, recipe) == [[0] * 4] * 2
+    for saved in read_events(recipe.run_dir, "checkpoint"):
+        assert saved["stall_seconds"] == saved["seconds"] > 0
+
+
+def train_beside_a_reader(ranks: Ranks, recipe: Recipe) -> str:
+    """As `train`, but no old checkpoint can be removed, as on NFS while somebody reads it."""
+
+    remove = shutil.rmtree
+
+    def busy(folder: Path, **options: Any) -> None:
+        if folder.name.endswith("-removed"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+        remove(folder, **options)
+
+    shutil.rmtree = busy  # type: ignore[assignment]
+    return train(ranks, recipe)
+
+
+def test_an_old_checkpoint_that_stays_costs_no_new_one(shards: Path, tmp_path: Path) -> None:
+    settings = {"checkpoint.keep": 1, "checkpoint.max_failures": 0}
+    recipe = recipe_for(shards, tmp_path / "run", **settings)
+    assert run_ranks(train_beside_a_reader, 2, recipe) == ["", ""]
+    assert [event["step"] for event in read_events(recipe.run_dir, "checkpoint")] == [4, 8, 12]
+    assert not list(read_events(recipe.run_dir, "checkpoint_failed"))
+    kept = list(read_events(recipe.run_dir, "checkpoint_kept"))
+    assert [event["step"] for event in kept] == [8, 12]
+    assert "could not be removed: Directory not empty" in kept[0]["message"]
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000012"]
 
 
 def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_step: int) -> str:
@@ -206,6 +268,60 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole: Path, shards: Pat
     assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004", "step-00000012"]
     assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
     assert same_end(whole, recipe.run_dir)
+
+
+def train_on_a_bad_disk(ranks: Ranks, recipe: Recipe, bad: int) -> str:
+    """As `train`, but what one rank wrote first does not get to its disk."""
+    sync = os.fsync
+    broken = iter([ranks.rank == bad])
+
+    def fails_once(descriptor: int) -> None:
+        if next(broken, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    run = prepare(check(recipe, ranks), ranks)
+    os.fsync = fails_once  # type: ignore[assignment]
+    fit(run)
+    run.reporter.close()
+    run.engine.destroy()
+    return run.saver.error or ""
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_input_output_error_costs_a_checkpoint_and_not_the_run(
+    whole: Path, shards: Path, tmp_path: Path, bad: int
+) -> None:
+    recipe = recipe_for(shards, tmp_path / "run")
+    assert run_ranks(train_on_a_bad_disk, 2, recipe, bad) == ["", ""]
+    (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
+    assert failed["step"] == 4
+    assert f"rank {bad}: Input/output error" in failed["message"]
+    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000008", "step-00000012"]
+    assert same_end(whole, recipe.run_dir)
+
+
+def train_with_a_broken_claim(ranks: Ranks, recipe: Recipe) -> str:
+    """As `train`, but the file that says who has the run is of no use any more."""
+    run = prepare(check(recipe, ranks), ranks)
+    if ranks.is_main:
+        (recipe.run_dir / "claimed.json").write_text("")
+    message = ""
+    try:
+        fit(run)
+    except SaveError as error:
+        message = str(error)
+    run.reporter.close()
+    run.engine.destroy()
+    return message
+
+
+def test_whatever_ends_a_save_is_told(shards: Path, tmp_path: Path) -> None:
+    """Also what nobody thought of, in a thread that nobody waits for: no run ends as if all were saved."""
+    recipe = recipe_for(shards, tmp_path / "run")
+    for message in run_ranks(train_with_a_broken_claim, 2, recipe):
+        assert "3 saves in a row failed, the last with rank 0: JSONDecodeError(" in message
+    assert complete(recipe.run_dir) == []
 
 
 def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None:
