@@ -15,8 +15,7 @@ from trainer.config import ActivationCheckpointing
 from trainer.engine import compile_parts
 
 
-@pytest.mark.parametrize("kind", ["none", "selective", "torch"])
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize(("k", "kind"), [(2, "none"), (4, "none"), (4, "selective"), (2, "torch")])
 def test_compiled_parts_equal_eager_ones_and_stay_compiled(k: int, kind: Literal["none", "selective", "torch"]) -> None:
     torch._dynamo.reset()
     counters.clear()
