@@ -27,11 +27,11 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_one_rank_follows_plain_torch(folder: Path, shards: Path, stage: int, precision: str, device: str) -> None:
-    """Bounds are wider on a GPU, where some sums of a gradient have no fixed order; masters in bf16, which end 0.045 of
-    the way apart, would still be outside."""
+    """Bounds in fp32 are wider on a GPU, where some sums of a gradient have no fixed order. In bf16 a CPU ends 0.029 or
+    0.031 of the way apart, by how it rounds; masters in bf16, which end 0.045 apart, are outside."""
     bounds = {
         ("cpu", "fp32"): (1e-6, 3e-5),
-        ("cpu", "bf16"): (2e-4, 0.03),
+        ("cpu", "bf16"): (2e-4, 0.04),
         ("cuda", "fp32"): (1e-5, 1e-3),
         ("cuda", "bf16"): (2e-4, 0.04),
     }
