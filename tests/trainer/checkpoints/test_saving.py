@@ -25,6 +25,7 @@ from trainer.distributed import Ranks
 from trainer.errors import UsageError
 from trainer.job import check, prepare
 from trainer.loop import fit, train_step
+from trainer.run import Run
 from trainer.run_dir import read_events
 from trainer.saving import SaveError
 
@@ -42,17 +43,22 @@ def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
     )
 
 
+def fit_in_words(run: Run) -> str:
+    """Trains to the end; returns the message of what ended it earlier, if anything did."""
+    try:
+        fit(run)
+    except SaveError as error:
+        return str(error)
+    return ""
+
+
 def train(ranks: Ranks, recipe: Recipe) -> str:
     """Trains to the end; returns the message of what ended it earlier, if anything did."""
     try:
         run = prepare(check(recipe, ranks), ranks)
     except NothingWholeError as error:
         return str(error)
-    message = ""
-    try:
-        fit(run)
-    except SaveError as error:
-        message = str(error)
+    message = fit_in_words(run)
     run.reporter.close()
     run.engine.destroy()
     return message
@@ -249,11 +255,7 @@ def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_s
         return fetch(images)
 
     run.to_device = limited  # type: ignore[assignment]
-    message = ""
-    try:
-        fit(run)
-    except SaveError as error:
-        message = str(error)
+    message = fit_in_words(run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     run.reporter.close()
     run.engine.destroy()
@@ -306,11 +308,7 @@ def train_with_a_broken_claim(ranks: Ranks, recipe: Recipe) -> str:
     run = prepare(check(recipe, ranks), ranks)
     if ranks.is_main:
         (recipe.run_dir / "claimed.json").write_text("")
-    message = ""
-    try:
-        fit(run)
-    except SaveError as error:
-        message = str(error)
+    message = fit_in_words(run)
     run.reporter.close()
     run.engine.destroy()
     return message
@@ -345,14 +343,10 @@ def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
         return fetch(images)
 
     run.to_device = interfere  # type: ignore[assignment]
-    try:
-        fit(run)
-    except SaveError as error:
-        return str(error)
-    finally:
-        run.reporter.close()
-        run.engine.destroy()
-    return ""
+    message = fit_in_words(run)
+    run.reporter.close()
+    run.engine.destroy()
+    return message
 
 
 def test_an_earlier_start_leaves_the_run_to_a_later_one(shards: Path, tmp_path: Path) -> None:
