@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer import exits
 from trainer.errors import UsageError
+from trainer.malloc import keep_freed_memory
 from trainer.place import Place, read_place
 
 
@@ -48,6 +49,7 @@ def join(ranks: Ranks) -> None:
         torch.cuda.set_device(ranks.device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     import deepspeed
 
     if ranks.device.type == "cpu":

@@ -21,6 +21,7 @@ from trainer.benchmarks.variants import VARIANTS, BareStep
 from trainer.config import Recipe
 from trainer.errors import UsageError
 from trainer.flops import model_flops
+from trainer.malloc import keep_freed_memory
 
 _SIDES = {"cpu": 4096, "cuda": 8192}
 """Of the matrices whose product is the peak."""
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _variants(args.variant, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     recipe = recipe_of(args.model, args.batch, [f"train.precision={args.precision}", *args.overrides])
     measurements = measure(recipe, names, args.steps, device)
     for found in measurements:
