@@ -16,6 +16,7 @@ from launch.supervision.outcome import USER, Outcome, read_outcome
 from launch.supervision.output import Console
 from launch.supervision.supervisor import STOPPING
 from launch.supervision.wire import BEAT_SECONDS, SILENT_SECONDS, Line, find
+from trainer.errors import UsageError
 from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
 
 LOG = "launcher.log"
@@ -159,9 +160,16 @@ class Launcher:
 
 
 def run_attempt(command: Command, way: Sweeping, attempt: Attempt, run_dir: Path, show: bool = True) -> Outcome:
-    """Starts a run once, and follows it to its end; `show` its output, which the log gets in any case."""
+    """Starts a run once, and follows it to its end; `show` its output, which the log gets in any case.
+
+    Raises:
+        UsageError: another launch has the attempt's folder.
+    """
     folder = attempt.folder(run_dir)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UsageError(f"{run_dir} is being started by another launch since this second; start a run once") from error
     try:
         for file, text in command.files.items():
             file.touch(mode=0o600)

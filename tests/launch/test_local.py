@@ -5,8 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from launch.attempt import run_attempt
+from launch.job import Attempt, Command
+from launch.local import Local
 from launch.restarts import read_restarts
 from tests.launch.ranks import ROOT, STAND_IN
+from trainer.errors import UsageError
 from trainer.exits import FAILED, FINISHED
 
 START = """
@@ -45,3 +51,10 @@ def test_a_failed_run_starts_again_while_it_gets_on(tmp_path: Path) -> None:
     )
     (record,) = read_restarts(tmp_path)
     assert (record["step"], record["rank"], record["signal"]) == (5, 1, "SIGKILL")
+
+
+def test_of_two_launches_of_a_run_in_one_second_the_later_is_refused(tmp_path: Path) -> None:
+    attempt = Attempt("20300101T000000Z", 23200, "secret")
+    attempt.folder(tmp_path).mkdir(parents=True)
+    with pytest.raises(UsageError, match="is being started by another launch"):
+        run_attempt(Command(["false"], {}), Local(1), attempt, tmp_path)

@@ -84,7 +84,7 @@ def test_every_recorded_value_is_tested_and_used(name: str) -> None:
     assert any(name in case["expr"] and case["exp_samples"] for case in unit_tests("promql_expr_test"))
     others = [rule for rule in [*RECORDED.values(), *ALERTS.values()] if rule.get("record") != name]
     used = [name for rule in others for name in names_in(f"{rule['expr']} {rule.get('annotations', '')}")]
-    assert name in used or name == "run:mixmae_data_wait:ratio5m"  # for people: alerts look at the nodes
+    assert name in used
 
 
 @pytest.mark.parametrize(
