@@ -183,11 +183,12 @@ def test_memory_of_workers_stays_flat(shards: Path) -> None:
     with Stream(recipe_for(shards, 1), Ranks(), index, Position(0, 0, "")) as stream:
         (worker,) = multiprocessing.active_children()
         assert worker.pid is not None
-        for _ in range(4):
+        for _ in range(5):
             for _ in range(8 * 27):  # 8 epochs
                 next(stream)
             held.append(private_bytes(worker.pid))
-    assert max(held[1:]) - held[0] < 4 * 2**20, held
+    # The first ones also write to pages that the fork shares with this process, as many as it had free.
+    assert max(held[2:]) - held[1] < 4 * 2**20, held
 
 
 def test_each_byte_crosses_the_network_once_an_epoch(tmp_path: Path) -> None:
