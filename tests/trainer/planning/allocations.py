@@ -13,7 +13,8 @@ from trainer.benchmarks import profiling
 def peak_allocated(work: Callable[[], object]) -> int:
     """The most bytes of host memory that torch had allocated at once for what `work` made, by torch's profiler."""
     gc.collect()
-    return profiling.peak_allocated(profiling.profiled(work, torch.device("cpu")))
+    with torch.backends.mkldnn.flags(enabled=False):  # whose scratch memory depends on the processor's instructions
+        return profiling.peak_allocated(profiling.profiled(work, torch.device("cpu")))
 
 
 def storages() -> dict[int, torch.UntypedStorage]:

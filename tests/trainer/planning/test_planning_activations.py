@@ -93,8 +93,7 @@ def allocated(recipe: Recipe, policy: ActivationCheckpointing, micro_batch: int,
         with nullcontext() if with_gradients else gradients_dropped(model):
             return one_pass(model, recipe, pixels, cpu)
 
-    with torch.backends.mkldnn.flags(enabled=False):  # whose scratch memory depends on the processor's instructions
-        return peak_allocated(work)
+    return peak_allocated(work)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
