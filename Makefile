@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
-# As root: 60 faults in real runs on hosts and a Slurm of its own, an hour on two cores; writes docs/reliability.md.
+# As root: 60 faults in real runs on hosts and a Slurm of its own, 40 minutes on two cores; writes docs/reliability.md.
 drill: $(VENV)/.installed-test
 	$(BIN)/python -m tests.drill --report docs/reliability.md
 

@@ -84,7 +84,8 @@ def two_steps(ranks: Ranks, case: Case) -> dict[str, int]:
     found = {"backward": held.bytes()}
     engine.step()
     found["held"] = held.bytes()
-    found["peak"] = found["held"] + peak_allocated(step)
+    # Peaks of equal steps of two ranks differ, by up to 6 % at ZeRO 2: the least of some is what a step must have.
+    found["peak"] = found["held"] + min(peak_allocated(step) for _ in range(3))
     engine.destroy()
     return found
 
@@ -139,13 +140,10 @@ def test_gradients_are_what_was_planned(world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_takes_what_was_planned_at_its_peak(world_size: int) -> None:
-    """At most 5 % below what torch allocated, and 10 % above: buckets and activations do not peak together.
-
-    What two ranks' reductions still hold at the peak differs from run to run, by 3.8 % of it where most was seen.
-    """
+    """At most 2 % below what torch allocated, and 10 % above: buckets and activations do not peak together."""
     for case, found in real(world_size).items():
         _, peak = planned(case, world_size)
-        assert 0.95 * found["peak"] <= peak <= 1.1 * found["peak"], case
+        assert 0.98 * found["peak"] <= peak <= 1.1 * found["peak"], case
 
 
 def test_defaults_are_those_of_deepspeed() -> None:
