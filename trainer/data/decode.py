@@ -118,17 +118,20 @@ class Encoded(Protocol):
 
 
 class PartialJpeg:
-    """A JPEG of which little more than a box is decoded. Its bytes were decoded without a warning before."""
+    """A JPEG of which little more than a box is decoded. Its header is `fast`; its bytes were judged before."""
 
-    def __init__(self, content: bytes) -> None:
-        self.content, self.header = content, jpeg.read_header(content)
+    def __init__(self, content: bytes, header: jpeg.Header) -> None:
+        self.content, self.header = content, header
         self.width, self.height, self.orientation = self.header.width, self.header.height, self.header.orientation
 
     def pixels(self, box: Box, reduction: int) -> Pixels:
         part = jpeg.cut_out(self.content, self.header, box)
-        height, width = -(-part.height // reduction), -(-part.width // reduction)
-        found = simplejpeg.decode_jpeg(part.content, min_height=height, min_width=width, strict=part.strict)
-        assert found.shape == (height, width, 3), (found.shape, box, reduction)
+        size = -(-part.height // reduction), -(-part.width // reduction)
+        smallest = dict(zip(("min_height", "min_width"), size, strict=True))
+        announced = simplejpeg.decode_jpeg_header(part.content, strict=part.strict, **smallest)[:2]
+        if announced != size:  # before anything is written
+            raise ValueError(f"the decoder would make {announced} of what the header says is {size}")
+        found = simplejpeg.decode_jpeg(part.content, strict=part.strict, **smallest)
         left, upper, right, lower = (
             (side - start) // reduction for side, start in zip(box, 2 * (part.left, part.top), strict=True)
         )
@@ -196,7 +199,9 @@ def evaluation_view(content: bytes, state: int, size: int) -> Tensor:
 def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> Encoded:
     """Raises UnusableError for bytes that are not what they were judged to be."""
     try:
-        return PartialJpeg(content) if state == JPEG and decoder == "fast" else WholeImage(content)
+        if state == JPEG and decoder == "fast" and (header := jpeg.read_header(content)).fast:
+            return PartialJpeg(content, header)
+        return WholeImage(content)  # also of an index that called more kinds of JPEG fast
     except Exception as error:  # decoders raise what they like
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
@@ -257,7 +262,7 @@ def _judge_jpeg(content: bytes) -> int | None:
         return None
     if header.width * header.height > MAX_PIXELS:
         return Reason.TOO_LARGE
-    if header.components not in (1, 3):
+    if not header.fast or header.components not in (1, 3):
         return None
     try:
         simplejpeg.decode_jpeg(content)

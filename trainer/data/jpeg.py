@@ -23,7 +23,9 @@ Bytes = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
+_FRAMES = (*_SEQUENTIAL, _PROGRESSIVE)
 _RESTART = 0xD0
+_WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA))
 _TABLE, _NAME = 0xEB, b"mixmae\0"
 """The application segment (APP11) in which `add_restarts` notes the lengths of pieces: looking for them takes long."""
 _INTERVAL = 4
@@ -43,6 +45,10 @@ class Header(NamedTuple):
     """Pixels of a minimum coded unit (MCU): 8 or, where chroma is subsampled, 16 or more."""
     context: tuple[int, int]
     """MCUs beside and above or below a crop that its pixels depend on: subsampled chroma is interpolated."""
+    fast: bool
+    """Whether the fast decoder may see it: baseline, extended or progressive DCT (SOF0 to 2) with 8-bit samples.
+    simplejpeg allocates the reduced size of any other kind too, but libjpeg-turbo reduces no lossless JPEG (SOF3): it
+    writes the full size, over memory that is not its own."""
     one_scan: bool
     """Whether rows come one after another: baseline or extended, all components interleaved."""
     restart_interval: int
@@ -62,18 +68,22 @@ def read_header(content: bytes) -> Header:
     """Raises ValueError for bytes that are no JPEG or break off before its first scan."""
     if content[:2] != _START:
         raise ValueError("no JPEG")
-    frame, sequential, restart, exif, lengths, at = None, False, 0, b"", b"", 2
+    frame, kind, restart, exif, lengths, at = None, 0, 0, b"", b"", 2
     try:
         while True:
-            while content[at + 1] == 0xFF:  # fill bytes
+            while content[at] == content[at + 1] == 0xFF:  # fill bytes
                 at += 1
             marker, size = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
-            if content[at] != 0xFF or size < 2:
-                raise ValueError(f"no JPEG marker at byte {at}")
+            # Markers without a length belong behind the first scan: here libjpeg would step over them by two bytes and
+            # read another frame header than this function, which would skip what looks like their length.
+            if content[at] != 0xFF or size < 2 or marker in _WITHOUT_LENGTH:
+                raise ValueError(f"no JPEG segment at byte {at}")
             if marker == 0xDA:
                 break
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                frame, sequential = at, marker in _SEQUENTIAL
+                if frame is not None:
+                    raise ValueError("two frame headers before the first scan")
+                frame, kind = at, marker
             elif marker == 0xDD:
                 restart = int.from_bytes(content[at + 4 : at + 6], "big")
             elif marker == 0xE1 and content[at + 4 : at + 10] == b"Exif\0\0":
@@ -83,7 +93,7 @@ def read_header(content: bytes) -> Header:
             at += 2 + size
         if frame is None:
             raise ValueError("no frame header before the first scan")
-        height, width, components = struct.unpack(">HHB", content[frame + 5 : frame + 10])
+        precision, height, width, components = struct.unpack(">BHHB", content[frame + 4 : frame + 10])
         sampling = [content[frame + 11 + 3 * i] for i in range(components)]
         in_scan = content[at + 4]
     except (IndexError, struct.error) as error:
@@ -97,7 +107,8 @@ def read_header(content: bytes) -> Header:
         unit_width=8 * across,
         unit_height=8 * down,
         context=(int(across > 1), int(down > 1)),
-        one_scan=sequential and in_scan == components,
+        fast=kind in _FRAMES and precision == 8,
+        one_scan=kind in _SEQUENTIAL and in_scan == components,
         restart_interval=restart,
         scan_at=at + 2 + size,
         orientation=_orientation(exif),

@@ -23,6 +23,7 @@ from trainer.data.decode import (
     center_crop,
     evaluation_view,
     judge,
+    open_encoded,
     plan_view,
     random_crop,
     training_view,
@@ -120,7 +121,7 @@ def test_reduced_views_are_the_references_too(scale: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}])
 def test_boxes_are_bit_for_bit_those_of_the_whole_decode(options: dict[str, object]) -> None:
     content = encoded(photo(2), "JPEG", quality=92, **options)
-    source = PartialJpeg(content)
+    source = PartialJpeg(content, jpeg.read_header(content))
     whole = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
     for seed in range(20):
         left, upper, right, lower = random_crop(source.width, source.height, (0.1, 1.0), Random(seed))
@@ -286,5 +287,62 @@ def test_content_that_is_not_what_was_judged() -> None:
 
 def test_pillow_reads_what_jpeg_source_reads() -> None:
     content = jpeg_photo(5)
-    one, other = PartialJpeg(content), WholeImage(content)
+    one, other = PartialJpeg(content, jpeg.read_header(content)), WholeImage(content)
     assert (one.width, one.height, one.orientation) == (other.width, other.height, other.orientation)
+
+
+def with_frame(content: bytes, kind: int, precision: int = 8) -> bytes:
+    """The same bytes under another frame header."""
+    at = jpeg.read_header(content).height_at - 5
+    return content[: at + 1] + bytes([kind]) + content[at + 2 : at + 4] + bytes([precision]) + content[at + 5 :]
+
+
+def lossless_jpeg(side: int, first_marker: bytes = b"") -> bytes:
+    """A grey lossless JPEG (SOF3, predictor 1) of one value: one Huffman code of one bit, for differences of 0."""
+    frame = b"\xff\xc3\x00\x0b\x08" + side.to_bytes(2, "big") * 2 + b"\x01\x01\x11\x00"
+    codes = b"\xff\xc4\x00\x14\x00" + bytes([1] + [0] * 15) + b"\x00"
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x00\x00"
+    return b"\xff\xd8" + first_marker + frame + codes + scan + bytes(side * side // 8 + 1) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("kind", [0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF])
+@pytest.mark.parametrize("precision", [2, 8, 12, 16])
+def test_the_fast_decoder_sees_8_bit_dct_alone(kind: int, precision: int) -> None:
+    content = with_frame(encoded(small_photo(), "JPEG"), kind, precision)
+    fast = kind in (0xC0, 0xC1, 0xC2) and precision == 8
+    assert jpeg.read_header(content).fast is fast
+    assert isinstance(open_or_none(content), PartialJpeg) is fast
+
+
+def open_or_none(content: bytes) -> object:
+    try:
+        return open_encoded(content, JPEG)
+    except UnusableError:
+        return None
+
+
+def test_a_lossless_jpeg_is_never_reduced_by_the_fast_decoder() -> None:
+    content = lossless_jpeg(512)
+    assert judge(content) in (PILLOW, Reason.DAMAGED)  # as Pillow's own libjpeg has it
+    assert not isinstance(open_or_none(content), PartialJpeg)  # although an older index may call it JPEG
+
+
+def test_markers_that_libjpeg_reads_otherwise_are_refused() -> None:
+    """A parser that takes RST0 for a segment skips the true frame header (SOF3) and finds a harmless one behind it."""
+    harmless = encoded(Image.new("L", (512, 512)), "JPEG")
+    hidden = lossless_jpeg(512, first_marker=b"\xff\xd0")
+    padded = hidden.ljust(4 + int.from_bytes(b"\xff\xc3", "big"), b"\0") + harmless[2:]
+    for content in (padded, harmless[:2] + b"\xff\x01" + harmless[2:], hidden):
+        with pytest.raises(ValueError, match="no JPEG segment"):
+            jpeg.read_header(content)
+        assert judge(content) != JPEG
+        assert not isinstance(open_or_none(content), PartialJpeg)
+
+
+def test_a_second_frame_header_is_refused() -> None:
+    content = encoded(small_photo(), "JPEG")
+    at = jpeg.read_header(content).height_at - 5
+    frame = content[at : at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")]
+    with pytest.raises(ValueError, match="two frame headers"):
+        jpeg.read_header(content[:at] + frame + content[at:])
+    assert judge(content[:at] + frame + content[at:]) != JPEG
