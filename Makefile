@@ -41,11 +41,11 @@ check: $(VENV)/.installed-test
 
 # From the lists of metrics and panels: Grafana's JSON, the console page, docs/metrics.md.
 dashboards: $(VENV)/.installed-test
-	$(BIN)/python -m monitoring.generate
+	$(BIN)/python -m mixmae.monitoring.generate
 
 # The table and picture of docs/performance.md, from benchmarks/results.
 performance: $(VENV)/.installed-test
-	$(BIN)/python -m trainer.benchmarks.page
+	$(BIN)/python -m mixmae.trainer.benchmarks.page
 
 # What `make bench-gpu` needs beside torch, torchvision, timm and pytest, and what those need themselves, on a machine
 # without a network; WHEELS_PYTHON is the version of Python there.
@@ -64,7 +64,7 @@ bench-gpu:
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
 	.venv-gpu/bin/pip install --quiet --no-index --no-deps wheels/*.whl
 	.venv-gpu/bin/python -m pytest -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests/models tests/trainer)
-	.venv-gpu/bin/python -m trainer.benchmarks.gpu
+	.venv-gpu/bin/python -m mixmae.trainer.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .hypothesis

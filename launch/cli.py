@@ -4,24 +4,30 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainer.errors import run_in_words
+from mixmae.base.errors import run_in_words
 
 COMMANDS = {
-    "launch": ("launch.command", "start a pretraining run: on this machine, on hosts, or under Slurm"),
-    "doctor": ("launch.doctor", "check hosts, network, shards and run directory, from here and from all ranks"),
-    "shards": ("trainer.shards.cli", "WebDataset shards: build, synth, index, check"),
-    "export": ("trainer.export", "write a run's encoder as safetensors that timm opens"),
-    "import": ("trainer.release", "read a released MixMIM checkpoint into an encoder directory"),
-    "probe": ("trainer.probe", "kNN and linear probe of an encoder on labelled shards"),
-    "plan": ("trainer.planning.cli", "memory, time and cost of a recipe on a cluster, before it is started"),
-    "watch": ("launch.watch", "watch a run's progress, ranks and alerts in a terminal"),
-    "monitor": ("launch.monitor", "Prometheus and Alertmanager for runs on this machine: monitor up RUN_DIR"),
-    "curves": ("trainer.curves", "draw a run's loss curve"),
+    "launch": ("mixmae.launch.commands.launch", "start a pretraining run: on this machine, on hosts, or under Slurm"),
+    "doctor": (
+        "mixmae.launch.commands.doctor",
+        "check hosts, network, shards and run directory, from here and from all ranks",
+    ),
+    "shards": ("mixmae.trainer.data.shards.cli", "WebDataset shards: build, synth, index, check"),
+    "export": ("mixmae.trainer.export.export", "write a run's encoder as safetensors that timm opens"),
+    "import": ("mixmae.trainer.export.import_mixmim", "read a released MixMIM checkpoint into an encoder directory"),
+    "probe": ("mixmae.trainer.evaluation.probe", "kNN and linear probe of an encoder on labelled shards"),
+    "plan": ("mixmae.trainer.planning.cli", "memory, time and cost of a recipe on a cluster, before it is started"),
+    "watch": ("mixmae.launch.commands.watch", "watch a run's progress, ranks and alerts in a terminal"),
+    "monitor": (
+        "mixmae.launch.commands.monitor",
+        "Prometheus and Alertmanager for runs on this machine: monitor up RUN_DIR",
+    ),
+    "curves": ("mixmae.trainer.telemetry.curves", "draw a run's loss curve"),
     "bench": (
-        "trainer.benchmarks.cli",
+        "mixmae.trainer.benchmarks.cli",
         "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, scrape",
     ),
-    "demo": ("launch.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
+    "demo": ("mixmae.launch.commands.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
 }
 
 _HEAD = """usage: mixmae COMMAND ...

@@ -1,4 +1,4 @@
-"""`python -m monitoring.generate`: writes what is made from the lists of metrics and panels.
+"""`python -m mixmae.monitoring.generate`: writes what is made from the lists of metrics and panels.
 
 monitoring/dashboards/*.json   Grafana dashboards      monitoring/consoles/mixmae.html   page for Prometheus alone
 docs/metrics.md                table of all metrics
@@ -6,10 +6,10 @@ docs/metrics.md                table of all metrics
 
 from pathlib import Path
 
-from monitoring.boards import BOARDS
-from monitoring.consoles import console_page
-from monitoring.grafana import dashboard_json
-from monitoring.reference import metrics_page
+from mixmae.monitoring.boards import BOARDS
+from mixmae.monitoring.boards.console import console_page
+from mixmae.monitoring.boards.grafana import dashboard_json
+from mixmae.monitoring.metrics_page import metrics_page
 
 ROOT = Path(__file__).parents[1]
 

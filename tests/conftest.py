@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.shards.build import build_shards
-from trainer.shards.synthetic import Synthetic
+from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.synthetic import Synthetic
 
 pytest_plugins = ["tests.cluster.fixtures"]
 

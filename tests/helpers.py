@@ -9,15 +9,15 @@ from typing import Any, NoReturn
 
 import pytest
 
-from trainer.benchmarks import ranks
-from trainer.config import Recipe
-from trainer.recipes import parse_recipe
+from mixmae.trainer.benchmarks import ranks
+from mixmae.trainer.recipe.loading import parse_recipe
+from mixmae.trainer.recipe.schema import Recipe
 
 RANKS_TIMEOUT = 600
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """What each rank's `function(ranks, *args)` returned, see `trainer.benchmarks.ranks`; a rank that hangs fails."""
+    """What each rank's `function(ranks, *args)` returned, see `mixmae.trainer.benchmarks.ranks`; a rank that hangs fails."""
     return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT)
 
 

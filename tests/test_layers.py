@@ -1,4 +1,4 @@
-"""The layers hold: launch -> monitoring, trainer.config; trainer -> models, monitoring; these import none of ours."""
+"""The layers hold: launch -> monitoring, mixmae.trainer.recipe.schema; trainer -> models, monitoring; these import none of ours."""
 
 import ast
 import sys
@@ -16,18 +16,18 @@ ALLOWED = {
     "launch": (
         "launch",
         "monitoring",
-        "trainer.checkpoints.layout",
-        "trainer.config",
-        "trainer.doctor.findings",
-        "trainer.doctor.folders",
-        "trainer.doctor.link",
-        "trainer.errors",
-        "trainer.exits",
-        "trainer.heartbeat",
-        "trainer.place",
-        "trainer.ports",
-        "trainer.recipes",
-        "trainer.units",
+        "mixmae.trainer.checkpoints.layout",
+        "mixmae.trainer.recipe.schema",
+        "mixmae.trainer.doctor.protocol.findings",
+        "mixmae.trainer.doctor.protocol.folders",
+        "mixmae.trainer.doctor.protocol.link",
+        "mixmae.base.errors",
+        "mixmae.base.exit_codes",
+        "mixmae.base.heartbeat",
+        "mixmae.base.rank_env",
+        "mixmae.base.ports",
+        "mixmae.trainer.recipe.loading",
+        "mixmae.trainer.recipe.units",
     ),
 }
 WITHOUT_TORCH = [

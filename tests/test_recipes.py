@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.engine import build_model, deepspeed_config
-from trainer.optim import build_schedule
-from trainer.recipes import load_recipe
+from mixmae.trainer.engine.engine import build_model, deepspeed_config
+from mixmae.trainer.engine.optimizer import build_schedule
+from mixmae.trainer.recipe.loading import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

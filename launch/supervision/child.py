@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from launch.supervision.outcome import Exit
-from launch.supervision.output import Console, Output
+from mixmae.launch.supervision.outcome import Exit
+from mixmae.launch.supervision.output import Console, Output
 
 _DRAIN_SECONDS = 1.0
 _LOOK_SECONDS = 0.05

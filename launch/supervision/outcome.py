@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
 
 FILE = "outcome.json"
 OVER = "over"
@@ -44,7 +44,7 @@ class Outcome:
     """How a start of a run ended.
 
     Attributes:
-        code: what the command returns, one of `trainer.exits`.
+        code: what the command returns, one of `mixmae.base.exit_codes`.
         reason: one line, without a full stop.
         step: the last step that any rank was seen at.
         rank: the first rank that failed, or the late one; None where no rank is to blame.

@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Awaitable, Callable
 
-from launch.supervision.wire import LONGEST, PORTS
+from mixmae.launch.supervision.protocol import LONGEST, PORTS
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -11,19 +11,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from launch.supervision.child import Child, ended_within
-from launch.supervision.guard import Guard
-from launch.supervision.hub import Hub
-from launch.supervision.late import sighting
-from launch.supervision.outcome import Outcome, attempt_folder, log_file, mark_over
-from launch.supervision.output import Console
-from launch.supervision.ports import PortError
-from launch.supervision.roll import Limits
-from launch.supervision.wire import BEAT_SECONDS, SILENT_SECONDS, Line, Message, find
-from trainer.exits import FAILED, PREEMPTED
-from trainer.heartbeat import FILE as HEARTBEAT
-from trainer.heartbeat import read_beat
-from trainer.place import Place
+from mixmae.base.exit_codes import FAILED, PREEMPTED
+from mixmae.base.heartbeat import FILE as HEARTBEAT
+from mixmae.base.heartbeat import read_beat
+from mixmae.base.rank_env import Place
+from mixmae.launch.supervision.child import Child, ended_within
+from mixmae.launch.supervision.coordinator import Hub
+from mixmae.launch.supervision.guard import Guard
+from mixmae.launch.supervision.membership import Limits
+from mixmae.launch.supervision.outcome import Outcome, attempt_folder, log_file, mark_over
+from mixmae.launch.supervision.output import Console
+from mixmae.launch.supervision.ports import PortError
+from mixmae.launch.supervision.protocol import BEAT_SECONDS, SILENT_SECONDS, Line, Message, find
+from mixmae.launch.supervision.stuck import sighting
 
 TOKEN = "MIXMAE_TOKEN"
 """The environment variable with the secret that a start's supervisors share."""

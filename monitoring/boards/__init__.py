@@ -1,5 +1,5 @@
-"""Every panel, once: monitoring.grafana makes dashboards of them, monitoring.consoles a page for Prometheus alone."""
+"""Every panel, once: mixmae.monitoring.boards.grafana makes dashboards of them, mixmae.monitoring.boards.console a page for Prometheus alone."""
 
-from monitoring.boards import checkpoints, data, overview, ranks
+from mixmae.monitoring.boards import checkpoints, data, overview, ranks
 
 BOARDS = (overview.BOARD, ranks.BOARD, data.BOARD, checkpoints.BOARD)

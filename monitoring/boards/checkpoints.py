@@ -1,6 +1,6 @@
 """Age, stall, size and failures of checkpoints, and the disk that they need."""
 
-from monitoring.panels import RUN, Board, Row, Unit, lines, rate, tile
+from mixmae.monitoring.boards.panels import RUN, Board, Row, Unit, lines, rate, tile
 
 BOARD = Board(
     "checkpoints",

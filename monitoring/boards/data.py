@@ -1,6 +1,6 @@
 """Reading, waiting for data, and what could not be read."""
 
-from monitoring.panels import (
+from mixmae.monitoring.boards.panels import (
     HERE,
     RANK,
     Board,

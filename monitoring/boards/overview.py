@@ -1,6 +1,6 @@
 """One run at a glance."""
 
-from monitoring.panels import FIRING, NOW, RUN, Board, Look, Panel, Query, Row, Unit, lines, rate, tile
+from mixmae.monitoring.boards.panels import FIRING, NOW, RUN, Board, Look, Panel, Query, Row, Unit, lines, rate, tile
 
 _WAITING = f'mixmae_step_part_seconds_sum{{run="$run", part="data_wait"}}{NOW}'
 _RUNNING = f"count(count by (rank) (time() - mixmae_alive_timestamp_seconds{RUN} < 60))"

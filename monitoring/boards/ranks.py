@@ -1,6 +1,6 @@
 """Who is late, slow or starved, and on which node."""
 
-from monitoring.panels import (
+from mixmae.monitoring.boards.panels import (
     HERE,
     LINES,
     NOW,

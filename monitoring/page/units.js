@@ -38,7 +38,7 @@ function duration(seconds) {
 
 const distance = (time, now) => (time > now ? `in ${duration(time - now)}` : `${duration(now - time)} ago`);
 
-/** A value in one of the units of monitoring.panels; `now` is what times are told from. */
+/** A value in one of the units of mixmae.monitoring.boards.panels; `now` is what times are told from. */
 export function format(value, unit, now) {
   switch (unit) {
     case "count": return counted(value);

@@ -10,7 +10,7 @@ By hand, as root, in the repository root:
     python -m tests.cluster shell --name mine                      # a shell on the login host
     pdsh -w node1,node2 hostname
     srun -N2 hostname
-    deepspeed --hostfile /tmp/mixmae-cluster-mine/hostfile --module trainer.pretrain RECIPE key=value
+    deepspeed --hostfile /tmp/mixmae-cluster-mine/hostfile --module mixmae.trainer.train RECIPE key=value
     exit
     python -m tests.cluster shell --name mine node1 -- ps aux      # one command on a host
     python -m tests.cluster status

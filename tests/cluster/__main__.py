@@ -6,11 +6,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from mixmae.base.errors import UsageError, run_in_words
 from tests.cluster import cluster as clusters
 from tests.cluster.cluster import Cluster
 from tests.cluster.network import LOGIN
 from tests.cluster.programs import missing
-from trainer.errors import UsageError, run_in_words
 
 NAME = "mine"
 

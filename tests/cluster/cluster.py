@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixmae.base.errors import UsageError
 from tests.cluster import clock, namespaces, network, slurm, slurm_files, ssh
 from tests.cluster.host import Host
 from tests.cluster.slurm import Slurm
-from trainer.errors import UsageError
 
 _PREFIX = "mixmae-cluster-"
 _ROOM = Path("/tmp")

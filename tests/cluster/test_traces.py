@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mixmae.base.errors import UsageError
 from tests.cluster import namespaces, programs
 from tests.cluster.cluster import Cluster, bring_up, find, folder_of, names, take_down
 from tests.helpers import lacks
-from trainer.errors import UsageError
 
 pytestmark = pytest.mark.services
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixmae.base.errors import UsageError, run_in_words
 from tests.cluster import programs
 from tests.cluster.cluster import bring_up
 from tests.drill.faults import WAYS, all_faults
@@ -13,7 +14,6 @@ from tests.drill.report import write_report
 from tests.drill.rig import Rig
 from tests.drill.runs import clean_environment
 from tests.drill.session import play_all
-from trainer.errors import UsageError, run_in_words
 
 
 def main(argv: Sequence[str]) -> int:

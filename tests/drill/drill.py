@@ -11,12 +11,12 @@ from typing import Any
 
 import psutil
 
+from mixmae.base.exit_codes import FINISHED
+from mixmae.trainer.checkpoints.layout import name_of
 from tests.cluster.host import Host
 from tests.cluster.slurm import Slurm
 from tests.drill.rig import Rig
 from tests.drill.runs import Run, Way
-from trainer.checkpoints.layout import name_of
-from trainer.exits import FINISHED
 
 PATIENCE = 240.0
 """Seconds in which anything that a drill waits for happens, or the drill has failed."""

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mixmae.base.exit_codes import FAILED
+from mixmae.trainer.checkpoints.layout import MANIFEST, NEWEST, complete
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
 from tests.drill.target import run_to_a_step, seen_at_a_step
-from trainer.checkpoints.layout import MANIFEST, NEWEST, complete
-from trainer.exits import FAILED
 
 _LATE = 16
 """By this step there are three checkpoints."""

@@ -1,11 +1,11 @@
 """Faults: the disk is full, or nothing can be written to it, and later it can."""
 
+from mixmae.base.exit_codes import FAILED
+from mixmae.trainer.checkpoints.layout import FOLDER
 from tests.cluster.host import Host
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
 from tests.drill.target import run_to_a_step
-from trainer.checkpoints.layout import FOLDER
-from trainer.exits import FAILED
 
 _LITTLE, _ENOUGH = "4M", "100M"
 """Two checkpoints of a drill's model fit, and all."""

@@ -4,10 +4,10 @@ import os
 import signal
 import time
 
+from mixmae.base.exit_codes import FAILED
 from tests.drill.drill import END_SECONDS, Drill
 from tests.drill.faults import fault
 from tests.drill.target import LAST, Target, finish_naming, run_to_a_step
-from trainer.exits import FAILED
 
 
 @fault("local", "hostfile", "slurm")

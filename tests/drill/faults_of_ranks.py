@@ -2,11 +2,11 @@
 
 import signal
 
+from mixmae.base.exit_codes import FAILED, PREEMPTED
 from tests.drill.drill import END_SECONDS, Drill
 from tests.drill.faults import fault
 from tests.drill.runs import Batch, Local, OnHosts, Way
 from tests.drill.target import seen_at_a_step
-from trainer.exits import FAILED, PREEMPTED
 
 
 @fault("local", stages=(1, 2, 3))

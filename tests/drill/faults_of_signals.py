@@ -3,10 +3,10 @@
 import os
 import signal
 
+from mixmae.base.exit_codes import FAILED, PREEMPTED
 from tests.drill.drill import Drill
 from tests.drill.faults import fault
 from tests.drill.target import require_saved, run_to_a_step
-from trainer.exits import FAILED, PREEMPTED
 
 _NAMES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

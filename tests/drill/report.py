@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixmae.trainer.run.run_directory import versions
 from tests.drill.rig import GLOBAL_BATCH, IMAGES, SAVE_EVERY, STEPS
 from tests.drill.session import Outcome
-from trainer.run_dir import versions
 
 _WIDTH = 120
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.synthetic import Synthetic
 from tests.cluster.cluster import Cluster
 from tests.drill.runs import Local, Run, Way
 from tests.helpers import tiny_recipe
-from trainer.shards.build import build_shards
-from trainer.shards.synthetic import Synthetic
 
 IMAGES = 90
 """In an epoch: 7 global batches and a half."""

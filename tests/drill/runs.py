@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 
+from mixmae.base.exit_codes import FAILED
+from mixmae.trainer.checkpoints.layout import FOLDER, leftovers
+from mixmae.trainer.run.run_directory import EVENTS
 from tests.cluster.cluster import Cluster
 from tests.cluster.host import Host
 from tests.cluster.slurm import ENDED
-from trainer.checkpoints.layout import FOLDER, leftovers
-from trainer.exits import FAILED
-from trainer.run_dir import EVENTS
 
 ROOT = Path(__file__).parents[2]
 _LOOK_SECONDS, _JOB_SECONDS = 0.1, 0.5
@@ -123,7 +123,7 @@ class Run:
         """Types the command; returns at once, under Slurm when the job is submitted."""
         self.starts += 1
         options = [*self.way.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
-        command = [sys.executable, "-m", "launch.cli", "launch", str(self.recipe), *options]
+        command = [sys.executable, "-m", "mixmae.launch.cli", "launch", str(self.recipe), *options]
         host = self.cluster.host(self.way.host)
         self.job = None
         if isinstance(self.way, Batch):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import psutil
 
+from mixmae.base.exit_codes import FAILED
 from tests.cluster.host import Host
 from tests.drill.drill import END_SECONDS, Drill, DrillError
 from tests.drill.rig import STEPS
 from tests.drill.runs import Batch
-from trainer.exits import FAILED
 
 LAST = STEPS - 12
 """After this step there is still some of the run left."""

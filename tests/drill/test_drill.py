@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mixmae.trainer.checkpoints.layout import complete, point_to
 from tests.cluster.cluster import Cluster
 from tests.drill import verdict
 from tests.drill.faults import WAYS, all_faults
@@ -15,7 +16,6 @@ from tests.drill.report import write_report
 from tests.drill.rig import STEPS, Rig
 from tests.drill.runs import Local, Run
 from tests.drill.session import Outcome, play, play_all
-from trainer.checkpoints.layout import complete, point_to
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1200)]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from mixmae.trainer.checkpoints.layout import complete, leftovers, newest_checkpoint, step_of
+from mixmae.trainer.checkpoints.pieces import KINDS
+from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.cluster import ssh
 from tests.cluster.cluster import Cluster
 from tests.drill.rig import IMAGES, STEPS
 from tests.drill.runs import Run
-from trainer.checkpoints.layout import complete, leftovers, newest_checkpoint, step_of
-from trainer.checkpoints.pieces import KINDS
-from trainer.checkpoints.weights import master_weights
-from trainer.sample_log import read_samples
 
 LOSSES_APART = 1e-3
 """In bf16, where other ranks add up in another order; a run's loss falls from 1.04 to 0.97."""

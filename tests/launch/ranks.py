@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from launch.supervision.outcome import Outcome, attempt_folder, read_outcome
-from trainer.ports import free_port
+from mixmae.base.ports import free_port
+from mixmae.launch.supervision.outcome import Outcome, attempt_folder, read_outcome
 
 ATTEMPT = "one"
 STAND_IN = "tests.launch.stand_in"
@@ -35,7 +35,7 @@ class Started:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
         environment = {**os.environ, "MIXMAE_TOKEN": self.secret, **{name: str(value) for name, value in place.items()}}
         return subprocess.Popen(
-            [sys.executable, "-m", "launch.rank", *given, *self._command],
+            [sys.executable, "-m", "mixmae.launch.supervision.rank", *given, *self._command],
             env={**environment, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

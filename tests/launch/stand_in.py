@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
-from trainer.exits import PREEMPTED
-from trainer.heartbeat import FILE, Heartbeat
-from trainer.place import read_place
+from mixmae.base.exit_codes import PREEMPTED
+from mixmae.base.heartbeat import FILE, Heartbeat
+from mixmae.base.rank_env import read_place
+from mixmae.trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
 
 STEP_SECONDS = 0.1
 

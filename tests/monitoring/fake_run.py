@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from monitoring.collector import family_of
-from monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
-from trainer.run_dir import versions
+from mixmae.monitoring.exporter.collector import family_of
+from mixmae.monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
+from mixmae.trainer.run.run_directory import versions
 
 GIB = 2.0**30
 CHECKPOINT_EVERY = 720.0

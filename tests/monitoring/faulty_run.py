@@ -14,14 +14,14 @@ from unittest import mock
 
 import torch
 
-from trainer.config import Recipe
-from trainer.data.stream import Batch
-from trainer.distributed import Ranks, join, leave, read_ranks
-from trainer.engine import build_engine
-from trainer.job import check, prepare
-from trainer.loop import fit
-from trainer.observe import Observer
-from trainer.ports import free_port
+from mixmae.base.ports import free_port
+from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
+from mixmae.trainer.engine.engine import build_engine
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.loop import fit
+from mixmae.trainer.telemetry.observer import Observer
 
 DRIVERS = Path(__file__).parent / "drivers"
 """Where Python finds a `pynvml` that needs no GPU."""
@@ -74,7 +74,7 @@ def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) ->
         return build_engine(*given)
 
     pretend_drivers()
-    with mock.patch("trainer.job.build_engine", held):
+    with mock.patch("mixmae.trainer.run.lifecycle.build_engine", held):
         run = prepare(job, ranks)
     pretend_device(run.observer, control)
     run.batches = FaultyStream(run.batches, control, rank)  # type: ignore[assignment]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.monitoring.browser import visit
 from tests.monitoring.fake_run import FakeRun
-from tests.monitoring.prometheus import ROOT, prometheus
+from tests.monitoring.real_prometheus import ROOT, prometheus
 
 PICTURE = ROOT / "docs" / "monitoring-overview.png"
 

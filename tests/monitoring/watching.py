@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from monitoring.configuration import HERE
-from monitoring.local import Monitor, Programs, find_programs
+from mixmae.base.ports import free_port
+from mixmae.monitoring.prometheus.configuration import HERE
+from mixmae.monitoring.prometheus.local import Monitor, Programs, find_programs
+from tests.monitoring.prometheus.test_local import ask
 from tests.monitoring.services import needs
-from tests.monitoring.test_local import ask
-from trainer.ports import free_port
 
 FACTOR = 60
 """An hour is a minute."""

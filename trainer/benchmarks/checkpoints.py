@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from trainer import distributed
-from trainer.benchmarks.results import RESULTS, write_result
-from trainer.checkpoints.layout import Manifest
-from trainer.checkpoints.pieces import MOMENTS, Pieces
-from trainer.checkpoints.resume import resume
-from trainer.checkpoints.saver import Saved, Saver
-from trainer.config import Recipe
-from trainer.distributed import Ranks
-from trainer.engine import build_engine, build_model
-from trainer.errors import UsageError
-from trainer.ports import free_port
-from trainer.recipes import load_recipe
+from mixmae.base.errors import UsageError
+from mixmae.base.ports import free_port
+from mixmae.trainer.benchmarks.results import RESULTS, write_result
+from mixmae.trainer.checkpoints.layout import Manifest
+from mixmae.trainer.checkpoints.pieces import MOMENTS, Pieces
+from mixmae.trainer.checkpoints.resume import resume
+from mixmae.trainer.checkpoints.saver import Saved, Saver
+from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.engine import build_engine, build_model
+from mixmae.trainer.recipe.loading import load_recipe
+from mixmae.trainer.recipe.schema import Recipe
 
 _PRODUCT = 1024
 

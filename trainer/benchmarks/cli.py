@@ -19,4 +19,4 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{n}: {t}" for n, t in BENCHMARKS.items()))
     args = parser.parse_args(argv[:1])
-    return int(importlib.import_module(f"trainer.benchmarks.{args.benchmark}").main(argv[1:]))
+    return int(importlib.import_module(f"mixmae.trainer.benchmarks.{args.benchmark}").main(argv[1:]))

@@ -23,21 +23,21 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from trainer.arguments import at_least
-from trainer.benchmarks import photos
-from trainer.benchmarks.results import RESULTS, write_result
-from trainer.config import Data, Recipe
-from trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
-from trainer.data.faults import JPEG
-from trainer.data.index import ShardIndex, open_index
-from trainer.data.order import Share, Ticket
-from trainer.data.stream import Position, Stream, Views
-from trainer.distributed import Ranks
-from trainer.errors import UsageError
-from trainer.recipes import load_recipe
-from trainer.rng import Purpose, random_at
-from trainer.shards.build import build_shards
-from trainer.shards.sources import open_source
+from mixmae.base.errors import UsageError
+from mixmae.trainer.benchmarks import photos
+from mixmae.trainer.benchmarks.results import RESULTS, write_result
+from mixmae.trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
+from mixmae.trainer.data.faults import JPEG
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.order import Share, Ticket
+from mixmae.trainer.data.rng import Purpose, random_at
+from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.sources import open_source
+from mixmae.trainer.data.stream import Position, Stream, Views
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.loading import load_recipe
+from mixmae.trainer.recipe.schema import Data, Recipe
 
 REFERENCE = "imagefolder"
 

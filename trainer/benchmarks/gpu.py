@@ -1,4 +1,4 @@
-"""`python -m trainer.benchmarks.gpu`: the list that `make bench-gpu` measures, a process each."""
+"""`python -m mixmae.trainer.benchmarks.gpu`: the list that `make bench-gpu` measures, a process each."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ RUNS = [
 def main() -> int:
     failed = 0
     for run in RUNS:
-        command = [sys.executable, "-m", "launch.cli", "bench", "step", *run]
+        command = [sys.executable, "-m", "mixmae.launch.cli", "bench", "step", *run]
         failed += (
             subprocess.run([*command, "--steps", "10", "--json", "model.num_images=2"], check=False).returncode != 0
         )

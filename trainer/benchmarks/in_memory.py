@@ -4,9 +4,9 @@ import math
 import multiprocessing
 from collections.abc import Sequence
 
-from trainer.data.faults import Reason, Tally
-from trainer.data.stream import Batch, Stream
-from trainer.stores.store import CacheUse
+from mixmae.trainer.data.faults import Reason, Tally
+from mixmae.trainer.data.stores.store import CacheUse
+from mixmae.trainer.data.stream import Batch, Stream
 
 
 class InMemory(Stream):

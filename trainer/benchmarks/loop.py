@@ -19,23 +19,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer import distributed
-from trainer.benchmarks.in_memory import InMemory
-from trainer.benchmarks.profiling import settled
-from trainer.benchmarks.recipe import recipe_of
-from trainer.benchmarks.results import RESULTS, circumstances, write_result
-from trainer.config import Recipe
-from trainer.data.stream import Batch
-from trainer.distributed import Ranks
-from trainer.errors import UsageError
-from trainer.heartbeat import Heartbeat
-from trainer.job import check, close, prepare
-from trainer.loop import fit, mix_for
-from trainer.ports import free_port
-from trainer.run import Run
-from trainer.shards.build import build_shards
-from trainer.shards.synthetic import Synthetic
-from trainer.signals import StopRequest
+from mixmae.base.errors import UsageError
+from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.ports import free_port
+from mixmae.base.signals import StopRequest
+from mixmae.trainer.benchmarks.in_memory import InMemory
+from mixmae.trainer.benchmarks.profiling import settled
+from mixmae.trainer.benchmarks.recipe import recipe_of
+from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_result
+from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.synthetic import Synthetic
+from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.context import Run
+from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.loop import fit, mix_for
 
 _KEPT = 4
 """Batches in memory."""

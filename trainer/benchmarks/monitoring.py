@@ -19,15 +19,15 @@ from typing import Any
 import psutil
 import torch
 
-from monitoring.discovery import targets_folder
-from monitoring.handover import Recorder
-from trainer.benchmarks.in_memory import InMemory
-from trainer.benchmarks.results import RESULTS, write_result
-from trainer.config import Recipe
-from trainer.data.stream import Stream
-from trainer.distributed import Ranks
-from trainer.observe import Observer, Silence
-from trainer.state import TrainState
+from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.trainer.benchmarks.in_memory import InMemory
+from mixmae.trainer.benchmarks.results import RESULTS, write_result
+from mixmae.trainer.data.stream import Stream
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.state import TrainState
+from mixmae.trainer.telemetry.observer import Observer, Silence
 
 _SCRAPER = """
 import json, sys, time, urllib.request

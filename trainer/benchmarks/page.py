@@ -1,11 +1,11 @@
-"""`python -m trainer.benchmarks.page`: the table and the roofline of docs/performance.md, from benchmarks/results."""
+"""`python -m mixmae.trainer.benchmarks.page`: the table and the roofline of docs/performance.md, from benchmarks/results."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.benchmarks.results import RESULTS
+from mixmae.trainer.benchmarks.results import RESULTS
 
 PAGE = Path("docs/performance.md")
 PICTURE = Path("docs/roofline.png")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
 
 _LONG_SIDE = 500
 

@@ -11,11 +11,11 @@ from typing import Any
 from timm.layers import Attention
 from torch import Tensor
 
-from models import MixMAE
-from models.arrangement import relative_position_index, to_windows
-from models.attention import WindowAttention
-from models.mixing import upsample_groups
-from models.swin import Stage, Swin
+from mixmae.models import MixMAE
+from mixmae.models.encoders.swin import Stage, Swin
+from mixmae.models.layers.token_order import relative_position_index, to_windows
+from mixmae.models.layers.window_attention import WindowAttention
+from mixmae.models.methods.mixing import upsample_groups
 
 _MASKED = -10000.0
 """Added to the logits of pairs that may not see each other."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trainer.distributed import join, leave, read_ranks
-from trainer.ports import free_port
+from mixmae.base.ports import free_port
+from mixmae.trainer.engine.distributed import join, leave, read_ranks
 
 
 def run_ranks(

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from models.registry import SIZES
-from trainer.config import Recipe
-from trainer.recipes import default_recipe
+from mixmae.models.encoders.registry import SIZES
+from mixmae.trainer.recipe.loading import default_recipe
+from mixmae.trainer.recipe.schema import Recipe
 
 
 def recipe_of(model: str, batch: int, overrides: Sequence[str], ranks: int = 1) -> Recipe:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.run_dir import versions
+from mixmae.trainer.run.run_directory import versions
 
 RESULTS = Path("benchmarks/results")
 

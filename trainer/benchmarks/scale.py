@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from models.mixing import draw_mix
-from trainer.benchmarks.ranks import run_ranks
-from trainer.benchmarks.recipe import recipe_of
-from trainer.benchmarks.results import RESULTS, circumstances, write_measurements
-from trainer.communication import Communication
-from trainer.config import Recipe
-from trainer.distributed import Ranks
-from trainer.engine import build_engine, build_model, deepspeed_config
-from trainer.errors import UsageError
-from trainer.planning.activations import on_meta
-from trainer.planning.communication import traffic
-from trainer.planning.states import Limits, count_parameters
+from mixmae.base.errors import UsageError
+from mixmae.models.methods.mixing import draw_mix
+from mixmae.trainer.benchmarks.ranks import run_ranks
+from mixmae.trainer.benchmarks.recipe import recipe_of
+from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
+from mixmae.trainer.planning.activation_memory import on_meta
+from mixmae.trainer.planning.states import Limits, count_parameters
+from mixmae.trainer.planning.traffic import traffic
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.telemetry.comms import Communication
 
 OPERATIONS = {
     "all-reduce": "all_reduce",

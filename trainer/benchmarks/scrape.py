@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from monitoring.discovery import targets_folder
-from monitoring.handover import Recorder
-from monitoring.metrics import METRICS, PARTS, STEP_BUCKETS, Kind, Metric, Source
-from monitoring.reference import VALUES, most_series
-from trainer.benchmarks.results import RESULTS, write_result
+from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.monitoring.metrics import METRICS, PARTS, STEP_BUCKETS, Kind, Metric, Source
+from mixmae.monitoring.metrics_page import VALUES, most_series
+from mixmae.trainer.benchmarks.results import RESULTS, write_result
 
 _ROUNDS = 5
 
@@ -72,7 +72,7 @@ def exporters(folder: Path, nodes: int, ranks: int) -> Iterator[list[str]]:
             for rank in range(node * ranks, (node + 1) * ranks):
                 tell_everything(Recorder(shared, rank), is_main=rank == 0)
             options = [f"--shared={shared}", f"--run-dir={run_dir}", "--port=0"]
-            command = [sys.executable, "-m", "monitoring.exporter", *options]
+            command = [sys.executable, "-m", "mixmae.monitoring.exporter.server", *options]
             processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
         yield [_url_of(folder / f"run-{node}") for node in range(nodes)]
     finally:

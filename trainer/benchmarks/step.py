@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from models.mixing import Mix, draw_mix
-from trainer.benchmarks.profiling import kernel_shares, peak_allocated, profiled, settled
-from trainer.benchmarks.recipe import recipe_of
-from trainer.benchmarks.results import RESULTS, circumstances, write_measurements
-from trainer.benchmarks.variants import VARIANTS, BareStep
-from trainer.config import Recipe
-from trainer.errors import UsageError
-from trainer.flops import model_flops
-from trainer.malloc import keep_freed_memory
+from mixmae.base.errors import UsageError
+from mixmae.models.methods.mixing import Mix, draw_mix
+from mixmae.trainer.benchmarks.profiling import kernel_shares, peak_allocated, profiled, settled
+from mixmae.trainer.benchmarks.recipe import recipe_of
+from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
+from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep
+from mixmae.trainer.engine.flops import model_flops
+from mixmae.trainer.engine.malloc import keep_freed_memory
+from mixmae.trainer.recipe.schema import Recipe
 
 _SIDES = {"cpu": 4096, "cuda": 8192}
 """Of the matrices whose product is the peak."""

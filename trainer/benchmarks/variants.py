@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models import MixMAE
-from models.mixing import Mix
-from models.swin import Stage, Swin
-from trainer.activations import checkpoint_activations
-from trainer.benchmarks.plain import make_plain
-from trainer.config import ActivationCheckpointing, Recipe
-from trainer.cpu import suit_cpu
-from trainer.engine import build_model, compile_parts
-from trainer.optim import parameter_groups
+from mixmae.models import MixMAE
+from mixmae.models.encoders.swin import Stage, Swin
+from mixmae.models.methods.mixing import Mix
+from mixmae.trainer.benchmarks.plain import make_plain
+from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
+from mixmae.trainer.engine.cpu import suit_cpu
+from mixmae.trainer.engine.engine import build_model, compile_parts
+from mixmae.trainer.engine.optimizer import parameter_groups
+from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 
 
 def _masked(model: MixMAE) -> None:

@@ -12,7 +12,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainer.checkpoints import layout
+from mixmae.trainer.checkpoints import layout
 
 _FILE = "claimed.json"
 

@@ -15,8 +15,8 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.checkpoints.layout import Written
-from trainer.checkpoints.pieces import KINDS, Pieces
+from mixmae.trainer.checkpoints.layout import Written
+from mixmae.trainer.checkpoints.pieces import KINDS, Pieces
 
 _CHUNK = 16 * 2**20
 _ALIGNMENT = 64

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.checkpoints import layout
-from trainer.checkpoints.files import Wanted, file_name, fill, read_buffers
-from trainer.checkpoints.layout import DamagedError, Manifest
-from trainer.checkpoints.pieces import KINDS, MOMENTS, Pieces
-from trainer.distributed import Ranks, from_main
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
+from mixmae.trainer.checkpoints import layout
+from mixmae.trainer.checkpoints.files import Wanted, file_name, fill, read_buffers
+from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
+from mixmae.trainer.checkpoints.pieces import KINDS, MOMENTS, Pieces
+from mixmae.trainer.engine.distributed import Ranks, from_main
 
 
 class NothingWholeError(UsageError):

@@ -4,9 +4,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.checkpoints import layout
-from trainer.checkpoints.layout import DamagedError, Manifest
-from trainer.config import Checkpoint
+from mixmae.trainer.checkpoints import layout
+from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
+from mixmae.trainer.recipe.schema import Checkpoint
 
 
 def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.checkpoints import layout, retention
-from trainer.checkpoints.claim import Claim, SupersededError
-from trainer.checkpoints.files import HostMemory, contents, file_name, write
-from trainer.checkpoints.layout import Manifest, Written
-from trainer.checkpoints.pieces import Pieces
-from trainer.config import Checkpoint
-from trainer.distributed import Ranks, background_group, from_main
+from mixmae.trainer.checkpoints import layout, retention
+from mixmae.trainer.checkpoints.claim import Claim, SupersededError
+from mixmae.trainer.checkpoints.files import HostMemory, contents, file_name, write
+from mixmae.trainer.checkpoints.layout import Manifest, Written
+from mixmae.trainer.checkpoints.pieces import Pieces
+from mixmae.trainer.engine.distributed import Ranks, background_group, from_main
+from mixmae.trainer.recipe.schema import Checkpoint
 
 
 @dataclass(frozen=True)

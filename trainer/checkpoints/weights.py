@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoints import layout
-from trainer.checkpoints.files import Wanted, fill
-from trainer.checkpoints.layout import DamagedError, Manifest
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
+from mixmae.trainer.checkpoints import layout
+from mixmae.trainer.checkpoints.files import Wanted, fill
+from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
 
 
 def master_weights(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:

@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np
 
-from trainer.data.faults import Reason, describe, first_names
-from trainer.data.index import ShardIndex
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import Reason, describe, first_names
+from mixmae.trainer.data.index import ShardIndex
 
 
 def admit(index: ShardIndex, max_bad_share: float) -> str | None:

@@ -18,9 +18,9 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from trainer.config import Data
-from trainer.data import jpeg
-from trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.data import jpeg
+from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.recipe.schema import Data
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 [H, W, 3]."""

@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
 
 JPEG, PILLOW = 0, 1
 """States of a good sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from trainer.config import Cache, Network
-from trainer.data.faults import Reason, UnusableError
-from trainer.errors import UsageError
-from trainer.stores.opening import open_store
-from trainer.stores.store import Store
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.stores.opening import open_store
+from mixmae.trainer.data.stores.store import Store
+from mixmae.trainer.recipe.schema import Cache, Network
 
 INDEX, SAMPLES = "index.json", "samples.npy"
 FORMAT = 2

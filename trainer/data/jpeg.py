@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
 
 Bytes = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trainer.rng import Purpose, numpy_at
+from mixmae.trainer.data.rng import Purpose, numpy_at
 
 Numbers = npt.NDArray[np.int64]
 

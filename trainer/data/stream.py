@@ -1,6 +1,6 @@
 """The stream of batches: workers turn the order's samples into uint8 batches; what cannot be used is replaced.
 
-A position in it is one number, the samples seen; see `trainer.data.order`.
+A position in it is one number, the samples seen; see `mixmae.trainer.data.order`.
 """
 
 import re
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from trainer.config import Recipe
-from trainer.data.decode import training_view
-from trainer.data.faults import OUT_OF_REACH, Fault, Tally, TooManyFaultsError, UnusableError, describe, too_many
-from trainer.data.index import ShardIndex
-from trainer.data.order import Order, Share, Stretch, Ticket
-from trainer.distributed import Ranks
-from trainer.errors import UsageError
-from trainer.rng import Purpose, numpy_at, random_at
-from trainer.signals import leave_signals_to_the_main_process
-from trainer.stores.store import CacheUse
+from mixmae.base.errors import UsageError
+from mixmae.base.signals import leave_signals_to_the_main_process
+from mixmae.trainer.data.decode import training_view
+from mixmae.trainer.data.faults import OUT_OF_REACH, Fault, Tally, TooManyFaultsError, UnusableError, describe, too_many
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.order import Order, Share, Stretch, Ticket
+from mixmae.trainer.data.rng import Purpose, numpy_at, random_at
+from mixmae.trainer.data.stores.store import CacheUse
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
 
 _SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""

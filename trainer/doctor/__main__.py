@@ -1,4 +1,4 @@
-"""Looks at a cluster from all its ranks: `python -m trainer.doctor [RECIPE] [key=value ...]` under any launcher.
+"""Looks at a cluster from all its ranks: `python -m mixmae.trainer.doctor [RECIPE] [key=value ...]` under any launcher.
 
 `mixmae doctor` starts it; deepspeed, torchrun and srun do as well.
 """
@@ -14,20 +14,20 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from trainer import distributed
-from trainer.arguments import at_least
-from trainer.config import Recipe
-from trainer.distributed import Ranks, read_ranks
-from trainer.doctor.checks import judge
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.findings import exit_code, print_findings
-from trainer.doctor.job import FULL, SHORT, Effort, attend
-from trainer.doctor.lead import Lead
-from trainer.doctor.link import link_rate
-from trainer.doctor.meeting import AbsentError, Meeting
-from trainer.errors import run_in_words
-from trainer.exits import FAILED, FINISHED
-from trainer.recipes import load_recipe
+from mixmae.base.errors import run_in_words
+from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.trainer.doctor.checks import judge
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.lead import Lead
+from mixmae.trainer.doctor.meeting import AbsentError, Meeting
+from mixmae.trainer.doctor.protocol.findings import exit_code, print_findings
+from mixmae.trainer.doctor.protocol.link import link_rate
+from mixmae.trainer.doctor.rank_job import FULL, SHORT, Effort, attend
+from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.distributed import Ranks, read_ranks
+from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.loading import load_recipe
+from mixmae.trainer.recipe.schema import Recipe
 
 
 class EndedError(BaseException):
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trainer.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mixmae.trainer.doctor", description=__doc__)
     parser.add_argument(
         "recipe", type=Path, nargs="?", help="YAML file; without it hosts and network alone are looked at"
     )

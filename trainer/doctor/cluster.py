@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from trainer.config import Recipe
-from trainer.doctor.facts import Clock, HostFacts, Network, ProbeFacts, RankFacts, RecipeFacts
+from mixmae.trainer.doctor.facts import Clock, HostFacts, Network, ProbeFacts, RankFacts, RecipeFacts
+from mixmae.trainer.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

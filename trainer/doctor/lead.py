@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.distributed import Ranks
-from trainer.doctor.checks import gpus, network, presence
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import HostFacts, Network, Plan, ProbeFacts, RankFacts, RunDirFacts
-from trainer.doctor.findings import Level
-from trainer.doctor.gather.network import Listener, address_towards
-from trainer.doctor.gather.recipe import look_at_recipe
-from trainer.doctor.gather.run_dir import arrived, probe_folder, unusable
-from trainer.doctor.job import MEASURING, Effort, arrive, look, measure, measure_pairs, part
-from trainer.doctor.meeting import ARRIVAL, AbsentError, Meeting
+from mixmae.trainer.doctor.checks import gpus, network, presence
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import HostFacts, Network, Plan, ProbeFacts, RankFacts, RunDirFacts
+from mixmae.trainer.doctor.gather.network import Listener, address_towards
+from mixmae.trainer.doctor.gather.recipe import look_at_recipe
+from mixmae.trainer.doctor.gather.run_dir import arrived, probe_folder, unusable
+from mixmae.trainer.doctor.meeting import ARRIVAL, AbsentError, Meeting
+from mixmae.trainer.doctor.protocol.findings import Level
+from mixmae.trainer.doctor.rank_job import MEASURING, Effort, arrive, look, measure, measure_pairs, part
+from mixmae.trainer.engine.distributed import Ranks
 
 _PROBING = 120.0
 """Seconds in which a host has to read and write its probes."""

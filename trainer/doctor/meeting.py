@@ -12,9 +12,9 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from trainer.distributed import Ranks
-from trainer.doctor.facts import Clock
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
+from mixmae.trainer.doctor.facts import Clock
+from mixmae.trainer.engine.distributed import Ranks
 
 ARRIVAL = 120.0
 """Seconds that the slowest rank may take to start."""

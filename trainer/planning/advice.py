@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from trainer.config import Recipe
-from trainer.planning.plan import Plan, Run
+from mixmae.trainer.planning.plan import Plan, Run
+from mixmae.trainer.recipe.schema import Recipe
 
 _MUCH_COMMUNICATION = 0.2
 """Share of a step above which communication is spoken of."""

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.arguments import at_least, share, size
-from trainer.benchmarks.results import RESULTS
-from trainer.planning.devices import GPUS, build_cluster
-from trainer.planning.plan import Assumptions, make_plan
-from trainer.planning.report import report, values
-from trainer.recipes import load_recipe
+from mixmae.trainer.benchmarks.results import RESULTS
+from mixmae.trainer.planning.devices import GPUS, build_cluster
+from mixmae.trainer.planning.plan import Assumptions, make_plan
+from mixmae.trainer.planning.tables import report, values
+from mixmae.trainer.recipe.arguments import at_least, share, size
+from mixmae.trainer.recipe.loading import load_recipe
 
 _WIDTH = 100
 

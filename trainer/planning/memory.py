@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from trainer.planning.activations import Footprint
-from trainer.planning.states import States
+from mixmae.trainer.planning.activation_memory import Footprint
+from mixmae.trainer.planning.states import States
 
 MOST_IMAGES = 4096
 """Micro-batches above this are not looked for."""

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from trainer.config import ActivationCheckpointing, Recipe
-from trainer.errors import UsageError
-from trainer.planning import communication
-from trainer.planning.activations import Footprint, describe
-from trainer.planning.devices import Cluster
-from trainer.planning.memory import Memory, largest_micro_batch, peak_memory
-from trainer.planning.speed import Speed
-from trainer.planning.states import Limits, Parameters, States, states
+from mixmae.base.errors import UsageError
+from mixmae.trainer.planning import traffic
+from mixmae.trainer.planning.activation_memory import Footprint, describe
+from mixmae.trainer.planning.devices import Cluster
+from mixmae.trainer.planning.memory import Memory, largest_micro_batch, peak_memory
+from mixmae.trainer.planning.speed import Speed
+from mixmae.trainer.planning.states import Limits, Parameters, States, states
+from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 
 NONE = "none"
 """The description of no checkpointing, which `policies` always has."""
@@ -64,7 +64,7 @@ class Option:
     micro_batch: int
     accumulation: int
     memory: Memory
-    traffic: list[communication.Traffic]
+    traffic: list[traffic.Traffic]
     compute_seconds: float
     communication_seconds: float | None
     """None where the network's rate is not known; the step's time then leaves it out."""
@@ -78,7 +78,7 @@ def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: s
     """What a choice of stage, policy and micro-batch comes to; computing and communicating take turns."""
     per_gpu = work.recipe.train.global_batch // cluster.gpus
     accumulation = per_gpu // micro_batch
-    parts = communication.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, work.limits)
+    parts = traffic.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, work.limits)
     return Option(
         stage,
         policy,
@@ -87,7 +87,7 @@ def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: s
         work.memory(stage, policy, cluster.gpus, micro_batch, accumulation > 1),
         parts,
         per_gpu * work.model_flops * (1 + work.recomputed(policy)) / speed.flops,
-        communication.seconds(parts, cluster),
+        traffic.seconds(parts, cluster),
     )
 
 

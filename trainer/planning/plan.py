@@ -3,19 +3,19 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.config import Recipe
-from trainer.engine import deepspeed_config
-from trainer.errors import UsageError
-from trainer.flops import model_flops
-from trainer.optim import build_schedule
-from trainer.planning.activations import describe, measure, on_meta
-from trainer.planning.checkpoints import CheckpointCost, checkpoint_cost
-from trainer.planning.data import Corpus, Loading, WorkerRate, corpus, loading, worker_rate
-from trainer.planning.devices import GPUS, Cluster
-from trainer.planning.memory import Memory
-from trainer.planning.options import Option, Workload, best, micro_batches, option, options, policies
-from trainer.planning.speed import Speed, speed
-from trainer.planning.states import Limits, count_parameters
+from mixmae.base.errors import UsageError
+from mixmae.trainer.engine.engine import deepspeed_config
+from mixmae.trainer.engine.flops import model_flops
+from mixmae.trainer.engine.optimizer import build_schedule
+from mixmae.trainer.planning.activation_memory import describe, measure, on_meta
+from mixmae.trainer.planning.checkpoint_cost import CheckpointCost, checkpoint_cost
+from mixmae.trainer.planning.data_demand import Corpus, Loading, WorkerRate, corpus, loading, worker_rate
+from mixmae.trainer.planning.devices import GPUS, Cluster
+from mixmae.trainer.planning.memory import Memory
+from mixmae.trainer.planning.options import Option, Workload, best, micro_batches, option, options, policies
+from mixmae.trainer.planning.speed import Speed, speed
+from mixmae.trainer.planning.states import Limits, count_parameters
+from mixmae.trainer.recipe.schema import Recipe
 
 _SECONDS_A_DAY = 86_400
 _MOST_GPUS = 4096

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Recipe
-from trainer.errors import UsageError
-from trainer.planning.devices import Gpu
+from mixmae.base.errors import UsageError
+from mixmae.trainer.planning.devices import Gpu
+from mixmae.trainer.recipe.schema import Recipe
 
 ASSUMED_MFU = 0.4
 

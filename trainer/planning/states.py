@@ -1,6 +1,6 @@
 """What DeepSpeed holds on each GPU whatever the micro-batch: weights, gradients, optimizer states, buffers.
 
-By arithmetic from parameter counts, as DeepSpeed 0.19.8 allocates it for the configuration of `trainer.engine`; tests
+By arithmetic from parameter counts, as DeepSpeed 0.19.8 allocates it for the configuration of `mixmae.trainer.engine.engine`; tests
 hold it against the tensors of real engines. Which class does it depends on ZeRO stage and precision (engine.py,
 `_do_optimizer_sanity_check`):
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer.planning.activations import buffer_bytes
+from mixmae.trainer.planning.activation_memory import buffer_bytes
 
 _FP32 = 4
 _MASTER_AND_MOMENTS = 12

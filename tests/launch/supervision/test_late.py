@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.supervision.late import Sighting, is_stuck, late, sighting
-from trainer.heartbeat import Beat
+from mixmae.base.heartbeat import Beat
+from mixmae.launch.supervision.stuck import Sighting, is_stuck, late, sighting
 
 
 def at(part: str, step: int = 7, still: float = 100.0, unticked: float = 0.5) -> Sighting:

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.supervision.child import Child, ended_within
-from launch.supervision.outcome import Exit
-from launch.supervision.output import KEPT_LINES
+from mixmae.launch.supervision.child import Child, ended_within
+from mixmae.launch.supervision.outcome import Exit
+from mixmae.launch.supervision.output import KEPT_LINES
 
 GUARDED = """
 import os, signal, subprocess, sys
-from launch.supervision.guard import Guard
+from mixmae.launch.supervision.guard import Guard
 guard = Guard()
 many = ["sh", "-c", "sleep 1000 & sleep 1000 & wait"]
 group = subprocess.Popen(many, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)

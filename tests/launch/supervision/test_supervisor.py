@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervision.outcome import OVER, Exit
+from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.launch.supervision.outcome import OVER, Exit
 from tests.launch.ranks import Started, processes_of, started
 from tests.launch.supervision.test_processes import eventually
-from trainer.exits import FAILED, FINISHED, MISTAKE, PREEMPTED
 
 
 def stepping(run: Started) -> bool:
@@ -157,7 +157,7 @@ def test_wrong_environments_are_one_clear_line(environment: dict[str, str], mess
     options = ["--attempt", "a", "--run-dir", "r", "--ranks", "2", "--port", "20000"]
     limits = ["--join-seconds", "1", "--stuck-seconds", "1", "--grace-seconds", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.rank", *options, *limits, "tests.launch.stand_in"],
+        [sys.executable, "-m", "mixmae.launch.supervision.rank", *options, *limits, "tests.launch.stand_in"],
         env={**os.environ, "MIXMAE_TOKEN": "secret", **place, **environment},
         capture_output=True,
         text=True,

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from mixmae.base.errors import run_in_words
+from mixmae.trainer.benchmarks.cli import main
+from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from tests.helpers import tiny_recipe
-from trainer.benchmarks.cli import main
-from trainer.benchmarks.photos import jpeg_photo, photo
-from trainer.errors import run_in_words
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["recipe", "photos"])

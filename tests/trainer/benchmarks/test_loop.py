@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.benchmarks.cli import main
-from trainer.errors import run_in_words
+from mixmae.base.errors import run_in_words
+from mixmae.trainer.benchmarks.cli import main
 
 ROOT = Path(__file__).parents[3]
 SIZES = ["embed_dim=8", "depths=[1,1,1,1]", "num_heads=[1,1,2,2]", "window_size=[4,4,4,2]"]
@@ -22,7 +22,7 @@ def test_the_loop_is_compared_with_the_bare_step(tmp_path: Path) -> None:
     """As a process of its own: it joins a process group, and takes signals for itself."""
     out = tmp_path / "out.json"
     options = [*TINY, "--batch", "4", "--rounds", "2", "--json", str(out)]
-    command = [sys.executable, "-m", "launch.cli", "bench", "loop", *options]
+    command = [sys.executable, "-m", "mixmae.launch.cli", "bench", "loop", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from trainer.benchmarks.cli import main
-from trainer.benchmarks.monitoring import measure
-from trainer.observe import Observer
+from mixmae.trainer.benchmarks.cli import main
+from mixmae.trainer.benchmarks.monitoring import measure
+from mixmae.trainer.telemetry.observer import Observer
 
 
 def test_steps_with_and_without_metrics_are_compared(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.benchmarks.page import PAGE, draw, table, with_table
-from trainer.benchmarks.results import RESULTS
+from mixmae.trainer.benchmarks.page import PAGE, draw, table, with_table
+from mixmae.trainer.benchmarks.results import RESULTS
 
 ROOT = Path(__file__).parents[3]
 FIELDS = ("device", "model", "variant", "batch", "images_per_second", "model_tflops", "mfu", "peak_memory_bytes")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from monitoring.node import Gpus
-from monitoring.reference import most_series
-from trainer.benchmarks.cli import main
-from trainer.benchmarks.scrape import measure
+from mixmae.monitoring.exporter.node import Gpus
+from mixmae.monitoring.metrics_page import most_series
+from mixmae.trainer.benchmarks.cli import main
+from mixmae.trainer.benchmarks.scrape import measure
 
 
 def test_exporters_of_two_nodes_answer_with_as_many_series_as_stated(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.benchmarks import scale, step
+from mixmae.trainer.engine.flops import model_flops
 from tests.helpers import tiny_recipe
-from trainer.benchmarks import scale, step
-from trainer.errors import UsageError
-from trainer.flops import model_flops
 
 HERE = torch.device("cpu")
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.mixing import draw_mix
+from mixmae.models.methods.mixing import draw_mix
+from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep
+from mixmae.trainer.recipe.schema import Recipe
 from tests.helpers import tiny_recipe
-from trainer.benchmarks.variants import VARIANTS, BareStep
-from trainer.config import Recipe
 
 HERE = torch.device("cpu")
 OTHERS = [name for name in VARIANTS if not name.startswith("plain")]

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from mixmae.trainer.checkpoints.layout import Manifest, complete
+from mixmae.trainer.checkpoints.pieces import KINDS
+from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run import saving
+from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.helpers import run_ranks, tiny_recipe
-from trainer import saving
-from trainer.checkpoints.layout import Manifest, complete
-from trainer.checkpoints.pieces import KINDS
-from trainer.checkpoints.weights import master_weights
-from trainer.config import Recipe
-from trainer.distributed import Ranks
-from trainer.job import check, prepare
-from trainer.loop import fit
-from trainer.run_dir import read_events
-from trainer.sample_log import read_samples
 
 CHANGES = {
     "fp32 stage 0": ("fp32", [(0, 2), (0, 1), (0, 4)]),

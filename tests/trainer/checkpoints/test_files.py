@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.checkpoints.files import HostMemory, Wanted, contents, fill, read_buffers, write
-from trainer.checkpoints.layout import verify_file
-from trainer.checkpoints.pieces import KINDS, Piece
+from mixmae.trainer.checkpoints.files import HostMemory, Wanted, contents, fill, read_buffers, write
+from mixmae.trainer.checkpoints.layout import verify_file
+from mixmae.trainer.checkpoints.pieces import KINDS, Piece
 
 
 class Held:

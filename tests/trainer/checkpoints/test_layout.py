@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from trainer.checkpoints.layout import (
+from mixmae.trainer.checkpoints.layout import (
     FOLDER,
     MANIFEST,
     NEWEST,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from mixmae.trainer.checkpoints.layout import complete, step_of
+from mixmae.trainer.checkpoints.retention import prune
+from mixmae.trainer.recipe.schema import Checkpoint
 from tests.trainer.checkpoints.test_layout import make
-from trainer.checkpoints.layout import complete, step_of
-from trainer.checkpoints.retention import prune
-from trainer.config import Checkpoint
 
 
 def grow(run_dir: Path, settings: Checkpoint, losses: dict[int, float | None]) -> list[int]:

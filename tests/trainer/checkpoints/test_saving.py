@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.checkpoints.claim import Claim
+from mixmae.trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
+from mixmae.trainer.checkpoints.pieces import KINDS
+from mixmae.trainer.checkpoints.resume import NothingWholeError
+from mixmae.trainer.checkpoints.saver import Saver
+from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run import saving
+from mixmae.trainer.run.context import Run
+from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.loop import fit, train_step
+from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.run.saving import SaveError
 from tests.helpers import run_ranks, tiny_recipe
-from trainer import saving
-from trainer.checkpoints.claim import Claim
-from trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
-from trainer.checkpoints.pieces import KINDS
-from trainer.checkpoints.resume import NothingWholeError
-from trainer.checkpoints.saver import Saver
-from trainer.checkpoints.weights import master_weights
-from trainer.config import Recipe
-from trainer.distributed import Ranks
-from trainer.errors import UsageError
-from trainer.job import check, prepare
-from trainer.loop import fit, train_step
-from trainer.run import Run
-from trainer.run_dir import read_events
-from trainer.saving import SaveError
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:

@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.admit import admit
+from mixmae.trainer.data.faults import Reason, TooManyFaultsError
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.shards.indexing import write_index
+from mixmae.trainer.data.stream import Position, Stream
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.loop import fit
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.data.servers import Fault, HttpServer, http_server
-from trainer.config import Recipe
-from trainer.data.admit import admit
-from trainer.data.faults import Reason, TooManyFaultsError
-from trainer.data.index import ShardIndex, open_index
-from trainer.data.stream import Position, Stream
-from trainer.distributed import Ranks
-from trainer.errors import UsageError
-from trainer.job import check, prepare
-from trainer.loop import fit
-from trainer.shards.indexing import write_index
 
 GOOD = 39
 Members = list[tuple[str, bytes]]

@@ -13,10 +13,9 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop as their_center_crop
 from torchvision.transforms.functional import resized_crop
 
-from trainer.benchmarks.photos import jpeg_photo, photo
-from trainer.config import Data
-from trainer.data import jpeg
-from trainer.data.decode import (
+from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
+from mixmae.trainer.data import jpeg
+from mixmae.trainer.data.decode import (
     MAX_PIXELS,
     PartialJpeg,
     WholeImage,
@@ -28,7 +27,8 @@ from trainer.data.decode import (
     random_crop,
     training_view,
 )
-from trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.recipe.schema import Data
 
 FAST, PLAIN = Data(decoder="fast"), Data(decoder="pillow")
 

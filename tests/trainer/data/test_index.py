@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import webdataset
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.shards.cli import main
+from mixmae.trainer.data.shards.indexing import write_index
 from tests.helpers import tar_of
-from trainer.data.faults import Reason, UnusableError
-from trainer.data.index import open_index
-from trainer.errors import UsageError
-from trainer.shards.cli import main
-from trainer.shards.indexing import write_index
 
 
 def test_shards_are_webdataset_shards(shards: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data import jpeg
 from tests.helpers import needs_jpegtran
-from trainer.data import jpeg
-from trainer.errors import UsageError
 
 INTERVALS = [{"restart_marker_blocks": blocks} for blocks in range(1, 7)]
 SAMPLINGS = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16)}

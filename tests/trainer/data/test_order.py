@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.order import Order, Stretch, Ticket
+from mixmae.trainer.data.order import Order, Stretch, Ticket
 
 
 @st.composite

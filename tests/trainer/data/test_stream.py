@@ -14,16 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.synthetic import Synthetic
+from mixmae.trainer.data.stores.remote import RemoteStore
+from mixmae.trainer.data.stream import LostWorkerError, Position, Stream, ToDevice, order_of
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Cache, Network, Recipe
 from tests.helpers import tiny_recipe
 from tests.trainer.data.servers import http_server
-from trainer.config import Cache, Network, Recipe
-from trainer.data.index import open_index
-from trainer.data.stream import LostWorkerError, Position, Stream, ToDevice, order_of
-from trainer.distributed import Ranks
-from trainer.errors import UsageError
-from trainer.shards.build import build_shards
-from trainer.shards.synthetic import Synthetic
-from trainer.stores.remote import RemoteStore
 
 
 def recipe_for(shards: Path, workers: int = 0, **changes: Any) -> Recipe:

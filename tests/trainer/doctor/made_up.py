@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import tiny_recipe
-from trainer.doctor.checks import judge
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import (
+from mixmae.trainer.doctor.checks import judge
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import (
     Clock,
     Gpu,
     HostFacts,
@@ -22,7 +21,8 @@ from trainer.doctor.facts import (
     ShardFacts,
     SharedMemory,
 )
-from trainer.doctor.findings import Finding, Level
+from mixmae.trainer.doctor.protocol.findings import Finding, Level
+from tests.helpers import tiny_recipe
 
 GIB = 1 << 30
 VERSIONS = {"python": "3.11.2", "torch": "2.15.0", "timm": "1.0.31", "mixmae's sources": "0123456789ab"}

@@ -1,10 +1,10 @@
 import pytest
 
+from mixmae.trainer.doctor.facts import Pair, Reduction
+from mixmae.trainer.doctor.gather.bandwidth import WrongSumError, measure_reductions
+from mixmae.trainer.doctor.rank_job import measure_pairs
+from mixmae.trainer.engine.distributed import Ranks
 from tests.helpers import run_ranks
-from trainer.distributed import Ranks
-from trainer.doctor.facts import Pair, Reduction
-from trainer.doctor.gather.bandwidth import WrongSumError, measure_reductions
-from trainer.doctor.job import measure_pairs
 
 
 def measure(ranks: Ranks) -> tuple[tuple[Reduction, ...], tuple[Pair, ...]]:

@@ -4,6 +4,20 @@ from dataclasses import replace
 
 import pytest
 
+from mixmae.trainer.doctor.checks import CHECKS, judge
+from mixmae.trainer.doctor.checks.network import bus_bandwidth, expected_link
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import (
+    Clock,
+    Interface,
+    Network,
+    Pair,
+    ProbeFacts,
+    RecipeFacts,
+    Reduction,
+    SharedMemory,
+)
+from mixmae.trainer.doctor.protocol.findings import Level
 from tests.helpers import tiny_recipe
 from tests.trainer.doctor.made_up import (
     GIB,
@@ -18,11 +32,6 @@ from tests.trainer.doctor.made_up import (
     with_run_dir,
     with_shards,
 )
-from trainer.doctor.checks import CHECKS, judge
-from trainer.doctor.checks.network import bus_bandwidth, expected_link
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import Clock, Interface, Network, Pair, ProbeFacts, RecipeFacts, Reduction, SharedMemory
-from trainer.doctor.findings import Level
 
 SLOW = Network("nccl", (Reduction(256 << 20, 0.2),), (Pair("node1", "node2", 2e9), Pair("node2", "node3", 9e9)))
 PATIENT = tiny_recipe(**{"data.num_workers": 8, "data.prefetch_factor": 4, "train.micro_batch": 128,

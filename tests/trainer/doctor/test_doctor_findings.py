@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trainer.doctor.findings import (
+from mixmae.trainer.doctor.protocol.findings import (
     Finding,
     Level,
     as_document,

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from tests.cluster import clock
 from tests.cluster.cluster import Cluster
 from tests.trainer.doctor.recipes import write_recipe
-from trainer.doctor.findings import Finding, Level, finding_of
 
 pytestmark = pytest.mark.services
 
 
 def examine(cluster: Cluster, recipe: Path, *argv: str, nodes: str = "--nodes=2", **env: str) -> list[Finding]:
     """What the doctor finds with two ranks on each node."""
-    task = [sys.executable, "-m", "trainer.doctor", str(recipe), "--jsonl", *argv]
+    task = [sys.executable, "-m", "mixmae.trainer.doctor", str(recipe), "--jsonl", *argv]
     done = cluster.login.run(
         ["srun", *nodes.split(), "--ntasks-per-node=2", "--gpus-per-node=2", "--kill-on-bad-exit=1", *task],
         env={"OMP_NUM_THREADS": "1", **env},

@@ -1,4 +1,4 @@
-"""`python -m trainer.doctor` as launchers start it, with real ranks on this machine."""
+"""`python -m mixmae.trainer.doctor` as launchers start it, with real ranks on this machine."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from mixmae.base.ports import free_port
+from mixmae.trainer.checkpoints.layout import Manifest, newest_checkpoint
+from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.gather.recipe import look_at_recipe
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.loading import load_recipe
 from tests.trainer.doctor.recipes import write_recipe
-from trainer.checkpoints.layout import Manifest, newest_checkpoint
-from trainer.distributed import Ranks
-from trainer.doctor.checks.storage import checkpoint_bytes
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.findings import Finding, Level, finding_of
-from trainer.doctor.gather.recipe import look_at_recipe
-from trainer.ports import free_port
-from trainer.recipes import load_recipe
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120
@@ -40,7 +40,7 @@ def start(
     started: int = 2,
     world_size: int = 2,
     port: int | None = None,
-    command: tuple[str, ...] = ("-m", "trainer.doctor"),
+    command: tuple[str, ...] = ("-m", "mixmae.trainer.doctor"),
 ) -> "list[subprocess.Popen[str]]":
     """Starts the first `started` ranks."""
     port = port or free_port()
@@ -82,7 +82,7 @@ def test_two_healthy_ranks(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_as_large_as_foretold(recipe: Path, tmp_path: Path) -> None:
-    arguments = ["-m", "trainer.pretrain", str(recipe), "train.duration=3 steps", "monitoring.enabled=false"]
+    arguments = ["-m", "mixmae.trainer.train", str(recipe), "train.duration=3 steps", "monitoring.enabled=false"]
     subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=SECONDS)
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
@@ -148,7 +148,7 @@ def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Pa
     script.write_text(
         "import os, sys, time\n"
         "from trainer import distributed\n"
-        "from trainer.doctor import job, lead, __main__\n"
+        "from mixmae.trainer.doctor import job, lead, __main__\n"
         "lead.MEASURING = 5.0\n"
         "if os.environ['RANK'] == '1':\n"
         "    job.measure = lambda *_: time.sleep(600)\n"
@@ -167,7 +167,7 @@ def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> N
         "import os, sys, time\n"
         "os.environ['LOCAL_RANK'] = '0'\n"
         "from trainer import distributed\n"
-        "from trainer.doctor import job, lead, __main__\n"
+        "from mixmae.trainer.doctor import job, lead, __main__\n"
         "lead._PROBING = 5.0\n"
         "if os.environ['RANK'] == '1':\n"
         "    job.look = lambda *_: time.sleep(600)\n"
@@ -192,8 +192,8 @@ def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
 
 
 def test_a_main_rank_that_cannot_be_reached() -> None:
-    script = "from trainer.doctor import meeting; meeting.ARRIVAL = 2.0; from trainer.doctor import __main__ as d; " \
-             "from trainer.errors import run_in_words; import sys; sys.exit(run_in_words(d.main, []))"  # fmt: skip
+    script = "from mixmae.trainer.doctor import meeting; meeting.ARRIVAL = 2.0; from mixmae.trainer.doctor import __main__ as d; " \
+             "from mixmae.base.errors import run_in_words; import sys; sys.exit(run_in_words(d.main, []))"  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment(1, 2, free_port()),

@@ -15,14 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import tiny_recipe
-from trainer.data.index import open_index
-from trainer.distributed import Ranks
-from trainer.doctor.facts import Plan
-from trainer.doctor.gather.bandwidth import turns
-from trainer.doctor.gather.gpus import read_gpus
-from trainer.doctor.gather.host import host_facts, rank_facts
-from trainer.doctor.gather.network import (
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.doctor.facts import Plan
+from mixmae.trainer.doctor.gather.bandwidth import turns
+from mixmae.trainer.doctor.gather.gpus import read_gpus
+from mixmae.trainer.doctor.gather.host import host_facts, rank_facts
+from mixmae.trainer.doctor.gather.network import (
     Listener,
     address_towards,
     fabric_rate,
@@ -30,11 +28,13 @@ from trainer.doctor.gather.network import (
     is_free,
     why_unreachable,
 )
-from trainer.doctor.gather.recipe import look_at_recipe
-from trainer.doctor.gather.run_dir import arrived, look_at_run_dir, probe_folder
-from trainer.doctor.gather.shards import first_and_last, look_at_shards
-from trainer.doctor.gather.versions import fingerprint_of, relevant
-from trainer.doctor.link import link_rate
+from mixmae.trainer.doctor.gather.recipe import look_at_recipe
+from mixmae.trainer.doctor.gather.run_dir import arrived, look_at_run_dir, probe_folder
+from mixmae.trainer.doctor.gather.shards import first_and_last, look_at_shards
+from mixmae.trainer.doctor.gather.versions import fingerprint_of, relevant
+from mixmae.trainer.doctor.protocol.link import link_rate
+from mixmae.trainer.engine.distributed import Ranks
+from tests.helpers import tiny_recipe
 
 
 def test_a_rank_and_its_host_are_described() -> None:
@@ -137,7 +137,7 @@ def test_a_probe_leaves_a_run_directory_as_it_was(tmp_path: Path) -> None:
 
 
 def test_another_directory_under_the_same_name_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.doctor.gather.run_dir._CACHING", 0.0)
+    monkeypatch.setattr("mixmae.trainer.doctor.gather.run_dir._CACHING", 0.0)
     with probe_folder(tmp_path) as (folder, token):
         assert not look_at_run_dir(tmp_path, folder, "another token", 0, 1 << 20).saw
         assert not look_at_run_dir(tmp_path, tmp_path / ".doctor-elsewhere", token, 0, 1 << 20).saw

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from trainer.benchmarks import profiling
+from mixmae.trainer.benchmarks import profiling
 
 
 def peak_allocated(work: Callable[[], object]) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from mixmae.base.errors import run_in_words
+from mixmae.trainer.planning.cli import main
+from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import tiny_recipe
-from trainer.errors import run_in_words
-from trainer.planning.cli import main
-from trainer.recipes import load_recipe
 
 DEMO = "configs/pretrain/demo.yaml"
 

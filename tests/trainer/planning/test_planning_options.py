@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.engine.flops import model_flops
+from mixmae.trainer.planning.activation_memory import measure, on_meta
+from mixmae.trainer.planning.devices import GPUS, Cluster, build_cluster
+from mixmae.trainer.planning.options import Workload, best, micro_batches, option, options, policies
+from mixmae.trainer.planning.speed import Speed
+from mixmae.trainer.planning.states import Limits, count_parameters
+from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from tests.helpers import tiny_recipe
-from trainer.config import ActivationCheckpointing, Recipe
-from trainer.errors import UsageError
-from trainer.flops import model_flops
-from trainer.planning.activations import measure, on_meta
-from trainer.planning.devices import GPUS, Cluster, build_cluster
-from trainer.planning.options import Workload, best, micro_batches, option, options, policies
-from trainer.planning.speed import Speed
-from trainer.planning.states import Limits, count_parameters
 
 PACE = Speed(1e14, 0.3, "given")
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from mixmae.base.errors import UsageError
+from mixmae.trainer.planning.devices import find_gpu
+from mixmae.trainer.planning.speed import ASSUMED_MFU, speed
 from tests.helpers import tiny_recipe
-from trainer.errors import UsageError
-from trainer.planning.devices import find_gpu
-from trainer.planning.speed import ASSUMED_MFU, speed
 
 RECIPE = tiny_recipe(**{"train.precision": "bf16", "train.zero_stage": 1})
 A100 = find_gpu("a100-80g")

@@ -8,16 +8,16 @@ import torch
 from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from models.mixing import draw_mix
+from mixmae.models.methods.mixing import draw_mix
+from mixmae.trainer.engine import engine as trainer_engine
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
+from mixmae.trainer.planning.activation_memory import measure, on_meta
+from mixmae.trainer.planning.memory import peak_memory
+from mixmae.trainer.planning.states import Limits, States, count_parameters, states
+from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.planning.allocations import Held, peak_allocated
-from trainer import engine as trainer_engine
-from trainer.config import ActivationCheckpointing, Recipe
-from trainer.distributed import Ranks
-from trainer.engine import build_engine, build_model, deepspeed_config
-from trainer.planning.activations import measure, on_meta
-from trainer.planning.memory import peak_memory
-from trainer.planning.states import Limits, States, count_parameters, states
 
 Case = tuple[int, str, int]
 """ZeRO stage, precision, micro-batches in a step."""

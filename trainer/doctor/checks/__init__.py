@@ -5,9 +5,9 @@ A new check is one more function here; `CHECKS` below has all of them, in the or
 
 from collections.abc import Callable, Iterator
 
-from trainer.doctor.checks import data, gpus, hosts, network, presence, storage, versions
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.findings import Finding
+from mixmae.trainer.doctor.checks import data, gpus, hosts, network, presence, storage, versions
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.protocol.findings import Finding
 
 CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (
     presence.ranks,

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from trainer.doctor.checks.among import departing, hosts_in_words, most_common
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import ShardFacts
-from trainer.doctor.findings import Finding, Level, some
+from mixmae.trainer.doctor.checks.among import departing, hosts_in_words, most_common
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import ShardFacts
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
 
 
 def _looked(cluster: Cluster) -> dict[str, ShardFacts]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from monitoring.text import size
-from trainer.doctor.checks.among import departing, hosts_in_words, most_common
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import Gpu, HostFacts, RankFacts
-from trainer.doctor.findings import Finding, Level, some
+from mixmae.monitoring.watch.text import size
+from mixmae.trainer.doctor.checks.among import departing, hosts_in_words, most_common
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import Gpu, HostFacts, RankFacts
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
 
 _FREE = 0.95
 """Share of its memory that a GPU has free before ranks use it."""

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 
-from monitoring.text import size
-from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.checks.storage import checkpoint_bytes
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import HostFacts
-from trainer.doctor.findings import Finding, Level, some
+from mixmae.monitoring.watch.text import size
+from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import HostFacts
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
 
 _CLOCK_WARNING, _CLOCK_ERROR = 1.0, 300.0
 """Seconds: logs and alerts are confused from the first on; Slurm's authentication and S3 refuse beyond the second."""

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from ipaddress import ip_address
 
-from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import HostFacts, Network, Reduction
-from trainer.doctor.findings import Finding, Level, some
+from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import HostFacts, Network, Reduction
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
 
 _CHOSEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ENOUGH = 0.5

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.findings import Finding, Level, some
+from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
 
 
 def ranks(cluster: Cluster) -> Iterator[Finding]:

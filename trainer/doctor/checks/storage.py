@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from monitoring.text import duration, size
-from trainer.doctor.checks.among import hosts_in_words
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.facts import RunDirFacts
-from trainer.doctor.findings import Finding, Level
+from mixmae.monitoring.watch.text import duration, size
+from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import RunDirFacts
+from mixmae.trainer.doctor.protocol.findings import Finding, Level
 
 _BYTES_PER_PARAMETER = 12
 """fp32 weights and two moments."""

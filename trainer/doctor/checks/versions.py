@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from trainer.doctor.checks.among import departing, hosts_in_words, most_common
-from trainer.doctor.cluster import Cluster
-from trainer.doctor.findings import Finding, Level, some
+from mixmae.trainer.doctor.checks.among import departing, hosts_in_words, most_common
+from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
 
 _MUST_AGREE = ("python", "torch", "deepspeed", "mixmae", "mixmae's sources", "CUDA", "NCCL", "webdataset", "machine")
 """Ranks that differ in these compute or communicate differently."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from trainer.distributed import Ranks
-from trainer.doctor.facts import Reduction
+from mixmae.trainer.doctor.facts import Reduction
+from mixmae.trainer.engine.distributed import Ranks
 
 _REPEATS = 5
 _PAIR_BYTES = 16 << 20

@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from monitoring.node import SHARED_MEMORY
-from trainer.distributed import Ranks
-from trainer.doctor.facts import Gpu, HostFacts, RankFacts, SharedMemory
-from trainer.doctor.gather.gpus import read_gpus
-from trainer.doctor.gather.network import fabric_rate, interface_with, is_free, own_addresses
-from trainer.doctor.gather.versions import relevant, software
+from mixmae.monitoring.exporter.node import SHARED_MEMORY
+from mixmae.trainer.doctor.facts import Gpu, HostFacts, RankFacts, SharedMemory
+from mixmae.trainer.doctor.gather.gpus import read_gpus
+from mixmae.trainer.doctor.gather.network import fabric_rate, interface_with, is_free, own_addresses
+from mixmae.trainer.doctor.gather.versions import relevant, software
+from mixmae.trainer.engine.distributed import Ranks
 
 _LEFT_OVER = "deepspeed_allreduce_buffer_*"
 """What killed ranks of other programs leave in shared memory."""

@@ -6,7 +6,7 @@ from typing import Self
 
 import psutil
 
-from trainer.doctor.facts import Interface
+from mixmae.trainer.doctor.facts import Interface
 
 _SECONDS = 5.0
 """In which a neighbour has to answer."""

@@ -2,13 +2,13 @@
 
 import torch
 
-from trainer.checkpoints.layout import complete
-from trainer.config import Recipe
-from trainer.distributed import Ranks
-from trainer.doctor.facts import RecipeFacts
-from trainer.engine import build_model
-from trainer.errors import UsageError
-from trainer.job import check
+from mixmae.base.errors import UsageError
+from mixmae.trainer.checkpoints.layout import complete
+from mixmae.trainer.doctor.facts import RecipeFacts
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.engine import build_model
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.lifecycle import check
 
 
 def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from trainer.doctor.facts import RunDirFacts
-from trainer.doctor.folders import made
+from mixmae.trainer.doctor.facts import RunDirFacts
+from mixmae.trainer.doctor.protocol.folders import made
 
 _CACHING = 5.0
 """Seconds after which a network file system shows what another host wrote."""

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.config import Recipe
-from trainer.data.admit import admit
-from trainer.data.faults import Reason, UnusableError
-from trainer.data.index import ShardIndex, open_index
-from trainer.doctor.facts import ShardFacts
-from trainer.errors import UsageError
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.admit import admit
+from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.doctor.facts import ShardFacts
+from mixmae.trainer.recipe.schema import Recipe
 
 _SHARDS = 8
 """So many shards are tried, the first and the last among them."""

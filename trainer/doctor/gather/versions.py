@@ -6,10 +6,7 @@ from pathlib import Path
 
 import torch
 
-import models
-import monitoring
-import trainer
-from trainer.run_dir import versions
+from mixmae.trainer.run.run_directory import versions
 
 SOURCES = "mixmae's sources"
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "DS_", "UCX_", "FI_", "LD_", "PYTHONPATH")

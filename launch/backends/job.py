@@ -1,0 +1,92 @@
+"""What is started: a module as so many ranks, whichever way; and one start of it."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mixmae.launch.supervision.outcome import attempt_folder
+from mixmae.trainer.recipe.schema import Launch
+
+FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 300, 32
+"""Where starts that name no port meet: below the ports that Linux gives to outgoing connections."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A module that runs as ranks.
+
+    Attributes:
+        module: run by `python -m`; takes `--world-size N` first, and refuses to run as another number of ranks.
+        arguments: what else it gets.
+        run_dir: where logs and records go.
+    """
+
+    module: str
+    arguments: Sequence[str]
+    run_dir: Path
+    settings: Launch = field(default_factory=Launch)
+
+    def rank_arguments(self, ranks: int, attempt: str, port: str, launcher: bool) -> list[str]:
+        """What follows `python -m mixmae.launch.supervision.rank`.
+
+        Args:
+            launcher: whether the launching process keeps the run company to its end.
+        """
+        settings = self.settings
+        options = {
+            "attempt": attempt,
+            "run-dir": str(self.run_dir),
+            "ranks": str(ranks),
+            "port": port,
+            "join-seconds": f"{settings.join_seconds:g}",
+            "stuck-seconds": f"{settings.stuck_seconds:g}",
+            "grace-seconds": f"{settings.grace_seconds:g}",
+        }
+        given = [text for name, value in options.items() for text in (f"--{name}", value)]
+        return [*given, *(["--launcher"] if launcher else []), self.module, "--world-size", str(ranks), *self.arguments]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job.
+
+    Attributes:
+        name: of its folder in the run directory.
+        port: the first on which rank 0's supervisor may listen.
+        secret: what its supervisors know each other by.
+    """
+
+    name: str
+    port: int
+    secret: str
+
+    def folder(self, run_dir: Path) -> Path:
+        return attempt_folder(run_dir, self.name)
+
+
+def new_attempt(job: Job) -> Attempt:
+    """A start of its own name, now."""
+    name = base = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    number = 1
+    while attempt_folder(job.run_dir, name).exists():
+        number += 1
+        name = f"{base}-{number}"
+    port = job.settings.port or FIRST_PORT + PORT_BLOCK * secrets.randbelow(PORT_BLOCKS)
+    return Attempt(name, port, secrets.token_hex(16))
+
+
+@dataclass(frozen=True)
+class Command:
+    """Exactly what is run.
+
+    Attributes:
+        arguments: the command line.
+        environment: variables set beside those that this process has.
+        files: by path, what is written for the time of the command, readable by its owner alone.
+    """
+
+    arguments: Sequence[str]
+    environment: dict[str, str]
+    files: dict[Path, str] = field(default_factory=dict)

@@ -1,0 +1,48 @@
+"""Ranks on this machine alone, under DeepSpeed's launcher."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mixmae.base.errors import UsageError
+from mixmae.launch.backends.job import Attempt, Command, Job
+from mixmae.launch.supervision.supervisor import TOKEN
+
+
+@dataclass(frozen=True)
+class Local:
+    """So many ranks here, whatever hostfile this machine has."""
+
+    ranks: int
+    address = "127.0.0.1"
+
+    def command(self, job: Job, attempt: Attempt, environment: Mapping[str, str]) -> Command:
+        """What starts the ranks.
+
+        Args:
+            environment: this process's, for the accelerators that it may use.
+
+        Raises:
+            UsageError: fewer accelerators may be used than there are to be ranks.
+        """
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
+        here = [*_devices(self.ranks, environment), "--master_port", str(attempt.port), "--no_local_rank"]
+        rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
+        return Command([*runner, *here, "--module", "mixmae.launch.supervision.rank", *rank], {TOKEN: attempt.secret})
+
+    def sweep(self, attempt: Attempt) -> None:
+        """Nothing: all that was started here ends with the process that started it."""
+
+
+def _devices(ranks: int, environment: Mapping[str, str]) -> list[str]:
+    """The runner's options; with a number of accelerators alone it would forget which ones the user chose."""
+    chosen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if not chosen:
+        return ["--num_gpus", str(ranks)]
+    shown = f"CUDA_VISIBLE_DEVICES={','.join(chosen)}"
+    if len(chosen) < ranks:
+        raise UsageError(f"{shown} names {len(chosen)} devices, fewer than --local {ranks}; name more, or unset it")
+    if not all(name.isdecimal() for name in chosen):
+        raise UsageError(f"{shown}: DeepSpeed's launcher takes numbers only; name devices by their numbers")
+    return ["--include", f"localhost:{','.join(chosen[:ranks])}"]

@@ -1,0 +1,97 @@
+"""What a cluster wants in every job: modules, variables, a container, lines for sbatch; a YAML file."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.loading import explain
+from mixmae.trainer.recipe.schema import Section
+
+VARIABLE = "MIXMAE_SITE"
+PLACES = (Path("~/.config/mixmae/site.yaml"), Path("/etc/mixmae/site.yaml"))
+"""Where a site file is looked for, after `--site` and the variable."""
+
+
+def _one_line(text: str) -> str:
+    if "\n" in text:
+        raise ValueError("expected one line")
+    return text
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("expected a variable's name")
+    return name
+
+
+def _option(text: str) -> str:
+    if not _one_line(text).startswith("-"):
+        raise ValueError("expected an option of sbatch, such as --constraint=a100")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Name = Annotated[str, AfterValidator(_variable)]
+Option = Annotated[str, AfterValidator(_option)]
+
+
+class Container(Section):
+    """How ranks get into a container; one of both, or neither."""
+
+    srun: tuple[Option, ...] = ()
+    """Options of srun, as enroot's pyxis has them: --container-image=..., --container-mounts=..."""
+    prefix: tuple[Line, ...] = ()
+    """Words before the command: apptainer, exec, --nv, image.sif"""
+
+
+class Site(Section):
+    partition: Line | None = None
+    account: Line | None = None
+    """Both where the command line names none."""
+    qos: Line | None = None
+    modules: tuple[Line, ...] = ()
+    """Loaded in this order, after `module purge`."""
+    setup: tuple[Line, ...] = ()
+    """Lines of shell, after the modules."""
+    environment: Mapping[Name, Line] = Field(default_factory=dict)
+    sbatch: tuple[Option, ...] = ()
+    """Further options, one a line."""
+    container: Container = Container()
+    python: Line | None = None
+    """On the nodes, or in the container; None: the one that runs `mixmae launch`."""
+
+
+def find_site(given: Path | None, environment: Mapping[str, str]) -> Path | None:
+    """The site file: as given, else as the variable names it, else the first of the usual places that exists.
+
+    Raises:
+        UsageError: the one that is named does not exist.
+    """
+    named = given or (Path(environment[VARIABLE]) if environment.get(VARIABLE) else None)
+    if named is not None:
+        if not named.is_file():
+            source = f"--site {named}" if given else f"{VARIABLE}={named}"
+            raise UsageError(f"{source}: no such file; docs/launching.md shows one")
+        return named
+    return next((place for path in PLACES if (place := path.expanduser()).is_file()), None)
+
+
+def read_site(file: Path | None) -> Site:
+    """The settings of a site file; none of them without a file.
+
+    Raises:
+        UsageError: it is not YAML, has an unknown key or a value of another kind.
+    """
+    if file is None:
+        return Site()
+    try:
+        return Site.model_validate(yaml.safe_load(file.read_text()) or {})
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise UsageError(f"{file}: {'; '.join(explain(detail, Site) for detail in error.errors()[:3])}") from error

@@ -1,0 +1,113 @@
+"""`mixmae monitor up RUN_DIR`: Prometheus and Alertmanager here, with the shipped rules, alerts and page of runs."""
+
+import argparse
+import shlex
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from mixmae.base.errors import UsageError
+from mixmae.monitoring.prometheus.configuration import target_files
+from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs, free_port_from
+
+_EVERY = 2.0
+"""Seconds between two looks for new runs."""
+_FILES = """Runs below a folder are found as they begin. Runs are told apart by the names of their directories.
+
+The servers listen on the loopback interface; from elsewhere: ssh -L 9090:127.0.0.1:9090 HOST."""
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae monitor", description=__doc__)
+    up = parser.add_subparsers(required=True, metavar="up").add_parser(
+        "up", help="run both servers until Ctrl-C", epilog=_FILES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    up.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR", help="run directory, or a directory of them")
+    up.add_argument("--port", type=int, default=9090, help="of Prometheus; the next free one if it is taken")
+    up.add_argument("--alertmanager-port", type=int, default=9093, metavar="PORT")
+    up.add_argument("--data", type=Path, help="folder for what they store; default: a temporary one")
+    up.add_argument("--dry-run", action="store_true", help="print commands and configuration instead of running them")
+    args = parser.parse_args(argv)
+    for folder in args.folders:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file; expected a run directory, or a directory of run directories")
+    try:
+        with ExitStack() as stack:
+            data = args.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixmae-monitor-")))
+            monitor = prepare(find_programs(), args.folders, data, args.port, args.alertmanager_port)
+            if args.dry_run:
+                print(*map(shlex.join, monitor.commands.values()), f"\n{monitor.configuration}", sep="\n", end="")
+                return 0
+            signal.signal(signal.SIGTERM, _interrupt)
+            stack.enter_context(monitor)
+            print(addresses(monitor), flush=True)
+            watch(monitor)
+    except MonitorError as error:
+        raise UsageError(str(error)) from error
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+    return 0
+
+
+def prepare(programs: Programs, folders: Sequence[Path], data: Path, port: int, alertmanager_port: int) -> Monitor:
+    """The servers on free ports; says where they differ from what was asked for."""
+    if programs.alertmanager is None:
+        print("Alertmanager is not on PATH: alerts are shown by Prometheus alone "
+              "('apt-get install prometheus-alertmanager' gets it)")  # fmt: skip
+    found = _port("Prometheus", port)
+    return Monitor(programs, folders, data, found, _port("Alertmanager", alertmanager_port, (found,)))
+
+
+def addresses(monitor: Monitor) -> str:
+    """What to open in a browser."""
+    rows = [
+        f"Prometheus    {monitor.url}/graph",
+        f"runs          {monitor.url}/consoles/mixmae.html",
+        f"alerts        {monitor.url}/alerts",
+    ]
+    if monitor.alertmanager_url is not None:
+        rows.append(f"Alertmanager  {monitor.alertmanager_url}")
+    return "\n".join([*rows, f"stored in     {monitor.data}", "Ctrl-C ends all of it."])
+
+
+def watch(monitor: Monitor) -> None:
+    """Follows the runs until it is interrupted.
+
+    Raises:
+        MonitorError: a server ended.
+    """
+    known = None
+    while True:
+        monitor.check()
+        monitor.update()
+        found = target_files(monitor.folders)
+        if found != known:
+            print(_in_words(found, monitor.folders), flush=True)
+            known = found
+        time.sleep(_EVERY)
+
+
+def _in_words(files: Sequence[Path], folders: Sequence[Path]) -> str:
+    nodes: dict[str, int] = {}
+    for file in files:
+        run = file.parents[2].name
+        nodes[run] = nodes.get(run, 0) + 1
+    if not nodes:
+        return f"waiting for a run to begin in {', '.join(map(str, folders))}"
+    return "watching " + ", ".join(f"{run} ({count} node{'s'[: count > 1]})" for run, count in nodes.items())
+
+
+def _port(server: str, wanted: int, taken: Sequence[int] = ()) -> int:
+    if not 0 < wanted < 2**16:
+        raise UsageError(f"port {wanted} for {server}: expected 1 to 65535")
+    found = free_port_from(wanted, taken)
+    if found != wanted:
+        print(f"port {wanted} is taken: {server} gets {found}")
+    return found
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

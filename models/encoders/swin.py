@@ -1,0 +1,245 @@
+"""Swin encoders of MixMAE: unshifted, large windows, global attention in the late stages (paper section 3.2).
+
+Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage is one cell of the mixing grid.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Self
+
+import torch
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixmae.models.encoders.contract import Encoder
+from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
+from mixmae.models.layers.token_order import (
+    Arrangement,
+    by_group,
+    by_window,
+    relative_position_index,
+    separated,
+    window_order,
+)
+from mixmae.models.layers.window_attention import WindowAttention
+
+NUM_STAGES = 4
+
+
+class Stage(nn.Module):
+    """Patch merging (but for the first stage), then blocks that share one arrangement of tokens."""
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        window: int,
+        grid: tuple[int, int],
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        merge: bool,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.window = window
+        self.grad_checkpointing = False
+        self.downsample = PatchMerging(dim // 2) if merge else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
+        )
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        # No buffers: checkpoints hold all buffers of a model, and older ones would lack these.
+        self._window_order = window_order(grid, window, self.relative_position_index.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._window_order = window_order(self.grid, self.window, self.relative_position_index.device)
+        return self
+
+    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        x = self.downsample(x)
+        arrangement = self._arrange(groups, num_groups, x.dtype)
+        tokens = arrangement.sort(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, arrangement, use_reentrant=False, preserve_rng_state=self.training)
+            else:
+                tokens = block(tokens, arrangement)
+        return arrangement.restore(tokens, self.grid)
+
+    def _arrange(self, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
+        is_global = self.grid == (self.window, self.window)
+        if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
+            return by_group(groups, num_groups, self.grid, self.relative_position_index)
+        windows = by_window(self.grid, self.window, self.relative_position_index, self._window_order)
+        return windows if groups is None else separated(windows, groups, self.grid, dtype)
+
+
+class Swin(Encoder):
+    """`encoder(images, groups=None) -> features`: pretraining, features and classification with one object.
+
+    Args:
+        img_size: pixels, one side or (height, width).
+        window_size: window side of each stage; each stage's token grid must divide by it.
+        num_classes: 0 leaves the head out; with `global_pool=""` the features stay a map [B, H/32, W/32, C].
+
+    Raises:
+        ValueError: the image does not divide into 32 px cells, or a stage's grid not into windows.
+    """
+
+    positions: Tensor
+    num_stages = NUM_STAGES
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 128,
+        depths: Sequence[int] = (2, 2, 18, 2),
+        num_heads: Sequence[int] = (4, 8, 16, 32),
+        window_size: Sequence[int] = (14, 14, 14, 7),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if embed_dim % 4:
+            raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
+        self.num_classes = num_classes
+        self.stride = patch_size * 2 ** (NUM_STAGES - 1)
+        grids = token_grids((height, width), patch_size, window_size)
+        self.grid = grids[-1]
+        dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.patch_embed = PatchEmbed(
+            (height, width), patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
+        )
+        # A buffer in fp32 that DeepSpeed leaves alone; added in the dtype of the tokens.
+        self.register_buffer("positions", sincos_positions(grids[0], embed_dim), persistent=False)
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.ModuleList(
+            Stage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
+            for i in range(NUM_STAGES)
+        )
+        self.norm = nn.LayerNorm(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
+        self.apply(init_weights)
+
+    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        """Images [B, 3, H, W], normalised; groups [H/32, W/32] or [B, H/32, W/32], or None for unmixed images."""
+        return self.forward_head(self.forward_features(images, groups, num_groups))
+
+    def forward_features(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        """The final norm's tokens, [B, H/32, W/32, C]."""
+        x = self._embed(images)
+        for stage in self.stages:
+            x = stage(x, groups, num_groups)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's feature-extraction contract: the maps behind the stages `indices`."""
+        take, last = feature_take_indices(NUM_STAGES, indices)
+        maps = []
+        x = self._embed(x)
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                out = self.norm(x) if norm and i == NUM_STAGES - 1 else x
+                maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
+        return maps if intermediates_only else (self.norm(x) if last == NUM_STAGES - 1 else x, maps)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images)
+        return x + self.positions.to(x.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] = (1, 2, 3, 4)) -> None:
+        for number, stage in enumerate(self.stages, start=1):
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable and number in stages
+
+    def set_fused_attention(self) -> None:
+        from mixmae.models.ops.grouped_attention import grouped_attention  # Triton comes with torch for GPUs alone
+
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.kernel = grouped_attention
+
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        chosen = self.stages[stage - 1]
+        assert isinstance(chosen, Stage)
+        return list(chosen.blocks)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """timm's layer groups, from the image to the head, for layer-wise learning-rate decay."""
+        block = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        )
+        return {"stem": r"^patch_embed", "blocks": block}
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+
+
+def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> list[tuple[int, int]]:
+    """The token grid of each stage.
+
+    Raises:
+        ValueError: with the sizes that would fit, if cells or windows do not divide the image.
+    """
+    stride = patch_size * 2 ** (NUM_STAGES - 1)
+    if any(side % stride for side in img_size):
+        fits = [max(stride, round(side / stride) * stride) for side in img_size]
+        raise ValueError(
+            f"img_size {img_size[0]}x{img_size[1]} does not divide into cells of {stride} px; "
+            f"the nearest that does is {fits[0]}x{fits[1]}"
+        )
+    if len(window_size) != NUM_STAGES:
+        raise ValueError(f"window_size {tuple(window_size)} has {len(window_size)} entries; expected {NUM_STAGES}")
+    grids = [(img_size[0] // side, img_size[1] // side) for side in (patch_size * 2**i for i in range(NUM_STAGES))]
+    if any(side % w for grid, w in zip(grids, window_size, strict=True) for side in grid):
+        raise ValueError(
+            f"img_size {img_size[0]}x{img_size[1]} gives token grids "
+            f"{', '.join(f'{h}x{w}' for h, w in grids)} that do not divide by window_size "
+            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit"
+        )
+    assert all(coarse[0] * 2 == fine[0] for fine, coarse in pairwise(grids))
+    return grids
+
+
+def fitting_windows(grids: Sequence[tuple[int, int]], window_size: Sequence[int]) -> tuple[int, ...]:
+    """Windows that divide their grids: nearest to those asked for in stages 1 and 2, the whole map in 3 and 4."""
+
+    def nearest(grid: tuple[int, int], wanted: int) -> int:
+        fits = [w for w in range(1, min(grid) + 1) if grid[0] % w == 0 and grid[1] % w == 0]
+        return min(fits, key=lambda w: (abs(w - wanted), -w))
+
+    return (nearest(grids[0], window_size[0]), nearest(grids[1], window_size[1]), min(grids[2]), min(grids[3]))

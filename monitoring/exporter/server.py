@@ -1,0 +1,258 @@
+"""A node's exporter: /metrics and /healthz over HTTP, from what the node's ranks hand over.
+
+A process of its own, started by the node's first rank: it takes nothing from a rank's time, and goes on telling when
+ranks hang. It ends with the rank that started it. After a clean end its target file is gone; after a crash it stays, so
+that Prometheus sees a node that is down. It has the rank's output for its own, and waits for no reader of that.
+"""
+
+import argparse
+import base64
+import errno
+import hmac
+import os
+import select
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from mixmae.monitoring.exporter.collector import NodeCollector
+from mixmae.monitoring.exporter.discovery import write_target
+from mixmae.monitoring.exporter.handover import read_ranks
+
+PORTS = 100
+"""Ports tried, from the wanted one on."""
+UNUSABLE = 2
+"""Exit code where something the user gave cannot be used: another start would end the same way."""
+ENDED_JOB = "mixmae_ended"
+"""The job of numbers on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
+_PARENT_CHECK = 1.0
+_GATEWAY_TIMEOUT = 4.0
+"""Seconds: less than a run waits for its exporter."""
+
+
+class ExporterError(ValueError):
+    """Something the user gave cannot be used."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a node's exporter is reached."""
+
+    shared: Path
+    """Folder in which the ranks hand over."""
+    run_dir: Path
+    address: str = "127.0.0.1"
+    port: int = 9400
+    stall_seconds: float = 300.0
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    auth_file: Path | None = None
+    """One line, `user:password`."""
+    pushgateway: str | None = None
+
+
+class Exporter:
+    """The HTTP server of a node."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        """Binds the first free port.
+
+        Raises:
+            ExporterError: no port is free, the address is not this host's, or a file cannot be used.
+        """
+        self.settings, self._clock = settings, clock
+        self._started = clock()
+        self.registry = CollectorRegistry()
+        self.registry.register(NodeCollector(settings.shared, settings.run_dir))
+        self._metrics = make_wsgi_app(self.registry)
+        self._credentials = _read_credentials(settings.auth_file)
+        self._server = self._bind()
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    @property
+    def target(self) -> str:
+        """`host:port`, as another host would call it."""
+        everywhere = self.settings.address in ("", "0.0.0.0", "::")
+        return f"{socket.gethostname() if everywhere else self.settings.address}:{self._server.server_port}"
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.settings.certfile else 'http'}://{self.target}/metrics"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def push(self) -> None:
+        """Hands the last numbers to the Pushgateway, for runs that end between two scrapes."""
+        if self.settings.pushgateway is not None:
+            self._tell_gateway(push_to_gateway, registry=self.registry)
+
+    def take_back(self) -> None:
+        """Removes from the Pushgateway what an earlier end of this run left there: the run goes on."""
+        if self.settings.pushgateway is not None:
+            self._tell_gateway(delete_from_gateway)
+
+    def _tell_gateway(self, tell: Callable[..., None], **what: CollectorRegistry) -> None:
+        gateway = str(self.settings.pushgateway)
+        node_of_run = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
+        try:
+            tell(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
+        except (OSError, ValueError) as error:  # ValueError: no address
+            _say(sys.stderr, f"mixmae: monitoring.pushgateway={gateway} takes no numbers: {error}")
+
+    def _bind(self) -> Any:
+        settings = self.settings
+        for port in range(settings.port, settings.port + PORTS) if settings.port else (0,):
+            try:
+                server = make_server(settings.address, port, self._answer, _QuietServer, _QuietHandler)
+            except socket.gaierror as error:
+                raise ExporterError(f"monitoring.address={settings.address} is no address: {error}") from error
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):  # taken, or not ours to take
+                    continue
+                raise ExporterError(f"monitoring.address={settings.address}: {error}") from error
+            if settings.certfile is not None:
+                context = _tls(settings.certfile, settings.keyfile)
+                # The handshake waits for the first read, in its own thread: a client that is silent keeps no other out.
+                server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+            return server
+        raise ExporterError(f"monitoring.port={settings.port}: none of {PORTS} ports from there on is free")
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if self._credentials and not self._admits(environ.get("HTTP_AUTHORIZATION", "")):
+            start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="mixmae"')])
+            return [b"user and password, please\n"]
+        path = environ.get("PATH_INFO", "/")
+        if path == "/metrics":
+            return self._metrics(environ, start_response)
+        if path == "/healthz":
+            late = self.late_ranks()
+            start_response("503 Service Unavailable" if late else "200 OK", [("Content-Type", "text/plain")])
+            return [f"no step finished for {self.settings.stall_seconds:g} s: {late}\n".encode() if late else b"ok\n"]
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"/metrics or /healthz\n"]
+
+    def late_ranks(self) -> str:
+        """Ranks whose last step is too long ago, with their seconds; empty if there are none."""
+        now, late = self._clock(), []
+        for rank, values in read_ranks(self.settings.shared):
+            beats = [value.value for value in values if value.metric == "heartbeat_timestamp_seconds"]
+            age = now - (beats[0] if beats and beats[0] else self._started)
+            if age > self.settings.stall_seconds:
+                late.append(f"rank {rank} ({age:.0f} s)")
+        return ", ".join(late)
+
+    def _admits(self, header: str) -> bool:
+        kind, _, content = header.partition(" ")
+        try:
+            given = base64.b64decode(content, validate=True)
+        except ValueError:
+            return False
+        return kind.lower() == "basic" and hmac.compare_digest(given, self._credentials)
+
+
+class _QuietServer(ThreadingWSGIServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that says nothing, or no TLS, or hangs up is its own trouble, and no news of the run."""
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = 10
+    """Seconds after which a scraper that says nothing is left."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are no news."""
+
+
+def check_files(certfile: Path | None, keyfile: Path | None, auth_file: Path | None) -> None:
+    """Raises ExporterError if TLS or passwords could not be set up with these files."""
+    _read_credentials(auth_file)
+    if certfile is not None:
+        _tls(certfile, keyfile)
+
+
+def _read_credentials(file: Path | None) -> bytes:
+    if file is None:
+        return b""
+    try:
+        content = file.read_text().strip()
+    except OSError as error:
+        raise ExporterError(f"monitoring.auth_file={file} cannot be read: {error.strerror}") from error
+    if ":" not in content or "\n" in content:
+        raise ExporterError(f"monitoring.auth_file={file}: expected one line, user:password")
+    return content.encode()
+
+
+def _tls(certfile: Path, keyfile: Path | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise ExporterError(f"monitoring.certfile={certfile}, keyfile={keyfile} cannot be used: {error}") from error
+    return context
+
+
+def _say(stream: TextIO, line: str) -> None:
+    """Prints a line, or does not where nobody reads: waiting for room, this would miss the end of its rank."""
+    if select.select([], [stream], [], 0)[1]:
+        with suppress(OSError):
+            os.write(stream.fileno(), f"{line}\n".encode())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serves until the process that started it says so (SIGTERM: a clean end), or is gone."""
+    parser = argparse.ArgumentParser(prog="mixmae.monitoring.exporter.server", description=__doc__)
+    for field in ("shared", "run-dir"):
+        parser.add_argument(f"--{field}", type=Path, required=True)
+    for field in ("certfile", "keyfile", "auth-file"):
+        parser.add_argument(f"--{field}", type=Path)
+    parser.add_argument("--address", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=9400)
+    parser.add_argument("--stall-seconds", type=float, default=300.0)
+    parser.add_argument("--pushgateway")
+    parser.add_argument("--parent", type=int, default=os.getppid())
+    given = vars(parser.parse_args(argv))
+    parent, settings = given.pop("parent"), Settings(**given)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks; the first of them ends this
+    try:
+        exporter = Exporter(settings)
+    except ExporterError as error:
+        _say(sys.stderr, f"mixmae: no metrics are exported: {error}")
+        return UNUSABLE
+    target = write_target(settings.run_dir, socket.gethostname(), exporter.target)
+    _say(sys.stdout, f"metrics at {exporter.url}, announced in {target}")
+    exporter.take_back()
+    while not ended.wait(_PARENT_CHECK) and os.getppid() == parent:
+        pass
+    clean = ended.is_set()
+    try:
+        if clean:
+            target.unlink(missing_ok=True)
+            exporter.push()
+    finally:
+        exporter.close()
+        if os.getppid() != parent:  # which cannot do it any more; as long as it lives, it may start another exporter
+            shutil.rmtree(settings.shared, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,220 @@
+"""Prometheus and Alertmanager on this machine, with the shipped configuration, for some run directories."""
+
+import errno
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mixmae.monitoring.prometheus.configuration import HERE, HOST, INTERVAL, configuration, password_files
+
+DOWNLOADS = "https://prometheus.io/download/"
+PORTS = 100
+"""Ports tried, from the wanted one on."""
+_STARTING, _ENDING = 30.0, 10.0
+"""Seconds that a server has to answer, and to end by itself."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without the proxy that the environment may name: it does not reach this machine's loopback interface."""
+
+
+class MonitorError(RuntimeError):
+    """What keeps the servers from running here."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Paths of the servers."""
+
+    prometheus: str
+    alertmanager: str | None
+    """None if there is none: alerts are then seen in Prometheus alone."""
+
+
+def find_programs() -> Programs:
+    """The servers on PATH; Debian calls the second prometheus-alertmanager.
+
+    Raises:
+        MonitorError: Prometheus is missing; says how to get it.
+    """
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        raise MonitorError(
+            "the program prometheus is not on PATH; get it with 'apt-get install prometheus prometheus-alertmanager' "
+            f"or from {DOWNLOADS}"
+        )
+    return Programs(prometheus, shutil.which("alertmanager") or shutil.which("prometheus-alertmanager"))
+
+
+def free_port_from(first: int, taken: Iterable[int] = ()) -> int:
+    """The first port of the loopback interface from `first` on that nothing listens on, and that is not in `taken`.
+
+    Raises:
+        MonitorError: none of 100 ports is free.
+    """
+    last = min(first + PORTS, 2**16)
+    for port in range(first, last):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do, after one that just ended
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                    raise
+                continue
+        if port not in taken:
+            return port
+    raise MonitorError(f"none of the ports {first} to {last - 1} is free; name another one")
+
+
+class Monitor:
+    """The servers as children of this process, from `with` to its end. Their output goes to files in `data`."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        folders: Sequence[Path],
+        data: Path,
+        port: int,
+        alertmanager_port: int,
+        interval: str = INTERVAL,
+    ) -> None:
+        self.folders, self.data, self.port = folders, data.resolve(), port
+        self.alertmanager_port = None if programs.alertmanager is None else alertmanager_port
+        self._programs, self._interval = programs, interval
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._written = ""
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def alertmanager_url(self) -> str | None:
+        return None if self.alertmanager_port is None else f"http://{HOST}:{self.alertmanager_port}"
+
+    @property
+    def configuration(self) -> str:
+        """Of Prometheus, for the runs that are there now.
+
+        Raises:
+            MonitorError: a password that a run's recipe names cannot be read.
+        """
+        with self._reading():
+            return configuration(self.folders, self.data, self.alertmanager_port, self._interval)
+
+    @property
+    def commands(self) -> dict[str, list[str]]:
+        """Argument lists, by the server's name."""
+        commands = {
+            "prometheus": [
+                self._programs.prometheus,
+                f"--config.file={self.data / 'prometheus.yml'}",
+                f"--storage.tsdb.path={self.data / 'prometheus'}",
+                f"--web.listen-address={HOST}:{self.port}",
+                f"--web.external-url={self.url}/",
+                f"--web.console.templates={HERE / 'consoles'}",
+                f"--web.console.libraries={HERE / 'consoles'}",
+            ]
+        }
+        if self._programs.alertmanager is not None:
+            commands["alertmanager"] = [
+                self._programs.alertmanager,
+                f"--config.file={HERE / 'alertmanager.yml'}",
+                f"--storage.path={self.data / 'alertmanager'}",
+                f"--web.listen-address={HOST}:{self.alertmanager_port}",
+                f"--web.external-url={self.alertmanager_url}/",
+                "--cluster.listen-address=",  # no others to find
+            ]
+        return commands
+
+    def __enter__(self) -> Self:
+        """Starts the servers and waits until they answer.
+
+        Raises:
+            MonitorError: one ended at once or did not answer in time, or there is no place for its data.
+        """
+        try:
+            self.data.mkdir(parents=True, exist_ok=True)
+            self.update()
+        except OSError as error:
+            raise MonitorError(f"{self.data} cannot be written to: {error.strerror}; name another folder") from error
+        try:
+            for name, command in self.commands.items():
+                with self._log(name).open("wb") as log:
+                    # A session of its own: Ctrl-C is for this process, which ends the servers in its own time.
+                    child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                self._children[name] = child
+            for url in filter(None, (self.url, self.alertmanager_url)):
+                self._wait_for(f"{url}/-/ready")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def update(self) -> None:
+        """Takes up runs that began below the folders since the last time; targets of known runs need no help."""
+        wanted = self.configuration
+        if wanted == self._written:
+            return
+        with self._reading():
+            passwords = password_files(self.folders, self.data)
+        for file, password in passwords.items():
+            file.touch(mode=0o600)
+            file.write_text(password)
+        (self.data / "prometheus.yml").write_text(wanted)
+        self._written = wanted
+        if "prometheus" in self._children:
+            self._children["prometheus"].send_signal(signal.SIGHUP)
+
+    def check(self) -> None:
+        """Raises MonitorError with the last words of a server that ended."""
+        for name, child in self._children.items():
+            if child.poll() is not None:
+                words = self._log(name).read_text(errors="replace").splitlines()[-1:]
+                raise MonitorError(f"{name} ended with {child.returncode} ({self._log(name)}): {''.join(words)}")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MonitorError(
+                f"{error.filename}, which a run's recipe names, cannot be read: {error.strerror}"
+            ) from error
+
+    def _log(self, name: str) -> Path:
+        return self.data / f"{name}.log"
+
+    def _wait_for(self, url: str) -> None:
+        deadline = time.monotonic() + _STARTING
+        while time.monotonic() < deadline:
+            self.check()
+            try:
+                with _DIRECT.open(url, timeout=1):
+                    return
+            except OSError:  # not yet
+                time.sleep(0.1)
+        raise MonitorError(f"{url} does not answer after {_STARTING:g} s; the servers' output is in {self.data}")
+
+    def _end(self) -> None:
+        for child in self._children.values():
+            child.terminate()
+        for child in self._children.values():
+            try:
+                child.wait(_ENDING)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()

@@ -1,0 +1,264 @@
+"""Endpoints of a run asked in the background: what its ranks say of themselves, and which alerts fire."""
+
+import http.client
+import json
+import math
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from mixmae.monitoring.exporter.access import TIMEOUT, Access, fetch
+from mixmae.monitoring.metrics import PLACES, PREFIX
+
+WINDOW = 60.0
+"""Seconds over which rates are taken."""
+LATE_SECONDS, LATE_STEPS = 30.0, 5
+"""A rank is late after both: so many seconds, and so many times its mean step."""
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
+"""What a question to an endpoint can end with: no connection, no HTTP, or an answer that says something else."""
+
+Numbers = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """One answer of an exporter; names without `mixmae_`."""
+
+    at: float
+    ranks: Mapping[int, Numbers]
+    """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds, `rank_part` the
+    number of its part in PLACES."""
+    main: Numbers
+    """What the main rank says of the run; empty unless it is on this node."""
+    world_size: int | None
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A row of the table of ranks."""
+
+    rank: int
+    node: str
+    step: int | None
+    age: float | None
+    """Seconds since it last finished a step; None before the first."""
+    images_per_second: float
+    data_wait: float
+    """Share of its time spent waiting for data. This and the rate: over the last minute, or else since it started."""
+    memory: float
+    """Bytes held on its device, or on the host if it has none."""
+    memory_limit: float
+    replaced: int
+    trouble: str
+    """`late`, `stopped` if its process does not run, `silent` if nobody tells, or empty."""
+    part: str = ""
+    """Of a step that it is at; empty if it does not say."""
+
+    @property
+    def badness(self) -> tuple[float, ...]:
+        """Sorts the worst first; what flickers between two scrapes of a healthy run does not count."""
+        late = bool(self.trouble)
+        behind = (-(self.age or 0.0), self.step or 0) if late else (0.0, 0.0)
+        wait = 0.0 if math.isnan(self.data_wait) else round(self.data_wait, 1)
+        return (-late, behind[1], behind[0], -wait, -self.replaced, self.rank)
+
+
+@dataclass(frozen=True)
+class Alert:
+    name: str
+    severity: str
+    since: float
+    text: str
+
+
+def parse_scrape(text: str, at: float) -> Scrape:
+    """An exporter's answer.
+
+    Raises:
+        ValueError: not Prometheus' text format, or none of a run.
+    """
+    # Buckets are most of the text and not needed: without them 64 nodes are read in passing.
+    lines = [line for line in text.splitlines() if line.startswith(PREFIX) and "_bucket{" not in line]
+    if not lines:
+        raise ValueError(f"the answer holds no {PREFIX}* metrics")
+    ranks: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    main: dict[str, float] = defaultdict(float)
+    world_size = None
+    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+        for sample in family.samples:
+            name = sample.name.removeprefix(PREFIX)
+            if name == "run_info":
+                world_size = int(sample.labels["world_size"])
+            if "rank" not in sample.labels:
+                main[name] += sample.value
+                continue
+            mine = ranks[int(sample.labels["rank"])]
+            if name == "rank_part":
+                mine[name] += PLACES.index(sample.labels["part"]) * sample.value
+                continue
+            mine[name] += sample.value
+            if name == "step_part_seconds_sum" and sample.labels["part"] == "data_wait":
+                mine["data_wait"] += sample.value
+    return Scrape(at, ranks, main, world_size)
+
+
+class Endpoint:
+    """An exporter, and what it answered during the last minute."""
+
+    def __init__(self, url: str, node: str, access: Access) -> None:
+        self.url, self.node, self._access = url, node, access
+        self.problem: str | None = None
+        """Why the last question was not answered."""
+        self.scrapes: tuple[Scrape, ...] = ()
+        """Oldest first; kept while the endpoint is silent. Replaced as a whole: another thread reads it."""
+
+    def ask(self, now: float) -> None:
+        try:
+            new = parse_scrape(self._access.fetch(self.url).decode(), now)
+        except UNREACHABLE as error:
+            self.problem = why(error)
+            return
+        recent = deque(scrape for scrape in self.scrapes if now - scrape.at <= WINDOW)
+        if recent and _restarted(recent[-1], new):
+            recent.clear()
+        self.scrapes, self.problem = (*recent, new), None
+
+    def ranks(self, now: float) -> list[Rank]:
+        scrapes = self.scrapes
+        if not scrapes:
+            return []
+        first, last = scrapes[0], scrapes[-1]
+        silent = self.problem is not None
+        at = now if silent else last.at  # between two scrapes a rank's age does not grow
+        return [
+            _rank(rank, self.node, first.ranks.get(rank, {}), numbers, at, silent)
+            for rank, numbers in last.ranks.items()
+        ]
+
+
+class Prometheus:
+    """The alerts of a run that fire."""
+
+    def __init__(self, url: str, labels: Mapping[str, str]) -> None:
+        """`labels` are those that an alert of this run has."""
+        self.url, self._labels = url.rstrip("/"), labels
+        self.problem: str | None = None
+        self.alerts: tuple[Alert, ...] = ()
+
+    def ask(self, now: float) -> None:
+        try:
+            self.alerts = parse_alerts(fetch(f"{self.url}/api/v1/alerts").decode(), self._labels)
+        except UNREACHABLE as error:
+            self.problem, self.alerts = why(error), ()
+        else:
+            self.problem = None
+
+
+def parse_alerts(text: str, labels: Mapping[str, str]) -> tuple[Alert, ...]:
+    """Firing alerts that have `labels`, newest first.
+
+    Raises:
+        ValueError: not an answer of Prometheus' /api/v1/alerts.
+    """
+    try:
+        found = [
+            Alert(
+                alert["labels"]["alertname"],
+                alert["labels"].get("severity", ""),
+                datetime.fromisoformat(alert["activeAt"]).timestamp(),
+                alert.get("annotations", {}).get("summary", ""),
+            )
+            for alert in json.loads(text)["data"]["alerts"]
+            if alert["state"] == "firing" and labels.items() <= alert["labels"].items()
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("the answer is not that of Prometheus' /api/v1/alerts") from error
+    return tuple(sorted(found, key=lambda alert: -alert.since))
+
+
+class Poller:
+    """Asks something every `interval` seconds in a thread of its own, which ends with the process."""
+
+    def __init__(self, ask: Callable[[float], None], interval: float, clock: Callable[[], float] = time.time) -> None:
+        self._ask, self._interval, self._clock = ask, interval, clock
+        self._stopped = threading.Event()
+        self.asked = threading.Event()
+        """Set once the first question was answered or given up."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._ask(self._clock())
+            self.asked.set()
+            self._stopped.wait(self._interval)
+
+
+def why(error: Exception) -> str:
+    """An error of `fetch` in a few words."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, TimeoutError):
+        return f"no answer within {TIMEOUT:g} s"
+    return (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
+
+
+def reachable(address: str, node: str) -> bool:
+    """Whether `host:port` can mean the exporter of `node` here: a loopback address is another host's own elsewhere."""
+    host = address.rpartition(":")[0].strip("[]")
+    return node == socket.gethostname() or not (host.startswith("127.") or host in ("localhost", "::1"))
+
+
+def _restarted(before: Scrape, after: Scrape) -> bool:
+    return any(
+        numbers.get("images_total", 0.0) < before.ranks[rank].get("images_total", 0.0)
+        for rank, numbers in after.ranks.items()
+        if rank in before.ranks
+    )
+
+
+def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent: bool) -> Rank:
+    beat = last.get("heartbeat_timestamp_seconds", 0.0)
+    age = max(0.0, at - beat) if beat else None
+    mean_step = _ratio(last.get("step_seconds_sum", 0.0), last.get("step_seconds_count", 0.0))
+    late = age is not None and age > max(LATE_SECONDS, 0.0 if math.isnan(mean_step) else LATE_STEPS * mean_step)
+    stopped = at - last.get("alive_timestamp_seconds", at) > LATE_SECONDS
+    trouble = "silent" if silent else "stopped" if stopped else "late" if late else ""
+
+    def over(name: str, seconds: str) -> float:
+        recent = last.get(seconds, 0.0) - first.get(seconds, math.inf)
+        if recent > 0:
+            return (last.get(name, 0.0) - first.get(name, 0.0)) / recent
+        return _ratio(last.get(name, 0.0), last.get("step_seconds_sum", 0.0))
+
+    held, limit = last.get("device_memory_reserved_bytes", 0.0), last.get("device_memory_limit_bytes", 0.0)
+    return Rank(
+        rank,
+        node,
+        int(last["step"]) if "step" in last else None,
+        age,
+        # Between two heartbeats: steps longer than the time between scrapes do not blur it.
+        0.0 if trouble else over("images_total", "heartbeat_timestamp_seconds"),
+        over("data_wait", "step_seconds_sum"),
+        held or last.get("resident_memory_bytes", math.nan),
+        limit if held else 0.0,
+        int(last.get("replaced_samples_total", 0.0)),
+        trouble,
+        PLACES[int(last["rank_part"])] if "rank_part" in last else "",
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan

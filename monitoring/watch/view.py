@@ -1,0 +1,286 @@
+"""A run as someone who watches it sees it: from its event file as that grows, or from one exporter alone."""
+
+import json
+import math
+import time
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mixmae.monitoring.exporter.access import RECIPE, TIMEOUT, Access, access_of, read_recipe
+from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.monitoring.watch.history import Log, State, Tail
+from mixmae.monitoring.watch.scrape import Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
+
+EVENTS = "events.jsonl"
+
+
+class WatchError(ValueError):
+    """What was given cannot be watched."""
+
+
+@dataclass(frozen=True)
+class View:
+    """All that a frame shows."""
+
+    name: str
+    details: str
+    log: Log
+    now: float
+    ranks: Sequence[Rank] = ()
+    """The worst first."""
+    notes: Sequence[str] = ()
+    """Why something is not shown."""
+    alerts: Sequence[Alert] | None = None
+    """None where nobody asked for them."""
+    end: float = math.nan
+    """When the run ends, as its main rank reckons; NaN where it was not asked."""
+
+    @property
+    def step(self) -> int:
+        return max([self.log.step, *(rank.step or 0 for rank in self.ranks)])
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last sign of life: an event, or a step that any rank finished; infinite without any."""
+        ages = [rank.age for rank in self.ranks if rank.age is not None]
+        if self.log.latest is not None:
+            ages.append(self.now - self.log.latest)
+        return max(0.0, min(ages, default=math.inf))
+
+    @property
+    def state(self) -> State:
+        if self.log.ended is not None:
+            return self.log.ended
+        if math.isinf(self.silence):
+            return State.NOT_STARTED
+        return State.STALLED if self.silence > self.log.patience else State.RUNNING
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run first began, to its end if it ended."""
+        log = self.log
+        if log.began is None or log.latest is None:
+            return math.nan
+        return max(0.0, (log.latest if log.ended else self.now) - log.began)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds to the end at the present speed; NaN where that is not known."""
+        if self.log.total_steps is None or self.state is not State.RUNNING:
+            return math.nan
+        if math.isfinite(self.end):
+            return max(0.0, self.end - self.now)
+        return max(0, self.log.total_steps - self.step) * self.log.seconds_per_step
+
+
+class Watched(Protocol):
+    """Something that can be looked at again and again."""
+
+    def view(self, now: float) -> View: ...
+
+    def settle(self) -> None:
+        """Waits, for a short time only, until every endpoint was asked once."""
+
+
+class WatchedRun:
+    """A run directory; its endpoints where they answer."""
+
+    def __init__(self, run_dir: Path, interval: float, prometheus: str | None = None) -> None:
+        """Begins to watch.
+
+        Raises:
+            WatchError: not a run directory.
+        """
+        try:
+            is_run = (run_dir / RECIPE).is_file() or (run_dir / EVENTS).is_file()
+        except OSError as error:
+            raise WatchError(f"{run_dir} cannot be read: {error.strerror}") from error
+        if not is_run:
+            raise WatchError(
+                f"{run_dir} is not a run directory: it has neither {RECIPE} nor {EVENTS}; give a recipe's run_dir, or "
+                "http://NODE:PORT of an exporter"
+            )
+        self.run_dir, self._interval = run_dir, interval
+        self.name = run_dir.resolve().name
+        self._log, self._tail, self._recipe = Log(), Tail(run_dir / EVENTS), dict[str, Any]()
+        self._endpoints: dict[tuple[str, str], tuple[Endpoint, Poller]] = {}
+        self._alerts = Asked(prometheus, {"run": self.name}, interval)
+        self._find_endpoints()
+
+    def settle(self) -> None:
+        wait_for([*(poller for _, poller in self._endpoints.values()), *self._alerts.pollers])
+
+    def view(self, now: float) -> View:
+        notes = [*self._read_events(), *self._alerts.notes()]
+        listed, elsewhere = self._find_endpoints()
+        if self._log.ended is None:
+            notes += self._why_no_ranks(listed, elsewhere)
+        ranks = sorted((r for e, _ in self._endpoints.values() for r in e.ranks(now)), key=lambda rank: rank.badness)
+        return View(self.name, self._details(), self._log, now, ranks, notes, self._alerts.alerts)
+
+    def _read_events(self) -> Iterator[str]:
+        try:
+            if self._tail.shrank():
+                self._log = Log()
+            for line in self._tail.lines():
+                self._log.read(line)
+        except FileNotFoundError:
+            return  # the run has only just been made
+        except OSError as error:
+            yield f"{EVENTS} cannot be read: {error.strerror}"
+        if self._log.unreadable:
+            yield f"lines of {EVENTS} that were cut short and are left out: {self._log.unreadable}"
+
+    def _find_endpoints(self) -> tuple[int, list[str]]:
+        """Asks new endpoints, leaves gone ones; returns how many are listed, and which cannot be asked from here."""
+        targets = read_targets(self.run_dir)
+        here = {(address, node) for address, node in targets if reachable(address, node)}
+        access = access_of(self._read_recipe())
+        for gone in self._endpoints.keys() - here:
+            self._endpoints.pop(gone)[1].stop()
+        for address, node in here - self._endpoints.keys():
+            endpoint = Endpoint(f"{access.scheme}://{address}/metrics", node, access)
+            self._endpoints[address, node] = endpoint, Poller(endpoint.ask, self._interval)
+        return len(targets), sorted(node for _, node in targets - here)
+
+    def _read_recipe(self) -> dict[str, Any]:
+        if not self._recipe:
+            self._recipe = read_recipe(self.run_dir / RECIPE)
+        return self._recipe
+
+    def _why_no_ranks(self, listed: int, elsewhere: list[str]) -> Iterator[str]:
+        if not listed:
+            yield "ranks are not shown: no exporter is announced in monitoring/targets"
+            return
+        silent = [e for e, poller in self._endpoints.values() if e.problem is not None and poller.asked.is_set()]
+        if elsewhere:
+            yield (
+                f"ranks of {_some(elsewhere)} are not shown: exporters there answer on their own host only; "
+                "run mixmae watch there"
+            )
+        if silent:
+            names = _some(sorted(endpoint.node for endpoint in silent))
+            yield f"{len(silent)} of {listed} exporters do not answer: {names} ({silent[0].problem})"
+
+    def _details(self) -> str:
+        recipe = self._read_recipe()
+        encoder, batch = recipe.get("model", {}).get("encoder"), recipe.get("train", {}).get("global_batch")
+        ranks = self._log.world_size
+        parts = [encoder, ranks and f"{ranks} rank{'s' * (ranks > 1)}", batch and f"{batch:,} images a step"]
+        return ", ".join(part for part in parts if part)
+
+
+class WatchedEndpoint:
+    """One exporter alone; the loss is followed from the first look on."""
+
+    def __init__(self, url: str, interval: float, prometheus: str | None = None) -> None:
+        """Begins to watch.
+
+        Raises:
+            WatchError: no exporter of a run answers.
+        """
+        parts = urllib.parse.urlsplit(url)
+        self.name = parts.netloc
+        path = parts.path if parts.path.strip("/") else "/metrics"
+        self._endpoint = Endpoint(parts._replace(path=path).geturl(), parts.hostname or "", Access())
+        self._endpoint.ask(time.time())
+        if self._endpoint.problem is not None:
+            raise WatchError(f"{url} does not answer as a run's exporter: {self._endpoint.problem}")
+        self._log, self._seen = Log(), dict[str, str]()
+        self._poller = Poller(self._endpoint.ask, interval)
+        self._alerts = Asked(prometheus, {"instance": self.name}, interval)
+
+    def settle(self) -> None:
+        wait_for(self._alerts.pollers)
+
+    def view(self, now: float) -> View:
+        ranks = sorted(self._endpoint.ranks(now), key=lambda rank: rank.badness)
+        scrape = self._endpoint.scrapes[-1]
+        for event in events_of(scrape):
+            changing = ("time", "step") if event["event"] == "step" else ("step",)  # a logged step is one of new values
+            shown = repr({name: value for name, value in event.items() if name not in changing})
+            if self._seen.get(event["event"]) != shown:
+                self._seen[event["event"]] = shown
+                self._log.take(event)
+        notes = [*self._alerts.notes()]
+        if not scrape.main.get("target_steps"):
+            notes.append("progress and loss are not shown: the main rank is on another node")
+        if self._endpoint.problem is not None:
+            notes.append(f"the exporter does not answer any more: {self._endpoint.problem}")
+        everywhere = f" of {scrape.world_size}" if scrape.world_size else ""
+        details = f"{len(ranks)}{everywhere} rank{'s' * (len(ranks) > 1 or bool(everywhere))}"
+        end = scrape.main.get("estimated_end_timestamp_seconds", math.nan)
+        return View(self.name, details, self._log, now, ranks, notes, self._alerts.alerts, end)
+
+
+class Asked:
+    """Prometheus, if it is to be asked."""
+
+    def __init__(self, url: str | None, labels: Mapping[str, str], interval: float) -> None:
+        self._prometheus = Prometheus(url, labels) if url is not None else None
+        self.pollers = [Poller(self._prometheus.ask, interval)] if self._prometheus is not None else []
+
+    @property
+    def alerts(self) -> Sequence[Alert] | None:
+        return self._prometheus.alerts if self._prometheus is not None and self._prometheus.problem is None else None
+
+    def notes(self) -> Iterator[str]:
+        if self._prometheus is not None and self._prometheus.problem is not None:
+            yield f"alerts are not shown: Prometheus at {self._prometheus.url}: {self._prometheus.problem}"
+
+
+def events_of(scrape: Scrape) -> Iterator[dict[str, Any]]:
+    """What the main rank's gauges would be in the event file; nothing if it is on another node."""
+    main, ranks = scrape.main, scrape.ranks.values()
+    if not main.get("target_steps"):
+        return
+    step = max((int(numbers.get("step", 0)) for numbers in ranks), default=0)
+    start = main.get("start_timestamp_seconds", scrape.at)
+    yield {"event": "start", "time": start, "step": step, "total_steps": int(main["target_steps"])}
+    if "loss" in main:
+        yield {
+            "event": "step",
+            "time": max((numbers.get("heartbeat_timestamp_seconds", start) for numbers in ranks), default=start),
+            "step": step,
+            "loss": main["loss"],
+            "lr": main.get("learning_rate"),
+            "grad_norm": main.get("gradient_norm"),
+            "epoch": main.get("epoch"),
+            "images_per_second": main.get("images_per_second"),
+            "skipped_steps": int(main.get("skipped_steps_total", 0)),
+            "peak_memory_bytes": max((numbers.get("device_memory_peak_bytes", 0.0) for numbers in ranks), default=0.0),
+        }
+    if main.get("checkpoint_timestamp_seconds"):
+        yield {"event": "checkpoint", "time": main["checkpoint_timestamp_seconds"]}
+
+
+def read_targets(run_dir: Path) -> set[tuple[str, str]]:
+    """Announced exporters: `host:port` and node.
+
+    Raises:
+        WatchError: a file that is no target file.
+    """
+    found = set()
+    for file in targets_folder(run_dir).glob("*.json"):
+        try:
+            groups = json.loads(file.read_text())
+            found |= {(address, group["labels"]["node"]) for group in groups for address in group["targets"]}
+        except FileNotFoundError:
+            continue  # its node has just ended
+        except (ValueError, TypeError, KeyError) as error:
+            raise WatchError(f"{file} is no Prometheus target file; remove it: {error!r}") from error
+    return found
+
+
+def wait_for(pollers: Iterable[Poller]) -> None:
+    """Waits until each has asked once, or should have given up."""
+    end = time.monotonic() + TIMEOUT + 0.5
+    for poller in pollers:
+        poller.asked.wait(max(0.0, end - time.monotonic()))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,60 @@
+"""Runs on this machine under DeepSpeed's launcher, of ranks that stand in: restarts, and two runs at once."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixmae.base.errors import UsageError
+from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.launch.backends.job import Attempt, Command
+from mixmae.launch.backends.local import Local
+from mixmae.launch.supervision.attempt import run_attempt
+from mixmae.launch.supervision.restarts import read_restarts
+from tests.launch.ranks import ROOT, STAND_IN
+
+START = """
+import sys
+from pathlib import Path
+from mixmae.launch.backends.job import Job
+from mixmae.launch.backends.local import Local
+from mixmae.launch.supervision.run import run
+from mixmae.trainer.recipe.schema import Launch
+module, run_dir, port, restarts, *settings = sys.argv[1:]
+job = Job(module, (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=int(port)))
+sys.exit(run(job, Local(2), int(restarts)))
+"""
+
+
+def start(run_dir: Path, *settings: str, port: int, restarts: int = 0) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", START, STAND_IN, str(run_dir), str(port), str(restarts), *settings]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_runs_share_a_machine_and_its_ports(tmp_path: Path) -> None:
+    runs = [start(tmp_path / name, "steps=40", port=23000) for name in ("a", "b")]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [FINISHED, FINISHED], outputs
+    assert len({port for output in outputs for port in re.findall(r"from step 0, port (\d+)", output)}) == 2
+
+
+def test_a_failed_run_starts_again_while_it_gets_on(tmp_path: Path) -> None:
+    run = start(tmp_path, "steps=20", "at=7", "rank=1", "how=kill", port=23100, restarts=1)
+    output = run.communicate()[0]
+    assert run.returncode == FAILED, output
+    # It gets to step 5 and fails at 8 each time: one restart with progress, then none without.
+    assert "mixmae: starting again from step 5" in output
+    assert output.splitlines()[-1] == (
+        "mixmae: not started again: 1 restart without progress, the newest checkpoint is still of step 5"
+    )
+    (record,) = read_restarts(tmp_path)
+    assert (record["step"], record["rank"], record["signal"]) == (5, 1, "SIGKILL")
+
+
+def test_of_two_launches_of_a_run_in_one_second_the_later_is_refused(tmp_path: Path) -> None:
+    attempt = Attempt("20300101T000000Z", 23200, "secret")
+    attempt.folder(tmp_path).mkdir(parents=True)
+    with pytest.raises(UsageError, match="is being started by another launch"):
+        run_attempt(Command(["false"], {}), Local(1), attempt, tmp_path)

@@ -1,0 +1,65 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixmae.launch.cli import COMMANDS, usage
+
+ROOT = Path(__file__).parents[2]
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'deepspeed', 'numpy', 'timm'])); "
+RUN = "import sys; from mixmae.launch.cli import main; sys.exit(main())"
+
+
+def run(*argv: str, prelude: str = "") -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", prelude + RUN, *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_imports_neither_torch_nor_pydantic() -> None:
+    show = "import sys; from mixmae.launch.cli import main; main(); print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", show, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    done = run(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"mixmae {name}" in done.stdout
+    assert name in usage()
+
+
+def test_unknown_commands() -> None:
+    done = run("train")
+    assert done.returncode == 2
+    assert "no command 'train'; expected one of launch" in done.stderr
+
+
+def test_launching_works_without_torch() -> None:
+    argv = ["configs/pretrain/demo.yaml", "--local", "2", "--dry-run", "seed=3", "run_dir=/tmp/a b"]
+    done = run("launch", *argv, prelude=BLOCKED)
+    assert done.returncode == 0, done.stderr
+    assert "-m deepspeed.launcher.runner" in done.stdout
+    assert "--hostfile /dev/null --num_gpus 2" in done.stdout
+    assert "--module mixmae.launch.supervision.rank" in done.stdout
+    typed = "configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'"
+    assert done.stdout.endswith(f"mixmae.trainer.train --world-size 2 {typed}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.yaml", "--local", "2"], "does not exist"),
+        (["configs/pretrain/demo.yaml", "--local", "0"], "expected 1 or more"),
+        (["configs/pretrain/demo.yaml", "--local", "2", "data.shards=nowhere"], "shard directory nowhere does not"),
+        (["configs/pretrain/demo.yaml", "--local", "3"], "does not divide"),
+        (["configs/pretrain/demo.yaml", "--local", "2", "train.zero=1"], "did you mean 'train.zero_stage'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(argv: list[str], message: str) -> None:
+    done = run("launch", *argv, prelude=BLOCKED)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,136 @@
+"""The lifeline's connections: who is let in, what ports are taken, what is passed over."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+from torch._C._distributed_c10d import TCPStore
+
+from mixmae.base.ports import free_port
+from mixmae.launch.supervision.ports import PortError, listen, own_address, reserve
+from mixmae.launch.supervision.protocol import PORTS, Line, admit, find
+
+SECRET = "right"
+
+
+async def serve(port: int, secret: str = SECRET) -> "tuple[asyncio.Server, int, list[bool]]":
+    """A hub that admits and hears one message; returns what it thought of each client."""
+    admitted: list[bool] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line = Line(reader, writer)
+        admitted.append(await admit(line, secret))
+        if admitted[-1] and (message := await line.hear()):
+            line.say("echo", **message["fields"])
+        await line.close()
+
+    server, found = await listen(handle, "127.0.0.1", port)
+    return server, found, admitted
+
+
+def run(test: Callable[[int], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(_as_coroutine(test), 30))
+
+
+async def _as_coroutine(test: Callable[[int], Awaitable[None]]) -> None:
+    await test(free_port())
+
+
+def test_ends_that_know_the_secret_talk() -> None:
+    async def test(port: int) -> None:
+        server, _, admitted = await serve(port)
+        line = await find("127.0.0.1", port, SECRET)
+        assert line is not None
+        line.say("hello", fields={"text": "ä\n" * 1000})
+        assert await line.hear() == {"kind": "echo", "text": "ä\n" * 1000}
+        assert await line.hear() is None  # closed
+        assert admitted == [True]
+        server.close()
+
+    run(test)
+
+
+def test_neither_end_trusts_one_without_the_secret() -> None:
+    async def test(port: int) -> None:
+        server, _, admitted = await serve(port, "another")
+        assert await find("127.0.0.1", port, SECRET) is None
+        server.close()
+        assert admitted == [False]
+
+    run(test)
+
+
+def test_the_hub_of_another_run_on_the_same_port_is_passed_over() -> None:
+    async def test(port: int) -> None:
+        other, taken, _ = await serve(port, "another")
+        own, found, admitted = await serve(port)
+        assert (taken, found) == (port, port + 1)
+        line = await find("127.0.0.1", port, SECRET)
+        assert line is not None
+        line.say("hello", fields={})
+        assert await line.hear() == {"kind": "echo"}
+        assert admitted == [True]
+        other.close()
+        own.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("noise", [b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b'{"kind": "answer"}\n', b""])
+def test_other_speakers_are_turned_away(noise: bytes) -> None:
+    async def test(port: int) -> None:
+        server, _, admitted = await serve(port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(noise)
+        writer.write_eof()
+        assert b"challenge" in await reader.readline()
+        assert await reader.read() == b""
+        assert admitted == [False]
+        writer.close()
+        server.close()
+
+    run(test)
+
+
+def test_no_free_port_is_said() -> None:
+    async def test(port: int) -> None:
+        servers = [(await serve(port))[0] for _ in range(PORTS)]
+        with pytest.raises(PortError, match=r"are all taken; set launch\.port"):
+            await serve(port)
+        for server in servers:
+            server.close()
+
+    run(test)
+
+
+def test_the_address_to_listen_on() -> None:
+    async def test(_: int) -> None:
+        assert await own_address("127.0.0.1") == "127.0.0.1"
+        assert await own_address("localhost") in ("127.0.0.1", "::1")
+        with pytest.raises(PortError, match="not known on its own host"):
+            await own_address("no-such-host.invalid")
+
+    run(test)
+
+
+def test_a_reserved_port_is_for_torch_alone() -> None:
+    port = free_port()
+    first, second = reserve(port), reserve(port)
+    assert first.getsockname()[1] == port
+    assert second.getsockname()[1] == port + 1
+    store = TCPStore("127.0.0.1", port, 1, True)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+    async def listen_there() -> int:
+        server, _, _ = await serve(port)
+        found: int = server.sockets[0].getsockname()[1]
+        server.close()
+        return found
+
+    assert asyncio.run(listen_there()) == port + 2
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("", port + 1))
+    first.close()
+    second.close()

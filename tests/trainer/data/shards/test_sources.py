@@ -1,0 +1,211 @@
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import UnusableError
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.shards.sources import Source, open_source, unique
+from tests.helpers import tar_of
+
+
+def add_image(file: Path, colour: int = 0) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 10), (colour, 0, 0)).save(file)
+    return file
+
+
+def labels(source: Source) -> dict[str, int]:
+    return {entry.key: entry.label for entry in source.entries}
+
+
+def test_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    junk = ("__MACOSX/dog/1.png", "dog/.ipynb_checkpoints/2.png", "dog/._1.png")
+    for name in ("dog/1.png", "a cat/x/1.v2.jpg", "a cat/x/1_v2.jpg", "v1.0/k..x.JPEG", "empty/notes.txt", *junk):
+        folder, _, file = name.rpartition("/")
+        if file.endswith("txt"):
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / name).write_text("no image")
+        else:
+            add_image(tmp_path / name)
+    source = open_source(str(tmp_path))
+    assert source.classes == ["a cat", "dog", "v1.0"]
+    assert labels(source) == {"a cat/x/1_v2": 0, "a cat/x/1_v2-2": 0, "dog/1": 1, "v1.0/k__x": 2}
+    assert "1 files are no jpg, jpeg, png, webp and stay behind: 1 .txt" in capsys.readouterr().err
+    for entry in source.entries:
+        extension, content = source.read(entry)
+        assert content == Path(source.place(entry)).read_bytes()
+        assert (len(content), extension) == (entry.size, Path(source.place(entry)).suffix[1:].lower())
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for name in ("a.b.jpg", "a_b.jpg", "a_b.png", "a_b-2.jpg"):
+        add_image(tmp_path / name)
+    source = open_source(str(tmp_path))
+    assert source.classes == []
+    assert set(labels(source).values()) == {-1}
+    assert len(labels(source)) == 4
+
+
+def test_keys_are_unique() -> None:
+    assert list(unique(["a", "b", "a", "a-2", "a"])) == ["a", "b", "a-2", "a-2-2", "a-3"]
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / b"\xff\n.jpg".decode("utf-8", "surrogateescape")).write_bytes(b"x")
+    source = open_source(str(tmp_path))
+    assert [entry.key for entry in source.entries] == ["\ufffd_"]
+    assert source.read(source.entries[0]) == ("jpg", b"x")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "classes"),
+    [
+        ("l.csv", "path,label\nx/1.png,7\n\nx/2.png,3\n", {"x/1": 7, "x/2": 3}, []),
+        ("l.csv", '\ufefflabel,path\r\ncat,x/1.png\r\n"a, dog",x/2.png\r\n', {"x/1": 1, "x/2": 0}, ["a, dog", "cat"]),
+        ("l.csv", "path\nx/1.png\nx/1.png\n", {"x/1": -1, "x/1-2": -1}, []),
+        ("l.CSV", "path,label\nx/1.png,\n", {"x/1": -1}, []),
+        ("l.jsonl", '{"path": "x/1.png", "label": 2}\n\n{"label": "0", "path": "x/2.png"}', {"x/1": 2, "x/2": 0}, []),
+        (
+            "l.jsonl",
+            '{"path": "x/1.png", "label": "b"}\n{"path": "x/2.png", "label": "a"}',
+            {"x/1": 1, "x/2": 0},
+            ["a", "b"],
+        ),
+        ("l.jsonl", '{"path": "x/../x/1.png"}\n{"path": "x/2.png", "label": null}', {"x/x/1": -1, "x/2": -1}, []),
+    ],
+)
+def test_lists(name: str, text: str, expected: dict[str, int], classes: list[str], tmp_path: Path) -> None:
+    for number in (1, 2):
+        add_image(tmp_path / f"x/{number}.png", number)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    source = open_source(str(tmp_path / name))
+    assert labels(source) == expected
+    assert source.classes == classes
+    assert [source.read(entry)[1] for entry in source.entries] == [
+        Path(source.place(entry)).read_bytes() for entry in source.entries
+    ]
+
+
+def test_lists_may_name_absolute_paths(tmp_path: Path) -> None:
+    image = add_image(tmp_path / "images" / "1.png")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "l.csv").write_text(f"path\n{image}\n../images/1.png\n")
+    source = open_source(str(tmp_path / "lists" / "l.csv"))
+    assert [entry.key for entry in source.entries] == [str(image)[1:-4], "images/1"]
+    assert {source.read(entry)[1] for entry in source.entries} == {image.read_bytes()}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.csv", "", "line 1: columns ''; expected a header"),
+        ("l.csv", "x/1.png,3\n", "line 1: columns 'x/1.png, 3'; expected a header"),
+        ("l.csv", "path,lable\nx/1.png,3\n", "line 1: columns 'path, lable'"),
+        ("l.csv", "path,label\n", "lists no images"),
+        ("l.csv", "path,label\nx/1.png\n", "line 2: expected 2 fields"),
+        ("l.csv", "path,label\nx/1.png,1,2\n", "line 2: expected 2 fields"),
+        ("l.csv", "path,label\n,1\n", "line 2: path ''"),
+        ("l.csv", 'path\n"x/1.png\n', "line 2: unexpected end"),
+        ("l.csv", "path,label\nx/1.png,1\nx/2.png,1\n", r"line 3: .*2\.png does not exist"),
+        ("l.csv", "path,label\nx/1.png,1\nx/1.png,-1\n", "line 3: label -1; expected a whole number, 0 or more"),
+        ("l.csv", "path,label\nx/1.png,1.5\n", r"line 2: label 1\.5"),
+        ("l.csv", "path,label\nx/1.png,2147483648\n", "line 2: label 2147483648"),
+        ("l.csv", "path,label\nx/1.png,1\nx/1.png,cat\n", "line 3 has a name \\(cat\\), line 2 has a number"),
+        ("l.csv", "path,label\nx/1.png,1\nx/1.png,\n", "line 3 has no label, line 2 has a number"),
+        ("l.csv", "path\nnotes.txt\n", "line 2: notes.txt is no jpg"),
+        ("l.jsonl", "\n\n", "lists no images"),
+        ("l.jsonl", '{"path": "x/1.png"}\n{', "line 2: not JSON"),
+        ("l.jsonl", '["x/1.png"]', "line 1: expected"),
+        ("l.jsonl", '{"label": 1}', "line 1: expected"),
+        ("l.jsonl", '{"path": "x/1.png", "cls": 1}', "line 1: expected"),
+        ("l.jsonl", '{"path": 1}', "line 1: path 1"),
+        ("l.jsonl", '{"path": "x/1.png", "label": [1]}', r"line 1: label \[1\]"),
+        ("l.jsonl", '{"path": "x/1.png", "label": true}', "line 1: label True"),
+        ("l.txt", "x/1.png", "is no source; expected"),
+    ],
+)
+def test_wrong_lists_are_explained_by_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    add_image(tmp_path / "x/1.png")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        open_source(str(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_lists_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_bytes(b"path\n\xff\xfe.png\n")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        open_source(str(tmp_path / "l.csv"))
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_shards(is_indexed: bool, shards: Path, tmp_path: Path) -> None:
+    index = open_index(shards)
+    for shard in index.shards:
+        (tmp_path / shard.name).symlink_to(shards / shard.name)
+    if is_indexed:
+        (tmp_path / "index.json").symlink_to(shards / "index.json")
+    source = open_source(str(tmp_path))
+    assert source.classes == (list(index.classes) if is_indexed else [])
+    assert [source.read(entry) for entry in source.entries] == [("jpg", index.read(n)) for n in range(len(index))]
+    assert [entry.label for entry in source.entries] == index.samples["label"].tolist()
+    assert [f"{index.shards[index.samples[n]['shard']].name}: {e.key}.jpg" for n, e in enumerate(source.entries)] == [
+        index.name_of(n) for n in range(len(index))
+    ]
+
+
+def test_faults_of_shards_are_found_when_their_samples_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"a.jpg": b"A", "a.cls": b"0", "b.jpg": b"B", "b.cls": b"5", "c.cls": b"1", "c.json": b"{}", "d.png": b""}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    (tmp_path / "1.tar").write_bytes(tar_of({"a.jpg": b"C"}))
+    (tmp_path / "index.json").write_text(json.dumps({"classes": ["x", "y"]}))
+    source = open_source(str(tmp_path))
+    found = {}
+    for entry in source.entries:
+        try:
+            found[entry.key] = (entry.label, source.read(entry)[1].decode())
+        except UnusableError as error:
+            found[entry.key] = (entry.label, error.reason.label)
+    assert found == {
+        "a": (0, "A"),
+        "b": (-1, "bad label"),
+        "c": (-1, "missing"),
+        "d": (-1, ""),
+        "a-2": (-1, "C"),
+    }
+    assert capsys.readouterr().err == "1 members that are neither image nor label stay behind: .json\n"
+
+
+def test_damaged_shards_are_no_source(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes((shards / "000000.tar").read_bytes()[:5000])
+    with pytest.raises(UsageError, match=r"0.tar is not a whole, uncompressed tar: .* --repair"):
+        open_source(str(tmp_path))
+    tarfile.open(tmp_path / "0.tar", "w").close()
+    with pytest.raises(UsageError, match="hold no samples"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["nothing", "empty", "mixed", "url", "pipe"])
+def test_what_is_no_source_is_explained(kind: str, tmp_path: Path) -> None:
+    messages = {
+        "nothing": "does not exist; expected a folder",
+        "empty": "holds no images",
+        "mixed": "beside class folders",
+        "url": "is a URL",
+        "pipe": "is a URL",
+    }
+    if kind == "mixed":
+        add_image(tmp_path / "1.png")
+        add_image(tmp_path / "cat" / "1.png")
+    location = {"nothing": str(tmp_path / "x"), "url": "s3://bucket/x", "pipe": "pipe:cat {}"}.get(kind, str(tmp_path))
+    with pytest.raises(UsageError, match=messages[kind]):
+        open_source(location)

@@ -1,0 +1,201 @@
+"""Planned activations against what real passes allocate."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixmae.models import MixMAE
+from mixmae.models.methods.mixing import draw_mix
+from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
+from mixmae.trainer.engine.engine import build_model
+from mixmae.trainer.planning.activation_memory import describe, measure
+from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from tests.helpers import tiny_recipe
+from tests.trainer.planning.allocations import peak_allocated
+
+TOLERANCE = 0.02
+POLICIES = {
+    "none": ActivationCheckpointing(),
+    "selective": ActivationCheckpointing(kind="selective"),
+    "torch": ActivationCheckpointing(kind="torch"),
+    "torch 1-2": ActivationCheckpointing(kind="torch", stages=(1, 2)),
+    "fairscale": ActivationCheckpointing(kind="fairscale"),
+}
+
+
+def small_swin(precision: str = "fp32", **changes: Any) -> Recipe:
+    sizes = {"embed_dim": 32, "num_heads": [1, 2, 4, 8], "depths": [2, 2, 4, 2], "window_size": [8, 8, 8, 4]}
+    return tiny_recipe(
+        **{
+            "model.img_size": 128,
+            "model.sizes": sizes,
+            "model.decoder_dim": 64,
+            "model.decoder_depth": 2,
+            "train.precision": precision,
+            "train.zero_stage": 1,
+            **changes,
+        }
+    )
+
+
+def real_model(recipe: Recipe, policy: ActivationCheckpointing, device: torch.device) -> MixMAE:
+    """As DeepSpeed makes it: parameters in the recipe's precision, buffers as they are."""
+    model = build_model(recipe)
+    checkpoint_activations(model, policy)
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device)
+
+
+def blank(recipe: Recipe, micro_batch: int) -> Tensor:
+    return torch.zeros(micro_batch, 3, recipe.model.img_size, recipe.model.img_size, dtype=torch.uint8)
+
+
+def one_pass(model: MixMAE, recipe: Recipe, pixels: Tensor, device: torch.device) -> Tensor:
+    to_device = ToDevice(device, recipe.data.mean, recipe.data.std)
+    mix = draw_mix(
+        len(pixels),
+        recipe.model.num_images,
+        model.grid,
+        torch.Generator().manual_seed(0),
+        per_sample=recipe.model.group_map == "sample",
+    ).to(device)
+    images = to_device(pixels)  # lives as long as in the training loop
+    loss: Tensor = model(images, *mix)
+    loss.backward()
+    return loss
+
+
+@contextmanager
+def gradients_dropped(model: nn.Module) -> Iterator[None]:
+    """As where ZeRO moves each gradient into a bucket when it is there."""
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in model.parameters()]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def allocated(recipe: Recipe, policy: ActivationCheckpointing, micro_batch: int, with_gradients: bool) -> int:
+    cpu = torch.device("cpu")
+    model, pixels = real_model(recipe, policy, cpu), blank(recipe, micro_batch)
+
+    def work() -> Tensor:
+        with nullcontext() if with_gradients else gradients_dropped(model):
+            return one_pass(model, recipe, pixels, cpu)
+
+    return peak_allocated(work)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_pass_takes_what_was_planned(policy: ActivationCheckpointing, precision: str) -> None:
+    """Micro-batches other than those that the plan is drawn through, with gradients kept and dropped."""
+    recipe = small_swin(precision)
+    footprint = measure(recipe, policy, "cpu")
+    for micro_batch, with_gradients in ((3, True), (3, False), (12, False)):
+        real = allocated(recipe, policy, micro_batch, with_gradients)
+        assert footprint.peak(micro_batch, with_gradients) == pytest.approx(real, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.group_map": "sample"},
+        {"model.num_images": 4, "train.micro_batch": 4, "model.dual": False},
+        {"model.separate_groups": False, "model.norm_pix_loss": False},
+        {"model.sizes.drop_path_rate": 0.3},
+    ],
+    ids=str,
+)
+def test_so_do_other_models(changes: dict[str, Any]) -> None:
+    recipe = small_swin("bf16", **changes)
+    real = allocated(recipe, POLICIES["none"], 12, with_gradients=False)
+    planned = measure(recipe, POLICIES["none"], "cpu").peak(12, with_gradients=False)
+    assert planned == pytest.approx(real, rel=TOLERANCE)
+
+
+def test_the_plan_for_a_gpu_would_not_do_for_a_cpu() -> None:
+    """A control: the plain attention of a CPU keeps whole matrices, which the tolerance above would not hide."""
+    recipe, devices = small_swin("bf16", **{"model.sizes.window_size": [16, 16, 8, 4]}), ("cuda", "cpu")
+    gpu, cpu = (measure(recipe, POLICIES["none"], device).peak(12, False) for device in devices)  # type: ignore[arg-type]
+    assert gpu < (1 - 5 * TOLERANCE) * cpu
+
+
+@settings(deadline=None, max_examples=30)
+@given(small=st.integers(1, 500), more=st.integers(1, 500))
+def test_more_images_take_more(small: int, more: int) -> None:
+    footprint = FOOTPRINT
+    moment = footprint.worst(small, with_gradients=True)
+    assert footprint.peak(small, True) < footprint.peak(small + more, True)
+    assert footprint.peak(small, False) <= footprint.peak(small, True)
+    assert min(moment.activations, moment.temporary, moment.gradients) >= 0
+    slope = footprint.peak(small + more, False) - footprint.peak(small, False)
+    assert slope <= footprint.growth(small + more) * more * (1 + 1e-9)
+
+
+FOOTPRINT = measure(small_swin("bf16"), POLICIES["torch"])
+
+
+def test_offloading_counts_the_inputs_of_blocks_on_the_host() -> None:
+    recipe, micro_batch = small_swin("bf16"), 4
+    offloaded = ActivationCheckpointing(kind="fairscale", cpu_offload=True)
+    footprint = measure(recipe, offloaded)
+    model = real_model(recipe, ActivationCheckpointing(), torch.device("cpu"))
+    inputs: list[int] = []
+    stages = [model.encoder.stage_blocks(stage) for stage in (1, 2, 3, 4)]
+    for block in [*(block for stage in stages for block in stage), *model.decoder.blocks]:
+        block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel() * args[0].element_size()))
+    one_pass(model, recipe, blank(recipe, micro_batch), torch.device("cpu"))
+    assert footprint.on_host == sum(inputs) / micro_batch
+    assert footprint.kept[1] < measure(recipe, POLICIES["fairscale"]).kept[1] - 0.9 * footprint.on_host
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_operations_are_those_of_a_real_pass(policy: ActivationCheckpointing) -> None:
+    """Recomputed ones included. The real pass is one without fused attention, of which torch counts all products."""
+    recipe, cpu = small_swin(), torch.device("cpu")
+    model = real_model(recipe, policy, cpu)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        one_pass(model, recipe, blank(recipe, 4), cpu)
+    for device in ("cuda", "cpu"):
+        planned = measure(recipe, policy, device).flops
+        assert planned == pytest.approx(counter.get_total_flops() / 4, rel=0.02)
+
+
+def test_policies_are_named_in_short() -> None:
+    part = ActivationCheckpointing(kind="fairscale", stages=(1, 2, "decoder"), cpu_offload=True)
+    names = [describe(policy) for policy in (*POLICIES.values(), part)]
+    assert names == [
+        "none",
+        "selective all",
+        "torch all",
+        "torch 1-2",
+        "fairscale all",
+        "fairscale 1-2,decoder, offloaded",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_a_pass_on_a_gpu_takes_what_was_planned(policy: ActivationCheckpointing, precision: str) -> None:
+    recipe, micro_batch, device = small_swin(precision), 64, torch.device("cuda")
+    model, pixels = real_model(recipe, policy, device), blank(recipe, micro_batch)
+    with gradients_dropped(model):
+        one_pass(model, recipe, pixels, device)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        one_pass(model, recipe, pixels, device)
+        real = torch.cuda.max_memory_allocated() - before
+    assert measure(recipe, policy).peak(micro_batch, with_gradients=False) == pytest.approx(real, rel=0.05)

@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.loading import load_recipe, parse_recipe
+from mixmae.trainer.recipe.resume_rules import recipe_id
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.units import Span
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {num_images: 2}\ntrain: {duration: 3 epochs}\n")
+    return file
+
+
+def test_overrides_stand_above_the_file_and_the_file_above_defaults(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["train.micro_batch=64", "optim.base_lr=1e-3", "model.sizes.depths=[1,1,2,1]"])
+    assert recipe.model.num_images == 2
+    assert recipe.train.micro_batch == 64
+    assert recipe.optim.base_lr == 1e-3
+    assert recipe.model.sizes.depths == (1, 1, 2, 1)
+    assert recipe.train.global_batch == 1024
+
+
+def test_a_resolved_recipe_reads_back_the_same(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["log.pictures=null", "checkpoint.every=1234567 samples"])
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml()), "") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.microbatch=4", "did you mean 'train.micro_batch'"),
+        ("zero_stage=2", "did you mean 'train.zero_stage'"),
+        ("model.sizes.embed=3", "did you mean 'model.sizes.embed_dim'"),
+        ("nothing_like_it=1", "known: run_dir, seed"),
+        ("train.duration=3 weeks", "such as '40 epochs'"),
+        ("train.zero_stage=4", "train.zero_stage=4"),
+        ("train.zero_stage=0", "use zero_stage=1"),
+        ("train.micro_batch=1", "raise it to 2"),
+        ("model.num_images=6", "less than or equal to 5"),
+        ("train.activation_checkpointing.cpu_offload=true", "kind=fairscale only"),
+        ("train.micro_batch", "key.path=value"),
+        ("model.sizes.depths=[1,2", "close its brackets"),
+        ("model.sizes.window_size=[0,4,4,2]", "greater than 0"),
+        ("optim.betas=[2,3]", "less than 1"),
+        ("data.crop_scale=[1.0,0.2]", "low <= high"),
+        ("data.std=[0,1,1]", "greater than 0"),
+    ],
+)
+def test_mistakes_are_explained(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(recipe_file, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 3, "compile": True},
+        {"compile": True, "activation_checkpointing": {"kind": "fairscale"}},
+    ],
+)
+def test_wrong_combinations_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="compile=true"):
+        parse_recipe({"train": settings}, "")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", None])
+def test_files_that_are_no_recipe(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "r.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=r"r\.yaml"):
+        load_recipe(file)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 2048))
+def test_accumulation_divides_the_global_batch(world_size: int, micro_batch: int, global_batch: int) -> None:
+    recipe = Recipe.model_validate(
+        {"train": {"micro_batch": micro_batch + 4, "global_batch": global_batch}, "model": {"num_images": 2}}
+    )
+    if global_batch % ((micro_batch + 4) * world_size):
+        with pytest.raises(UsageError, match="would"):
+            recipe.accumulation(world_size)
+    else:
+        assert recipe.accumulation(world_size) * (micro_batch + 4) * world_size == global_batch
+
+
+def test_spans() -> None:
+    assert Span(40, "epoch").steps(1_281_167, 1024) == round(40 * 1_281_167 / 1024)
+    assert Span(5e6, "sample").steps(10, 1000) == 5000
+    assert Span(7, "step").steps(10, 1000) == 7
+
+
+def test_recipes_that_compute_the_same_have_one_name(recipe_file: Path) -> None:
+    def name(*overrides: str) -> str:
+        return recipe_id(load_recipe(recipe_file, overrides))
+
+    assert name() == name("run_dir=elsewhere", "log.every=7", "train.zero_stage=2", "data.cache.dir=/tmp")
+    assert len({name(), name("seed=1"), name("data.hflip=0"), name("optim.base_lr=1e-3")}) == 4

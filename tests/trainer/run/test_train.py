@@ -1,0 +1,353 @@
+"""The main job as a user starts it: processes, run directories, and mistakes."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mixmae.base.errors import run_in_words
+from mixmae.base.ports import free_port
+from mixmae.models import build_encoder
+from mixmae.trainer.checkpoints.layout import complete, newest_checkpoint, newest_step
+from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.export.export import main as export
+from mixmae.trainer.run.run_directory import Events, check_run_dir, read_events, write_run_dir
+from mixmae.trainer.train import main
+from tests.helpers import tiny_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return subprocess.run(
+        argv,
+        cwd=ROOT,
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe_file(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    recipe = tiny_recipe(
+        **{
+            "data.shards": str(shards),
+            "run_dir": str(folder / "run"),
+            "train.precision": "bf16",
+            "checkpoint.every": "4 steps",
+            "log.pictures": "4 steps",
+            "checkpoint.keep": 1,
+        }
+    )
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path) -> Path:
+    """The run directory of a run under the DeepSpeed launcher on two ranks."""
+    done = start(sys.executable, "-m", "mixmae.launch.cli", "launch", str(recipe_file), "--local", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 8/8 loss" in done.stdout
+    return recipe_file.parent / "run"
+
+
+def test_a_run_leaves_its_record(finished: Path) -> None:
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe["optim"]["weight_decay"] == 0.05
+    assert json.loads((finished / "versions.json").read_text())["torch"] == importlib.metadata.version("torch")
+    steps = read_events(finished, "step")
+    assert [event["step"] for event in steps] == list(range(1, 9))
+    assert all(0.5 < event["loss"] < 2 for event in steps)
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    assert [s.step for s in board.Scalars("train/loss")] == list(range(1, 9))
+    assert len(board.Images("reconstructions")) == 2
+    picture = Image.open(finished / "pictures" / "step-00000008.png")
+    assert picture.width == 5 * 64 + 4 * 4  # mixed input, two images, two reconstructions
+    assert [p.name for p in (finished / "checkpoints").iterdir() if p.is_dir()] == ["step-00000008"]
+
+
+def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> None:
+    assert export([str(finished), str(tmp_path / "encoder")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=0)
+    weights = master_weights(finished / "checkpoints" / "step-00000008")
+    assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in model.state_dict().items())
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
+    head = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=7)
+    assert head(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_own_normalisation_travels_with_the_encoder(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["data"]["mean"] = [0.1, 0.2, 0.3]
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    export([str(copy), str(tmp_path / "encoder")])
+    assert timm.create_model(f"local-dir:{tmp_path / 'encoder'}").pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    export([str(finished), str(tmp_path / "encoder")])
+    done = start(
+        sys.executable,
+        "-m",
+        "mixmae.trainer.train",
+        str(recipe_file),
+        f"run_dir={tmp_path / 'next'}",
+        f"model.init={tmp_path / 'encoder'}",
+        "train.duration=1 step",
+        "optim.warmup=0 steps",
+        "optim.base_lr=1e-30",
+    )
+    assert done.returncode == 0, done.stderr
+    before = master_weights(finished / "checkpoints" / "step-00000008")
+    after = master_weights(tmp_path / "next" / "checkpoints" / "step-00000001")
+    # The one step has no length, and DeepSpeed makes its fp32 masters from weights rounded to bf16.
+    assert all(
+        torch.allclose(value.bfloat16().float(), after[name], rtol=0, atol=1e-20) for name, value in before.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [sys.executable, "-m", "mixmae.trainer.train"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            str(free_port()),
+            "-m",
+            "mixmae.trainer.train",
+        ],
+    ],
+)
+def test_every_launcher_gives_the_same_losses(
+    finished: Path, recipe_file: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    done = start(*launcher, str(recipe_file), f"run_dir={tmp_path / 'run'}", "log.pictures=null")
+    assert done.returncode == 0, done.stderr
+    expected, actual = ([e["loss"] for e in read_events(d, "step")] for d in (finished, tmp_path / "run"))
+    tolerance = 0.05 if "torch.distributed.run" not in launcher else 0.0  # one rank mixes other partners than two do
+    assert actual == pytest.approx(expected, abs=tolerance, rel=0)
+
+
+def test_srun_variables_are_enough(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    done = start(
+        sys.executable,
+        "-m",
+        "mixmae.trainer.train",
+        str(recipe_file),
+        f"run_dir={tmp_path / 'run'}",
+        "train.duration=3 steps",
+        SLURM_PROCID="0",
+        SLURM_STEP_NUM_TASKS="1",
+        SLURM_LOCALID="0",
+        SLURM_JOB_ID="7",
+        SLURM_STEP_ID="0",
+        MASTER_ADDR="127.0.0.1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "on 1 cpu ranks" in done.stdout
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished: Path, recipe_file: Path) -> None:
+    done = start(sys.executable, "-m", "mixmae.launch.cli", "launch", str(recipe_file), "--local", "2")
+    assert done.returncode == 0, done.stderr
+    assert "finished at step 8" in done.stdout
+    assert len(read_events(finished, "step")) == 8
+
+
+def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "newest").unlink()
+    done = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), f"run_dir={copy}")
+    assert done.returncode == 0, done.stderr
+    assert "newest names no checkpoint that is there, the last one was taken; going on from step 8" in done.stdout
+    assert "finished at step 8" in done.stdout
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, tmp_path: Path) -> None:
+    """One of two ranks is asked, twice; both stop at the same step, and end with the bits of an undisturbed run."""
+    options = ["data.num_workers=1", "checkpoint.every=1000 steps", "log.pictures=null", "train.duration=60 steps"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command = [*launcher, str(free_port()), "-m", "mixmae.trainer.train", str(recipe_file), *options]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with subprocess.Popen([*command, f"run_dir={parts}"], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        next(line for line in run.stdout if line.startswith("step 3/"))
+        (rank,) = [p for p in psutil.Process(run.pid).children() if p.environ()["RANK"] == "1"]
+        rank.send_signal(signal.SIGUSR1)
+        rank.send_signal(signal.SIGTERM)
+        said = run.stdout.read()
+    (preempted,) = read_events(parts, "preempted")
+    assert 3 < preempted["step"] < 60
+    assert newest_step(parts) == preempted["step"]
+    # Which of two signals a process notes first is the kernel's to choose.
+    assert re.search(rf"stopped at step {preempted['step']} by SIG(USR1|TERM) on rank 1, all saved", said)
+    for run_dir in (whole, parts):
+        done = start(*command, f"run_dir={run_dir}")
+        assert done.returncode == 0, done.stderr
+    expected, actual = (master_weights(complete(run_dir)[-1]) for run_dir in (whole, parts))
+    assert all(torch.equal(value, actual[name]) for name, value in expected.items())
+    losses = [[event["loss"] for event in read_events(run_dir, "step")] for run_dir in (whole, parts)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.microbatch=4"], "did you mean 'train.micro_batch'"),
+        (["data.shards={tmp}/nowhere"], "does not exist"),
+        (["monitoring.auth_file={tmp}/nowhere", "run_dir={tmp}/other"], "monitoring.auth_file="),
+        (["monitoring.certfile={tmp}/nowhere", "run_dir={tmp}/other"], "monitoring.certfile="),
+        (["data.shards={tmp}"], "holds no .tar files"),
+        (["train.global_batch=7"], "does not divide"),
+        (["model.img_size=96", "run_dir={tmp}/other"], "would fit"),
+        (["model.img_size=100", "run_dir={tmp}/other"], "nearest that does"),
+        (["model.num_images=4"], "raise it to 4"),
+        (["model.encoder=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
+        (["model.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
+        (["--world-size=3"], "1 ranks were started, but --world-size=3"),
+        (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
+        (["optim.warmup=9 steps"], "shorten it"),
+        (
+            [
+                "model.num_images=3",
+                "train.micro_batch=4",
+                "model.img_size=32",
+                "model.sizes.window_size=[8,4,2,1]",
+                "run_dir={tmp}/other",
+            ],
+            "no room for 3 images",
+        ),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    finished: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    message: str,
+) -> None:
+    argv = [str(recipe_file), *(override.format(tmp=tmp_path) for override in overrides)]
+    assert run_in_words(main, argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mixmae: error:")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:
+    done = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), RANK="1")
+    assert done.returncode == 2
+    assert "WORLD_SIZE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_initial_weights_must_fit(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mixmae.trainer.export.encoder_directory import write_artifact
+
+    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, build_encoder("mixmae_swin_nano").state_dict())
+    argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'encoder'}"]
+    assert run_in_words(main, argv) == 2
+    assert "does not fit the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["{tmp}/nowhere", "{tmp}/out"], ["{tmp}", "{tmp}/out"]])
+def test_exporting_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert run_in_words(export, [a.format(tmp=tmp_path) for a in argv]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_checkpoints_are_named_only_when_complete(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "partial-00000012").mkdir()
+    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    newest = newest_checkpoint(copy)
+    assert newest is not None
+    assert newest.name == "step-00000008"
+
+
+def test_a_history_that_was_given_up_does_not_cost_the_new_one(
+    finished: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """Back to step 4 by hand although later ones exist, keep=1: the checkpoints of the new history stay."""
+    copy = tmp_path / "run"
+    options = [f"run_dir={copy}", "log.pictures=null", "data.num_workers=0"]
+    first = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=3")
+    assert first.returncode == 0, first.stderr
+    (copy / "checkpoints" / "step-00000008").rename(copy / "checkpoints" / "step-00000099")
+    (copy / "checkpoints" / "newest").write_text("step-00000004\n")
+    again = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=1")
+    assert again.returncode == 0, again.stderr
+    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    assert [event["step"] for event in read_events(copy, "step")] == list(range(1, 9))
+
+
+def test_a_run_directory_without_checkpoints_takes_another_recipe(shards: Path, tmp_path: Path) -> None:
+    recipe, index = tiny_recipe(run_dir=str(tmp_path / "run")), open_index(shards)
+    write_run_dir(recipe, index)
+    check_run_dir(tiny_recipe(**{"run_dir": str(tmp_path / "run"), "optim.weight_decay": 0.3}), index)
+
+
+def test_half_a_line_in_the_record_is_stepped_over(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
+    events = Events(tmp_path)
+    events.write("step", step=2, loss=float("nan"))
+    events.close()
+    assert [(event["step"], event.get("loss", 0)) for event in read_events(tmp_path, "step")] == [(1, 0), (2, None)]
+
+
+def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mixmae.launch.cli", "launch", str(recipe_file), "--local", "2"]
+    early = start(*command, f"data.shards={tmp_path / 'nowhere'}")
+    assert early.returncode == 2
+    assert early.stderr.count("error:") == 1
+    late = start(*command, f"run_dir={tmp_path / 'run'}", "model.img_size=96")
+    assert late.returncode != 0
+    assert re.search(
+        r"mixmae: error: (rank 1: )?model: img_size 96x96", late.stderr
+    )  # the launcher ends the other rank
+    assert "Traceback" not in late.stderr
+
+
+def test_deepspeed_typed_by_hand_never_becomes_a_smaller_run(recipe_file: Path, tmp_path: Path) -> None:
+    """DeepSpeed's launcher goes on alone where it finds no hostfile; the number of ranks that is asked for tells."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "nowhere")]
+    run = ["--num_gpus", "1", "--master_port", str(free_port()), "--module", "mixmae.trainer.train", str(recipe_file)]
+    done = start(*launcher, *run, f"run_dir={tmp_path / 'run'}", "--world-size=2")
+    assert done.returncode != 0
+    assert "mixmae: error: 1 ranks were started, but --world-size=2" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,165 @@
+"""`mixmae shards build | synth | index | check`."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import Reason, describe, first_names
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.shards.build import LEFT_OUT, Built, build_shards, count_reasons
+from mixmae.trainer.data.shards.check import check_shards
+from mixmae.trainer.data.shards.indexing import write_index
+from mixmae.trainer.data.shards.repair import RECORD, Repaired, repair
+from mixmae.trainer.data.shards.sources import class_names, is_url, open_source
+from mixmae.trainer.data.shards.synthetic import Synthetic
+from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.units import parse_size
+
+
+def size(text: str) -> int:
+    """An argument's type: bytes, such as 500MB."""
+    try:
+        number = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, {error}") from error
+    if not isinstance(number, int) or number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 byte or more")
+    return number
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae shards", description="Make, index and check WebDataset shards.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser(
+        "build",
+        help="tar shards from images, a list of images, or other shards",
+        description="Writes tar shards and their index, in parallel. Called again after an interruption, it continues.",
+    )
+    build.add_argument(
+        "source",
+        help="a folder of images, or of one folder for each class; a .csv (header 'path,label' or 'path') or .jsonl "
+        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken',
+    )
+    synth = commands.add_parser("synth", help="a procedural, labelled corpus")
+    for writing in (build, synth):
+        writing.add_argument("out", type=Path, help="shard directory to write")
+        writing.add_argument("--shard-size", type=size, default="250MB", help="bytes in a shard (default %(default)s)")
+        writing.add_argument("--seed", type=at_least(0), default=0, help="of the order (default %(default)s)")
+    build.add_argument(
+        "--seekable", action="store_true", help="rewrite JPEGs, losslessly, with restart markers: crops decode faster"
+    )
+    synth.add_argument("--images", type=at_least(1), default=6000)
+    synth.add_argument("--img-size", type=at_least(16), default=160)
+    index = commands.add_parser("index", help="index shards that others wrote")
+    check = commands.add_parser("check", help="verify everything; exit code 1 if something is wrong")
+    check.add_argument("--repair", action="store_true", help="rewrite damaged shards with what can be saved")
+    check.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
+    for reading in (index, check):
+        reading.add_argument("directory", help="shard directory")
+    for command in (build, synth, index, check):
+        command.add_argument("--jobs", type=at_least(1), default=os.cpu_count(), help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    return {"build": _build, "synth": _synth, "index": _index, "check": _check}[args.command](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    root = Path(args.source).resolve()
+    if args.out.resolve().is_relative_to(root):
+        raise UsageError(f"{args.out} lies in {args.source}, where it would be taken for images; write it elsewhere")
+    source = open_source(args.source, args.jobs)
+    built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs, args.seekable)
+    print("\n".join(_describe_build(built, args.seekable)))
+    return 0
+
+
+def _synth(args: argparse.Namespace) -> int:
+    source = Synthetic(args.images, args.img_size, args.seed)
+    built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs)
+    print("\n".join(_describe_build(built, False)))
+    return 0
+
+
+def _describe_build(built: Built, is_seekable: bool) -> list[str]:
+    lines = [_describe(built.index)]
+    if is_seekable:
+        total = len(built.index)
+        lines.append(f"{total - built.unchanged} of {total} images are JPEGs with restart markers now")
+    if built.left_out:
+        names = first_names([one.source for one in built.left_out])
+        record = Path(built.index.store.location) / LEFT_OUT
+        lines.append(f"left out {count_reasons(built.left_out)}: {names}; all of them in {record}")
+    return lines
+
+
+def _index(args: argparse.Namespace) -> int:
+    directory = _local(args.directory)
+    if not directory.is_dir():
+        raise UsageError(f"{directory} does not exist")
+    index = write_index(directory, class_names(directory), args.jobs)
+    print("\n".join([_describe(index), *_describe_unusable(index)]))
+    return 0
+
+
+def _describe_unusable(index: ShardIndex) -> list[str]:
+    states = index.samples["state"]
+    unusable = np.flatnonzero(states >= min(Reason))
+    if not len(unusable):
+        return []
+    counts = Counter(Reason(state) for state in states[unusable])
+    names = ", ".join(index.name_of(int(sample)) for sample in unusable[:3])
+    more = f" and {len(unusable) - 3} more" if len(unusable) > 3 else ""
+    return [f"{len(unusable)} samples cannot be used ({describe(counts)}): {names}{more}"]
+
+
+def _check(args: argparse.Namespace) -> int:
+    directory = _local(args.directory)
+    checked = check_shards(directory, args.jobs)
+    report = checked.report
+    print("\n".join(report.lines()))
+    if args.json is not None:
+        _write(args.json, json.dumps(report.as_dict(), indent=1) + "\n")
+    if report.is_sound or not args.repair:
+        print(report.verdict())
+        return 0 if report.is_sound else 1
+    print("\n".join(_describe_repair(repair(checked, args.jobs), directory)))
+    return 0
+
+
+def _describe_repair(repaired: Repaired, directory: Path) -> list[str]:
+    lines = []
+    for one in repaired.rewritten:
+        kept = f"rewritten with {one.shard.samples} samples" if one.shard else "nothing could be saved"
+        lines.append(f"{one.name}: {kept}, {len(one.lost)} lost; the damaged file is {one.original} now")
+    if repaired.lost:
+        names = first_names([f"{lost.shard}: {lost.sample} ({lost.reason})" for lost in repaired.lost], 10)
+        lines.append(f"lost: {names}; all of them in {directory / RECORD}")
+    lines.append(f"indexed again: {_describe(repaired.index)}")
+    lines.append("sound now; a run that was started on this directory will refuse to continue, since its data changed")
+    return lines
+
+
+def _local(location: str) -> Path:
+    if is_url(location):
+        raise UsageError(f"{location} is a URL; index and check shards where they are local, and upload the index")
+    return Path(location)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error}") from error
+
+
+def _describe(index: ShardIndex) -> str:
+    size = sum(shard.bytes for shard in index.shards)
+    return (
+        f"{index.store.location}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, "
+        f"{size / 1e6:.1f} MB"
+    )

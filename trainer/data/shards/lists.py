@@ -1,0 +1,123 @@
+"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mixmae.base.errors import UsageError
+
+_COLUMNS = ("path", "label")
+_MOST = 2**31
+
+
+class Item(NamedTuple):
+    """A line of a list."""
+
+    line: int
+    path: str
+    label: int
+    """-1: none."""
+
+
+class _Line(NamedTuple):
+    number: int
+    path: str
+    label: str | None
+
+
+def read_list(file: Path) -> tuple[list[Item], list[str]]:
+    """The lines of a list, and the class names that its labels are.
+
+    Labels that are whole numbers are taken as they are and have no names; other labels are class names, of which the
+    sorted ones become 0, 1, ...
+
+    Raises:
+        UsageError: a line that cannot be read, an unknown column, no lines, or labels of several kinds.
+    """
+    try:
+        lines = list(_csv_lines(file) if file.suffix.lower() == ".csv" else _json_lines(file))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text: {error}") from error
+    if not lines:
+        raise UsageError(f"{file} lists no images; expected one a line")
+    labels, classes = _number_labels(file, lines)
+    return [Item(line.number, line.path, label) for line, label in zip(lines, labels, strict=True)], classes
+
+
+def _csv_lines(file: Path) -> Iterator[_Line]:
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            columns = reader.fieldnames or []
+            if "path" not in columns or set(columns) - set(_COLUMNS) or len(set(columns)) < len(columns):
+                raise UsageError(
+                    f"{file}, line 1: columns {', '.join(columns)!r}; expected a header 'path' or 'path,label'"
+                )
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UsageError(
+                        f"{file}, line {reader.line_num}: expected {len(columns)} fields, as its header has"
+                    )
+                yield _line(file, reader.line_num, row)
+        except csv.Error as error:
+            raise UsageError(f"{file}, line {reader.reader.line_num}: {error}") from error
+
+
+def _json_lines(file: Path) -> Iterator[_Line]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, text in enumerate(stream, start=1):
+            if not text.strip():
+                continue
+            try:
+                content = json.loads(text)
+            except ValueError as error:
+                raise UsageError(f"{file}, line {number}: not JSON: {error}") from error
+            if not isinstance(content, dict) or "path" not in content or set(content) - set(_COLUMNS):
+                raise UsageError(
+                    f'{file}, line {number}: expected {{"path": ..., "label": ...}}, got {text.strip()[:80]}'
+                )
+            yield _line(file, number, content)
+
+
+def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
+    path, label = content["path"], content.get("label")
+    if not isinstance(path, str) or not path:
+        raise UsageError(f"{file}, line {number}: path {path!r}; expected the name of a file")
+    if label is None or label == "":
+        return _Line(number, path, None)
+    if isinstance(label, bool) or not isinstance(label, (str, int, float)):
+        raise UsageError(f"{file}, line {number}: label {label!r}; expected a class name or a whole number")
+    return _Line(number, path, str(label))
+
+
+def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]]:
+    """Labels as numbers, and the names of the numbers."""
+    kinds = ["no label" if line.label is None else "a number" if _is_number(line.label) else "a name" for line in lines]
+    for line, kind in zip(lines, kinds, strict=True):
+        if kind != kinds[0]:
+            shown = f" ({line.label})" if line.label else ""
+            raise UsageError(
+                f"{file}, line {line.number} has {kind}{shown}, line {lines[0].number} has {kinds[0]}; "
+                "label all lines by numbers or all by names, or none"
+            )
+    if kinds[0] == "no label":
+        return [-1] * len(lines), []
+    texts = [line.label or "" for line in lines]
+    if kinds[0] == "a name":
+        classes = sorted(set(texts))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return [numbers[text] for text in texts], classes
+    for line, text in zip(lines, texts, strict=True):
+        if not (text.isascii() and text.isdigit()) or int(text) >= _MOST:
+            raise UsageError(f"{file}, line {line.number}: label {text}; expected a whole number, 0 or more")
+    return [int(text) for text in texts], []
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""Rewriting damaged shards with what can be saved. The damaged files stay beside them."""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import webdataset
+import xxhash
+from tqdm import tqdm
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
+from mixmae.trainer.data.shards.check import Checked, Expected, Inspected, find_members
+from mixmae.trainer.data.shards.findings import Kind
+from mixmae.trainer.data.shards.indexing import save_index
+from mixmae.trainer.data.shards.rescue import Lost, Rescue
+from mixmae.trainer.data.shards.scan import mapped, scan_shard
+from mixmae.trainer.data.shards.workers import run_jobs, tick
+
+RECORD = "repair.jsonl"
+_GZIP = b"\x1f\x8b"
+
+
+class Rewritten(NamedTuple):
+    """What became of a damaged shard."""
+
+    name: str
+    shard: Shard | None
+    """None: nothing in it could be saved."""
+    table: Table
+    original: str
+    """Name of the damaged file now."""
+    lost: list[Lost]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    index: ShardIndex
+    rewritten: list[Rewritten]
+
+    @property
+    def lost(self) -> list[Lost]:
+        return [lost for one in self.rewritten for lost in one.lost]
+
+
+def repair(checked: Checked, jobs: int) -> Repaired:
+    """Rewrites the damaged shards of a checked directory, in parallel, and indexes it; sound shards stay as they are.
+
+    What was done and lost is added to `repair.jsonl`.
+
+    Raises:
+        UsageError: a shard cannot be read at all, a file cannot be written, or no sample is left.
+    """
+    expected, findings = checked.expected, checked.report.findings
+    unreadable = [finding.shard for finding in findings if finding.kind in (Kind.SHARD_UNREADABLE, Kind.SHARD_GONE)]
+    if unreadable:
+        raise UsageError(
+            f"nothing was repaired: {unreadable[0]} is missing or cannot be read; restore it, or give it up with "
+            f"'mixmae shards index {expected.directory}', and repair then"
+        )
+    damaged = sorted({finding.shard for finding in findings if finding.kind.remedy == "rewrite"})
+    sizes = {one.shard.name: one.shard.bytes for one in checked.inspected}
+    total = sum(sizes[name] for name in damaged)
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="repair", disable=None) as bar:
+            rewritten = run_jobs(_rewrite, expected, damaged, jobs, bar)
+        _note(expected.directory / RECORD, rewritten)
+        scanned = _scanned(checked.inspected, rewritten)
+        if not scanned:
+            raise UsageError(f"nothing could be saved; what was in {expected.directory} has names that end in .damaged")
+        return Repaired(save_index(expected.directory, scanned, expected.classes), rewritten)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write in {expected.directory} ({error}); once that is mended, repair again"
+        ) from error
+
+
+def _scanned(inspected: Iterable[Inspected], rewritten: Iterable[Rewritten]) -> list[tuple[Shard, Table]]:
+    new = {one.name: (one.shard, one.table) for one in rewritten}
+    now = [new.get(one.shard.name, (one.shard, one.table)) for one in inspected]
+    return [(shard, table) for shard, table in now if shard is not None]
+
+
+def _note(file: Path, rewritten: Sequence[Rewritten]) -> None:
+    with file.open("a") as stream:
+        for one in rewritten:
+            kept = one.shard.samples if one.shard else 0
+            line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
+            stream.write(json.dumps(line) + "\n")
+            stream.writelines(json.dumps(lost._asdict()) + "\n" for lost in one.lost)
+
+
+def _rewrite(expected: Expected, name: str) -> Rewritten:
+    """One process's part: one shard."""
+    file, beside = expected.directory / name, expected.directory / f".{name}.partial"
+    unpacked = _unpack(file)
+    found, fault = find_members(unpacked)
+    with mapped(unpacked) as content:
+        rescue = Rescue(name, content, len(expected.classes), expected.rows(name, content))
+        rescue.collect(found, is_damaged=fault is not None)
+    tick(file.stat().st_size)
+    if unpacked != file:
+        unpacked.unlink()
+    original = _free_name(file)
+    if not rescue.samples:
+        file.rename(original)
+        return Rewritten(name, None, np.array([], dtype=SAMPLE), original.name, rescue.lost)
+    with beside.open("wb") as stream:
+        with webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar:
+            for key, files in rescue.samples.items():
+                tar.write({"__key__": key, **files})
+        stream.flush()
+        os.fsync(stream.fileno())
+    states = rescue.states
+    shard, table = scan_shard(beside, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
+    os.link(file, original)
+    beside.replace(file)  # at every moment one of the two has the name
+    return Rewritten(name, shard._replace(name=name), table, original.name, rescue.lost)
+
+
+def _unpack(file: Path) -> Path:
+    """The file, or of a gzip-compressed one a temporary copy with as much as can be unpacked."""
+    with file.open("rb") as packed:
+        if packed.read(2) != _GZIP:
+            return file
+        packed.seek(0)
+        unpacked = file.with_name(f".{file.name}.unpacked")
+        with unpacked.open("wb") as stream, gzip.GzipFile(fileobj=packed) as unpacker:
+            try:
+                while part := unpacker.read1(2**20):
+                    stream.write(part)
+            except (EOFError, OSError, zlib.error):
+                pass  # what came before is what can be saved; the check named the damage
+    return unpacked
+
+
+def _free_name(file: Path) -> Path:
+    """Where the damaged file goes: no earlier one is overwritten."""
+    free, number = file.with_name(f"{file.name}.damaged"), 1
+    while free.exists():
+        number += 1
+        free = file.with_name(f"{file.name}.damaged-{number}")
+    return free

@@ -1,0 +1,117 @@
+"""The model under DeepSpeed: one pure function makes its configuration, another the engine."""
+
+import contextlib
+import io
+from itertools import chain
+from typing import Any
+
+import torch
+
+from mixmae.base.errors import UsageError
+from mixmae.models import MixMAE, build_encoder
+from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
+from mixmae.trainer.engine.cpu import suit_cpu
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.optimizer import build_optimizer
+from mixmae.trainer.recipe.schema import Recipe
+
+_BUCKET = 100_000_000
+"""Elements reduced at once: DeepSpeed's own default is one bucket for a whole Swin-H."""
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    train = recipe.train
+    config: dict[str, Any] = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": recipe.accumulation(world_size),
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": _BUCKET,
+            # Overlap together with contiguous gradients and bf16 has given NaN (DeepSpeed #8061).
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if (wandb := recipe.log.wandb) is not None:
+        config["wandb"] = {"enabled": True, "project": wandb.project, "group": wandb.group, "team": wandb.entity}
+    if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
+        config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
+    if train.zero_stage == 0:
+        # At this stage the optimizer clips by itself (optim.GuardedAdamW).
+        return config
+    config["gradient_clipping"] = recipe.optim.clip_grad or 0.0
+    config["bf16"] = {"enabled": train.precision == "bf16"}
+    if train.zero_stage == 3:
+        # Keeps stage 3 equal to stage 2 to the bit.
+        config["zero_optimization"]["memory_efficient_linear"] = False
+        config["zero_optimization"]["allgather_bucket_size"] = _BUCKET
+    return config
+
+
+def build_model(recipe: Recipe) -> MixMAE:
+    """The recipe's MixMAE with random weights, a function of its seed; `model.init` is not applied here.
+
+    Raises:
+        UsageError: an unknown encoder, or sizes that do not fit each other.
+    """
+    settings = recipe.model
+    sizes = {name: value for name, value in settings.sizes.model_dump().items() if value is not None}
+    torch.manual_seed(recipe.seed)
+    try:
+        encoder = build_encoder(settings.encoder, img_size=settings.img_size, **sizes)
+        return MixMAE(
+            encoder,
+            settings.num_images,
+            settings.decoder_dim,
+            settings.decoder_depth,
+            settings.decoder_num_heads,
+            settings.norm_pix_loss,
+            settings.dual,
+            settings.separate_groups,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+
+
+def compile_parts(model: MixMAE, **options: Any) -> None:
+    """Compiles each block, and the loss, by itself; shapes are static, and blocks of one shape share their code.
+
+    Args:
+        options: more of `torch.compile`.
+    """
+    # All blocks are one function to torch, which gives up at 8 shapes and modes of it: five stages, each trained and
+    # evaluated, are more.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    encoder_blocks = [model.encoder.stage_blocks(stage) for stage in range(1, model.encoder.num_stages + 1)]
+    for part in chain(*encoder_blocks, model.decoder.blocks, [model.loss]):
+        part.compile(fullgraph=True, dynamic=False, **options)
+
+
+def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
+    """DeepSpeed's engine around the model, its optimizer and its precision."""
+    import deepspeed
+
+    config = deepspeed_config(recipe, ranks.world_size)
+    checkpoint_activations(model, recipe.train.activation_checkpointing)
+    model.to(ranks.device)
+    if recipe.train.precision == "bf16" and ranks.device.type == "cpu":
+        suit_cpu(model)
+    if recipe.train.fused_attention:
+        if ranks.device.type != "cuda":
+            raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
+        model.encoder.set_fused_attention()
+    if recipe.train.compile:
+        compile_parts(model)
+    with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False
+        )
+    return engine

@@ -1,0 +1,187 @@
+"""`mixmae import FILE OUT`: the authors' released MixMIM checkpoints, as an encoder directory of ours.
+
+Their files hold `{"model": state_dict, ...}`, of two kinds: pretraining (encoder and decoder) and fine-tuned (encoder
+and classifier). Sizes are read off the shapes.
+"""
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixmae.base.errors import UsageError
+from mixmae.models.encoders.registry import SIZES, build_encoder
+from mixmae.models.encoders.swin import Swin
+from mixmae.models.layers.blocks import sincos_positions
+from mixmae.models.methods.decoder import Decoder
+from mixmae.trainer.export.encoder_directory import misfits, write_artifact
+
+_BLOCK = (
+    r"(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)"
+    r"|attn\.relative_position_bias_table)"
+)
+# Released name -> our name; their patch merging closes a stage, ours opens the next one (group 1 plus one).
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"(patch_embed\.(?:proj|norm)\.(?:weight|bias))", r"encoder.\1"),
+    (rf"layers\.(\d)\.blocks\.(\d+)\.({_BLOCK})", r"encoder.stages.\1.blocks.\2.\3"),
+    (r"norm\.(weight|bias)", r"encoder.norm.\1"),
+    (r"head\.(weight|bias)", r"encoder.head.fc.\1"),
+    (r"mask_token", r"decoder.mask_token"),
+    (r"decoder_(embed|norm|pred)\.(weight|bias)", r"decoder.\1.\2"),
+    (rf"decoder_blocks\.(\d+)\.({_BLOCK})", r"decoder.blocks.\1.\2"),
+)
+_MERGING = re.compile(r"layers\.(\d)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)")
+_FIXED = {"absolute_pos_embed", "decoder_pos_embed"}
+_INDEX = re.compile(r"(?:layers\.\d\.blocks\.\d+\.attn\.relative_position_index|layers\.\d\.blocks\.\d+\.attn_mask)")
+
+
+def convert(released: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The encoder's and the decoder's state dict (None in a fine-tuned file) of a released state dict.
+
+    Raises:
+        UsageError: names we do not know, or positions that are not the fixed sin-cos ones.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    foreign, fixed = [], {}
+    for name, value in released.items():
+        if name in _FIXED:
+            fixed[name] = value
+        elif (ours := _our_name(name)) is not None:
+            part, key = ours.split(".", 1)
+            parts[part][key] = value
+        elif not _INDEX.fullmatch(name):
+            foreign.append(name)
+    if foreign:
+        raise UsageError(
+            f"{len(foreign)} names are not of a released MixMIM Swin checkpoint, the first is "
+            f"{foreign[0]!r}; expected names such as 'layers.0.blocks.0.attn.qkv.weight'"
+        )
+    for name, value in fixed.items():
+        _check_positions(name, value)
+    return parts["encoder"], parts["decoder"] or None
+
+
+def sizes(encoder: dict[str, Tensor], image_positions: Tensor | None) -> dict[str, Any]:
+    """The encoder's constructor arguments, from the shapes of its weights."""
+    depths = [len({k.split(".")[3] for k in encoder if k.startswith(f"stages.{i}.blocks.")}) for i in range(4)]
+    tables = [encoder[f"stages.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(4)]
+    found: dict[str, Any] = {
+        "embed_dim": encoder["patch_embed.proj.weight"].shape[0],
+        "depths": tuple(depths),
+        "num_heads": tuple(table.shape[1] for table in tables),
+        "window_size": tuple((int(table.shape[0] ** 0.5) + 1) // 2 for table in tables),
+    }
+    side = int(image_positions.shape[1] ** 0.5) if image_positions is not None else found["window_size"][3] * 8
+    found["img_size"] = side * encoder["patch_embed.proj.weight"].shape[-1]
+    return found
+
+
+def name_size(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The registered architecture of these sizes, and the arguments that differ from its defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Swin).parameters.items()}
+    candidates = {
+        name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v} for name, size in SIZES.items()
+    }
+    name = min(candidates, key=lambda n: (len(candidates[n]), n == "mixmae_swin_nano"))
+    return name, candidates[name]
+
+
+def _our_name(name: str) -> str | None:
+    if merging := _MERGING.fullmatch(name):
+        return f"encoder.stages.{int(merging[1]) + 1}.downsample.{merging[2]}"
+    for pattern, ours in _RENAMES:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, ours, name)
+    return None
+
+
+def _check_positions(name: str, value: Tensor) -> None:
+    side = int(value.shape[1] ** 0.5) if value.dim() == 3 else 0
+    square = value.dim() == 3 and value.shape[1] == side**2 and value.shape[2] % 4 == 0
+    if not square or not torch.allclose(
+        value[0].float(), sincos_positions((side, side), value.shape[2]).flatten(0, 1), atol=1e-4
+    ):
+        raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
+
+
+def read_release(file: Path) -> dict[str, Tensor]:
+    """The state dict in a released file, unpickled with `weights_only`.
+
+    Raises:
+        UsageError: no file, not a checkpoint, or no tensors under "model".
+    """
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever its unpickler meets; each means the same to the user
+        raise UsageError(
+            f"{file} is not a checkpoint that torch loads with weights_only=True: {str(error).splitlines()[0]}"
+        ) from error
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{file} has no state dict under 'model'; expected a released MixMIM checkpoint")
+    return state
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae import", description="Convert a released MixMIM checkpoint.")
+    parser.add_argument("file", type=Path, help="released checkpoint (.pth)")
+    parser.add_argument("out", type=Path, help="encoder directory to write")
+    args = parser.parse_args(argv)
+    released = read_release(args.file)
+    encoder, decoder = convert(released)
+    if missing := sorted(_SIZED - encoder.keys()):
+        raise UsageError(f"{args.file} lacks {missing[0]!r} (and {len(missing) - 1} more) of a MixMIM encoder")
+    name, model_args = name_size(sizes(encoder, released.get("absolute_pos_embed")))
+    _check_complete(args.file, name, model_args, encoder, decoder)
+    write_artifact(args.out, name, model_args, encoder, decoder, {"source": args.file.name})
+    kind = "fine-tuned" if decoder is None else "pretraining"
+    print(
+        f"{args.out}: {kind} checkpoint, {name}, {sum(v.numel() for v in encoder.values()) / 1e6:.1f} M parameters "
+        f"in the encoder\nopen it with: import models, timm; timm.create_model('local-dir:{args.out}', pretrained=True)"
+    )
+    return 0
+
+
+_SIZED = {
+    "patch_embed.proj.weight",
+    "norm.weight",
+    *(f"stages.{stage}.blocks.0.attn.relative_position_bias_table" for stage in range(4)),
+}
+"""The weights from which sizes are read."""
+
+
+def _check_complete(
+    file: Path, name: str, model_args: dict[str, Any], encoder: dict[str, Tensor], decoder: dict[str, Tensor] | None
+) -> None:
+    """Raises UsageError unless the weights are exactly those of models of these sizes."""
+    try:
+        with torch.device("meta"):
+            own = build_encoder(name, **model_args)
+            found = {f"encoder.{k}": v for k, v in encoder.items() if not k.startswith("head.")}
+            expected = {f"encoder.{k}": v for k, v in own.state_dict().items()}
+            if decoder is not None:
+                found |= {f"decoder.{k}": v for k, v in decoder.items()}
+                expected |= {f"decoder.{k}": v for k, v in _decoder_like(own, decoder).state_dict().items()}
+    except ValueError as error:
+        raise UsageError(f"{file} holds weights of sizes that do not fit each other: {error}") from error
+    wrong = misfits(found, expected)
+    if wrong:
+        raise UsageError(
+            f"{file}: {len(wrong)} weights are missing, foreign or of another shape, the first is {wrong[0]!r}"
+        )
+
+
+def _decoder_like(encoder: Swin, decoder: dict[str, Tensor]) -> Decoder:
+    if "mask_token" not in decoder:
+        raise ValueError("no mask_token beside the decoder's weights")
+    depth = len({key.split(".")[1] for key in decoder if key.startswith("blocks.")})
+    return Decoder(
+        encoder.num_features, encoder.grid, 3 * encoder.stride**2, decoder["mask_token"].shape[-1], depth, num_heads=1
+    )

@@ -1,0 +1,89 @@
+"""What a run reads: how many images, how large they are, and the worker cores that bring them in time."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.planning.speed import entries
+from mixmae.trainer.recipe.schema import Recipe
+
+IMAGENET_IMAGES = 1_281_167
+IMAGENET_BYTES = 110_000
+"""A mean JPEG of ImageNet-1K's training set."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    images: int
+    mean_bytes: float
+    source: str
+
+
+@dataclass(frozen=True)
+class WorkerRate:
+    """Images per second that one core was measured to decode and crop."""
+
+    images_per_second: float
+    img_size: int
+    cpu: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a node has to load."""
+
+    images_per_second: float
+    bytes_per_second: float
+    cores: int | None
+    """That decode so many images; None where no rate was measured."""
+    workers: int | None
+    """Per rank, for those cores."""
+    host_bytes: float
+    """Of decoded batches that wait in a node's memory."""
+
+
+def corpus(recipe: Recipe, images: int | None, mean_bytes: int | None) -> Corpus:
+    """What is given, else the recipe's shards if their directory is there, else ImageNet-1K.
+
+    Raises:
+        UsageError: the directory is there, and its index is not or is damaged.
+    """
+    directory = recipe.data.directory
+    if directory is not None and directory.is_dir():
+        index = open_index(recipe.data.shards)
+        return Corpus(images or len(index), mean_bytes or float(index.samples["size"].mean()), str(directory))
+    given = [name for name, value in (("--images", images), ("--image-bytes", mean_bytes)) if value is not None]
+    source = f"{' and '.join(given)}, else ImageNet-1K" if len(given) == 1 else " and ".join(given) or "ImageNet-1K"
+    return Corpus(images or IMAGENET_IMAGES, mean_bytes or IMAGENET_BYTES, source)
+
+
+def worker_rate(recipe: Recipe, results: Path) -> WorkerRate | None:
+    """The fastest measured rate of the recipe's decoder (`mixmae bench data`), at its image size where there is one."""
+    found = []
+    for file in sorted(results.glob("data-*.json")):
+        for entry in entries(file):
+            variant = entry["variants"].get(recipe.data.decoder)
+            busy = min(max(1, entry["num_workers"]), entry["cores"])
+            if variant is not None:
+                rate = variant["images_per_second"] / busy
+                found.append(WorkerRate(rate, entry["img_size"], entry["cpu"], file.name))
+    same_size = [rate for rate in found if rate.img_size == recipe.model.img_size]
+    return max(same_size or found, key=lambda rate: rate.images_per_second, default=None)
+
+
+def loading(
+    recipe: Recipe,
+    images_per_second: float,
+    gpus_per_node: int,
+    micro_batch: int,
+    data: Corpus,
+    rate: WorkerRate | None,
+) -> Loading:
+    """A node's share of the run's images per second, in bytes, cores and memory."""
+    settings, side = recipe.data, recipe.model.img_size
+    cores = None if rate is None else math.ceil(images_per_second / rate.images_per_second)
+    workers = None if cores is None else math.ceil(cores / gpus_per_node)
+    waiting = max(1, workers or settings.num_workers) * settings.prefetch_factor * micro_batch * 3 * side**2
+    return Loading(images_per_second, images_per_second * data.mean_bytes, cores, workers, waiting * gpus_per_node)

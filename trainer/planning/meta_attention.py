@@ -1,0 +1,83 @@
+"""Attention as a device computes it. The meta device would take the plain one, which keeps whole attention matrices."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmae.models.ops import sdpa
+from mixmae.trainer.planning.op_counter import Workspaces
+
+Device = Literal["cuda", "cpu"]
+_aten = torch.ops.aten
+_ALIGNED = 16
+"""To so many columns SDPA pads a bias for the memory-efficient kernel."""
+_TILE = 64
+"""Rows and columns of a block in that kernel's backward pass."""
+_FLASH_ROWS = 128
+"""To so many queries the flash kernel's backward pass rounds."""
+
+
+@contextmanager
+def attention_of(device: Device) -> Iterator[None]:
+    """Makes attention, with and without a learned bias, take the kernel that it would take on a device."""
+    original, with_bias = F.scaled_dot_product_attention, sdpa.attend
+    F.scaled_dot_product_attention = _CHOICES[device]
+    if device == "cpu":
+        sdpa.attend = sdpa.explicit
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, sdpa.attend = original, with_bias
+
+
+def _on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
+) -> Tensor:
+    """A learned bias excludes the flash kernel, and so does fp32; what is left is the memory-efficient one."""
+    if attn_mask is None and q.dtype != torch.float32:
+        return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, **more)[0]
+    if attn_mask is not None:
+        columns = attn_mask.shape[-1]
+        attn_mask = F.pad(attn_mask, (0, -columns % _ALIGNED))[..., :columns].expand(*q.shape[:-1], columns)
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, **more)[0]
+
+
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
+) -> Tensor:
+    assert attn_mask is None
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, **more)[0]
+
+
+_CHOICES: dict[Device, Callable[..., Tensor]] = {"cuda": _on_cuda, "cpu": _on_cpu}
+
+
+def _efficient_backward(
+    _: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, *__: Any, **___: Any
+) -> int:
+    """The query's gradient in fp32, tile by tile with 16 bytes of locks, one number a row, and a contiguous `grad_out`.
+
+    As kernel_backward.h computes it, in torch's include/ATen/native/transformers/cuda/mem_eff_attention.
+    """
+    batch, heads, queries, width = q.shape
+    tiles = -(-queries // _TILE) * -(-width // _TILE)
+    return batch * heads * (tiles * (4 * _TILE**2 + 16) + 4 * queries) + out.numel() * out.element_size()
+
+
+def _flash_backward(_: Tensor, q: Tensor, *more: Any, **named: Any) -> int:
+    """The query's gradient in fp32 and one number a row, with rows rounded up (flash_api.cpp: dq_accum, softmax_d)."""
+    batch, heads, queries, width = q.shape
+    return 4 * batch * heads * -(-queries // _FLASH_ROWS) * _FLASH_ROWS * (width + 1)
+
+
+WORKSPACES: dict[Device, Workspaces] = {
+    "cuda": {
+        _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+        _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    },
+    "cpu": {},
+}

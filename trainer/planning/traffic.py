@@ -1,0 +1,57 @@
+"""What GPUs send each other in an optimizer step, and how long it takes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mixmae.trainer.planning.devices import Cluster
+from mixmae.trainer.planning.states import Limits, Parameters, retained
+
+Operation = Literal["all-reduce", "reduce-scatter", "all-gather"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A collective operation's work in one optimizer step: bytes of the whole tensors that it works on."""
+
+    operation: Operation
+    bytes: float
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that each rank sends round the ring: an all-reduce is a reduce-scatter and an all-gather."""
+        rounds = 2 if self.operation == "all-reduce" else 1
+        return rounds * self.bytes * (ranks - 1) / ranks
+
+
+def traffic(stage: int, precision: str, model: Parameters, accumulation: int, limits: Limits) -> list[Traffic]:
+    """An optimizer step's traffic at a ZeRO stage, in the dtype that DeepSpeed sends.
+
+    That is the weights' dtype also where gradients are accumulated in fp32 (engine.py, communication_data_type). Stage
+    2 reduces after every micro-batch, and by all-reduce, since its buckets hold gradients of several ranks
+    (zero/config.py, use_multi_rank_bucket_allreduce). Stage 3 gathers weights for the forward pass, and again for the
+    backward pass what it did not retain; its small parameters once, after the step.
+    """
+    size = 2 if precision == "bf16" else 4
+    whole = size * model.total
+    if stage == 0:
+        return [Traffic("all-reduce", whole)]
+    if stage < 3:
+        return [Traffic("all-reduce", whole * (accumulation if stage == 2 else 1)), Traffic("all-gather", whole)]
+    candidates = model.total - model.persistent
+    gathered = (2 * candidates - retained(model, limits)) * accumulation + model.persistent
+    return [Traffic("reduce-scatter", whole * accumulation), Traffic("all-gather", size * gathered)]
+
+
+def seconds(parts: list[Traffic], cluster: Cluster) -> float | None:
+    """How long a step's traffic takes at the full rate of the slowest link; None where that is not known.
+
+    A ring passes each byte once from node to node, so a node's link carries what one rank sends. Latency is left out.
+    """
+    rate = bandwidth(cluster)
+    return None if rate is None else sum(part.sent(cluster.gpus) for part in parts) / rate
+
+
+def bandwidth(cluster: Cluster) -> float | None:
+    """Bytes per second of the slowest link in a ring."""
+    if cluster.nodes == 1:
+        return cluster.gpu.peers
+    return None if cluster.link is None else min(cluster.link, cluster.gpu.peers)

@@ -1,0 +1,97 @@
+"""Reading recipes: defaults < YAML < dotted overrides (`train.micro_batch=64`). No torch: login nodes read them too.
+
+An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.schema import Recipe
+
+
+def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `key.path=value` overrides.
+
+    Raises:
+        UsageError: no such file, not YAML, an unknown key or a value outside its range.
+    """
+    if not file.is_file():
+        raise UsageError(f"recipe {file} does not exist; configs/pretrain holds some")
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} holds {type(content).__name__}; expected sections such as 'model:' and 'train:'")
+    return _overridden(content, overrides, str(file))
+
+
+def default_recipe(overrides: Sequence[str]) -> Recipe:
+    """The recipe of all defaults with overrides.
+
+    Raises:
+        UsageError: an unknown key or a value outside its range.
+    """
+    return _overridden({}, overrides, "recipe")
+
+
+def _overridden(content: dict[str, Any], overrides: Sequence[str], source: str) -> Recipe:
+    for override in overrides:
+        _apply(content, override)
+    return parse_recipe(content, source)
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """The recipe of nested values; `source` is what an error names."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {'; '.join(explain(detail) for detail in error.errors()[:3])}") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise UsageError(f"override {override!r} is not of the form key.path=value, such as train.micro_batch=64")
+    *sections, key = path.split(".")
+    here = content
+    for section in sections:
+        inner = here.get(section)
+        here[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        here = inner
+    try:
+        here[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
+
+
+def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
+    """One of pydantic's findings in words; an unknown key with the nearest one that the schema has."""
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{_nearest(path, schema)}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    given = detail["input"]
+    shown = f"={given!r}" if path and not isinstance(given, (dict, BaseModel)) else ""
+    expected = message if detail["type"] == "value_error" else f"expected {message}"
+    return f"{path}{shown}: {expected}" if path else expected
+
+
+def _nearest(path: str, schema: type[BaseModel]) -> str:
+    known = list(_paths(schema))
+    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
+    nearest = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(schema.model_fields)}"
+
+
+def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, f"{prefix}{name}.")

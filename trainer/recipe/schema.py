@@ -1,0 +1,317 @@
+"""The recipe's schema, with every default; `mixmae.trainer.recipe.loading` reads recipes. No torch: login nodes read them too."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.units import Duration, Size, Span
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+_STREAMS = 512
+"""The most that a recipe which does not say how many gets."""
+Positive = Annotated[int, Field(gt=0)]
+Stages = tuple[Positive, Positive, Positive, Positive]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Deviation = Annotated[float, Field(gt=0)]
+
+
+class EncoderSizes(Section):
+    """Sizes that replace those of the named encoder; what is not given stays as it is there."""
+
+    embed_dim: int | None = Field(None, gt=0)
+    depths: Stages | None = None
+    num_heads: Stages | None = None
+    window_size: Stages | None = None
+    drop_path_rate: float | None = Field(None, ge=0, lt=1)
+
+
+class Model(Section):
+    encoder: str = "mixmae_swin_base_w14"
+    sizes: EncoderSizes = EncoderSizes()
+    img_size: int = Field(224, gt=0)
+    num_images: int = Field(4, ge=2, le=5)
+    """K, images mixed into one input (paper Table 8: 4; the release ships 2)."""
+    group_map: Literal["micro_batch", "sample"] = "micro_batch"
+    separate_groups: bool = True
+    dual: bool = True
+    norm_pix_loss: bool = True
+    decoder_dim: int = Field(512, gt=0)
+    decoder_depth: int = Field(8, gt=0)
+    decoder_num_heads: int = Field(16, gt=0)
+    init: Path | None = None
+    """Encoder directory to start from (`mixmae import`, `mixmae export`); None starts from random weights."""
+
+
+class Network(Section):
+    """How shards behind a URL are read."""
+
+    timeout: float = Field(30.0, gt=0)
+    """Seconds without an answer after which a read is given up and tried again."""
+    retries: int = Field(5, ge=0)
+    """Further tries of a failed read, 0.5, 1, 2, ... seconds apart."""
+    allow_shell: bool = False
+    """Whether `pipe:COMMAND` may be a shard directory: its command runs in a shell on every node."""
+
+
+class Cache(Section):
+    """Where blocks of shards behind a URL are kept on this node."""
+
+    dir: Path | None = None
+    """Shared by the ranks of a node, and kept. None: a temporary folder of each rank, gone when the run ends."""
+    max_bytes: Size = 20 * 10**9
+
+
+class Data(Section):
+    shards: str = "shards"
+    """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens."""
+    num_workers: int = Field(4, ge=0)
+    prefetch_factor: int = Field(4, ge=1)
+    decoder: Literal["fast", "pillow"] = "fast"
+    """`fast` decodes no more of a JPEG than the crop needs; `pillow` is the plain reference."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    hflip: float = Field(0.5, ge=0, le=1)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+    streams: int | None = Field(None, gt=0)
+    """Canonical streams, dealt to the ranks in whole numbers; None: up to 512 that divide global_batch."""
+    window: int = Field(64, gt=0)
+    """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
+    drop_last: bool = False
+    """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
+    max_bad_share: float = Field(0.01, ge=0, lt=1)
+    """Unusable samples that a rank steps over in an epoch, as a share of its samples; more end the run."""
+    network: Network = Network()
+    cache: Cache = Cache()
+
+    @property
+    def directory(self) -> Path | None:
+        """The shards' directory; None if they are behind a URL or a command."""
+        elsewhere = "://" in self.shards or self.shards.startswith("pipe:")
+        return None if elsewhere else Path(self.shards)
+
+    @model_validator(mode="after")
+    def _crops_are_shares_of_the_image(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale={[low, high]}: expected shares of the image's area, 0 < low <= high <= 1")
+        return self
+
+
+class ActivationCheckpointing(Section):
+    kind: Literal["none", "selective", "torch", "fairscale"] = "none"
+    stages: tuple[Literal[1, 2, 3, 4, "decoder"], ...] = (1, 2, 3, 4, "decoder")
+    cpu_offload: bool = False
+
+    @model_validator(mode="after")
+    def _offload_needs_fairscale(self) -> Self:
+        if self.cpu_offload and self.kind != "fairscale":
+            raise ValueError(f"cpu_offload works with kind=fairscale only, not {self.kind}")
+        return self
+
+
+class Train(Section):
+    duration: Duration = Span(600, "epoch")
+    global_batch: int = Field(1024, gt=0)
+    micro_batch: int = Field(128, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    compile: bool = False
+    """Compiles each block and the loss (torch.compile)."""
+    fused_attention: bool = False
+    """On GPUs: the global stages' attention in one kernel (models/ops/grouped_attention.py) in place of torch's."""
+    max_skipped_steps: int = Field(10, ge=1)
+    """So many steps in a row with a non-finite loss or gradient end the run."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage=0 with precision=bf16 starts DeepSpeed's optimizer with a step on empty "
+                "gradients; use zero_stage=1, which also saves memory, or precision=fp32"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile=true gains nothing with zero_stage=3, whose hooks break every graph; use "
+                "zero_stage=2 or compile=false"
+            )
+        if self.compile and self.activation_checkpointing.kind == "fairscale":
+            raise ValueError(
+                "compile=true with activation_checkpointing.kind=fairscale recomputes other random masks "
+                "than it used; use kind=torch or compile=false"
+            )
+        return self
+
+
+class Optim(Section):
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate at a global batch of 256; the run's is base_lr * global_batch / 256."""
+    min_lr: float = Field(0.0, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    no_decay: tuple[str, ...] = ("relative_position_bias_table", "mask_token")
+    """Parts of names exempt from weight decay, beside all 1-D parameters; () decays them as the release does."""
+    warmup: Duration = Span(40, "epoch")
+    clip_grad: float | None = Field(None, gt=0)
+
+
+class Checkpoint(Section):
+    every: Duration = Span(1, "epoch")
+    keep: int = Field(3, ge=1)
+    """The last so many are kept."""
+    keep_every: Duration | None = None
+    """The first one after each such stretch is kept too."""
+    keep_best: int = Field(0, ge=0)
+    """So many with the lowest logged loss are kept too."""
+    asynchronous: bool = True
+    """Writes while training goes on, from a copy in host memory: 12 bytes per parameter, shared by the ranks, held from
+    the start on. Else training stands until all is written, and no memory is taken."""
+    max_failures: int = Field(3, ge=0)
+    """Saves in a row that may fail (a full disk) before the run ends."""
+    stop_before_end: float = Field(300.0, ge=0)
+    """Seconds before the end of a Slurm job's time at which the run saves and stops."""
+
+
+class WeightsAndBiases(Section):
+    """A run on Weights & Biases. The environment says whether it is online (WANDB_MODE), and who one is."""
+
+    project: str = "mixmae"
+    group: str | None = None
+    entity: str | None = None
+
+
+class Log(Section):
+    every: int = Field(50, ge=1)
+    """Optimizer steps between two logged ones."""
+    pictures: Duration | None = Span(5, "epoch")
+    """Between two pictures of reconstructions; null for none."""
+    samples: bool = False
+    """Writes which samples each step used, one file a rank; for audits of what a model has seen."""
+    wandb: WeightsAndBiases | None = None
+    """Beside the run's own record; needs the extra `wandb`."""
+
+
+class Monitoring(Section):
+    enabled: bool = True
+    address: str = "127.0.0.1"
+    """On which each node's exporter listens; 0.0.0.0 for a Prometheus on another host."""
+    port: int = Field(9400, ge=0, le=65535)
+    """The first of 100 that are tried."""
+    certfile: Path | None = None
+    keyfile: Path | None = None
+    auth_file: Path | None = None
+    """A file with one line, user:password; None lets everybody read."""
+    stall_seconds: float = Field(300.0, gt=0)
+    """/healthz fails when a rank of the node finished no step for so long."""
+    pushgateway: str | None = None
+    """URL to which each node pushes its last numbers at the end; for runs that end between two scrapes."""
+    comms_logger: bool = False
+    """Counts communication by operation; DeepSpeed then waits for each operation, which costs speed."""
+    peak_flops: float | None = Field(None, gt=0)
+    """Operations per second that a device can do, for the MFU; None: known ones are looked up."""
+
+    @model_validator(mode="after")
+    def _a_key_needs_its_certificate(self) -> Self:
+        if self.keyfile is not None and self.certfile is None:
+            raise ValueError(f"keyfile={self.keyfile} without certfile; set both for TLS")
+        return self
+
+
+class Launch(Section):
+    """How `mixmae launch` starts ranks, and when it gives a run up."""
+
+    tasks: Literal["per_gpu", "per_node"] = "per_gpu"
+    """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
+    port: int | None = Field(None, ge=1024, le=64_000)
+    """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
+    join_seconds: float = Field(120.0, gt=0)
+    """A run whose ranks are not all there by then is ended."""
+    stuck_seconds: float = Field(600.0, gt=0)
+    """A run in which no rank moved for so long is ended, naming the late one; thrice that while starting or saving."""
+    grace_seconds: float = Field(120.0, gt=0)
+    """From the signal to stop to the end of all ranks: the time to save in; Slurm warns so long before the limit."""
+
+
+class Recipe(Section):
+    run_dir: Path = Path("runs/mixmae")
+    seed: int = Field(0, ge=0)
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    monitoring: Monitoring = Monitoring()
+    launch: Launch = Launch()
+
+    @model_validator(mode="after")
+    def _mixing_needs_partners(self) -> Self:
+        if self.train.micro_batch < self.model.num_images:
+            raise ValueError(
+                f"train.micro_batch is {self.train.micro_batch}, fewer than the model.num_images="
+                f"{self.model.num_images} that are mixed into one input; raise it to "
+                f"{self.model.num_images} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_share_the_global_batch(self) -> Self:
+        if self.train.global_batch % self.streams:
+            raise ValueError(
+                f"train.global_batch={self.train.global_batch} does not divide by data.streams={self.streams}: each "
+                "batch takes the same number of samples from each stream"
+            )
+        return self
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step and rank.
+
+        Raises:
+            UsageError: the global batch does not divide by micro_batch * world_size.
+        """
+        at_once = self.train.micro_batch * world_size
+        if self.train.global_batch % at_once:
+            fits = [m for m in range(1, self.train.micro_batch + 1) if self.train.global_batch % (m * world_size) == 0]
+            change = f"train.micro_batch={fits[-1]} would" if fits else f"train.global_batch={at_once} would"
+            raise UsageError(
+                f"train.global_batch={self.train.global_batch} does not divide by train.micro_batch="
+                f"{self.train.micro_batch} on {world_size} ranks; {change}"
+            )
+        return self.train.global_batch // at_once
+
+    @property
+    def streams(self) -> int:
+        """Canonical streams of the data's order."""
+        if self.data.streams is not None:
+            return self.data.streams
+        divisors = [n for n in range(1, _STREAMS + 1) if self.train.global_batch % n == 0]
+        return max(divisors, key=lambda n: (n & -n, n))  # clusters come in powers of two
+
+    def streams_of(self, rank: int, world_size: int) -> range:
+        """The streams that a rank serves.
+
+        Raises:
+            UsageError: the streams cannot be dealt to so many ranks.
+        """
+        if self.streams % world_size:
+            allowed = [str(n) for n in range(1, self.streams + 1) if self.streams % n == 0]
+            fits = next(n for n in range(world_size, 0, -1) if self.streams % n == 0)
+            raise UsageError(
+                f"{world_size} ranks cannot share data.streams={self.streams} in whole numbers; use "
+                f"{', '.join(allowed)} ranks "
+                f"({fits} is the nearest below), or, in a new run, data.streams set to a multiple of {world_size} that "
+                f"divides train.global_batch={self.train.global_batch}"
+            )
+        share = self.streams // world_size
+        return range(rank * share, (rank + 1) * share)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

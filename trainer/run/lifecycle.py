@@ -1,0 +1,205 @@
+"""The main job, from a recipe that was read to the end of its run."""
+
+import os
+from dataclasses import dataclass
+
+from mixmae.base import exit_codes
+from mixmae.base.errors import UsageError
+from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.signals import StopRequest
+from mixmae.models import MixMAE
+from mixmae.trainer.checkpoints.layout import newest_checkpoint
+from mixmae.trainer.checkpoints.resume import Resumed, resume
+from mixmae.trainer.checkpoints.saver import Saver
+from mixmae.trainer.data.admit import admit
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
+from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
+from mixmae.trainer.engine.optimizer import Schedule, build_schedule
+from mixmae.trainer.export import encoder_directory
+from mixmae.trainer.recipe.resume_rules import require_same_recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.context import Run
+from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.run_directory import (
+    begin_attempt,
+    check_run_dir,
+    refuse_attempt,
+    replaced_file,
+    restarted,
+    write_run_dir,
+)
+from mixmae.trainer.run.state import TrainState
+from mixmae.trainer.telemetry.node_exporter import check_monitoring
+from mixmae.trainer.telemetry.observer import Observer, start_observer
+from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
+from mixmae.trainer.telemetry.sample_log import SampleLog
+from mixmae.trainer.telemetry.wandb_tracker import Tracker, check_wandb, prepare_wandb, wandb_in_words
+
+_LAST_SAVE = 10.0
+"""Seconds that a run which failed waits for a save that it began before."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that was checked: its shards, schedule and untrained model."""
+
+    recipe: Recipe
+    index: ShardIndex
+    schedule: Schedule
+    model: MixMAE
+    data_note: str | None
+    """What of the data will be stepped over."""
+    parameters: int
+    """Counted before ZeRO takes them apart."""
+
+
+def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> int:
+    """Trains a recipe from its newest checkpoint, if there is one, to its end or until it is asked to stop.
+
+    Returns:
+        The exit code, `exit_codes.FINISHED` or `exit_codes.PREEMPTED`.
+
+    Raises:
+        UsageError: whatever in the recipe, the shards or the run directory does not fit; most of it is found before the
+            process group is joined and a GPU touched.
+    """
+    job = check(recipe, ranks)
+    distributed.join(ranks)
+    run = prepare(job, ranks, stop, heartbeat)
+    clean = False
+    try:
+        asked_by = fit(run)
+        say_end(run, asked_by)
+        clean = True
+    except Exception as error:
+        lost = lost_worker(error, ranks.rank)
+        run.reporter.event("failed", f"step {run.state.step}: {lost or error}", step=run.state.step)
+        if lost is not None:
+            raise lost from error
+        raise
+    finally:
+        close(run, clean)
+    return exit_codes.FINISHED if asked_by is None else exit_codes.PREEMPTED
+
+
+def close(run: Run, clean: bool) -> None:
+    """Ends all that a run started."""
+    run.saver.wait(_LAST_SAVE)
+    if run.sample_log is not None:
+        run.sample_log.close()
+    run.observer.close(clean)
+    run.batches.close()
+    run.reporter.close()
+    run.engine.destroy()
+
+
+def say_end(run: Run, asked_by: str | None) -> None:
+    step = run.state.step
+    if asked_by is None:
+        run.reporter.event("end", f"finished at step {step}: {run.recipe.run_dir}", step=step)
+    else:
+        message = f"stopped at step {step} by {asked_by}, all saved; the same command goes on from here"
+        run.reporter.event("preempted", message, step=step, reason=asked_by)
+
+
+def check(recipe: Recipe, ranks: Ranks) -> Job:
+    """Looks at everything that a user can get wrong; each rank by itself."""
+    deepspeed_config(recipe, ranks.world_size)
+    recipe.streams_of(ranks.rank, ranks.world_size)
+    index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
+    order_of(recipe, index)
+    note = admit(index, recipe.data.max_bad_share)
+    schedule = build_schedule(recipe, len(index))
+    check_run_dir(recipe, index)
+    check_monitoring(recipe)
+    check_wandb(recipe)
+    model = build_model(recipe)
+    if recipe.model.init is not None and newest_checkpoint(recipe.run_dir) is None:
+        encoder_directory.initialise(model, recipe.model.init)
+    return Job(recipe, index, schedule, model, note, sum(p.numel() for p in model.parameters()))
+
+
+def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> Run:
+    """Observer, engine, position, batches and reporter: everything up to the first step."""
+    observer, silent = start_observer(job.recipe, ranks, heartbeat)  # first, so that a start that hangs is seen
+    ends = begin_attempt(job.recipe.run_dir) if ranks.is_main else []
+    observer.restarted(ends)
+    try:
+        return _build(job, ranks, stop, observer, silent, ends)
+    except UsageError as error:
+        if ranks.is_main:
+            refuse_attempt(job.recipe.run_dir, str(error))
+        observer.close(clean=True)  # there is no run: nothing to be missed
+        raise
+
+
+def _build(
+    job: Job, ranks: Ranks, stop: StopRequest | None, observer: Observer, silent: str | None, ends: list[str]
+) -> Run:
+    recipe, index, schedule = job.recipe, job.index, job.schedule
+    prepare_wandb(recipe, ranks)
+    with wandb_in_words(recipe):
+        engine = build_engine(job.model, recipe, ranks)
+    resumed = resume(engine, recipe.run_dir, ranks)
+    state, position = _state_of(resumed, recipe, index)
+    tracker = Tracker.of(engine)
+    if ranks.is_main:
+        write_run_dir(recipe, index)
+        observer.begin(schedule.total_steps, job.parameters)
+    main = ranks.is_main
+    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
+    # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
+    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
+    run = Run(
+        recipe=recipe,
+        ranks=ranks,
+        engine=engine,
+        index=index,
+        schedule=schedule,
+        state=state,
+        batches=batches,
+        to_device=ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+        reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
+        observer=observer,
+        saver=saver,
+        stop=stop,
+        sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
+    )
+    _say_start(run, job, resumed, ends)
+    if silent is not None:
+        run.reporter.event("monitoring", silent)
+    return run
+
+
+def _state_of(resumed: Resumed | None, recipe: Recipe, index: ShardIndex) -> tuple[TrainState, Position]:
+    """Where the run stands: at its beginning, or where a checkpoint of the same recipe left it."""
+    if resumed is None:
+        return TrainState(), Position(recipe.seed, 0, index.fingerprint)
+    require_same_recipe(recipe, dict(resumed.manifest.recipe), recipe.run_dir)
+    position = Position(**resumed.manifest.position)
+    position.require(recipe.seed, index)
+    return TrainState.from_state_dict(resumed.manifest.state), position
+
+
+def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> None:
+    """Tells what runs and from where, and what was found to be otherwise than expected."""
+    recipe, step, total_steps = run.recipe, run.state.step, run.schedule.total_steps
+    run.reporter.event(
+        "resumed" if resumed else "start",
+        f"{recipe.model.encoder}, {job.parameters / 1e6:.1f} M parameters with decoder, {len(run.index)} images, "
+        f"steps {step} to {total_steps} of {recipe.train.global_batch} images on {run.ranks.world_size} "
+        f"{run.ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
+        f"optimizer {type(run.engine.optimizer).__name__}",
+        step=step,
+        world_size=run.ranks.world_size,
+        parameters=job.parameters,
+        total_steps=total_steps,
+        **restarted(ends, os.environ),
+    )
+    for note in resumed.notes if resumed is not None else ():
+        run.reporter.event("fallback", f"{note}; going on from step {step}", step=step)
+    if job.data_note is not None:
+        run.reporter.event("data", job.data_note, step=step)

@@ -1,0 +1,114 @@
+"""When a run saves, what it says of it, and how it ends."""
+
+import torch.distributed as dist
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.checkpoints.layout import Manifest
+from mixmae.trainer.checkpoints.saver import Saved
+from mixmae.trainer.engine.distributed import from_main
+from mixmae.trainer.run.context import Run
+from mixmae.trainer.run.run_directory import versions
+from mixmae.trainer.run.stop_signal import Wish
+
+
+class SaveError(UsageError):
+    """Checkpoints can no longer be saved: the storage failed, not the call."""
+
+    exit_code = 1
+
+
+def save(run: Run) -> None:
+    """Begins a save; where it is not asynchronous, also ends it."""
+    stage = run.recipe.train.zero_stage
+    run.saver.save(
+        Manifest(
+            step=run.state.step,
+            optimizer_step=0,
+            epoch=run.epoch,
+            loss=run.loss,
+            state=run.state.state_dict(),
+            position=vars(run.position),
+            world_size=run.ranks.world_size,
+            zero_stage=stage,
+            recipe=run.recipe.model_dump(mode="json"),
+            versions=versions(),
+            shapes={},
+            files={},
+        )
+    )
+
+
+def tell(run: Run) -> None:
+    """Says what became of a save, if one ended; for the main rank, which knows."""
+    saved = run.saver.poll()
+    if saved is not None and run.ranks.is_main:
+        _report(run, saved)
+
+
+def _report(run: Run, saved: Saved) -> None:
+    if saved.folder is None:
+        run.observer.checkpoint_failed()
+        run.reporter.event(
+            "checkpoint_failed",
+            f"step {saved.step} could not be saved ({run.saver.failures} in a row): {saved.error}; older checkpoints "
+            "are as they were",
+            step=saved.step,
+            error=saved.error,
+        )
+        return
+    run.observer.checkpoint(saved)
+    run.reporter.event(
+        "checkpoint",
+        f"saved {saved.folder} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s; training stood for "
+        f"{saved.stall:.2f} s)",
+        step=saved.step,
+        folder=str(saved.folder),
+        bytes=saved.bytes,
+        seconds=saved.seconds,
+        stall_seconds=saved.stall,
+    )
+    if saved.kept is not None:
+        run.reporter.event(
+            "checkpoint_kept",
+            f"step {saved.step} is saved, but an older checkpoint could not be removed: {saved.kept}; it goes with "
+            "the next save or start",
+            step=saved.step,
+            error=saved.kept,
+        )
+
+
+def wish(run: Run) -> Wish:
+    """What this rank wants of the run after a step."""
+    if run.ranks.is_main and (run.saver.superseded or run.saver.failures > run.recipe.checkpoint.max_failures):
+        return Wish.GIVE_UP
+    return Wish.GO_ON if _asked_to_stop(run) is None else Wish.STOP
+
+
+def conclude(run: Run, agreed: Wish) -> str | None:
+    """Ends a run on all ranks, everything saved; returns what asked it to stop, if anything did.
+
+    Raises:
+        SaveError: the run had to give up, or its last state could not be saved.
+    """
+    if agreed is not Wish.GIVE_UP and run.saver.begun != run.state.step:
+        save(run)
+    run.saver.wait()
+    tell(run)
+    failures, error, superseded = from_main((run.saver.failures, run.saver.error, run.saver.superseded))
+    if superseded:
+        raise SaveError(f"the run ends at step {run.state.step}: {error}")
+    if error is not None:
+        raise SaveError(
+            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make "
+            f"room or mend the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
+        )
+    if run.state.step == run.schedule.total_steps:
+        return None
+    reasons: list[str | None] = [None] * run.ranks.world_size
+    own = _asked_to_stop(run)
+    dist.all_gather_object(reasons, own and f"{own} on rank {run.ranks.rank}")
+    return next(reason for reason in reasons if reason is not None)
+
+
+def _asked_to_stop(run: Run) -> str | None:
+    return run.stop.reason(run.recipe.checkpoint.stop_before_end) if run.stop is not None else None

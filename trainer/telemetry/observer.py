@@ -1,0 +1,227 @@
+"""What a rank tells: its node's exporter, by numbers in shared memory, and whoever reads its heartbeat."""
+
+import math
+import shutil
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from mixmae.base.heartbeat import Heartbeat
+from mixmae.monitoring.exporter.discovery import forget_targets
+from mixmae.monitoring.exporter.handover import Pulse, Recorder
+from mixmae.monitoring.exporter.node import SHARED_MEMORY
+from mixmae.monitoring.metrics import ENDS, PARTS, PLACES
+from mixmae.trainer.checkpoints.layout import newest_checkpoint
+from mixmae.trainer.checkpoints.saver import Saved
+from mixmae.trainer.data.stream import Stream
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.flops import model_flops, peak_flops
+from mixmae.trainer.recipe.resume_rules import recipe_id
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.run_directory import versions
+from mixmae.trainer.run.state import TrainState
+from mixmae.trainer.telemetry.clock import StepClock
+from mixmae.trainer.telemetry.comms import Communication
+from mixmae.trainer.telemetry.node_exporter import NodeExporter
+
+_NUMBERS = {place: number for number, place in enumerate(PLACES)}
+
+
+class Silence:
+    """In place of a recorder where nothing is exported."""
+
+    def set(self, name: str, value: float, *labels: str) -> None: ...
+
+    def add(self, name: str, amount: float, *labels: str) -> None: ...
+
+    def observe(self, name: str, seconds: float, *labels: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Observer:
+    """A rank's side of monitoring. Nothing here waits: not for the device, a reader, or the exporter."""
+
+    def __init__(
+        self,
+        recorder: Recorder | Silence,
+        recipe: Recipe,
+        ranks: Ranks,
+        shared: Path | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
+        self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
+        self.heartbeat = heartbeat
+        self.exporter: NodeExporter | None = None
+        """Of the node's first rank."""
+        self.clock = StepClock(
+            ranks.device,
+            part=lambda name, seconds: recorder.observe("step_part_seconds", seconds, name),
+            step=lambda seconds: recorder.observe("step_seconds", seconds),
+            place=self.at,
+        )
+        self._process = psutil.Process()
+        self._communication = Communication()
+        self._flops = 0.0
+        self._peak: float | None = None
+        recorder.add("parts_total", 0)
+        self.at("starting")
+        if ranks.is_main:
+            recorder.set("world_size", ranks.world_size)
+        self._pulse = Pulse(recorder) if isinstance(recorder, Recorder) else None
+
+    def export(self) -> None:
+        """Starts the node's exporter; for the node's first rank."""
+        assert self.shared is not None
+        self.exporter = NodeExporter(self.recipe, self.shared)
+
+    def at(self, place: str) -> None:
+        """The rank comes to one of `PLACES`."""
+        self.recorder.set("rank_part", _NUMBERS[place])
+        if place in PARTS:
+            self.recorder.add("parts_total", 1)
+        if self.heartbeat is not None:
+            self.heartbeat.at(place)
+
+    def restarted(self, past_ends: Sequence[str]) -> None:
+        """Says how earlier attempts at the run ended, which the main rank knows."""
+        if self.ranks.is_main:
+            ends = Counter(past_ends)
+            for reason in ENDS:
+                self.recorder.set("resumes_total", ends[reason], reason)
+
+    def begin(self, total_steps: int, parameters: int) -> None:
+        """Says what runs; for the main rank."""
+        self._flops = model_flops(self.recipe)
+        self._peak = peak_flops(self.recipe, self.ranks.device)
+        train, found = self.recipe.train, versions()
+        self.recorder.set(
+            "run_info",
+            1,
+            recipe_id(self.recipe),
+            self.recipe.model.encoder,
+            f"{parameters / 1e6:.1f}M",
+            str(self.ranks.world_size),
+            str(train.zero_stage),
+            train.precision,
+            found["torch"],
+            found["deepspeed"],
+            found["mixmae"],
+        )
+        self.recorder.set("start_timestamp_seconds", time.time())
+        self.recorder.set("target_steps", total_steps)
+        self.recorder.set("weight_decay", self.recipe.optim.weight_decay)
+        self.recorder.set("skipped_steps_total", 0)
+        self.recorder.set("checkpoint_failures_total", 0)
+        if (newest := newest_checkpoint(self.recipe.run_dir)) is not None:
+            self.recorder.set("checkpoint_timestamp_seconds", newest.stat().st_mtime)
+
+    def step(self, state: TrainState, images: int) -> None:
+        """A step is finished."""
+        self.clock.finish()
+        self.recorder.add("optimizer_steps_total", 1)
+        self.recorder.add("images_total", images)
+        self.recorder.set("step", state.step)
+        self.recorder.set("heartbeat_timestamp_seconds", time.time())
+        if self.heartbeat is not None:
+            self.heartbeat.at("between", state.step)
+
+    def data(self, stream: Stream) -> None:
+        """Where the input stands."""
+        self.recorder.set("read_bytes_total", stream.bytes_read)
+        self.recorder.set("read_retries_total", stream.retried)
+        self.recorder.set("data_queue_batches", stream.ready)
+        for result, blocks in stream.cache_use._asdict().items():
+            self.recorder.set("cache_blocks_total", blocks, result)
+        for reason, count in stream.tally.counts.items():
+            self.recorder.set("replaced_samples_total", count, reason.label)
+
+    def process(self) -> None:
+        """What this rank holds; at logged steps."""
+        self.recorder.set("resident_memory_bytes", self._process.memory_info().rss)
+        self.recorder.set("open_files", self._process.num_fds() if hasattr(self._process, "num_fds") else math.nan)
+        if self.ranks.device.type == "cuda":
+            device = self.ranks.device
+            self.recorder.set("device_memory_allocated_bytes", torch.cuda.memory_allocated(device))
+            self.recorder.set("device_memory_reserved_bytes", torch.cuda.memory_reserved(device))
+            self.recorder.set("device_memory_peak_bytes", torch.cuda.max_memory_allocated(device))
+            limit = torch.cuda.get_device_properties(device).total_memory
+            self.recorder.set("device_memory_limit_bytes", limit)
+        self._communication.read()
+        for operation, count in self._communication.bytes.items():
+            self.recorder.set("communication_bytes_total", count, operation)
+            self.recorder.set("communication_seconds_total", self._communication.seconds[operation], operation)
+
+    def logged(self, values: dict[str, float], state: TrainState, total_steps: int) -> None:
+        """The run's own numbers at a logged step; for the main rank."""
+        rate = values["images_per_second"]
+        self.recorder.set("loss", values["loss"])
+        self.recorder.set("gradient_norm", values["grad_norm"])
+        self.recorder.set("learning_rate", values["lr"])
+        self.recorder.set("epoch", values["epoch"])
+        self.recorder.set("images_per_second", rate)
+        self.recorder.set("model_flops_per_second", rate * self._flops)
+        if self._peak is not None:
+            self.recorder.set("mfu_ratio", rate * self._flops / (self._peak * self.ranks.world_size))
+        if rate:
+            left = (total_steps - state.step) * self.recipe.train.global_batch / rate
+            self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
+
+    def skipped(self) -> None:
+        """A step is skipped; for the main rank."""
+        self.recorder.add("skipped_steps_total", 1)
+
+    def checkpoint(self, saved: Saved) -> None:
+        """A checkpoint is saved; for the main rank."""
+        self.recorder.observe("checkpoint_seconds", saved.stall)
+        self.recorder.observe("checkpoint_write_seconds", saved.seconds)
+        self.recorder.set("checkpoint_timestamp_seconds", time.time())
+        self.recorder.set("checkpoint_bytes", saved.bytes)
+
+    def checkpoint_failed(self) -> None:
+        self.recorder.add("checkpoint_failures_total", 1)
+
+    def close(self, clean: bool) -> None:
+        """Ends the exporter; after an unclean end its target stays, and Prometheus sees a node that is down."""
+        if self._pulse is not None:
+            self._pulse.close()
+        self.recorder.close()
+        if self.exporter is not None:
+            self.exporter.close(clean)
+        if self.shared is not None and self.ranks.local_rank == 0:
+            shutil.rmtree(self.shared, ignore_errors=True)
+
+
+def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = None) -> tuple[Observer, str | None]:
+    """This rank's observer, and why nothing is exported, if so. To be called by all ranks.
+
+    Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
+    """
+    if not recipe.monitoring.enabled:
+        return Observer(Silence(), recipe, ranks, heartbeat=heartbeat), None
+    if ranks.is_main:
+        forget_targets(recipe.run_dir)
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0)
+    shared = _shared_memory() / f"mixmae-{token[0]}"
+    try:
+        recorder = Recorder(shared, ranks.rank)
+    except OSError as error:
+        return Observer(
+            Silence(), recipe, ranks, shared, heartbeat
+        ), f"no metrics are exported: {shared}: {error.strerror}"
+    observer = Observer(recorder, recipe, ranks, shared, heartbeat)
+    if ranks.local_rank == 0:
+        observer.export()
+    return observer, None
+
+
+def _shared_memory() -> Path:
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())

@@ -1,0 +1,81 @@
+"""A run's record on Weights & Biases, which DeepSpeed's monitor writes; the package is the extra `wandb`."""
+
+import importlib.util
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+
+_FOLDER = "wandb"
+_ID = "id"
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """Raises UsageError if the recipe asks for Weights & Biases and the package is not installed."""
+    if recipe.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError(
+            f"log.wandb.project={recipe.log.wandb.project}, but the package wandb is not installed: pip install "
+            "'mixmae[wandb]', or log.wandb=null"
+        )
+
+
+def prepare_wandb(recipe: Recipe, ranks: Ranks) -> None:
+    """Names the W&B run after the run directory and keeps its files there; all attempts at a run are one W&B run.
+
+    To be called before the engine is made, which makes DeepSpeed's monitor.
+    """
+    if recipe.log.wandb is None or not ranks.is_main:
+        return
+    folder = recipe.run_dir / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = {"NAME": recipe.run_dir.resolve().name, "DIR": str(recipe.run_dir), "RESUME": "allow"}
+    for name, value in {**defaults, "RUN_ID": _run_id(folder / _ID)}.items():
+        os.environ.setdefault(f"WANDB_{name}", value)
+
+
+@contextmanager
+def wandb_in_words(recipe: Recipe) -> Iterator[None]:
+    """Around the making of the engine: what W&B refuses (no key, no such entity, no network) becomes a UsageError."""
+    if recipe.log.wandb is None:
+        yield
+        return
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as error:
+        why = " ".join(str(error).split())
+        raise UsageError(f"log.wandb: {why}; log in with 'wandb login', or set WANDB_MODE=offline") from error
+
+
+def _run_id(file: Path) -> str:
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex[:12] + "\n")
+    return file.read_text().strip()
+
+
+class Tracker:
+    """DeepSpeed's monitor, to which a run's logged numbers go too; over the samples seen, as its own learning rate."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    @classmethod
+    def of(cls, engine: Any) -> Self | None:
+        """None where the recipe asks for no tracking."""
+        return cls(engine.monitor) if engine.monitor.enabled else None
+
+    def scalars(self, samples: int, values: Iterable[tuple[str, float]]) -> None:
+        self._monitor.write_events([(name, value, samples) for name, value in values])
+
+    def close(self, clean: bool) -> None:
+        """Ends the W&B run, which else would wait for the end of the interpreter, to which a rank does not come."""
+        import wandb
+
+        wandb.finish(exit_code=0 if clean else 1)

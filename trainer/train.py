@@ -1,0 +1,54 @@
+"""`python -m mixmae.trainer.train RECIPE key=value ...`, alone or under deepspeed, torchrun or srun.
+
+Importing torch takes seconds, in which a rank may already be asked to stop, and whoever started it looks for a sign of
+life: what notes the one and gives the other comes first.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.heartbeat import begin_heartbeat
+from mixmae.base.signals import StopRequest
+from mixmae.trainer.recipe.loading import load_recipe
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mixmae.trainer.train", description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.micro_batch=64"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # deepspeed's launcher passes it; the environment has it too
+    args = parser.parse_args(argv)
+    stop = StopRequest()
+    heartbeat = begin_heartbeat(os.environ)
+    recipe = load_recipe(args.recipe, args.overrides)
+
+    from mixmae.trainer.engine.distributed import read_ranks
+    from mixmae.trainer.run.lifecycle import pretrain
+
+    ranks = read_ranks(os.environ)
+    if args.world_size not in (None, ranks.world_size):
+        raise UsageError(
+            f"{ranks.world_size} ranks were started, but --world-size={args.world_size}; look at the hostfile or the "
+            "job's size: this is no smaller run"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return pretrain(recipe, ranks, stop, heartbeat)
+
+
+if __name__ == "__main__":
+    code = run_in_words(main, sys.argv[1:])
+    if "torch" in sys.modules:
+        from mixmae.trainer.engine.distributed import leave
+
+        leave(code)
+    sys.exit(code)
