@@ -11,7 +11,7 @@ from mixmae.monitoring.boards.console import console_page
 from mixmae.monitoring.boards.grafana import dashboard_json
 from mixmae.monitoring.metrics_page import metrics_page
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def generated() -> dict[Path, str]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
+from mixmae.base.phases import PHASES
+
 PREFIX = "mixmae_"
 
 
@@ -51,10 +53,6 @@ class Metric(NamedTuple):
 
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Seconds. Powers of ten in thirds: any step time falls into a bucket at most 2.5 times as wide as its lower end."""
-PARTS = ("data_wait", "forward", "backward", "optimizer", "logging", "checkpoint")
-"""Parts of a step's time. Backward and optimizer hold the communication that they start and wait for."""
-PLACES = ("starting", *PARTS, "between", "ending")
-"""Where a rank can be: in `starting` no step was done yet, `between` is the rest of a step."""
 RESULTS = ("found", "fetched")
 """What becomes of a wanted block: it is in the node's cache, or comes over the network."""
 ENDS = ("preempted", "failed", "killed", "finished")
@@ -72,7 +70,7 @@ METRICS = (
     Metric("alive_timestamp_seconds", _G, _R, "When this rank's process last ran, whatever it waits for",
            unit="seconds"),
     Metric("rank_part", _G, _R, "Whether this rank is at a part of a step: 1 for the one that it is at", ("part",),
-           states=PLACES),
+           states=PHASES),
     Metric("parts_total", _C, _R, "Parts of steps that this rank came to since its process started: all ranks come"
            " to the same ones"),
     Metric("world_size", _G, _M, "Ranks of the run"),

@@ -4,9 +4,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
+from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.monitoring.boards import BOARDS
 from mixmae.monitoring.boards.panels import LINES
-from mixmae.monitoring.metrics import ENDS, METRICS, PARTS, PLACES, PREFIX, RESULTS, STEP_BUCKETS, Kind, Metric, Source
+from mixmae.monitoring.metrics import ENDS, METRICS, PREFIX, RESULTS, STEP_BUCKETS, Kind, Metric, Source
 
 GROUPS = {
     Source.RANK: ("Of every rank", "Labelled by `rank`.", "per rank"),
@@ -15,8 +16,8 @@ GROUPS = {
 }
 OPERATIONS, REASONS = 6, 12
 VALUES = {
-    "step_part_seconds": len(PARTS),
-    "rank_part": len(PLACES),
+    "step_part_seconds": len(STEP_PHASES),
+    "rank_part": len(PHASES),
     "resumes_total": len(ENDS),
     "cache_blocks_total": len(RESULTS),
     "communication_bytes_total": OPERATIONS,
@@ -83,7 +84,7 @@ def _total() -> str:
     return f"""    series <= {of[Source.MAIN]} + {of[Source.NODE]} x nodes + {of[Source.RANK]} x ranks
 
 with {GPUS} GPUs a node: {sizes}. Counted are
-{len(PARTS)} parts of a step, {REASONS} reasons and {OPERATIONS} operations; only reasons and
+{len(STEP_PHASES)} parts of a step, {REASONS} reasons and {OPERATIONS} operations; only reasons and
 operations that occurred have series.
 Dashboards never draw a line for each rank: they show quantiles, heatmaps and the {LINES} worst.
 """

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -13,11 +14,13 @@ from mixmae.trainer.benchmarks import ranks
 from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
+ROOT = Path(__file__).parents[1]
+"""Of the checkout."""
 RANKS_TIMEOUT = 600
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """What each rank's `function(ranks, *args)` returned, see `mixmae.trainer.benchmarks.ranks`; a rank that hangs fails."""
+    """What each rank's `function(ranks, *args)` returned; a rank that hangs fails."""
     return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT)
 
 

@@ -8,8 +8,9 @@ import torch
 from mixmae.trainer.engine.engine import build_model, deepspeed_config
 from mixmae.trainer.engine.optimizer import build_schedule
 from mixmae.trainer.recipe.loading import load_recipe
+from tests.helpers import ROOT
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

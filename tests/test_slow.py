@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from mixmae.trainer.run.run_directory import read_events
-from tests.helpers import run_ranks, tiny_recipe
+from tests.helpers import ROOT, run_ranks, tiny_recipe
 from tests.trainer.engine.test_zero import train
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

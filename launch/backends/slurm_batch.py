@@ -1,4 +1,4 @@
-"""`python -m mixmae.launch.backends.slurm_batch begin|stop|end`: what a batch script under Slurm asks, beside its ranks."""
+"""`python -m mixmae.launch.backends.slurm_batch begin|stop|end`: what a batch script asks beside its ranks."""
 
 import argparse
 import asyncio

@@ -21,7 +21,7 @@ class Sighting:
 
     Attributes:
         step: optimizer steps done since the run began.
-        part: one of `mixmae.base.heartbeat.PARTS`.
+        part: one of `mixmae.base.phases.PHASES`.
         still: seconds since it came to that part.
         unticked: seconds since its interpreter last ran; 0 where it does not say.
     """

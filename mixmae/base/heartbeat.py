@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixmae.monitoring.metrics import PLACES
+from mixmae.base.phases import PHASES
 
 FILE = "MIXMAE_HEARTBEAT"
 """The environment variable with the file's path; unset where nobody reads."""
-PARTS = PLACES
-"""What a rank can be at."""
 _TICK = 1.0
 _LAYOUT = struct.Struct("<qqdd")
 
@@ -27,7 +25,7 @@ class Beat:
 
     Attributes:
         step: optimizer steps done since the run began.
-        part: what it is at, one of `PARTS`.
+        part: what it is at, one of `PHASES`.
         since: when it came to that part.
         ticked: when its interpreter last ran; about a second ago unless the process is stopped.
     """
@@ -54,7 +52,7 @@ class Heartbeat:
         """Says what the rank comes to, and how many steps it has done if that changed."""
         if step is not None:
             self._step = step
-        struct.pack_into("<qqd", self._map, 0, self._step, PARTS.index(part), time.monotonic())
+        struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(part), time.monotonic())
 
     def close(self) -> None:
         self._ended.set()
@@ -83,4 +81,4 @@ def read_beat(file: Path) -> Beat | None:
     if len(content) < _LAYOUT.size:
         return None
     step, part, since, ticked = _LAYOUT.unpack_from(content)
-    return Beat(step, PARTS[part], since, ticked)
+    return Beat(step, PHASES[part], since, ticked)

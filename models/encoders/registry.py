@@ -95,7 +95,7 @@ def mixmae_swin_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _create("mixmae_swin_huge", pretrained, kwargs)
 
 
-def build_encoder(name: str, **kwargs: Any) -> Swin:
+def create_encoder(name: str, **kwargs: Any) -> Swin:
     """The encoder alone, features as a map [B, H/32, W/32, C]: what MixMAE pretrains.
 
     Raises:

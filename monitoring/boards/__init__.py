@@ -1,4 +1,4 @@
-"""Every panel, once: mixmae.monitoring.boards.grafana makes dashboards of them, mixmae.monitoring.boards.console a page for Prometheus alone."""
+"""Every panel, once: `grafana` makes dashboards of them, `console` a page for Prometheus alone."""
 
 from mixmae.monitoring.boards import checkpoints, data, overview, ranks
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mixmae.monitoring.boards.panels import Board, Panel
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parents[1] / "page"
 SCRIPTS = ("units.js", "chart.js", "page.js")
 """In the order in which they use one another."""
 

@@ -10,7 +10,7 @@ import yaml
 from mixmae.monitoring.exporter.access import RECIPE, Access, access_of, read_recipe
 from mixmae.monitoring.exporter.discovery import targets_folder
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 INTERVAL = "5s"
 """Between two scrapes: three times as often as shipped, since runs on one machine have few series and may be short."""

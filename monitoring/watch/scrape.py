@@ -16,8 +16,9 @@ from datetime import datetime
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from mixmae.base.phases import PHASES
 from mixmae.monitoring.exporter.access import TIMEOUT, Access, fetch
-from mixmae.monitoring.metrics import PLACES, PREFIX
+from mixmae.monitoring.metrics import PREFIX
 
 WINDOW = 60.0
 """Seconds over which rates are taken."""
@@ -36,7 +37,7 @@ class Scrape:
     at: float
     ranks: Mapping[int, Numbers]
     """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds, `rank_part` the
-    number of its part in PLACES."""
+    number of its part in PHASES."""
     main: Numbers
     """What the main rank says of the run; empty unless it is on this node."""
     world_size: int | None
@@ -103,7 +104,7 @@ def parse_scrape(text: str, at: float) -> Scrape:
                 continue
             mine = ranks[int(sample.labels["rank"])]
             if name == "rank_part":
-                mine[name] += PLACES.index(sample.labels["part"]) * sample.value
+                mine[name] += PHASES.index(sample.labels["part"]) * sample.value
                 continue
             mine[name] += sample.value
             if name == "step_part_seconds_sum" and sample.labels["part"] == "data_wait":
@@ -256,7 +257,7 @@ def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent
         limit if held else 0.0,
         int(last.get("replaced_samples_total", 0.0)),
         trouble,
-        PLACES[int(last["rank_part"])] if "rank_part" in last else "",
+        PHASES[int(last["rank_part"])] if "rank_part" in last else "",
     )
 
 

@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 from mixmae.base.heartbeat import FILE, Heartbeat, begin_heartbeat, read_beat
-from tests.helpers import tiny_recipe
+from tests.helpers import ROOT, tiny_recipe
 
-ROOT = Path(__file__).parents[2]
 RANK = """
 import sys, time
 from pathlib import Path

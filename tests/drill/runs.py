@@ -19,10 +19,10 @@ from mixmae.trainer.run.run_directory import EVENTS
 from tests.cluster.cluster import Cluster
 from tests.cluster.host import Host
 from tests.cluster.slurm import ENDED
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 _LOOK_SECONDS, _JOB_SECONDS = 0.1, 0.5
-_RANK = r" -m trainer\.pretrain "
+_RANK = r" -m mixmae\.trainer\.train "
 _ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 """One thread: the order of additions must not depend on how many ranks share a host."""
 

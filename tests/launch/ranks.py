@@ -12,10 +12,10 @@ import psutil
 
 from mixmae.base.ports import free_port
 from mixmae.launch.supervision.outcome import Outcome, attempt_folder, read_outcome
+from tests.helpers import ROOT
 
 ATTEMPT = "one"
 STAND_IN = "tests.launch.stand_in"
-ROOT = Path(__file__).parents[2]
 
 
 class Started:

@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from mixmae.base.phases import PHASES
 from mixmae.monitoring.exporter.collector import family_of
-from mixmae.monitoring.metrics import ENDS, METRICS, PLACES, STEP_BUCKETS, Kind, Metric, Source
+from mixmae.monitoring.metrics import ENDS, METRICS, STEP_BUCKETS, Kind, Metric, Source
 from mixmae.trainer.run.run_directory import versions
 
 GIB = 2.0**30
@@ -129,7 +130,7 @@ class FakeRun(NamedTuple):
             "step_part_seconds": {
                 (part,): Observed(step, total, 0.04 * step) for part, total in self._parts(rank, now).items()
             },
-            "rank_part": {(place,): float(place == present) for place in PLACES},
+            "rank_part": {(place,): float(place == present) for place in PHASES},
             "cache_blocks_total": {("found",): 3.1 * step, ("fetched",): step / 9},
             "communication_bytes_total": {
                 ("reduce_scatter",): step * 3.5e8, ("all_gather",): step * 1.8e8, ("all_reduce",): step * 64.0

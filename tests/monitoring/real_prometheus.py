@@ -12,9 +12,9 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 from mixmae.base.ports import free_port
+from tests.helpers import ROOT
 from tests.monitoring.fake_run import FakeRun, history, served, target_files
 
-ROOT = Path(__file__).parents[2]
 # A name that ships, with a threshold at which it fires on fake runs at once: what is told of it stands in pictures.
 RULES = """
 groups:

@@ -4,9 +4,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.helpers import ROOT
 from tests.monitoring.browser import visit
 from tests.monitoring.fake_run import FakeRun
-from tests.monitoring.real_prometheus import ROOT, prometheus
+from tests.monitoring.real_prometheus import prometheus
 
 PICTURE = ROOT / "docs" / "monitoring-overview.png"
 

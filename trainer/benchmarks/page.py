@@ -1,4 +1,4 @@
-"""`python -m mixmae.trainer.benchmarks.page`: the table and the roofline of docs/performance.md, from benchmarks/results."""
+"""`python -m mixmae.trainer.benchmarks.page`: docs/performance.md's table and roofline, from benchmarks/results."""
 
 import json
 import sys

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixmae.base.phases import STEP_PHASES
 from mixmae.monitoring.exporter.discovery import targets_folder
 from mixmae.monitoring.exporter.handover import Recorder
-from mixmae.monitoring.metrics import METRICS, PARTS, STEP_BUCKETS, Kind, Metric, Source
+from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind, Metric, Source
 from mixmae.monitoring.metrics_page import VALUES, most_series
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
 
@@ -98,7 +99,7 @@ def _labels(metric: Metric) -> Iterator[tuple[str, ...]]:
     if metric.states or not metric.labels:
         yield ()
     elif metric.name == "step_part_seconds":
-        yield from ((part,) for part in PARTS)
+        yield from ((part,) for part in STEP_PHASES)
     else:
         for number in range(VALUES.get(metric.name, 1)):
             yield (f"value {number}",) * len(metric.labels)

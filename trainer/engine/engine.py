@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.models import MixMAE, build_encoder
+from mixmae.models import MixMAE, create_encoder
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.cpu import suit_cpu
 from mixmae.trainer.engine.distributed import Ranks
@@ -66,7 +66,7 @@ def build_model(recipe: Recipe) -> MixMAE:
     sizes = {name: value for name, value in settings.sizes.model_dump().items() if value is not None}
     torch.manual_seed(recipe.seed)
     try:
-        encoder = build_encoder(settings.encoder, img_size=settings.img_size, **sizes)
+        encoder = create_encoder(settings.encoder, img_size=settings.img_size, **sizes)
         return MixMAE(
             encoder,
             settings.num_images,

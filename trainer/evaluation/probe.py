@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,9 +19,7 @@ from mixmae.trainer.data.decode import evaluation_view
 from mixmae.trainer.data.faults import UnusableError
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import ToDevice
-from mixmae.trainer.export.encoder_directory import CONFIG
-
-__all__ = ["Accuracy", "features", "main", "models", "open_encoder", "probe"]
+from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder
 
 
 class Accuracy(NamedTuple):
@@ -41,10 +38,9 @@ def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, d
     Raises:
         UsageError: not an encoder directory.
     """
-    if not (directory / CONFIG).is_file():
-        raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
+    encoder = load_encoder(directory, pretrained, num_classes=0).eval()
     facts: dict[str, Any] = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]
-    return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval(), facts
+    return encoder, facts
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -59,6 +60,22 @@ def write_artifact(
         save_file(_storable(decoder), partial / DECODER, metadata={"format": "pt"})
     (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     partial.rename(out)
+
+
+def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any) -> nn.Module:
+    """An encoder directory as a timm model.
+
+    Args:
+        pretrained: False for the same architecture with random weights.
+        options: those of `timm.create_model`, such as num_classes=10 or features_only=True.
+
+    Raises:
+        UsageError: not an encoder directory.
+    """
+    if not (Path(directory) / CONFIG).is_file():
+        raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
+    model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, **options)
+    return model
 
 
 def initialise(model: MixMAE, directory: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.models.encoders.registry import SIZES, build_encoder
+from mixmae.models.encoders.registry import SIZES, create_encoder
 from mixmae.models.encoders.swin import Swin
 from mixmae.models.layers.blocks import sincos_positions
 from mixmae.models.methods.decoder import Decoder
@@ -163,7 +163,7 @@ def _check_complete(
     """Raises UsageError unless the weights are exactly those of models of these sizes."""
     try:
         with torch.device("meta"):
-            own = build_encoder(name, **model_args)
+            own = create_encoder(name, **model_args)
             found = {f"encoder.{k}": v for k, v in encoder.items() if not k.startswith("head.")}
             expected = {f"encoder.{k}": v for k, v in own.state_dict().items()}
             if decoder is not None:

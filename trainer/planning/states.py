@@ -1,6 +1,6 @@
 """What DeepSpeed holds on each GPU whatever the micro-batch: weights, gradients, optimizer states, buffers.
 
-By arithmetic from parameter counts, as DeepSpeed 0.19.8 allocates it for the configuration of `mixmae.trainer.engine.engine`; tests
+By arithmetic from parameter counts, as DeepSpeed 0.19.8 allocates it for our configuration; tests
 hold it against the tensors of real engines. Which class does it depends on ZeRO stage and precision (engine.py,
 `_do_optimizer_sanity_check`):
 

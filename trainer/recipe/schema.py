@@ -1,4 +1,4 @@
-"""The recipe's schema, with every default; `mixmae.trainer.recipe.loading` reads recipes. No torch: login nodes read them too."""
+"""The recipe's schema, with every default; `loading` reads recipes. No torch: login nodes read them too."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.monitoring.exporter.discovery import forget_targets
 from mixmae.monitoring.exporter.handover import Pulse, Recorder
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
-from mixmae.monitoring.metrics import ENDS, PARTS, PLACES
+from mixmae.monitoring.metrics import ENDS
 from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
@@ -31,7 +32,7 @@ from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
 from mixmae.trainer.telemetry.node_exporter import NodeExporter
 
-_NUMBERS = {place: number for number, place in enumerate(PLACES)}
+_NUMBERS = {place: number for number, place in enumerate(PHASES)}
 
 
 class Silence:
@@ -83,9 +84,9 @@ class Observer:
         self.exporter = NodeExporter(self.recipe, self.shared)
 
     def at(self, place: str) -> None:
-        """The rank comes to one of `PLACES`."""
+        """The rank comes to one of `PHASES`."""
         self.recorder.set("rank_part", _NUMBERS[place])
-        if place in PARTS:
+        if place in STEP_PHASES:
             self.recorder.add("parts_total", 1)
         if self.heartbeat is not None:
             self.heartbeat.at(place)

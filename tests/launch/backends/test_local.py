@@ -13,7 +13,8 @@ from mixmae.launch.backends.job import Attempt, Command
 from mixmae.launch.backends.local import Local
 from mixmae.launch.supervision.attempt import run_attempt
 from mixmae.launch.supervision.restarts import read_restarts
-from tests.launch.ranks import ROOT, STAND_IN
+from tests.helpers import ROOT
+from tests.launch.ranks import STAND_IN
 
 START = """
 import sys

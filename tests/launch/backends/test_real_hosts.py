@@ -19,8 +19,8 @@ from mixmae.launch.backends.slurm import Request, slurm_script
 from mixmae.launch.supervision.restarts import read_restarts
 from mixmae.trainer.recipe.schema import Launch
 from tests.cluster.cluster import Cluster
-from tests.helpers import tiny_recipe
-from tests.launch.ranks import ROOT, STAND_IN
+from tests.helpers import ROOT, tiny_recipe
+from tests.launch.ranks import STAND_IN
 
 pytestmark = pytest.mark.services
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -15,8 +15,8 @@ from mixmae.launch.backends.slurm import Request, slurm_script
 from mixmae.launch.backends.slurm_array import load_array, tasks
 from mixmae.launch.supervision.outcome import OVER
 from mixmae.trainer.recipe.schema import Launch
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "pretrain" / "demo.yaml"
 JOB = Job("mixmae.trainer.train", ("configs/x.yaml", "train.micro_batch=64"), Path("runs/x"))
 REQUEST = Request(2, 8, name="x", time="1-00:00:00")

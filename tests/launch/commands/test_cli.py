@@ -1,12 +1,11 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mixmae.launch.cli import COMMANDS, usage
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'deepspeed', 'numpy', 'timm'])); "
 RUN = "import sys; from mixmae.launch.cli import main; sys.exit(main())"
 
@@ -17,7 +16,8 @@ def run(*argv: str, prelude: str = "") -> "subprocess.CompletedProcess[str]":
 
 
 def test_help_imports_neither_torch_nor_pydantic() -> None:
-    show = "import sys; from mixmae.launch.cli import main; main(); print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    show = "import sys; from mixmae.launch.cli import main; main(); "
+    show += "print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", show, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     assert all(name in done.stdout for name in COMMANDS)

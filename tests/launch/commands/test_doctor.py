@@ -22,10 +22,10 @@ from mixmae.launch.preflight.login_checks import check_slurm, sort_nodes
 from mixmae.launch.supervision.outcome import Outcome
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from tests.cluster.cluster import Cluster
+from tests.helpers import ROOT
 from tests.monitoring.services import needs
 from tests.trainer.doctor.recipes import write_recipe
 
-ROOT = Path(__file__).parents[2]
 DOCTOR = [sys.executable, "-m", "mixmae.launch.cli", "doctor"]
 SECONDS = 200
 LATE = Finding(Level.WARNING, "clock", "node2", "42.0 s behind", "within 1 s", "start a time service")

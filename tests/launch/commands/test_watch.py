@@ -20,8 +20,8 @@ from mixmae.launch.commands.watch import CHART_ROWS, RANKS, describe, frame
 from mixmae.monitoring.watch.history import Log
 from mixmae.monitoring.watch.scrape import Alert, Rank
 from mixmae.monitoring.watch.view import View
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 NOW = 1_700_000_000.0
 COMMAND = [
     sys.executable,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixmae.models import build_encoder
+from mixmae.models import create_encoder
 from mixmae.models.encoders.swin import Swin
 from mixmae.models.methods.mixing import draw_mix, mix_images
 
@@ -13,7 +13,7 @@ SIZE, GRID = 128, (4, 4)
 @pytest.fixture(scope="module")
 def encoder() -> Swin:
     torch.manual_seed(0)
-    return build_encoder("mixmae_swin_nano", depths=(2, 2, 2, 2))
+    return create_encoder("mixmae_swin_nano", depths=(2, 2, 2, 2))
 
 
 MAPS = ["micro_batch", "micro_batch, masked", "sample"]
@@ -50,7 +50,7 @@ def test_without_separation_they_do(encoder: Swin, k: int) -> None:
 
 
 def test_separation_is_exact_in_bf16(encoder: Swin) -> None:
-    half = build_encoder("mixmae_swin_nano").bfloat16()
+    half = create_encoder("mixmae_swin_nano").bfloat16()
     groups = draw_mix(4, 4, GRID, torch.Generator().manual_seed(0)).groups
     for given in ((groups, 4), (groups,), (groups.expand(4, *GRID),)):
         before = torch.randn(4, 3, SIZE, SIZE).bfloat16()

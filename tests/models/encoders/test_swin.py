@@ -3,7 +3,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmae.models import MixMAE, build_encoder
+from mixmae.models import MixMAE, create_encoder
 from mixmae.models.encoders.registry import SIZES, fit_to_model
 from mixmae.models.encoders.swin import Swin
 
@@ -25,7 +25,7 @@ def millions(model: torch.nn.Module) -> float:
 @pytest.mark.parametrize("name", TABLE)
 def test_sizes_and_macs_equal_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        encoder = build_encoder(name)
+        encoder = create_encoder(name)
         model = MixMAE(encoder, num_images=2, separate_groups=False)  # counted as if all tokens saw each other
         images, groups, partners = torch.empty(2, 3, 224, 224), torch.zeros(7, 7).long(), torch.zeros(2, 2).long()
         with FlopCounterMode(display=False) as alone:
@@ -59,10 +59,10 @@ def test_features_only_gives_the_stages(indices: tuple[int, ...]) -> None:
 def test_the_order_of_windows_goes_where_the_model_goes_and_is_no_buffer() -> None:
     """Checkpoints hold all buffers of a model: one more, and a run could not be continued from older ones."""
     with torch.device("meta"):
-        model = build_encoder("mixmae_swin_nano")
+        model = create_encoder("mixmae_swin_nano")
     assert {name.rsplit(".", 1)[-1] for name, _ in model.named_buffers()} == {"positions", "relative_position_index"}
     model = model.to_empty(device="cpu")
-    made = build_encoder("mixmae_swin_nano")
+    made = create_encoder("mixmae_swin_nano")
     model.load_state_dict(made.state_dict())
     for (_, moved), (_, buffer) in zip(model.named_buffers(), made.named_buffers(), strict=True):
         moved.copy_(buffer)
@@ -79,15 +79,15 @@ def test_features_are_the_forward_pass() -> None:
 
 
 def test_windows_and_positions_follow_the_image() -> None:
-    small = build_encoder("mixmae_swin_nano")
-    large = build_encoder("mixmae_swin_nano", img_size=192, window_size=(12, 12, 12, 6))
+    small = create_encoder("mixmae_swin_nano")
+    large = create_encoder("mixmae_swin_nano", img_size=192, window_size=(12, 12, 12, 6))
     large.load_state_dict(fit_to_model(small.state_dict(), large))
     assert large(torch.randn(1, 3, 192, 192)).shape == (1, 6, 6, 256)
     assert large.positions.shape == (48, 48, 32)
 
 
 def test_oblong_images() -> None:
-    encoder = build_encoder("mixmae_swin_nano", img_size=(128, 64), window_size=(4, 4, 4, 2))
+    encoder = create_encoder("mixmae_swin_nano", img_size=(128, 64), window_size=(4, 4, 4, 2))
     assert encoder(torch.randn(1, 3, 128, 64), torch.randint(0, 2, (4, 2))).shape == (1, 4, 2, 256)
 
 
@@ -102,12 +102,12 @@ def test_oblong_images() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, object], advice: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=advice):
-        build_encoder("mixmae_swin_base_w14", **sizes)
+        create_encoder("mixmae_swin_base_w14", **sizes)
 
 
 def test_grad_checkpointing_changes_nothing() -> None:
     torch.manual_seed(0)
-    encoder = build_encoder("mixmae_swin_nano")
+    encoder = create_encoder("mixmae_swin_nano")
     images, groups = torch.randn(2, 3, 128, 128), torch.randint(0, 2, (4, 4))
     gradients = []
     for stages in ((), (1,), (2, 3, 4)):
@@ -122,7 +122,7 @@ def test_grad_checkpointing_changes_nothing() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="mixmae_swin_base_w14"):
-        build_encoder("swin_gigantic")
+        create_encoder("swin_gigantic")
 
 
 def test_encoder_of_the_registry_is_the_one_class() -> None:

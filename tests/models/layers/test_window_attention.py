@@ -127,7 +127,7 @@ def test_no_bias_is_made_for_each_sample(monkeypatch: pytest.MonkeyPatch, per_sa
         masks.append(bias)
         return original(q, k, v, bias, scale)
 
-    monkeypatch.setattr(kernels, "attend", spy)
+    monkeypatch.setattr(sdpa, "attend", spy)
     attention = WindowAttention(32, 2, 4)
     groups = draw_mix(6, 3, (4, 4), torch.Generator(), per_sample).groups
     for arrangement in (windows(4), separated(windows(4), groups, GRID, torch.float32)):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from mixmae.models import MixMAE, build_encoder
+from mixmae.models import MixMAE, create_encoder
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.engine import compile_parts
@@ -40,7 +40,7 @@ def test_compiled_parts_equal_eager_ones_and_stay_compiled(k: int, kind: Literal
 
 def small_model(k: int) -> MixMAE:
     torch.manual_seed(0)
-    encoder = build_encoder("mixmae_swin_nano", window_size=(8, 8, 8, 4))
+    encoder = create_encoder("mixmae_swin_nano", window_size=(8, 8, 8, 4))
     return MixMAE(encoder, k, decoder_dim=32, decoder_depth=2, decoder_num_heads=2)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmae.models import MixMAE, build_encoder
+from mixmae.models import MixMAE, create_encoder
 from mixmae.models.methods.mixing import Mix, draw_mix
 from mixmae.models.methods.reconstruction import cells, normalise_cells, uncells
 
@@ -11,7 +11,7 @@ BATCH, SIDE = 6, 128
 
 def small_model(num_images: int = 3, **options: bool) -> MixMAE:
     torch.manual_seed(0)
-    return MixMAE(build_encoder("mixmae_swin_nano"), num_images, 32, 1, 2, **options)
+    return MixMAE(create_encoder("mixmae_swin_nano"), num_images, 32, 1, 2, **options)
 
 
 def drawn(num_images: int, per_sample: bool = False) -> Mix:

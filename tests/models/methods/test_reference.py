@@ -1,7 +1,6 @@
 """One forward and backward pass of the authors' implementation (tests/data/README.md) against ours."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,9 @@ from mixmae.models import MixMAE
 from mixmae.models.encoders.swin import Swin
 from mixmae.models.methods.mixing import mix_images
 from mixmae.trainer.export.import_mixmim import convert
+from tests.helpers import ROOT
 
-FILE = Path(__file__).parents[1] / "data" / "mixmim_tiny.safetensors"
+FILE = ROOT / "tests" / "data" / "mixmim_tiny.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,8 @@ from triton.compiler import ASTSource
 
 from mixmae.models.layers.window_attention import MAX_SIZES
 from mixmae.models.ops import grouped_attention
+from tests.helpers import ROOT
 from tests.models.ops import triton_cases
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_kernel_equals_the_formula_under_the_interpreter() -> None:
@@ -29,7 +28,7 @@ def test_the_largest_problem_fits_a_gpu(
 ) -> None:
     """Compiled for an A100, which needs none: shared memory beyond its 163 KiB is refused only when a kernel starts."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function, size = getattr(triton_attention, kernel), MAX_SIZES[itemsize]
+    function, size = getattr(grouped_attention, kernel), MAX_SIZES[itemsize]
     constants = {"SIZE": size, "WIDTH": 32, "BLOCK": size, "CHUNK": 4}
     types = {"GRAD_BIAS": "*fp32", "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
     signature = {name: types.get(name, f"*{dtype}" if name.isupper() else "i32") for name in function.arg_names}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from mixmae.base.phases import STEP_PHASES
 from mixmae.monitoring.boards import BOARDS
 from mixmae.monitoring.boards.panels import LINES, Look
 from mixmae.monitoring.generate import ROOT, generated
-from mixmae.monitoring.metrics import METRICS, PARTS
+from mixmae.monitoring.metrics import METRICS
 from mixmae.monitoring.metrics_page import PER_HISTOGRAM, REASONS, metrics_in, most_series
 from mixmae.trainer.data.faults import Reason
 from tests.monitoring.fake_run import FakeRun, history
@@ -19,7 +20,7 @@ from tests.monitoring.services import needs
 
 NAMES = [board.name for board in BOARDS]
 QUERIES = [(board, panel, query) for board in BOARDS for panel in board.panels for query in panel.queries]
-FEW = {Look.HEATMAP: PER_HISTOGRAM - 2, Look.STACK: len(PARTS)}
+FEW = {Look.HEATMAP: PER_HISTOGRAM - 2, Look.STACK: len(STEP_PHASES)}
 """Series that a query may draw, where it is not LINES."""
 NOW = (Look.TILE, Look.TABLE)
 

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mixmae.base.ports import free_port
 from mixmae.monitoring.exporter.server import ENDED_JOB
 from mixmae.monitoring.prometheus.local import Monitor, find_programs
-from tests.helpers import tiny_recipe
+from tests.helpers import ROOT, tiny_recipe
 from tests.monitoring.prometheus.test_local import eventually, query
 from tests.monitoring.services import needs
 
@@ -97,7 +97,7 @@ def test_the_last_numbers_of_a_run_arrive(gateway: str, ended: None) -> None:
 
 def test_prometheus_keeps_their_labels_and_alarms_nobody(gateway: str, ended: None, tmp_path: Path) -> None:
     needs("prometheus", package="prometheus")
-    shipped = (Path(__file__).parents[2] / "monitoring" / "prometheus.yml").read_text()
+    shipped = (ROOT / "monitoring" / "prometheus.yml").read_text()
     commented = (
         shipped[shipped.index("  # - job_name: mixmae_ended") :].replace("  # ", "").replace("localhost:9091", "")
     )

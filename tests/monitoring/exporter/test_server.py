@@ -239,7 +239,8 @@ def test_a_rank_that_was_gone_before_its_exporter_looked_is_missed(tmp_path: Pat
 
 def test_a_crash_leaves_the_target_for_prometheus_to_miss(tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'mixmae.monitoring.exporter.server', '--shared',"
+        "import subprocess, sys, time; "
+        "subprocess.Popen([sys.executable, '-m', 'mixmae.monitoring.exporter.server', '--shared',"
         f" {str(tmp_path / 'shared')!r}, '--run-dir', {str(tmp_path / 'run')!r}, '--port', '0']); time.sleep(100)"
     )
     (tmp_path / "run").mkdir()

@@ -23,9 +23,9 @@ from mixmae.monitoring.exporter.server import Exporter, Settings
 from mixmae.monitoring.prometheus import local
 from mixmae.monitoring.prometheus.configuration import configuration, run_dirs
 from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs, free_port_from
+from tests.helpers import ROOT
 from tests.monitoring.services import needs
 
-ROOT = Path(__file__).parents[2]
 RUN = "import sys; from mixmae.base.errors import run_in_words; from mixmae.launch.commands.monitor import main; "
 RUN += "sys.exit(run_in_words(main, sys.argv[1:]))"
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from mixmae.monitoring.metrics import METRICS, Kind
+from tests.helpers import ROOT
 from tests.monitoring.services import needs
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "monitoring"
 UNIT_TESTS = sorted((Path(__file__).parent / "rules").glob("*.yml"))
 RUNBOOK = (ROOT / "docs" / "alerts.md").read_text()

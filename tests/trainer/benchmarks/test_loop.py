@@ -7,8 +7,8 @@ import pytest
 
 from mixmae.base.errors import run_in_words
 from mixmae.trainer.benchmarks.cli import main
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[3]
 SIZES = ["embed_dim=8", "depths=[1,1,1,1]", "num_heads=[1,1,2,2]", "window_size=[4,4,4,2]"]
 DECODER = ["dim=16", "depth=1", "num_heads=2"]
 TINY = [

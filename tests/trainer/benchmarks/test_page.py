@@ -5,8 +5,8 @@ import pytest
 
 from mixmae.trainer.benchmarks.page import PAGE, draw, table, with_table
 from mixmae.trainer.benchmarks.results import RESULTS
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[3]
 FIELDS = ("device", "model", "variant", "batch", "images_per_second", "model_tflops", "mfu", "peak_memory_bytes")
 
 

@@ -19,9 +19,9 @@ from mixmae.trainer.doctor.gather.recipe import look_at_recipe
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
+from tests.helpers import ROOT
 from tests.trainer.doctor.recipes import write_recipe
 
-ROOT = Path(__file__).parents[3]
 SECONDS = 120
 
 
@@ -192,7 +192,8 @@ def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
 
 
 def test_a_main_rank_that_cannot_be_reached() -> None:
-    script = "from mixmae.trainer.doctor import meeting; meeting.ARRIVAL = 2.0; from mixmae.trainer.doctor import __main__ as d; " \
+    script = "from mixmae.trainer.doctor import meeting; meeting.ARRIVAL = 2.0; " \
+             "from mixmae.trainer.doctor import __main__ as d; " \
              "from mixmae.base.errors import run_in_words; import sys; sys.exit(run_in_words(d.main, []))"  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mixmae.base.errors import UsageError
-from mixmae.models import build_encoder
+from mixmae.models import create_encoder
 from mixmae.trainer.engine.optimizer import GuardedAdamW, Schedule, build_schedule, parameter_groups, refuse_non_finite
 from tests.helpers import tiny_recipe
 
@@ -37,7 +37,7 @@ def test_impossible_schedules_are_refused(changes: dict[str, str]) -> None:
 
 
 def test_weight_decay_spares_vectors_and_named_tables() -> None:
-    encoder = build_encoder("mixmae_swin_nano")
+    encoder = create_encoder("mixmae_swin_nano")
     names = {id(parameter): name for name, parameter in encoder.named_parameters()}
     decayed, exempt = parameter_groups(encoder.named_parameters(), 0.05, ("relative_position_bias_table",))
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)

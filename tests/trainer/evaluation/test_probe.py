@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from mixmae.base.errors import run_in_words
-from mixmae.models import build_encoder
+from mixmae.models import create_encoder
 from mixmae.trainer.evaluation.probe import main, probe
 from mixmae.trainer.export.encoder_directory import write_artifact
 
@@ -33,7 +33,7 @@ def test_neighbours_agree_with_scikit_learn() -> None:
 
 
 def test_command(shards: Path, tmp_path: Path) -> None:
-    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, build_encoder("mixmae_swin_nano").state_dict())
+    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict())
     assert main([str(tmp_path / "encoder"), str(shards), "--json", str(tmp_path / "probe.json")]) == 0
     found = json.loads((tmp_path / "probe.json").read_text())
     assert found["classes"] == 18

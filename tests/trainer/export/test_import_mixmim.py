@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixmae.base.errors import UsageError, run_in_words
+from mixmae.models.encoders.registry import create_encoder
 from mixmae.trainer.export.import_mixmim import main
+from tests.helpers import ROOT
 
-REFERENCE = Path(__file__).parents[1] / "data" / "mixmim_tiny.safetensors"
+REFERENCE = ROOT / "tests" / "data" / "mixmim_tiny.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_fine_tuned_checkpoint(released: dict[str, Tensor], tmp_path: Path) -> N
 
 
 def test_sizes_of_the_paper_are_recognised(tmp_path: Path) -> None:
-    encoder = models.build_encoder("mixmae_swin_base_w14", depths=(1, 1, 1, 1))
+    encoder = create_encoder("mixmae_swin_base_w14", depths=(1, 1, 1, 1))
     names = {name: value for name, value in encoder.state_dict().items() if not name.startswith("stages.")}
     names |= {
         f"layers.{name.removeprefix('stages.')}": value

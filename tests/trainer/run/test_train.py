@@ -20,16 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mixmae.base.errors import run_in_words
 from mixmae.base.ports import free_port
-from mixmae.models import build_encoder
+from mixmae.models import create_encoder
 from mixmae.trainer.checkpoints.layout import complete, newest_checkpoint, newest_step
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.export.export import main as export
 from mixmae.trainer.run.run_directory import Events, check_run_dir, read_events, write_run_dir
 from mixmae.trainer.train import main
-from tests.helpers import tiny_recipe
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import ROOT, tiny_recipe
 
 
 def start(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -278,7 +276,7 @@ def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:
 def test_initial_weights_must_fit(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mixmae.trainer.export.encoder_directory import write_artifact
 
-    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, build_encoder("mixmae_swin_nano").state_dict())
+    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict())
     argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'encoder'}"]
     assert run_in_words(main, argv) == 2
     assert "does not fit the model" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.base.errors import UsageError
+from mixmae.base.phases import PHASES
 from mixmae.monitoring.exporter.discovery import targets_folder
-from mixmae.monitoring.metrics import BY_NAME, ENDS, PLACES, PREFIX, Source
+from mixmae.monitoring.metrics import BY_NAME, ENDS, PREFIX, Source
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.engine.flops import model_flops
@@ -122,8 +123,8 @@ def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) 
 def test_ranks_tell_where_they_are(scraped: dict[str, list[dict[str, Any]]], rank: str) -> None:
     accumulated, logged, saved = 4 * 2, 1, 2
     assert value(scraped, "parts_total", rank=rank) == 8 * (accumulated + logged) + saved
-    places = {place: value(scraped, "rank_part", rank=rank, part=place) for place in PLACES}
-    assert places == {place: float(place == "ending") for place in PLACES}
+    places = {place: value(scraped, "rank_part", rank=rank, part=place) for place in PHASES}
+    assert places == {place: float(place == "ending") for place in PHASES}
     assert time.time() - 300 < value(scraped, "alive_timestamp_seconds", rank=rank) <= time.time()
 
 

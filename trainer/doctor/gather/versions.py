@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def fingerprint_of(folders: list[Path]) -> str:
 
 
 def _packages() -> list[Path]:
-    return [Path(str(package.__file__)).parent for package in (trainer, models, monitoring)]
+    return sorted(folder for folder in Path(str(files("mixmae"))).iterdir() if folder.is_dir())
 
 
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
