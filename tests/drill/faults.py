@@ -54,6 +54,15 @@ def fault(*ways: str, stages: Sequence[int] = (0, 1, 2, 3)) -> Callable[[Script]
 @cache
 def all_faults() -> tuple[Fault, ...]:
     """Every fault there is."""
+    from tests.drill import (  # noqa: F401  (each puts its own on the list)
+        faults_of_checkpoints,
+        faults_of_disks,
+        faults_of_hosts,
+        faults_of_processes,
+        faults_of_ranks,
+        faults_of_signals,
+        faults_of_slurm,
+    )
 
     return tuple(_FOUND)
 
