@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.recipe.schema import Recipe
 
 
@@ -62,9 +63,14 @@ def parameter_groups(
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+def exempt_from_decay(recipe: Recipe, model: Trainable) -> tuple[str, ...]:
+    """Parts of names that weight decay leaves alone: the recipe's, else what the model says."""
+    return tuple(model.no_weight_decay()) if recipe.optim.no_decay is None else recipe.optim.no_decay
+
+
+def build_optimizer(recipe: Recipe, model: Trainable) -> torch.optim.AdamW:
     """AdamW as the recipe has it; at ZeRO stage 0 the one that guards itself, since DeepSpeed does not."""
-    groups = parameter_groups(model.named_parameters(), recipe.optim.weight_decay, recipe.optim.no_decay)
+    groups = parameter_groups(model.named_parameters(), recipe.optim.weight_decay, exempt_from_decay(recipe, model))
     settings: dict[str, Any] = {
         "lr": recipe.optim.base_lr,
         "betas": recipe.optim.betas,

@@ -67,7 +67,7 @@ def test_encoded_features(
 def test_reconstruction(
     model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]
 ) -> None:
-    predictions, _ = model.reconstruct(images, *mix)
+    predictions, _ = model.predict(images, *mix)
     torch.testing.assert_close(
         predictions.flatten(0, 1)[..., :32], reference["reconstruction_first32"], atol=1e-4, rtol=0
     )
