@@ -31,8 +31,7 @@ def check_settings(
     try:
         return schema.model_validate(settings).model_dump()
     except ValidationError as error:
-        found = "; ".join(f"{section}.{explain(detail, schema)}" for detail in error.errors()[:3])
-        raise UsageError(found.replace(f"{section}.unknown key '", f"unknown key '{section}.")) from error
+        raise UsageError("; ".join(explain(detail, schema, section) for detail in error.errors()[:3])) from error
 
 
 def _schema(constructor: Callable[..., Any], reserved: Collection[str]) -> type[BaseModel]:

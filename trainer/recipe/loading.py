@@ -15,13 +15,13 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.recipe.schema import Recipe
 
 RENAMED = {
-    "encoder.name": "encoder.name",
-    "encoder.img_size": "encoder.img_size",
-    "encoder.init": "encoder.init",
-    "encoder": "encoder",
+    "model.encoder": "encoder.name",
+    "model.img_size": "encoder.img_size",
+    "model.init": "encoder.init",
+    "model.sizes": "encoder",
     "model": "method",
-    "data.max_corrupt_fraction": "data.max_corrupt_fraction",
-    "data.shuffle_window": "data.shuffle_window",
+    "data.max_bad_share": "data.max_corrupt_fraction",
+    "data.window": "data.shuffle_window",
 }
 """Keys of recipes before version 0.2, and what they are called now; the keys of a section go where it goes."""
 
@@ -76,7 +76,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
         here = current
         for section in sections:
             here = here.setdefault(section, {})
-        if value is not None or not path.startswith("encoder."):
+        if value is not None or not path.startswith("model.sizes."):
             here[key] = value
     return current
 
@@ -117,11 +117,15 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
 
 
-def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
-    """One of pydantic's findings in words; an unknown key with the nearest one that the schema has."""
-    path = ".".join(str(part) for part in detail["loc"])
+def explain(detail: Any, schema: type[BaseModel] = Recipe, section: str = "") -> str:
+    """One of pydantic's findings as a sentence; an unknown key with the nearest one that the schema has.
+
+    Args:
+        section: of the recipe that the schema is for, where it is not for all of it.
+    """
+    path = ".".join([*([section] if section else []), *map(str, detail["loc"])])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{nearest_key(path, schema)}"
+        return f"unknown key {path!r}{_nearest(path, schema, section)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     given = detail["input"]
     shown = f"={given!r}" if path and not isinstance(given, (dict, BaseModel)) else ""
@@ -129,8 +133,8 @@ def explain(detail: Any, schema: type[BaseModel] = Recipe) -> str:
     return f"{path}{shown}: {expected}" if path else expected
 
 
-def nearest_key(path: str, schema: type[BaseModel]) -> str:
-    known = list(_paths(schema))
+def _nearest(path: str, schema: type[BaseModel], section: str) -> str:
+    known = list(_paths(schema, f"{section}." if section else ""))
     by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
     nearest = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(schema.model_fields)}"

@@ -34,7 +34,8 @@ def model(reference: dict[str, Tensor]) -> MixMAE:
         num_heads=config["num_heads"],
         window_size=config["window_size"],
     )
-    model = MixMAE(encoder, 2, config["decoder_dim"], config["decoder_depth"], config["decoder_num_heads"])
+    sizes = {key: config[key] for key in ("decoder_dim", "decoder_depth", "decoder_num_heads")}
+    model = MixMAE(encoder, num_images=2, **sizes)
     state = {name.removeprefix("state."): value for name, value in reference.items() if name.startswith("state.")}
     encoder_state, decoder_state = convert(state)
     assert decoder_state is not None
