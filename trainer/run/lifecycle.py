@@ -18,7 +18,6 @@ from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.optimizer import Schedule, build_schedule
-from mixmae.trainer.recipe.loading import parse_recipe, upgrade
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
@@ -33,7 +32,7 @@ from mixmae.trainer.run.run_directory import (
 )
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.contract import Task
-from mixmae.trainer.tasks.registry import task_of
+from mixmae.trainer.tasks.registry import stored_recipe, task_of
 from mixmae.trainer.telemetry.node_exporter import check_monitoring
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
@@ -186,8 +185,7 @@ def _state_of(resumed: Resumed | None, recipe: Recipe, index: ShardIndex) -> tup
     """Where the run stands: at its beginning, or where a checkpoint of the same recipe left it."""
     if resumed is None:
         return TrainState(), Position(recipe.seed, 0, index.fingerprint)
-    before = parse_recipe(upgrade(dict(resumed.manifest.recipe)), str(recipe.run_dir))
-    require_same_recipe(recipe, task_of(before).recipe, recipe.run_dir)
+    require_same_recipe(recipe, stored_recipe(dict(resumed.manifest.recipe), str(resumed.folder)), recipe.run_dir)
     position = Position(**resumed.manifest.position)
     position.require(recipe.seed, index)
     return TrainState.from_state_dict(resumed.manifest.state), position

@@ -3,10 +3,11 @@
 import importlib
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
+from mixmae.trainer.recipe.loading import parse_recipe, upgrade
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
 
@@ -48,6 +49,15 @@ def task_of(recipe: Recipe) -> Task:
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise UsageError(f"task={recipe.task!r} is unknown; {hint}known: {', '.join(known)}")
     return _TASKS[recipe.task](recipe)
+
+
+def stored_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """A recipe that a run was started with, perhaps by an older version, as `task_of` checks it.
+
+    Raises:
+        UsageError: it has keys that nobody knows any more.
+    """
+    return task_of(parse_recipe(upgrade(content), source)).recipe
 
 
 def build_model(recipe: Recipe) -> Trainable:
