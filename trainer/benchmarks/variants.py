@@ -16,7 +16,7 @@ from mixmae.trainer.benchmarks.plain import make_plain
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.cpu import suit_cpu
 from mixmae.trainer.engine.engine import build_model, compile_parts
-from mixmae.trainer.engine.optimizer import parameter_groups
+from mixmae.trainer.engine.parameter_groups import optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 
 
@@ -96,11 +96,11 @@ class BareStep:
             torch.nn.Parameter(parameter.detach().float()) if parameter.dtype != torch.float32 else parameter
             for parameter in self._weights
         ]
-        names = [name for name, _ in named]
-        groups = parameter_groups(
-            zip(names, self._masters, strict=True), recipe.optim.weight_decay, recipe.optim.no_decay
+        masters = {name: master for (name, _), master in zip(named, self._masters, strict=True)}
+        groups = parameter_groups(self.model, recipe.optim.weight_decay, recipe.optim.no_decay)
+        self._optimizer = torch.optim.AdamW(
+            optimizer_groups(groups, masters), lr=1e-5, betas=recipe.optim.betas, fused=True
         )
-        self._optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=recipe.optim.betas, fused=True)
 
     @property
     def bytes(self) -> int:

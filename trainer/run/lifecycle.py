@@ -17,7 +17,7 @@ from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker, 
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
-from mixmae.trainer.engine.optimizer import Schedule, build_schedule
+from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.export import encoder_directory
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
