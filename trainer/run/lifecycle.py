@@ -29,6 +29,7 @@ from mixmae.trainer.run.run_directory import (
     refuse_attempt,
     replaced_file,
     restarted,
+    versions,
     write_run_dir,
 )
 from mixmae.trainer.run.state import TrainState
@@ -152,7 +153,7 @@ def _build(
     main = ranks.is_main
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
-    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
+    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
     run = Run(
         recipe=recipe,
         ranks=ranks,
