@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixmae.trainer.engine.engine import deepspeed_config
-from mixmae.trainer.engine.optimizer import build_schedule
+from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import ROOT

@@ -16,7 +16,7 @@ from mixmae.trainer.benchmarks.plain import make_plain
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.cpu import apply_cpu_workarounds
 from mixmae.trainer.engine.engine import compile_parts
-from mixmae.trainer.engine.optimizer import exempt_from_decay, parameter_groups
+from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from mixmae.trainer.tasks.registry import build_model
 
@@ -98,11 +98,11 @@ class BareStep:
             torch.nn.Parameter(parameter.detach().float()) if parameter.dtype != torch.float32 else parameter
             for parameter in self._weights
         ]
-        names = [name for name, _ in named]
-        groups = parameter_groups(
-            zip(names, self._masters, strict=True), recipe.optim.weight_decay, exempt_from_decay(recipe, self.model)
+        masters = {name: master for (name, _), master in zip(named, self._masters, strict=True)}
+        groups = parameter_groups(self.model, recipe.optim.weight_decay, exempt_from_decay(recipe, self.model))
+        self._optimizer = torch.optim.AdamW(
+            optimizer_groups(groups, masters), lr=1e-5, betas=recipe.optim.betas, fused=True
         )
-        self._optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=recipe.optim.betas, fused=True)
 
     @property
     def bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -12,7 +13,7 @@ from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.cpu import apply_cpu_workarounds
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.optimizer import build_optimizer
+from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.recipe.schema import Recipe
 
 _BUCKET = 100_000_000
@@ -45,8 +46,9 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
         config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
     if train.zero_stage == 0:
-        # At this stage the optimizer clips by itself (optim.GuardedAdamW).
+        # At this stage the optimizer clips by itself (engine.guard).
         return config
+    config["zero_allow_untested_optimizer"] = True  # the optimizer itself says whether ZeRO may split its parameters
     config["gradient_clipping"] = recipe.optim.clip_grad or 0.0
     config["bf16"] = {"enabled": train.precision == "bf16"}
     if train.zero_stage == 3:
@@ -70,8 +72,18 @@ def compile_parts(model: Trainable, **options: Any) -> None:
         part.compile(fullgraph=True, dynamic=False, **options)
 
 
-def build_engine(model: Trainable, recipe: Recipe, ranks: Ranks) -> Any:
-    """DeepSpeed's engine around the model, its optimizer and its precision."""
+def build_engine(
+    model: Trainable,
+    recipe: Recipe,
+    ranks: Ranks,
+    choice: OptimizerChoice | None = None,
+    lr_scale_of: Callable[[str], float] | None = None,
+) -> Any:
+    """DeepSpeed's engine around the model, its optimizer and its precision.
+
+    Args:
+        choice, lr_scale_of: the task's, see `build_optimizer`.
+    """
     import deepspeed
 
     config = deepspeed_config(recipe, ranks.world_size)
@@ -87,6 +99,9 @@ def build_engine(model: Trainable, recipe: Recipe, ranks: Ranks) -> Any:
         compile_parts(model)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False
+            model=model,
+            optimizer=build_optimizer(recipe, model, choice, lr_scale_of),
+            config=config,
+            dist_init_required=False,
         )
     return engine

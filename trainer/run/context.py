@@ -8,7 +8,7 @@ from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.optimizer import Schedule
+from mixmae.trainer.engine.schedule import Schedule
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run.state import TrainState

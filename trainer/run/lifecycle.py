@@ -17,7 +17,7 @@ from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker, 
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_engine, deepspeed_config
-from mixmae.trainer.engine.optimizer import Schedule, build_schedule
+from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
@@ -28,6 +28,7 @@ from mixmae.trainer.run.run_directory import (
     refuse_attempt,
     replaced_file,
     restarted,
+    versions,
     write_run_dir,
 )
 from mixmae.trainer.run.state import TrainState
@@ -148,7 +149,7 @@ def _build(
     recipe, index, schedule = job.recipe, job.index, job.schedule
     prepare_wandb(recipe, ranks)
     with wandb_in_words(recipe):
-        engine = build_engine(job.model, recipe, ranks)
+        engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), job.task.lr_scale_of(job.model))
     resumed = resume(engine, recipe.run_dir, ranks)
     state, position = _state_of(resumed, recipe, index)
     tracker = Tracker.of(engine)
@@ -158,7 +159,7 @@ def _build(
     main = ranks.is_main
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
-    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
+    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
     run = Run(
         recipe=recipe,
         ranks=ranks,

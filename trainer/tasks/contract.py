@@ -6,7 +6,7 @@ returns is a function of the recipe and of its arguments, so that a resumed run 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
 from mixmae.trainer.recipe.schema import Recipe
 
 
@@ -58,6 +59,14 @@ class Task(ABC):
         Raises:
             UsageError: what is missing.
         """
+
+    def optimizer(self) -> OptimizerChoice:
+        """The optimizer; AdamW with the recipe's settings unless a task takes another."""
+        return adamw(self.recipe.optim)
+
+    def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
+        """Parameters' learning rates over the schedule's, by name; None for 1.0 everywhere."""
+        return None
 
     def require_batch(self, module: Trainable) -> None:
         """Raises UsageError if a micro-batch has fewer images than the module needs."""

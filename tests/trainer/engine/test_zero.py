@@ -15,7 +15,8 @@ from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.optimizer import build_schedule, exempt_from_decay, parameter_groups
+from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
+from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import DivergedError, fit
@@ -92,8 +93,8 @@ def plain_loop(
     model = copy.deepcopy(masters).to(dtype)
     index = open_index(recipe.data.shards)
     schedule = build_schedule(recipe, len(index))
-    groups = parameter_groups(masters.named_parameters(), recipe.optim.weight_decay, exempt_from_decay(recipe, masters))
-    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
+    groups = parameter_groups(masters, recipe.optim.weight_decay, exempt_from_decay(recipe, masters))
+    optimizer = torch.optim.AdamW(optimizer_groups(groups, dict(masters.named_parameters())), betas=recipe.optim.betas)
     streams = [Stream(recipe, Ranks(rank, world_size), index, Position(0, 0, "")) for rank in range(world_size)]
     accumulation = recipe.accumulation(world_size)
     means = []

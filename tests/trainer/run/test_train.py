@@ -189,7 +189,7 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     (copy / "checkpoints" / "newest").unlink()
     done = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), f"run_dir={copy}")
     assert done.returncode == 0, done.stderr
-    assert "newest names no checkpoint that is there, the last one was taken; going on from step 8" in done.stdout
+    assert "newest names no checkpoint that exists, the last one was taken; going on from step 8" in done.stdout
     assert "finished at step 8" in done.stdout
 
 
