@@ -113,7 +113,7 @@ def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
     """Reduces and reports what happened since the last report; only here does the loop itself wait for the device."""
-    tally, epoch = run.batches.tally, run.state.samples // len(run.index)
+    tally, epoch = run.batches.fault_log, run.state.samples // len(run.index)
     data = torch.tensor([tally.total, run.batches.retried, tally.of_epoch(epoch).total()], device=window.device)
     total, count, replaced, retried, of_epoch = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
@@ -141,7 +141,7 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
 
 def refuse_data(run: Run, epoch: int) -> None:
     """Ends the run on all ranks, naming the shards of which too much could not be used."""
-    tally = run.batches.tally
+    tally = run.batches.fault_log
     own = tally.of_epoch(epoch), tally.counts
     gathered = [own] * run.ranks.world_size
     dist.all_gather_object(gathered, own)

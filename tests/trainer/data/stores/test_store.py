@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.stores.opening import open_store
+from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.pipe import PipeStore
 from mixmae.trainer.data.stores.remote import RemoteStore
 from mixmae.trainer.data.stores.store import LocalStore, Store
