@@ -129,7 +129,7 @@ class Checksum(SampleTransform):
         return BatchBuffers(shared_images(count, 1), {"draw": shared_empty((count,), torch.float64)})
 
     def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
-        if row["label"] == 1:
+        if row["label"] % 3 == 1:
             raise UnusableError(Reason.DAMAGED, "not for this transform")
         buffers.images[i] = content[-1]
         buffers.targets["draw"][i] = random.random()
@@ -144,10 +144,10 @@ def test_a_transform_of_a_users_own_decides_what_workers_make_of_samples(shards:
             batches = list(itertools.islice(stream, 6))
             assert all(fault.detail == "not for this transform" for batch in batches for fault in batch.faults)
             assert stream.fault_log.counts == {Reason.DAMAGED: sum(len(batch.faults) for batch in batches)}
-        assert not any(index.samples["label"][s] == 1 for batch in batches for s in batch.samples)
+        assert not any(index.samples["label"][s] % 3 == 1 for batch in batches for s in batch.samples)
         seen.append([(batch.samples, batch.targets["draw"].tolist()) for batch in batches])
     assert seen[0] == seen[1]
-    assert len({draw for _, draws in seen[0] for draw in draws}) > 20
+    assert len({draw for _, draws in seen[0] for draw in draws}) > 10
 
 
 def test_resuming_on_other_data_or_seed_is_refused(shards: Path) -> None:
