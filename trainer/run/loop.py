@@ -111,7 +111,7 @@ def inputs_of(run: Run, batch: Batch, micro_step: int) -> list[Tensor]:
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
     """Reduces and reports what happened since the last report; only here does the loop itself wait for the device."""
-    tally, epoch = run.batches.tally, run.state.samples // len(run.index)
+    tally, epoch = run.batches.fault_log, run.state.samples // len(run.index)
     data = torch.tensor([tally.total, run.batches.retried, tally.of_epoch(epoch).total()], device=window.device)
     total, count, replaced, retried, of_epoch = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
@@ -139,7 +139,7 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
 
 def refuse_data(run: Run, epoch: int) -> None:
     """Ends the run on all ranks, naming the shards of which too much could not be used."""
-    tally = run.batches.tally
+    tally = run.batches.fault_log
     own = tally.of_epoch(epoch), tally.counts
     gathered = [own] * run.ranks.world_size
     dist.all_gather_object(gathered, own)

@@ -139,9 +139,9 @@ class Observer:
         self.recorder.set("read_bytes_total", stream.bytes_read)
         self.recorder.set("read_retries_total", stream.retried)
         self.recorder.set("data_queue_batches", stream.ready)
-        for result, blocks in stream.cache_use._asdict().items():
+        for result, blocks in stream.cache_counts._asdict().items():
             self.recorder.set("cache_blocks_total", blocks, result)
-        for reason, count in stream.tally.counts.items():
+        for reason, count in stream.fault_log.counts.items():
             self.recorder.set("replaced_samples_total", count, reason.label)
 
     def process(self) -> None:

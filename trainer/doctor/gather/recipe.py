@@ -1,4 +1,4 @@
-"""What training says of the recipe before ranks join."""
+"""What training would say of the recipe before ranks join."""
 
 import torch
 
@@ -11,7 +11,7 @@ from mixmae.trainer.run.lifecycle import check
 from mixmae.trainer.tasks.registry import build_model
 
 
-def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
+def probe_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
     """The first reason for which training would refuse to start, and the model's size; no weights are made."""
     with torch.device("meta"):
         refused = ""
