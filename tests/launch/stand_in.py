@@ -42,7 +42,7 @@ class Rank:
         first = newest_step(self.run_dir) if self.run_dir is not None else 0
         print(f"rank {self.place.rank} of {self.place.world_size} from step {first}, port {self.place.master_port}")
         for step in range(first, self.steps):
-            self.beat.at("forward", step)
+            self.beat.set_phase("forward", step)
             time.sleep(STEP_SECONDS)
             if step == self.at and self.how not in ("", "deaf"):
                 self.fail() if self.fails else self.wait()
@@ -65,14 +65,14 @@ class Rank:
             case "kill" | "stop":
                 os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
             case "hang":
-                self.beat.at("data_wait")
+                self.beat.set_phase("data_wait")
                 time.sleep(1000)
             case "leave":
                 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "left behind"])
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def wait(self) -> None:
-        self.beat.at("backward")
+        self.beat.set_phase("backward")
         while True:
             time.sleep(1000)
 
