@@ -21,7 +21,6 @@ ALLOWED = {
         "mixmae.base",
         "mixmae.trainer.recipe",
         "mixmae.trainer.doctor.protocol",
-        "mixmae.trainer.checkpoints.layout",
     ),
 }
 # What login nodes need.

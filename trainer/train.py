@@ -5,7 +5,6 @@ life: what notes the one and gives the other comes first.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError, run_in_words
 from mixmae.base.heartbeat import begin_heartbeat
+from mixmae.base.logs import set_up_logging
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.recipe.loading import load_recipe
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )  # deepspeed's launcher passes it; the environment has it too
     args = parser.parse_args(argv)
     stop = StopRequest()
+    set_up_logging()
     heartbeat = begin_heartbeat(os.environ)
     recipe = load_recipe(args.recipe, args.overrides)
 
@@ -41,7 +42,6 @@ def main(argv: Sequence[str]) -> int:
             f"{ranks.world_size} ranks were started, but --world-size={args.world_size}; look at the hostfile or the "
             "job's size: this is no smaller run"
         )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return pretrain(recipe, ranks, stop, heartbeat)
 
 

@@ -36,7 +36,7 @@ def sighting(beat: Beat | None, started: float, now: float) -> Sighting:
     """What a heartbeat says; a rank that wrote none since it was started is starting."""
     if beat is None:
         return Sighting(0, "starting", now - started, 0.0)
-    return Sighting(beat.step, beat.part, now - beat.since, now - beat.ticked)
+    return Sighting(beat.step, beat.phase, now - beat.since, now - beat.ticked)
 
 
 def is_stuck(seen: Sequence[Sighting], stuck_seconds: float) -> bool:

@@ -30,7 +30,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from mixmae.monitoring.exporter.collector import NodeCollector
 from mixmae.monitoring.exporter.discovery import write_target
-from mixmae.monitoring.exporter.handover import read_ranks
+from mixmae.monitoring.exporter.recorder import read_ranks
 
 PORTS = 100
 """Ports tried, from the wanted one on."""

@@ -15,7 +15,8 @@ from types import FrameType
 from mixmae.base.exit_codes import PREEMPTED
 from mixmae.base.heartbeat import FILE, Heartbeat
 from mixmae.base.rank_env import read_place
-from mixmae.trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name, newest_step
+from mixmae.trainer.checkpoints.layout import point_to
 
 STEP_SECONDS = 0.1
 
@@ -41,7 +42,7 @@ class Rank:
         first = newest_step(self.run_dir) if self.run_dir is not None else 0
         print(f"rank {self.place.rank} of {self.place.world_size} from step {first}, port {self.place.master_port}")
         for step in range(first, self.steps):
-            self.beat.at("forward", step)
+            self.beat.set_phase("forward", step)
             time.sleep(STEP_SECONDS)
             if step == self.at and self.how not in ("", "deaf"):
                 self.fail() if self.fails else self.wait()
@@ -64,20 +65,20 @@ class Rank:
             case "kill" | "stop":
                 os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
             case "hang":
-                self.beat.at("data_wait")
+                self.beat.set_phase("data_wait")
                 time.sleep(1000)
             case "leave":
                 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "left behind"])
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def wait(self) -> None:
-        self.beat.at("backward")
+        self.beat.set_phase("backward")
         while True:
             time.sleep(1000)
 
     def save(self, step: int) -> None:
         if self.run_dir is not None and self.place.is_main:
-            folder = self.run_dir / FOLDER / name_of(step)
+            folder = self.run_dir / CHECKPOINTS / checkpoint_name(step)
             folder.mkdir(parents=True, exist_ok=True)
             point_to(folder)
 

@@ -49,5 +49,5 @@ def test_starting_and_saving_may_take_longer(part: str) -> None:
 
 def test_a_rank_without_a_beat_is_starting() -> None:
     assert sighting(None, started=100.0, now=130.0) == Sighting(0, "starting", 30.0, 0.0)
-    beat = Beat(step=4, part="forward", since=120.0, ticked=129.0)
+    beat = Beat(step=4, phase="forward", since=120.0, ticked=129.0)
     assert sighting(beat, started=100.0, now=130.0) == Sighting(4, "forward", 10.0, 1.0)

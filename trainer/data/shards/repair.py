@@ -1,7 +1,6 @@
 """Rewriting damaged shards with the samples that can be recovered. The damaged files are kept beside them."""
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,9 @@ import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
+from mixmae.base.files import replacing
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
 from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
 from mixmae.trainer.data.shards.findings import Kind
@@ -86,17 +87,15 @@ def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[Rewritt
 
 
 def _append_to_record(file: Path, rewritten: Sequence[RewrittenShard]) -> None:
-    with file.open("a") as stream:
-        for one in rewritten:
-            kept = one.shard.samples if one.shard else 0
-            line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
-            stream.write(json.dumps(line) + "\n")
-            stream.writelines(json.dumps(lost._asdict()) + "\n" for lost in one.lost)
+    for one in rewritten:
+        kept = one.shard.samples if one.shard else 0
+        line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
+        jsonl.append(file, line, *(lost._asdict() for lost in one.lost))
 
 
 def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     """Rewrites one shard; runs in a worker process."""
-    file, partial = expected.directory / name, expected.directory / f".{name}.partial"
+    file = expected.directory / name
     unpacked = _unpack(file)
     found, fault = find_members(unpacked)
     with mapped(unpacked) as content:
@@ -109,16 +108,16 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     if not salvaged.samples:
         file.rename(original)
         return RewrittenShard(name, None, np.array([], dtype=SAMPLE), original.name, salvaged.lost)
-    with partial.open("wb") as stream:
-        with webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar:
+    with replacing(file) as partial:
+        with (
+            partial.open("wb") as stream,
+            webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar,
+        ):
             for key, files in salvaged.samples.items():
                 tar.write({"__key__": key, **files})
-        stream.flush()
-        os.fsync(stream.fileno())
-    states = salvaged.states
-    shard, table = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
-    os.link(file, original)
-    partial.replace(file)  # at every moment one of the two has the name
+        states = salvaged.states
+        shard, table = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
+        os.link(file, original)  # at every moment one of the two has the name
     return RewrittenShard(name, shard._replace(name=name), table, original.name, salvaged.lost)
 
 
