@@ -8,6 +8,7 @@ from mixmae.base.errors import run_in_words
 
 COMMANDS = {
     "launch": ("mixmae.launch.commands.launch", "start a pretraining run: on this machine, on hosts, or under Slurm"),
+    "recipes": ("mixmae.launch.commands.recipes", "list the recipes that ship; recipes show NAME prints one"),
     "doctor": (
         "mixmae.launch.commands.doctor",
         "check hosts, network, shards and run directory, from here and from all ranks",

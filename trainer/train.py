@@ -9,20 +9,17 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mixmae.base.errors import UsageError, run_in_words
 from mixmae.base.heartbeat import begin_heartbeat
 from mixmae.base.signals import StopRequest
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae.trainer.train", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.micro_batch=64"
-    )
+    add_recipe(parser)
     parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS

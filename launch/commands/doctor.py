@@ -12,6 +12,7 @@ from mixmae.launch.backends.site import find_site, read_site
 from mixmae.launch.preflight.preflight import Look, examine, examine_slurm
 from mixmae.trainer.doctor.protocol.findings import Finding, as_document, exit_code, print_findings
 from mixmae.trainer.doctor.protocol.link import link_rate
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -40,8 +41,7 @@ def _examine(args: argparse.Namespace) -> list[Finding]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mixmae doctor", description=__doc__, allow_abbrev=False)
-    parser.add_argument("recipe", type=Path, nargs="?", help="YAML file; without one, hosts and network alone")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.micro_batch=64")
+    add_recipe(parser, optional=True, without="hosts and network alone")
     parser.add_argument("--link", type=_link, help="what the network should give, such as 200gbps or 25GB/s")
     parser.add_argument("--short", action="store_true", help="only what takes a few seconds, as before a launch")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")

@@ -16,6 +16,7 @@ from mixmae.launch.backends.job import Job, new_attempt
 from mixmae.launch.backends.site import find_site, read_site
 from mixmae.launch.preflight.preflight import preflight
 from mixmae.launch.supervision.run import in_words, run
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -29,8 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UsageError: an option belongs to another way of starting than was chosen.
     """
     parser = argparse.ArgumentParser(prog="mixmae launch", description=__doc__, allow_abbrev=False)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.micro_batch=64")
+    add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be run or submitted, nothing else")
     parser.add_argument("--max-restarts", type=int, metavar="N", help="start again after a failure, until N restarts "
                         f"in a row saved no further checkpoint (default 0; --slurm {_SLURM_RESTARTS})")  # fmt: skip

@@ -29,7 +29,7 @@ import importlib.util, os, socket, sys
 with open("/proc/sys/kernel/random/boot_id") as file:
     boot = file.read().strip()
 print("mixmae-host", boot, os.stat("/proc/self/ns/net").st_ino, socket.gethostname())
-sys.exit(0 if importlib.util.find_spec("trainer") else {_NO_PROJECT})
+sys.exit(0 if importlib.util.find_spec("mixmae") else {_NO_PROJECT})
 """
 """Its second and third word tell machines apart, whatever they are called."""
 

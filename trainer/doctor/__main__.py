@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
@@ -25,7 +24,7 @@ from mixmae.trainer.doctor.protocol.link import link_rate
 from mixmae.trainer.doctor.rank_job import FULL, SHORT, Effort, attend
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks, read_ranks
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -47,10 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mixmae.trainer.doctor", description=__doc__)
-    parser.add_argument(
-        "recipe", type=Path, nargs="?", help="YAML file; without it hosts and network alone are looked at"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
+    add_recipe(parser, optional=True, without="hosts and network alone")
     parser.add_argument("--world-size", type=at_least(1), metavar="N", help="ranks that there should be")
     parser.add_argument("--link", type=link_rate, help="what the network should give, such as 200gbps")
     parser.add_argument("--short", action="store_true", help="only what takes a few seconds")

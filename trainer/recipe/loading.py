@@ -12,17 +12,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.library import find_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
 
-def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `key.path=value` overrides.
+def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, or of a name in the library, with `key.path=value` overrides.
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key or a value outside its range.
+        UsageError: no such recipe, not YAML, an unknown key or a value outside its range.
     """
-    if not file.is_file():
-        raise UsageError(f"recipe {file} does not exist; configs/pretrain holds some")
+    file = find_recipe(recipe)
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
