@@ -117,12 +117,13 @@ def _head(job: Job, request: Request, site: Site) -> str:
     }
     asked = [f"#SBATCH --{name}={_directive(str(value))}" for name, value in options.items() if value is not None]
     folder = "the folder of --output" if request.array else shlex.quote(f"{job.run_dir}/logs")
+    by_hand = f"To submit it by hand: create {folder} and the recipe, as --dry-run prints it, then sbatch."
     title = shlex.join([job.module, *job.arguments]).replace("\n", " ")
     return "\n".join(
         [
             "#!/bin/bash",
             f"# {title}",
-            f"# on {request.ranks} ranks, made by 'mixmae launch'. To submit it by hand: create {folder}, then sbatch.",
+            f"# on {request.ranks} ranks, made by 'mixmae launch'. {by_hand}",
             *asked,
             *(f"#SBATCH {option}" for option in site.sbatch),
             "# It is told before its time is over, saves, and goes on later, in the same output.",

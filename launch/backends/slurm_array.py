@@ -34,8 +34,8 @@ def tasks(array: str) -> list[int]:
     return sorted(found)
 
 
-def load_array(file: Path, overrides: Sequence[str], array: str) -> tuple[Recipe, str]:
-    """The recipe of an array's first task, and the run directory with `{task}` where tasks differ.
+def load_array(file: Path, overrides: Sequence[str], array: str) -> tuple[list[Recipe], Path]:
+    """The recipes of an array's tasks, and their run directory with `{task}` where tasks differ.
 
     Raises:
         UsageError: any task's recipe is wrong, or two tasks would write into one run directory.
@@ -51,4 +51,7 @@ def load_array(file: Path, overrides: Sequence[str], array: str) -> tuple[Recipe
                 f"such as run_dir={recipe.run_dir}-{PLACE}"
             )
     named = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
-    return recipes[0], named[-1] if named else str(recipes[0].run_dir)
+    run_dir = Path(named[-1]) if named else recipes[0].run_dir
+    if str(run_dir).replace(PLACE, str(numbers[0])) != str(recipes[0].run_dir):
+        raise UsageError(f"run_dir={run_dir}: expected a plain path with --array, without quotes of YAML")
+    return recipes, run_dir

@@ -17,9 +17,11 @@ from mixmae.launch.backends.site import find_site, read_site
 from mixmae.launch.preflight.preflight import preflight
 from mixmae.launch.supervision.run import in_words, run
 from mixmae.trainer.recipe.arguments import add_recipe
+from mixmae.trainer.recipe.frozen import FrozenRecipes, freeze, frozen_file
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
+TRAINER = "mixmae.trainer.train"
 _SLURM_RESTARTS = 3
 
 
@@ -49,13 +51,15 @@ def main(argv: Sequence[str]) -> int:
     if args.max_restarts is not None and args.max_restarts < 0:
         raise UsageError(f"--max-restarts {args.max_restarts}: expected 0 or more")
     if args.slurm:
-        return _submit(args)
+        return _submit(args, argv)
     recipe = load_recipe(args.recipe, args.overrides)
     way = on_hosts(args) if args.hostfile is not None else local(args.local)
-    job = _job(args, recipe, str(recipe.run_dir))
+    frozen = freeze([recipe], argv)
+    job = _job(frozen, recipe.run_dir)
     _require_ranks(recipe, way.ranks)
     if args.dry_run:
         print(in_words(way.command(job, new_attempt(job), os.environ)))
+        _show(frozen)
         return 0
     if isinstance(way, OnHosts):
         require_pdsh()
@@ -67,11 +71,19 @@ def main(argv: Sequence[str]) -> int:
             )
     elif recipe.data.directory is not None and not recipe.data.directory.is_dir():
         raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
+    frozen.write()
+    print(f"mixmae: the resolved recipe is {frozen_file(recipe.run_dir, frozen.launch)}", file=sys.stderr, flush=True)
     return run(job, way, args.max_restarts or 0)
 
 
-def _job(args: argparse.Namespace, recipe: Recipe, run_dir: str) -> Job:
-    return Job("mixmae.trainer.train", (str(args.recipe), *args.overrides), Path(run_dir), recipe.launch)
+def _job(frozen: FrozenRecipes, run_dir: Path) -> Job:
+    return Job(TRAINER, (str(frozen_file(run_dir, frozen.launch)),), run_dir, frozen.recipes[0].launch)
+
+
+def _show(frozen: FrozenRecipes) -> None:
+    """Prints the recipe that ranks would read; of an array's the first task's."""
+    recipe = frozen.recipes[0]
+    print(f"# {frozen_file(recipe.run_dir, frozen.launch)}\n{frozen.text(recipe)}", end="", file=sys.stderr)
 
 
 def _require_ranks(recipe: Recipe, ranks: int) -> None:
@@ -79,24 +91,33 @@ def _require_ranks(recipe: Recipe, ranks: int) -> None:
     recipe.streams_of(0, ranks)
 
 
-def _submit(args: argparse.Namespace) -> int:
+def _submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.array is not None:
-        recipe, run_dir = slurm_array.load_array(args.recipe, args.overrides, args.array)
+        recipes, run_dir = slurm_array.load_array(args.recipe, args.overrides, args.array)
     else:
-        recipe = load_recipe(args.recipe, args.overrides)
-        run_dir = str(recipe.run_dir)
-    job = _job(args, recipe, run_dir)
-    request = request_of(args, _plain(Path(run_dir).name), args.array)
-    _require_ranks(recipe, request.ranks)
+        recipes = [load_recipe(args.recipe, args.overrides)]
+        run_dir = recipes[0].run_dir
+        if slurm_array.PLACE in str(run_dir):
+            raise UsageError(
+                f"run_dir={run_dir}: {slurm_array.PLACE} stands for the task of an --array, which is not given"
+            )
+    frozen = freeze(recipes, argv)
+    job = _job(frozen, run_dir)
+    request = request_of(args, _plain(run_dir.name), args.array)
+    for recipe in recipes:
+        _require_ranks(recipe, request.ranks)
     site = read_site(find_site(args.site, os.environ))
     restarts = _SLURM_RESTARTS if args.max_restarts is None else args.max_restarts
     script = slurm.slurm_script(job, request, site, restarts, preflight=not args.skip_preflight)
     if args.dry_run:
         print(script, end="")
+        _show(frozen)
         return 0
+    frozen.write()
     number = slurm.submit(script, job, args.array)
     output = slurm.output_file(job, request).replace("%j", number)
-    print(f"mixmae: job {number} is submitted; it writes {output}", file=sys.stderr)
+    read = job.arguments[0].replace(slurm_array.PLACE, "%a")
+    print(f"mixmae: job {number} is submitted; it reads {read} and writes {output}", file=sys.stderr)
     print(number)
     return 0
 

@@ -1,9 +1,12 @@
 """A rank that trains nothing: `python -m tests.launch.stand_in --world-size N key=value ...`.
 
 It steps, beats, notes signals and fails as it is told; ranks that would wait for a failed one in a collective do so.
+Started by `tests.launch.launch_stand_in` it gets a recipe, as a rank that trains does, and says its seed; what it is to
+do stands in the environment then.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -16,12 +19,17 @@ from mixmae.base.exit_codes import PREEMPTED
 from mixmae.base.heartbeat import FILE, Heartbeat
 from mixmae.base.rank_env import read_place
 from mixmae.trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
+from mixmae.trainer.recipe.loading import load_recipe
 
 STEP_SECONDS = 0.1
+SETTINGS = "STAND_IN_SETTINGS"
 
 
 class Rank:
-    """Does `steps` steps; at step `at` rank `rank` does `how`: error, exit, kill, stop, hang, leave, deaf."""
+    """Does `steps` steps; at step `at` rank `rank` does `how`: error, exit, kill, stop, hang, leave, deaf.
+
+    At that step the file `edits` is written over by all ranks.
+    """
 
     def __init__(self, settings: dict[str, str]) -> None:
         self.place = read_place(os.environ)
@@ -29,6 +37,7 @@ class Rank:
         self.how, self.fails = settings.get("how", ""), self.place.rank == int(settings.get("rank", -1))
         self.code = int(settings.get("code", 1))
         self.run_dir = Path(settings["run_dir"]) if "run_dir" in settings else None
+        self.edits = Path(settings["edits"]) if "edits" in settings else None
         self.asked: str | None = None
         self.beat = Heartbeat(Path(os.environ[FILE]))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -43,6 +52,8 @@ class Rank:
         for step in range(first, self.steps):
             self.beat.at("forward", step)
             time.sleep(STEP_SECONDS)
+            if step == self.at and self.edits is not None:
+                self.edits.write_text("edited: after submission")
             if step == self.at and self.how not in ("", "deaf"):
                 self.fail() if self.fails else self.wait()
             if self.asked is not None:
@@ -87,6 +98,11 @@ if __name__ == "__main__":
     parser.add_argument("--world-size", type=int)
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
-    rank = Rank(dict(setting.split("=", 1) for setting in args.settings))
+    settings = dict(setting.split("=", 1) for setting in args.settings if "=" in setting)
+    if SETTINGS in os.environ:
+        recipe = load_recipe(Path(args.settings[0]))
+        print(f"seed {recipe.seed}")
+        settings = {"run_dir": str(recipe.run_dir), **json.loads(os.environ[SETTINGS])}
+    rank = Rank(settings)
     assert args.world_size == rank.place.world_size
     sys.exit(rank.run())

@@ -1,11 +1,13 @@
 """The recipes that ship with the package, found by name: `pretrain/swin_huge`."""
 
 import difflib
+import socket
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.frozen import is_frozen
 
 _SUFFIX = ".yaml"
 
@@ -50,6 +52,11 @@ def find_recipe(recipe: Path) -> Path:
     """
     if recipe.is_file():
         return recipe
+    if is_frozen(recipe):
+        raise UsageError(
+            f"recipe {recipe}, which 'mixmae launch' wrote at submission, is not seen on {socket.gethostname()}; run_dir "
+            "must be one directory on all hosts, and stay until the run has ended"
+        )
     known = library()
     if recipe.as_posix() in known:
         return known[recipe.as_posix()].file

@@ -21,6 +21,7 @@ from mixmae.trainer.recipe.schema import Launch
 from tests.cluster.cluster import Cluster
 from tests.helpers import ROOT, tiny_recipe
 from tests.launch.ranks import STAND_IN
+from tests.launch.stand_in import SETTINGS
 
 pytestmark = pytest.mark.services
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -193,6 +194,31 @@ def test_tasks_of_an_array_share_nodes_and_requeue_each_by_itself(cluster: Clust
     wait_for(lambda: all("done" in end.read_text() for end in ends))
     assert [len(read_restarts(run_dir / str(task))) for task in range(2)] == [0, 1]
     cluster.slurm.wait_until_idle()
+
+
+@pytest.mark.timeout(SECONDS)
+def test_a_job_runs_the_recipe_of_its_submission(cluster: Cluster, run_dir: Path) -> None:
+    """An array whose file is changed while it is queued, and one task of which is requeued."""
+    place = run_dir.with_name("frozen")
+    recipe, site = cluster.shared / "frozen.yaml", cluster.shared / "site.yaml"
+    recipe.write_text(tiny_recipe(**{"optim.eps": 0.5}).to_yaml())
+    site.write_text("sbatch: [--hold]\n")
+    settings = json.dumps({"steps": 60})
+    typed = [sys.executable, "-m", "tests.launch.launch_stand_in", str(recipe), "--site", str(site), "--slurm"]
+    values = ["--array", "0-1", "seed={task}", f"run_dir={place}/{{task}}"]
+    size = ["--nodes", "2", "--tasks-per-node", "1", "--skip-preflight"]
+    done = cluster.login.run([*typed, *size, *values], {**ENVIRONMENT, SETTINGS: settings}, ROOT, check=True)
+    job = int(done.stdout)
+    recipe.write_text("edited: while it was queued")
+    cluster.login.run(["scontrol", "release", str(job)], check=True)
+    wait_for(lambda: saved(place / "0") and saved(place / "1"))
+    cluster.login.run(["scancel", "--batch", "--signal=USR1", f"{job}_1"], check=True)
+    ends = [place / str(task) / "logs" / f"slurm-{job}_{task}.out" for task in range(2)]
+    wait_for(lambda: all("done" in end.read_text() for end in ends))
+    cluster.slurm.wait_until_idle()
+    for task, starts in enumerate([1, 2]):
+        logs = list((place / str(task) / "logs").glob("*/rank-*.log"))
+        assert [log.read_text().splitlines()[0] for log in logs] == [f"seed {task}"] * 2 * starts
 
 
 @pytest.mark.timeout(SECONDS)

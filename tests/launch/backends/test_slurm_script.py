@@ -151,9 +151,13 @@ def test_bad_array_specifications_are_refused(array: str) -> None:
 def test_tasks_that_would_share_a_run_directory_are_refused() -> None:
     with pytest.raises(UsageError, match=r"tasks 0 and 1 would share run_dir=runs/x; put {task} into it"):
         load_array(RECIPE, ["run_dir=runs/x"], "0-1")
-    recipe, run_dir = load_array(RECIPE, ["run_dir=runs/x-{task}", "seed={task}"], "3-5")
-    assert (recipe.seed, str(recipe.run_dir), run_dir) == (3, "runs/x-3", "runs/x-{task}")
-    assert load_array(RECIPE, ["run_dir=runs/x"], "4")[1] == "runs/x"
+    recipes, run_dir = load_array(RECIPE, ["run_dir=runs/x-{task}", "seed={task}"], "3-5")
+    assert [recipe.seed for recipe in recipes] == [3, 4, 5]
+    assert [str(recipe.run_dir) for recipe in recipes] == ["runs/x-3", "runs/x-4", "runs/x-5"]
+    assert str(run_dir) == "runs/x-{task}"
+    assert load_array(RECIPE, ["run_dir=runs/x"], "4")[1] == Path("runs/x")
+    with pytest.raises(UsageError, match="expected a plain path"):
+        load_array(RECIPE, ["run_dir='runs/x-{task}'"], "3-5")
     with pytest.raises(UsageError, match="seed"):
         load_array(RECIPE, ["run_dir=runs/x-{task}", "seed=a{task}"], "3-5")
 

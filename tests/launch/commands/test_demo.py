@@ -1,6 +1,7 @@
 """What `mixmae demo` removes and what it leaves alone; tests/test_slow.py runs all of it."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_whatever_a_command_of_the_demo_leaves_is_marked(tmp_path: Path, monkeyp
             return 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.subprocess, "call", interrupted)
+    monkeypatch.setattr(subprocess, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--out", str(out)])
     assert {path.parent.name for path in out.glob(f"*/{demo.MARK}")} == {"shards", "probe-shards", "run"}
