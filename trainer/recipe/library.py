@@ -54,8 +54,8 @@ def find_recipe(recipe: Path) -> Path:
         return recipe
     if is_frozen(recipe):
         raise UsageError(
-            f"recipe {recipe}, which 'mixmae launch' wrote at submission, is not seen on {socket.gethostname()}; run_dir "
-            "must be one directory on all hosts, and stay until the run has ended"
+            f"recipe {recipe}, which 'mixmae launch' wrote at submission, is not seen on {socket.gethostname()}; "
+            "run_dir must be one directory on all hosts, and stay until the run has ended"
         )
     known = library()
     if recipe.as_posix() in known:
