@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mixmae.launch.supervision.outcome import attempt_folder
+from mixmae.base.run_directory import attempt_folder
 from mixmae.trainer.recipe.schema import Launch
 
 FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 300, 32

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import LOGS
 from mixmae.launch.backends.job import FIRST_PORT, PORT_BLOCK, PORT_BLOCKS, Job
 from mixmae.launch.backends.site import Site
 from mixmae.launch.backends.slurm_array import PLACE, tasks
@@ -77,7 +78,7 @@ def submit(script: str, job: Job, array: str | None) -> str:
         UsageError: sbatch is missing or refuses it.
     """
     for task in tasks(array) if array is not None else [0]:
-        Path(str(job.run_dir).replace(PLACE, str(task)), "logs").mkdir(parents=True, exist_ok=True)
+        Path(str(job.run_dir).replace(PLACE, str(task)), LOGS).mkdir(parents=True, exist_ok=True)
     command = ["sbatch", "--parsable"]
     try:
         done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mixmae.base.errors import run_in_words
 from mixmae.base.exit_codes import FAILED
-from mixmae.launch.supervision.outcome import Outcome, attempt_folder, read_outcome
+from mixmae.base.run_directory import LOGS, attempt_folder
+from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.protocol import find
 from mixmae.launch.supervision.restarts import Decision, decide, record_restart, say
 from mixmae.launch.supervision.supervisor import TOKEN
@@ -23,7 +24,7 @@ def begin(args: argparse.Namespace) -> int:
     """Records a restart, and how the start before it ended, whoever requeued the job."""
     if args.restarts:
         ours = re.compile(rf".*-{re.escape(args.launch)}-{args.restarts - 1}")
-        earlier = [folder for folder in sorted((args.run_dir / "logs").iterdir()) if ours.fullmatch(folder.name)]
+        earlier = [folder for folder in sorted((args.run_dir / LOGS).iterdir()) if ours.fullmatch(folder.name)]
         outcome = read_outcome(earlier[-1]) if earlier else None
         name = earlier[-1].name if earlier else ""
         record_restart(args.run_dir, args.launch, name, outcome, slurm_restart_count=args.restarts)

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.run_directory import LOGS
 from mixmae.launch.backends import slurm
 from mixmae.launch.backends.hostfile import OnHosts
 from mixmae.launch.backends.job import Job, new_attempt
@@ -81,8 +82,8 @@ def under_slurm(
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         number = slurm.submit(slurm.slurm_script(job, request, site, 0), job, None)
         _wait_for(number)
-        output = _read_output(folder / "logs" / f"slurm-{number}.out")
-        outcome = _outcome_in(folder / "logs", number)
+        output = _read_output(folder / LOGS / f"slurm-{number}.out")
+        outcome = _outcome_in(folder / LOGS, number)
     if output is None:
         return [_without_output(number, base)]
     found = findings_in(output)

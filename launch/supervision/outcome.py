@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import OUTCOME
 
-FILE = "outcome.json"
 OVER = "over"
 """An empty file in an attempt's folder: at least one supervisor has ended, and the others do."""
 USER = "the user"
@@ -102,15 +103,13 @@ class Outcome:
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Leaves the record in an attempt's folder; whole or not at all."""
-    partial = folder / f".{FILE}"
-    partial.write_text(json.dumps(outcome.to_json(), indent=1) + "\n")
-    partial.replace(folder / FILE)
+    atomic_write(folder / OUTCOME, json.dumps(outcome.to_json(), indent=1) + "\n")
 
 
 def read_outcome(folder: Path) -> Outcome | None:
     """The record of an attempt; None if its first rank's supervisor left none, or its host lost power over it."""
     try:
-        return Outcome(**json.loads((folder / FILE).read_text()))
+        return Outcome(**json.loads((folder / OUTCOME).read_text()))
     except (FileNotFoundError, ValueError):
         return None
 
@@ -124,8 +123,3 @@ def mark_over(folder: Path) -> None:
 def log_file(folder: Path, rank: int) -> Path:
     """Where a rank's output goes."""
     return folder / f"rank-{rank:05d}.log"
-
-
-def attempt_folder(run_dir: Path, attempt: str) -> Path:
-    """Where everything about one start of a run goes."""
-    return run_dir / "logs" / attempt

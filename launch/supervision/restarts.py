@@ -1,17 +1,16 @@
 """Whether a run is started again: as long as it gets on. The record of it stays in the run directory."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixmae.base import jsonl
 from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base.run_directory import RESTARTS, newest_step
 from mixmae.launch.supervision.outcome import USER, Outcome
-from mixmae.trainer.checkpoints.layout import newest_step
 
-FILE = "restarts.jsonl"
 _DELAY, _LONGEST_DELAY = 10.0, 300.0
 
 
@@ -79,11 +78,7 @@ def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | 
         **_of(outcome),
         **more,
     }
-    file = run_dir / FILE
-    run_dir.mkdir(parents=True, exist_ok=True)
-    cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
-    with file.open("a") as opened:
-        opened.write("\n" * cut_short + json.dumps(record) + "\n")
+    jsonl.append(run_dir / RESTARTS, record)
 
 
 def _of(outcome: Outcome | None) -> dict[str, object]:
@@ -101,6 +96,4 @@ def _of(outcome: Outcome | None) -> dict[str, object]:
 
 def read_restarts(run_dir: Path) -> list[dict[str, Any]]:
     """All restarts of a run, oldest first."""
-    file = run_dir / FILE
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return jsonl.read(run_dir / RESTARTS, "launch", "step")

@@ -15,11 +15,12 @@ from mixmae.base.exit_codes import FAILED, PREEMPTED
 from mixmae.base.heartbeat import FILE as HEARTBEAT
 from mixmae.base.heartbeat import read_beat
 from mixmae.base.rank_env import Place
+from mixmae.base.run_directory import attempt_folder
 from mixmae.launch.supervision.child import Child, ended_within
 from mixmae.launch.supervision.coordinator import Hub
 from mixmae.launch.supervision.guard import Guard
 from mixmae.launch.supervision.membership import Limits
-from mixmae.launch.supervision.outcome import Outcome, attempt_folder, log_file, mark_over
+from mixmae.launch.supervision.outcome import Outcome, log_file, mark_over
 from mixmae.launch.supervision.output import Console
 from mixmae.launch.supervision.ports import PortError
 from mixmae.launch.supervision.protocol import BEAT_SECONDS, SILENT_SECONDS, Line, Message, find

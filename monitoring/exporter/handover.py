@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from prometheus_client.mmap_dict import MmapedDict
 
+from mixmae.base.files import replacing
 from mixmae.monitoring.metrics import BY_NAME, STEP_BUCKETS, Kind, Source
 
 _BYTES = 2**16
@@ -43,15 +44,13 @@ class Recorder:
             OSError: no room in shared memory.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        file = _file(folder, rank)
-        partial = file.with_suffix(".partial")  # under its name it is whole: it may be read from then on
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, _BYTES)  # a page that is missing later would be a bus error
-        finally:
-            os.close(descriptor)
-        self._values = MmapedDict(str(partial))
-        partial.rename(file)
+        with replacing(_file(folder, rank)) as partial:  # under its name it is whole: it may be read from then on
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, _BYTES)  # a page that is missing later would be a bus error
+            finally:
+                os.close(descriptor)
+            self._values = MmapedDict(str(partial))
         self._keys: dict[tuple[str, tuple[str, ...], str], str] = {}
 
     def set(self, name: str, value: float, *labels: str) -> None:

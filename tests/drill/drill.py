@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from mixmae.base.exit_codes import FINISHED
-from mixmae.trainer.checkpoints.layout import name_of
+from mixmae.base.run_directory import checkpoint_name
 from tests.cluster.host import Host
 from tests.cluster.slurm import Slurm
 from tests.drill.rig import Rig
@@ -160,7 +160,7 @@ class Drill:
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(_LOOK_SECONDS)
             step = int(partial[0].name.split("-")[1]) if partial else 0
-            if partial and partial[0].exists() and not (self.run.checkpoints / name_of(step)).exists():
+            if partial and partial[0].exists() and not (self.run.checkpoints / checkpoint_name(step)).exists():
                 return step
             os.kill(process.pid, signal.SIGCONT)
 

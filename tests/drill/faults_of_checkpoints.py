@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED
-from mixmae.trainer.checkpoints.layout import MANIFEST, NEWEST, complete
+from mixmae.base.run_directory import NEWEST, complete_checkpoints
+from mixmae.trainer.checkpoints.layout import MANIFEST
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
 from tests.drill.target import run_to_a_step, seen_at_a_step
@@ -74,7 +75,7 @@ def _damaging(*damages: Damage) -> Callable[[Drill], None]:
 
     def play(drill: Drill) -> None:
         _kill_all(drill)
-        for damage, checkpoint in zip(damages, reversed(complete(drill.run.folder)), strict=False):
+        for damage, checkpoint in zip(damages, reversed(complete_checkpoints(drill.run.folder)), strict=False):
             words = damage(checkpoint, drill.rng)
             drill.done += f", {words} of {checkpoint.name}"
         drill.finish()
@@ -126,7 +127,7 @@ def all_damaged(drill: Drill) -> None:
     target = seen_at_a_step(drill, _LATE)
     drill.strike(f"all ranks killed after step {target.step}", target.kill_everyone)
     drill.ended([FAILED])
-    checkpoints = complete(drill.run.folder)
+    checkpoints = complete_checkpoints(drill.run.folder)
     copy = drill.run.folder.with_suffix(".copy")
     shutil.copytree(checkpoints[-1], copy)
     for checkpoint in checkpoints:
@@ -157,7 +158,7 @@ def lost_pointer(drill: Drill) -> None:
 def lost_newest(drill: Drill) -> None:
     """The newest checkpoint is gone altogether"""
     _kill_all(drill)
-    newest = complete(drill.run.folder)[-1]
+    newest = complete_checkpoints(drill.run.folder)[-1]
     shutil.rmtree(newest)
     drill.done += f", {newest.name} removed"
     drill.finish()

@@ -1,6 +1,5 @@
 """Runs as their user starts them: `mixmae launch`, three ways, again and again with the same command."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,9 +12,10 @@ from typing import Any
 
 import psutil
 
+from mixmae.base import jsonl
 from mixmae.base.exit_codes import FAILED
-from mixmae.trainer.checkpoints.layout import FOLDER, leftovers
-from mixmae.trainer.run.run_directory import EVENTS
+from mixmae.base.run_directory import CHECKPOINTS, EVENTS, LOGS, RESTARTS
+from mixmae.trainer.checkpoints.layout import leftovers
 from tests.cluster.cluster import Cluster
 from tests.cluster.host import Host
 from tests.cluster.slurm import ENDED
@@ -162,16 +162,16 @@ class Run:
     def output(self) -> str:
         """All that its user read on the console, or in the job's output."""
         texts = [self._console] if self._console.exists() else []
-        texts += sorted((self.folder / "logs").glob("slurm-*.out"))
+        texts += sorted((self.folder / LOGS).glob("slurm-*.out"))
         return "".join(path.read_text(errors="replace") for path in texts)
 
     def events(self) -> list[dict[str, Any]]:
         """What the run said of itself so far, in the order of writing; a line that was cut short is left out."""
-        return _records(self.folder / EVENTS)
+        return jsonl.read(self.folder / EVENTS)
 
     def restarts(self) -> list[dict[str, Any]]:
         """What the launcher noted of restarts that it did by itself, oldest first."""
-        return _records(self.folder / "restarts.jsonl")
+        return jsonl.read(self.folder / RESTARTS)
 
     def step(self) -> int:
         """The last step that was logged; 0 before the first."""
@@ -187,7 +187,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / FOLDER
+        return self.folder / CHECKPOINTS
 
     def ranks(self) -> dict[int, tuple[Host, psutil.Process]]:
         """The ranks' processes that live now, with their hosts."""
@@ -199,11 +199,6 @@ class Run:
                 except (psutil.NoSuchProcess, KeyError):
                     continue
         return found
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def clean_environment() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mixmae.trainer.checkpoints.layout import complete, point_to
+from mixmae.base.run_directory import complete_checkpoints
+from mixmae.trainer.checkpoints.layout import point_to
 from tests.cluster.cluster import Cluster
 from tests.drill import verdict
 from tests.drill.faults import WAYS, all_faults
@@ -83,7 +84,7 @@ def test_a_run_to_which_nothing_happened_holds(rig: Rig, finished: Run, same_ran
 
 
 def test_a_run_that_ended_early_is_seen(rig: Rig, finished: Run) -> None:
-    point_to(complete(finished.folder)[-2])
+    point_to(complete_checkpoints(finished.folder)[-2])
     assert f"not that of step {STEPS}" in judge(rig, finished)
 
 
@@ -126,7 +127,7 @@ def test_another_loss_is_seen(rig: Rig, finished: Run) -> None:
 
 def test_other_weights_are_seen(rig: Rig, finished: Run) -> None:
     """The weights of an earlier step, under the name of the last."""
-    before, last = complete(finished.folder)[-6], complete(finished.folder)[-1]
+    before, last = complete_checkpoints(finished.folder)[-6], complete_checkpoints(finished.folder)[-1]
     shutil.rmtree(last)
     before.rename(last)
     found = judge(rig, finished)

@@ -18,7 +18,8 @@ from types import FrameType
 from mixmae.base.exit_codes import PREEMPTED
 from mixmae.base.heartbeat import FILE, Heartbeat
 from mixmae.base.rank_env import read_place
-from mixmae.trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name, newest_step
+from mixmae.trainer.checkpoints.layout import point_to
 from mixmae.trainer.recipe.loading import load_recipe
 
 STEP_SECONDS = 0.1
@@ -88,7 +89,7 @@ class Rank:
 
     def save(self, step: int) -> None:
         if self.run_dir is not None and self.place.is_main:
-            folder = self.run_dir / FOLDER / name_of(step)
+            folder = self.run_dir / CHECKPOINTS / checkpoint_name(step)
             folder.mkdir(parents=True, exist_ok=True)
             point_to(folder)
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import targets_folder
 from mixmae.monitoring.exporter.handover import Recorder
 from mixmae.trainer.benchmarks.in_memory import InMemory
 from mixmae.trainer.benchmarks.results import RESULTS, write_result

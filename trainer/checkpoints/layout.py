@@ -1,17 +1,19 @@
-"""Names, manifests and the choice among a run's checkpoints. No torch: launchers look here too."""
+"""A checkpoint's manifest, what is damaged, and what is on its way in or out. Names: mixmae.base.run_directory."""
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import xxhash
 
-FOLDER, NEWEST, MANIFEST = "checkpoints", "newest", "manifest.json"
-_COMPLETE, _PARTIAL, _DAMAGED = "step-", "partial-", "damaged-"
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import CHECKPOINTS, NEWEST
+
+MANIFEST = "manifest.json"
+_PARTIAL, _DAMAGED = "partial-", "damaged-"
 _FORMAT = 1
 _CHUNK = 64 * 2**20
 
@@ -115,71 +117,25 @@ def verify_file(file: Path, expected: Written) -> None:
         raise DamagedError(f"{file.name} has other content than was written")
 
 
-def name_of(step: int) -> str:
-    return f"{_COMPLETE}{step:08d}"
-
-
 def partial_name_of(step: int, token: str) -> str:
     """The name of a checkpoint while it is written, or removed, by the start with that token."""
     return f"{_PARTIAL}{step:08d}-{token}"
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_COMPLETE))
-
-
-def complete(run_dir: Path) -> list[Path]:
-    """Checkpoints under their final names, oldest first."""
-    return sorted(path for path in (run_dir / FOLDER).glob(f"{_COMPLETE}*") if path.is_dir())
-
-
 def leftovers(run_dir: Path) -> list[Path]:
     """What saves that never ended left behind."""
-    return [path for path in (run_dir / FOLDER).glob(f"{_PARTIAL}*") if path.is_dir()]
-
-
-def history(run_dir: Path) -> Iterator[Path]:
-    """Checkpoints to resume from, best first: the one that `newest` names, then those before it.
-
-    Where `newest` is missing or names none that is there, all of them, the newest first.
-    """
-    found = complete(run_dir)
-    named = pointed(run_dir)
-    last = named if named in found else (found[-1] if found else None)
-    yield from (path for path in reversed(found) if last is not None and path.name <= last.name)
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that the run would continue from, its content not yet verified; None if nothing was saved."""
-    return next(history(run_dir), None)
-
-
-def newest_step(run_dir: Path) -> int:
-    """The step that the run would continue from; 0 if nothing was saved."""
-    newest = newest_checkpoint(run_dir)
-    return step_of(newest) if newest is not None else 0
-
-
-def pointed(run_dir: Path) -> Path | None:
-    """What `newest` names, whether or not it is there; None if it names nothing that could be a checkpoint."""
-    pointer = run_dir / FOLDER / NEWEST
-    name = pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
-    return run_dir / FOLDER / name if re.fullmatch(rf"{_COMPLETE}\d+", name) else None
+    return [path for path in (run_dir / CHECKPOINTS).glob(f"{_PARTIAL}*") if path.is_dir()]
 
 
 def lost(run_dir: Path) -> list[str]:
     """What tells that a run without any checkpoint had some: those set aside, and the pointer to the newest."""
-    aside = sorted(path.name for path in (run_dir / FOLDER).glob(f"{_DAMAGED}*"))
-    return [*aside, *([NEWEST] if (run_dir / FOLDER / NEWEST).exists() else [])]
+    aside = sorted(path.name for path in (run_dir / CHECKPOINTS).glob(f"{_DAMAGED}*"))
+    return [*aside, *([NEWEST] if (run_dir / CHECKPOINTS / NEWEST).exists() else [])]
 
 
 def point_to(checkpoint: Path) -> None:
     """Makes a checkpoint the newest, at once or not at all."""
-    partial = checkpoint.parent / f".{NEWEST}"
-    partial.write_text(checkpoint.name + "\n")
-    sync(partial)
-    partial.replace(checkpoint.parent / NEWEST)
-    sync(checkpoint.parent)
+    atomic_write(checkpoint.parent / NEWEST, checkpoint.name + "\n")
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -191,12 +147,3 @@ def set_aside(checkpoint: Path) -> Path:
         aside = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}-{attempt}")
     checkpoint.rename(aside)
     return aside
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

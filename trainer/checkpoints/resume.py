@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import CHECKPOINTS, NEWEST, checkpoint_history, named_newest
 from mixmae.trainer.checkpoints import layout
 from mixmae.trainer.checkpoints.files import Wanted, file_name, fill, read_buffers
 from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
@@ -46,7 +47,7 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes, lost = from_main((list(layout.history(run_dir)), _lost_pointer(run_dir), layout.lost(run_dir)))
+    candidates, notes, lost = from_main((checkpoint_history(run_dir), _lost_pointer(run_dir), layout.lost(run_dir)))
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
@@ -56,7 +57,7 @@ def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
     if not candidates and not lost:
         return None
     raise NothingWholeError(
-        f"no checkpoint in {run_dir / layout.FOLDER} is whole: {'; '.join(notes) if candidates else _gone(lost)}; "
+        f"no checkpoint in {run_dir / CHECKPOINTS} is whole: {'; '.join(notes) if candidates else _gone(lost)}; "
         "restore one from a copy, or name another run_dir to start from the beginning"
     )
 
@@ -87,10 +88,10 @@ def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
 
 
 def _lost_pointer(run_dir: Path) -> list[str]:
-    pointed = layout.pointed(run_dir)
+    pointed = named_newest(run_dir)
     if pointed is not None and pointed.is_dir():
         return []
-    return [f"{layout.FOLDER}/{layout.NEWEST} names no checkpoint that is there, the last one was taken"]
+    return [f"{CHECKPOINTS}/{NEWEST} names no checkpoint that is there, the last one was taken"]
 
 
 def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from mixmae.base.files import sync
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name
 from mixmae.trainer.checkpoints import layout, retention
 from mixmae.trainer.checkpoints.claim import Claim, SupersededError
 from mixmae.trainer.checkpoints.files import HostMemory, contents, file_name, write
@@ -124,7 +126,7 @@ class Saver:
         self, tensors: Mapping[str, Tensor], manifest: Manifest, started: float, stall: float | None = None
     ) -> None:
         """Writes and publishes; `stall` is None where training stands until then."""
-        partial = self._run_dir / layout.FOLDER / layout.partial_name_of(manifest.step, self._claim.token)
+        partial = self._run_dir / CHECKPOINTS / layout.partial_name_of(manifest.step, self._claim.token)
         own: Written | str
         try:
             own = self._write_own(partial, tensors)
@@ -142,7 +144,7 @@ class Saver:
     def _write_own(self, partial: Path, tensors: Mapping[str, Tensor]) -> Written:
         partial.mkdir(parents=True, exist_ok=True)
         written = write(partial / file_name(self._ranks.rank), tensors)
-        layout.sync(partial)
+        sync(partial)
         return written
 
     def _publish(self, partial: Path, manifest: Manifest, parts: list[Written | str]) -> Saved:
@@ -185,13 +187,13 @@ def _in_words(error: Exception, rank: int, place: Path) -> str:
 
 
 def _rename(partial: Path, step: int) -> Path:
-    folder = partial.with_name(layout.name_of(step))
+    folder = partial.with_name(checkpoint_name(step))
     given_up = partial.with_name(f"{partial.name}-before")
     if folder.exists():  # of a history that was left for an earlier checkpoint
         folder.rename(given_up)
-    layout.sync(partial)
+    sync(partial)
     partial.rename(folder)
-    layout.sync(folder.parent)
-    layout.sync(folder.parent.parent)  # the first save made the folder of checkpoints
+    sync(folder.parent)
+    sync(folder.parent.parent)  # the first save made the folder of checkpoints
     shutil.rmtree(given_up, ignore_errors=True)
     return folder

@@ -1,6 +1,5 @@
 """Samples that cannot be used: why, how many, and when it is too many."""
 
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 
 JPEG, PILLOW = 0, 1
@@ -101,10 +101,8 @@ class Tally:
 
     def _name(self, fault: Fault) -> None:
         if self.record is not None:
-            self.record.parent.mkdir(parents=True, exist_ok=True)
             line = {"sample": fault.name, "reason": fault.reason.label, "detail": fault.detail, "epoch": fault.epoch}
-            with self.record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            jsonl.append(self.record, line)
         self._shown += 1
         if self._shown <= self.CONSOLE_LINES:
             where = f" (further ones only in {self.record})" if self.record is not None else " (further ones not shown)"
@@ -113,8 +111,7 @@ class Tally:
 
 
 def _names_in(record: Path | None) -> set[str]:
-    lines = record.read_text().splitlines() if record is not None and record.is_file() else []
-    return {json.loads(line)["sample"] for line in lines if line.endswith("}")}
+    return {line["sample"] for line in jsonl.read(record, "sample")} if record is not None else set()
 
 
 def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allowed: float) -> TooManyFaultsError:

@@ -4,7 +4,6 @@ A directory that also holds `decoder.safetensors` can start a pretraining run (`
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import new_directory
 from mixmae.models import MixMAE
 from mixmae.models.encoders.registry import default_cfg, fit_to_model
 
@@ -52,14 +52,11 @@ def write_artifact(
         ),
         **(facts or {}),
     }
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
-    if decoder is not None:
-        save_file(_storable(decoder), partial / DECODER, metadata={"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(out)
+    with new_directory(out) as partial:
+        save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
+        if decoder is not None:
+            save_file(_storable(decoder), partial / DECODER, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import newest_checkpoint, step_of
+from mixmae.base.run_directory import checkpoint_step, newest_checkpoint
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.export.encoder_directory import write_artifact
 from mixmae.trainer.run.run_directory import read_recipe
@@ -28,7 +28,7 @@ def export(run_dir: Path, out: Path) -> Path:
     )
     sizes = {name: value for name, value in recipe.model.sizes.model_dump(exclude={"drop_path_rate"}).items() if value}
     model_args = {"img_size": recipe.model.img_size, **sizes}
-    facts = {"pretraining": {"step": step_of(checkpoint), **recipe.model.model_dump(mode="json")}}
+    facts = {"pretraining": {"step": checkpoint_step(checkpoint), **recipe.model.model_dump(mode="json")}}
     write_artifact(
         out, recipe.model.encoder, model_args, encoder, decoder, facts, recipe.data.model_dump(include={"mean", "std"})
     )

@@ -11,19 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import LAUNCHES
 from mixmae.trainer.recipe.schema import Recipe
-
-FOLDER = "launches"
 
 
 def frozen_file(run_dir: Path, launch: str) -> Path:
     """Where the recipe of a launch lies."""
-    return run_dir / FOLDER / f"{launch}.yaml"
+    return run_dir / LAUNCHES / f"{launch}.yaml"
 
 
 def is_frozen(file: Path) -> bool:
     """Whether a path is one of `frozen_file`."""
-    return file.parent.name == FOLDER
+    return file.parent.name == LAUNCHES
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import RECIPE
 from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe, Section
 
@@ -34,7 +35,7 @@ _MAY_CHANGE = (
 
 def require_same_recipe(recipe: Recipe, earlier: dict[str, Any], run_dir: Path) -> None:
     """Raises UsageError if `recipe` would compute something else than the run directory's own."""
-    before = parse_recipe(earlier, str(run_dir / "recipe.yaml"))
+    before = parse_recipe(earlier, str(run_dir / RECIPE))
     differences = [d for d in _differences(before, recipe) if not any(d[0].startswith(free) for free in _MAY_CHANGE)]
     if differences:
         shown = ", ".join(f"{path} ({then} then, {now} now)" for path, then, now in differences[:3])

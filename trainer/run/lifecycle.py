@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.models import MixMAE
-from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.checkpoints.resume import Resumed, resume
 from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.data.admit import admit

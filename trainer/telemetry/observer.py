@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
+from mixmae.base.run_directory import newest_checkpoint
 from mixmae.monitoring.exporter.discovery import forget_targets
 from mixmae.monitoring.exporter.handover import Pulse, Recorder
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.monitoring.metrics import ENDS
-from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
 from mixmae.trainer.engine.distributed import Ranks

@@ -10,14 +10,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mixmae.trainer.run.run_directory import EVENTS, Events
+from mixmae.base.run_directory import EVENTS, PICTURES, TENSORBOARD
+from mixmae.trainer.run.run_directory import Events
 from mixmae.trainer.telemetry.wandb_tracker import Tracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-
-_BOARD, _PICTURES = "tensorboard", "pictures"
 
 
 class Board:
@@ -58,7 +56,7 @@ class Reporter:
         self.total_steps = total_steps
         self.tracker = tracker
         self.events = Events(run_dir)
-        self.board = Board(run_dir / _BOARD, first_step)
+        self.board = Board(run_dir / TENSORBOARD, first_step)
         self.bar: Any = None
         self._with_gaps: set[str] = set()
         self._failed = False
@@ -79,7 +77,7 @@ class Reporter:
 
         with self._recording(EVENTS):
             self.events.write("step", step=step, **values)
-        with self._recording(_BOARD):
+        with self._recording(TENSORBOARD):
             self.board.write(add)
         if self.tracker is not None:
             self.tracker.scalars(samples, curves)
@@ -96,18 +94,18 @@ class Reporter:
         self._say(message)
 
     def picture(self, step: int, image: Image.Image) -> None:
-        with self._recording(_PICTURES):
-            folder = self.run_dir / _PICTURES
+        with self._recording(PICTURES):
+            folder = self.run_dir / PICTURES
             folder.mkdir(exist_ok=True)
             image.save(folder / f"step-{step:08d}.png")
-            self.events.write("picture", step=step, file=f"{_PICTURES}/step-{step:08d}.png")
-        with self._recording(_BOARD):
+            self.events.write("picture", step=step, file=f"{PICTURES}/step-{step:08d}.png")
+        with self._recording(TENSORBOARD):
             self.board.write(lambda it: it.add_image("reconstructions", np.asarray(image), step, dataformats="HWC"))
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        with self._recording(_BOARD):
+        with self._recording(TENSORBOARD):
             self.board.close()
         if self.tracker is not None:
             self.tracker.close(clean=not self._failed)

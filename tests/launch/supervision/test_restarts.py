@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base.run_directory import CHECKPOINTS, OUTCOME, RESTARTS, attempt_folder, checkpoint_name
 from mixmae.launch.backends import slurm_batch
-from mixmae.launch.supervision.outcome import FILE as OUTCOME
-from mixmae.launch.supervision.outcome import USER, Outcome, attempt_folder, write_outcome
-from mixmae.launch.supervision.restarts import FILE, decide, read_restarts, record_restart
-from mixmae.trainer.checkpoints.layout import FOLDER, name_of, point_to
+from mixmae.launch.supervision.outcome import USER, Outcome, write_outcome
+from mixmae.launch.supervision.restarts import decide, read_restarts, record_restart
+from mixmae.trainer.checkpoints.layout import point_to
 
 CRASH = Outcome(FAILED, "rank 3 on node2 was killed", rank=3, host="node2", signal="SIGKILL")
 TAKEN = Outcome(PREEMPTED, "stopped", stopped_by="the job", stop_signal="SIGUSR1")
 
 
 def save(run_dir: Path, step: int) -> None:
-    folder = run_dir / FOLDER / name_of(step)
+    folder = run_dir / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
     point_to(folder)
 
@@ -66,7 +66,7 @@ def test_progress_starts_the_count_anew_and_a_step_back_does_not(tmp_path: Path)
     save(tmp_path, 120)
     assert decide(tmp_path, "here", CRASH, 2).again
     record_restart(tmp_path, "here", "a", CRASH)
-    (tmp_path / FOLDER / name_of(120)).rename(tmp_path / FOLDER / "damaged-step-00000120")
+    (tmp_path / CHECKPOINTS / checkpoint_name(120)).rename(tmp_path / CHECKPOINTS / "damaged-step-00000120")
     record_restart(tmp_path, "here", "a", CRASH)  # now from step 100 again
     assert not decide(tmp_path, "here", CRASH, 2).again
 
@@ -78,7 +78,7 @@ def test_starts_of_another_command_do_not_count(tmp_path: Path) -> None:
 
 def test_restarts_are_recorded(tmp_path: Path) -> None:
     save(tmp_path, 40)
-    (tmp_path / FILE).write_text('{"time": 1, "laun')  # a line that a full disk cut
+    (tmp_path / RESTARTS).write_text('{"time": 1, "laun')  # a line that a full disk cut
     record_restart(tmp_path, "here", "a", CRASH)
     record_restart(tmp_path, "job7", "b", TAKEN, slurm_restart_count=1)
     record_restart(tmp_path, "job7", "", None, slurm_restart_count=2)
@@ -148,4 +148,4 @@ def test_nobody_to_stop_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_records_are_json_lines(tmp_path: Path) -> None:
     record_restart(tmp_path, "here", "a", CRASH)
-    assert [json.loads(line)["launch"] for line in (tmp_path / FILE).read_text().splitlines()] == ["here"]
+    assert [json.loads(line)["launch"] for line in (tmp_path / RESTARTS).read_text().splitlines()] == ["here"]

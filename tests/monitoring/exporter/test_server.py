@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mixmae.monitoring.exporter.discovery import forget_targets, targets_folder, write_target
+from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter.discovery import forget_targets, write_target
 from mixmae.monitoring.exporter.handover import Recorder, read_ranks
 from mixmae.monitoring.exporter.server import Exporter, ExporterError, Settings
 

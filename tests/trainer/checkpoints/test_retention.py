@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.trainer.checkpoints.layout import complete, step_of
+from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints.retention import prune
 from mixmae.trainer.recipe.schema import Checkpoint
 from tests.trainer.checkpoints.test_layout import make
@@ -14,7 +14,7 @@ def grow(run_dir: Path, settings: Checkpoint, losses: dict[int, float | None]) -
     """Steps of the checkpoints left when each was saved and the folder pruned behind it."""
     for step, loss in losses.items():
         prune(run_dir, make(run_dir, step, loss), settings)
-    return [step_of(folder) for folder in complete(run_dir)]
+    return [checkpoint_step(folder) for folder in complete_checkpoints(run_dir)]
 
 
 FALLING: dict[int, float | None] = {step: 1 - step / 100 for step in range(4, 41, 4)}
@@ -42,4 +42,4 @@ def test_a_history_that_was_given_up_goes(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         make(tmp_path, step)
     prune(tmp_path, make(tmp_path, 6), Checkpoint(keep=2))
-    assert [step_of(folder) for folder in complete(tmp_path)] == [4, 6]
+    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [4, 6]

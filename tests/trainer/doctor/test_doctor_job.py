@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.ports import free_port
-from mixmae.trainer.checkpoints.layout import Manifest, newest_checkpoint
+from mixmae.base.run_directory import newest_checkpoint
+from mixmae.trainer.checkpoints.layout import Manifest
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.gather.recipe import look_at_recipe

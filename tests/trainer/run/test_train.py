@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mixmae.base.errors import run_in_words
 from mixmae.base.ports import free_port
+from mixmae.base.run_directory import complete_checkpoints, newest_checkpoint, newest_step
 from mixmae.models import create_encoder
-from mixmae.trainer.checkpoints.layout import complete, newest_checkpoint, newest_step
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.export.export import main as export
@@ -214,7 +214,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
     for run_dir in (whole, parts):
         done = start(*command, f"run_dir={run_dir}")
         assert done.returncode == 0, done.stderr
-    expected, actual = (master_weights(complete(run_dir)[-1]) for run_dir in (whole, parts))
+    expected, actual = (master_weights(complete_checkpoints(run_dir)[-1]) for run_dir in (whole, parts))
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     losses = [[event["loss"] for event in read_events(run_dir, "step")] for run_dir in (whole, parts)]
     assert losses[0] == losses[1]
@@ -292,7 +292,7 @@ def test_checkpoints_are_named_only_when_complete(finished: Path, tmp_path: Path
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     (copy / "checkpoints" / "partial-00000012").mkdir()
-    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    assert [folder.name for folder in complete_checkpoints(copy)] == ["step-00000008"]
     newest = newest_checkpoint(copy)
     assert newest is not None
     assert newest.name == "step-00000008"
@@ -310,7 +310,7 @@ def test_a_history_that_was_given_up_does_not_cost_the_new_one(
     (copy / "checkpoints" / "newest").write_text("step-00000004\n")
     again = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=1")
     assert again.returncode == 0, again.stderr
-    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    assert [folder.name for folder in complete_checkpoints(copy)] == ["step-00000008"]
     assert [event["step"] for event in read_events(copy, "step")] == list(range(1, 9))
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.base.errors import UsageError
 from mixmae.base.phases import PHASES
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import targets_folder
 from mixmae.monitoring.metrics import BY_NAME, ENDS, PREFIX, Source
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_model

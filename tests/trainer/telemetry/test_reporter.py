@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixmae.trainer.run.run_directory import EVENTS, Events, read_events
+from mixmae.base.run_directory import EVENTS
+from mixmae.trainer.run.run_directory import Events, read_events
 from mixmae.trainer.telemetry.reporter import Reporter
 
 

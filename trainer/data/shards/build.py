@@ -23,7 +23,9 @@ import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
+from mixmae.base.files import atomic_write, publish
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.decode import judge
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
@@ -226,12 +228,7 @@ def _read_record(work: _Work, number: int) -> _Done | None:
 
 def _write_record(file: Path, done: _Done) -> None:
     content = done._asdict() | {"shard": done.shard and done.shard._asdict(), "table": done.table.tolist()}
-    beside = file.with_suffix(".partial")
-    with beside.open("w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.rename(file)
+    atomic_write(file, json.dumps(content))
 
 
 def _write_shard(work: _Work, number: int) -> _Done:
@@ -240,27 +237,24 @@ def _write_shard(work: _Work, number: int) -> _Done:
     states: dict[int, int] = {}
     left_out: list[LeftOut] = []
     unchanged = 0
-    with beside.open("wb") as stream:
-        # No times or owners in the tars: the same images give the same bytes.
-        with webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
-            for entry in (work.source.entries[place] for place in work.cuts[number]):
-                try:
-                    extension, content, state, is_changed = _prepare(work, entry)
-                except UnusableError as error:
-                    left_out.append(LeftOut(entry.key, work.source.place(entry), error.reason.label))
-                else:
-                    states[xxhash.xxh3_64_intdigest(content)] = state
-                    unchanged += not is_changed
-                    label = {"cls": entry.label} if entry.label >= 0 else {}
-                    tar.write({"__key__": entry.key, extension: content, **label})
-                tick()
-        stream.flush()
-        os.fsync(stream.fileno())
+    # No times or owners in the tars: the same images give the same bytes.
+    with beside.open("wb") as stream, webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
+        for entry in (work.source.entries[place] for place in work.cuts[number]):
+            try:
+                extension, content, state, is_changed = _prepare(work, entry)
+            except UnusableError as error:
+                left_out.append(LeftOut(entry.key, work.source.place(entry), error.reason.label))
+            else:
+                states[xxhash.xxh3_64_intdigest(content)] = state
+                unchanged += not is_changed
+                label = {"cls": entry.label} if entry.label >= 0 else {}
+                tar.write({"__key__": entry.key, extension: content, **label})
+            tick()
     if not states:
         beside.unlink()
         done = _Done(None, np.array([], dtype=SAMPLE), left_out, 0)
     else:
-        beside.rename(file)
+        publish(beside, file)
         # The tar is read back, but its images were decoded above.
         scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(work.source.classes))
         done = _Done(*scanned, left_out, unchanged)
@@ -309,9 +303,8 @@ def _finish(work: _Work, done: list[_Done], out: Path) -> Built:
         )
     save_index(work.folder, scanned, work.source.classes)
     if left_out:
-        lines = [json.dumps(one._asdict()) + "\n" for one in left_out]
-        (work.folder / LEFT_OUT).write_text("".join(lines))
-    work.folder.rename(out)
+        jsonl.append(work.folder / LEFT_OUT, *(one._asdict() for one in left_out))
+    publish(work.folder, out)
     shutil.rmtree(out / _NOTES)
     unchanged = sum(part.unchanged for part in done) if work.seekable else 0
     return Built(open_index(out), left_out, unchanged)

@@ -1,7 +1,6 @@
 """Rewriting damaged shards with what can be saved. The damaged files stay beside them."""
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,9 @@ import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
+from mixmae.base.files import replacing
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
 from mixmae.trainer.data.shards.check import Checked, Expected, Inspected, find_members
 from mixmae.trainer.data.shards.findings import Kind
@@ -88,17 +89,15 @@ def _scanned(inspected: Iterable[Inspected], rewritten: Iterable[Rewritten]) -> 
 
 
 def _note(file: Path, rewritten: Sequence[Rewritten]) -> None:
-    with file.open("a") as stream:
-        for one in rewritten:
-            kept = one.shard.samples if one.shard else 0
-            line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
-            stream.write(json.dumps(line) + "\n")
-            stream.writelines(json.dumps(lost._asdict()) + "\n" for lost in one.lost)
+    for one in rewritten:
+        kept = one.shard.samples if one.shard else 0
+        line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
+        jsonl.append(file, line, *(lost._asdict() for lost in one.lost))
 
 
 def _rewrite(expected: Expected, name: str) -> Rewritten:
     """One process's part: one shard."""
-    file, beside = expected.directory / name, expected.directory / f".{name}.partial"
+    file = expected.directory / name
     unpacked = _unpack(file)
     found, fault = find_members(unpacked)
     with mapped(unpacked) as content:
@@ -111,16 +110,16 @@ def _rewrite(expected: Expected, name: str) -> Rewritten:
     if not rescue.samples:
         file.rename(original)
         return Rewritten(name, None, np.array([], dtype=SAMPLE), original.name, rescue.lost)
-    with beside.open("wb") as stream:
-        with webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar:
+    with replacing(file) as partial:
+        with (
+            partial.open("wb") as stream,
+            webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar,
+        ):
             for key, files in rescue.samples.items():
                 tar.write({"__key__": key, **files})
-        stream.flush()
-        os.fsync(stream.fileno())
-    states = rescue.states
-    shard, table = scan_shard(beside, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
-    os.link(file, original)
-    beside.replace(file)  # at every moment one of the two has the name
+        states = rescue.states
+        shard, table = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
+        os.link(file, original)  # at every moment one of the two has the name
     return Rewritten(name, shard._replace(name=name), table, original.name, rescue.lost)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import complete
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.doctor.facts import RecipeFacts
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_model
@@ -23,4 +23,4 @@ def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
             parameters = sum(one.numel() for one in build_model(recipe).parameters())
         except UsageError:  # the model is what is refused
             parameters = None
-    return RecipeFacts(refused, parameters, len(complete(recipe.run_dir)))
+    return RecipeFacts(refused, parameters, len(complete_checkpoints(recipe.run_dir)))
