@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import begin_heartbeat
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.recipe.arguments import add_recipe
@@ -35,15 +35,15 @@ def main(argv: Sequence[str]) -> int:
     ranks = read_ranks(os.environ)
     if args.world_size not in (None, ranks.world_size):
         raise UsageError(
-            f"{ranks.world_size} ranks were started, but --world-size={args.world_size}; look at the hostfile or the "
-            "job's size: this is no smaller run"
+            f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start: check the hostfile or "
+            "the job's size"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return pretrain(recipe, ranks, stop, heartbeat)
 
 
 if __name__ == "__main__":
-    code = run_in_words(main, sys.argv[1:])
+    code = run_cli(main, sys.argv[1:])
     if "torch" in sys.modules:
         from mixmae.trainer.engine.distributed import leave
 

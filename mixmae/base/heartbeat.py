@@ -1,6 +1,6 @@
-"""A rank's sign of life, in a small file that whoever started the rank reads: where it is, and that it still runs.
+"""A rank's heartbeat: a small file with its phase and step, which the rank's supervisor reads.
 
-No torch: the reader is the launcher's. Times are of the monotonic clock, which all processes of a machine share.
+Times are of the monotonic clock, which all processes of a machine share.
 """
 
 import mmap
@@ -13,31 +13,31 @@ from pathlib import Path
 
 from mixmae.base.phases import PHASES
 
-FILE = "MIXMAE_HEARTBEAT"
-"""The environment variable with the file's path; unset where nobody reads."""
+HEARTBEAT = "MIXMAE_HEARTBEAT"
+"""The environment variable with the file's path; unset if nobody reads it."""
 _TICK = 1.0
 _LAYOUT = struct.Struct("<qqdd")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank's file says.
+    """The content of a rank's file.
 
     Attributes:
         step: optimizer steps done since the run began.
-        part: what it is at, one of `PHASES`.
-        since: when it came to that part.
-        ticked: when its interpreter last ran; about a second ago unless the process is stopped.
+        phase: one of `PHASES`.
+        since: when it entered that phase.
+        ticked: when its interpreter last ran: about a second ago, unless the process is stopped.
     """
 
     step: int
-    part: str
+    phase: str
     since: float
     ticked: float
 
 
 class Heartbeat:
-    """The writing side: costs a step a few memory writes, and ticks in a thread of its own."""
+    """The writer: a few memory writes a step, and a thread that ticks."""
 
     def __init__(self, file: Path) -> None:
         file.write_bytes(_LAYOUT.pack(0, 0, time.monotonic(), time.monotonic()))
@@ -48,11 +48,11 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._tick, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def at(self, part: str, step: int | None = None) -> None:
-        """Says what the rank comes to, and how many steps it has done if that changed."""
+    def set_phase(self, phase: str, step: int | None = None) -> None:
+        """Records the phase that the rank enters, and its steps so far if they changed."""
         if step is not None:
             self._step = step
-        struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(part), time.monotonic())
+        struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(phase), time.monotonic())
 
     def close(self) -> None:
         self._ended.set()
@@ -64,21 +64,21 @@ class Heartbeat:
 
 
 def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
-    """This process's heartbeat, if whoever started it reads one.
+    """Starts this process's heartbeat if the environment names a file for it.
 
     Raises:
         OSError: the file cannot be written.
     """
-    return Heartbeat(Path(env[FILE])) if FILE in env else None
+    return Heartbeat(Path(env[HEARTBEAT])) if HEARTBEAT in env else None
 
 
 def read_beat(file: Path) -> Beat | None:
-    """The last sign of life in a file; None before its rank wrote any."""
+    """The last heartbeat in a file; None before the rank has written one."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
         return None
     if len(content) < _LAYOUT.size:
         return None
-    step, part, since, ticked = _LAYOUT.unpack_from(content)
-    return Beat(step, PHASES[part], since, ticked)
+    step, phase, since, ticked = _LAYOUT.unpack_from(content)
+    return Beat(step, PHASES[phase], since, ticked)

@@ -2,9 +2,9 @@
 
 import sys
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.launch.commands import launch
 
 if __name__ == "__main__":
     launch.TRAINER = "tests.launch.stand_in"
-    sys.exit(run_in_words(launch.main, sys.argv[1:]))
+    sys.exit(run_cli(launch.main, sys.argv[1:]))

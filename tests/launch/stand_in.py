@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from mixmae.base.exit_codes import PREEMPTED
-from mixmae.base.heartbeat import FILE, Heartbeat
-from mixmae.base.rank_env import read_place
+from mixmae.base.heartbeat import HEARTBEAT, Heartbeat
+from mixmae.base.rank_env import read_rank_env
 from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name, newest_step
 from mixmae.trainer.checkpoints.layout import point_to
 from mixmae.trainer.recipe.loading import load_recipe
@@ -33,14 +33,14 @@ class Rank:
     """
 
     def __init__(self, settings: dict[str, str]) -> None:
-        self.place = read_place(os.environ)
+        self.rank_env = read_rank_env(os.environ)
         self.steps, self.at = int(settings.get("steps", 20)), int(settings.get("at", -1))
-        self.how, self.fails = settings.get("how", ""), self.place.rank == int(settings.get("rank", -1))
+        self.how, self.fails = settings.get("how", ""), self.rank_env.rank == int(settings.get("rank", -1))
         self.code = int(settings.get("code", 1))
         self.run_dir = Path(settings["run_dir"]) if "run_dir" in settings else None
         self.edits = Path(settings["edits"]) if "edits" in settings else None
         self.asked: str | None = None
-        self.beat = Heartbeat(Path(os.environ[FILE]))
+        self.beat = Heartbeat(Path(os.environ[HEARTBEAT]))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN if self.how == "deaf" else self.note)
 
@@ -49,9 +49,10 @@ class Rank:
 
     def run(self) -> int:
         first = newest_step(self.run_dir) if self.run_dir is not None else 0
-        print(f"rank {self.place.rank} of {self.place.world_size} from step {first}, port {self.place.master_port}")
+        env = self.rank_env
+        print(f"rank {env.rank} of {env.world_size} from step {first}, port {env.master_port}")
         for step in range(first, self.steps):
-            self.beat.at("forward", step)
+            self.beat.set_phase("forward", step)
             time.sleep(STEP_SECONDS)
             if step == self.at and self.edits is not None:
                 self.edits.write_text("edited: after submission")
@@ -76,19 +77,19 @@ class Rank:
             case "kill" | "stop":
                 os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
             case "hang":
-                self.beat.at("data_wait")
+                self.beat.set_phase("data_wait")
                 time.sleep(1000)
             case "leave":
                 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "left behind"])
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def wait(self) -> None:
-        self.beat.at("backward")
+        self.beat.set_phase("backward")
         while True:
             time.sleep(1000)
 
     def save(self, step: int) -> None:
-        if self.run_dir is not None and self.place.is_main:
+        if self.run_dir is not None and self.rank_env.is_main:
             folder = self.run_dir / CHECKPOINTS / checkpoint_name(step)
             folder.mkdir(parents=True, exist_ok=True)
             point_to(folder)
@@ -105,5 +106,5 @@ if __name__ == "__main__":
         print(f"seed {recipe.seed}")
         settings = {"run_dir": str(recipe.run_dir), **json.loads(os.environ[SETTINGS])}
     rank = Rank(settings)
-    assert args.world_size == rank.place.world_size
+    assert args.world_size == rank.rank_env.world_size
     sys.exit(rank.run())

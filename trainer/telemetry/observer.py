@@ -89,7 +89,7 @@ class Observer:
         if place in STEP_PHASES:
             self.recorder.add("parts_total", 1)
         if self.heartbeat is not None:
-            self.heartbeat.at(place)
+            self.heartbeat.set_phase(place)
 
     def restarted(self, past_ends: Sequence[str]) -> None:
         """Says how earlier attempts at the run ended, which the main rank knows."""
@@ -132,7 +132,7 @@ class Observer:
         self.recorder.set("step", state.step)
         self.recorder.set("heartbeat_timestamp_seconds", time.time())
         if self.heartbeat is not None:
-            self.heartbeat.at("between", state.step)
+            self.heartbeat.set_phase("between", state.step)
 
     def data(self, stream: Stream) -> None:
         """Where the input stands."""

@@ -61,7 +61,7 @@ def test_restarts_read_the_recipe_of_the_launch(recipe: Path) -> None:
         [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         check=False,
     )  # fmt: skip
-    assert "starting again from step 10" in done.stdout, done.stdout
+    assert "restarting from step 10" in done.stdout, done.stdout
     assert recipe.read_text() == "edited: after submission"
     assert len(re.findall(r"^rank 0 of 2 from step 10", done.stdout, re.MULTILINE)) >= 1
     starts = list(Path("run/logs").glob("*/rank-0000?.log"))
