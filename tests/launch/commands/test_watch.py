@@ -26,8 +26,8 @@ NOW = 1_700_000_000.0
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from mixmae.launch.commands.watch import main; from mixmae.base.errors import run_in_words; "
-    "sys.exit(run_in_words(main, sys.argv[1:]))",
+    "import sys; from mixmae.launch.commands.watch import main; from mixmae.base.errors import run_cli; "
+    "sys.exit(run_cli(main, sys.argv[1:]))",
 ]
 
 
@@ -166,7 +166,7 @@ def test_ascii_where_the_terminal_knows_no_more() -> None:
     assert "".join(lines[first : first + 1 + CHART_ROWS]).isascii()
 
 
-def test_events_in_words() -> None:
+def test_events_are_described() -> None:
     record = {"event": "checkpoint", "time": 1.0, "step": 1200, "folder": "a/b", "peak": 0.25}
     assert describe(record) == "step 1,200, folder a/b, peak 0.25"
     assert describe({**record, "message": "saved"}) == "saved"

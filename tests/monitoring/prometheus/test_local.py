@@ -15,19 +15,19 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from mixmae.base.ports import free_port
+from mixmae.base.ports import free_port, free_port_from
 from mixmae.launch.commands import monitor as command
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.monitoring.exporter.server import Exporter, Settings
 from mixmae.monitoring.prometheus import local
 from mixmae.monitoring.prometheus.configuration import configuration, run_dirs
-from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs, free_port_from
+from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs
 from tests.helpers import ROOT
 from tests.monitoring.services import needs
 
-RUN = "import sys; from mixmae.base.errors import run_in_words; from mixmae.launch.commands.monitor import main; "
-RUN += "sys.exit(run_in_words(main, sys.argv[1:]))"
+RUN = "import sys; from mixmae.base.errors import run_cli; from mixmae.launch.commands.monitor import main; "
+RUN += "sys.exit(run_cli(main, sys.argv[1:]))"
 
 
 @pytest.fixture

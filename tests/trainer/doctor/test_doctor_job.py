@@ -195,7 +195,7 @@ def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
 def test_a_main_rank_that_cannot_be_reached() -> None:
     script = "from mixmae.trainer.doctor import message_store; message_store.ARRIVAL_SECONDS = 2.0; " \
              "from mixmae.trainer.doctor import __main__ as d; " \
-             "from mixmae.base.errors import run_in_words; import sys; sys.exit(run_in_words(d.main, []))"  # fmt: skip
+             "from mixmae.base.errors import run_cli; import sys; sys.exit(run_cli(d.main, []))"  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment(1, 2, free_port()),

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.base.ports import free_port
 from mixmae.base.run_directory import complete_checkpoints, newest_checkpoint, newest_step
 from mixmae.models import create_encoder
@@ -235,7 +235,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
         (["method.num_images=4"], "raise it to 4"),
         (["encoder.name=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
         (["encoder.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
-        (["--world-size=3"], "1 ranks were started, but --world-size=3"),
+        (["--world-size=3"], "expected world size 3, got 1; refusing to start"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
         (["optim.warmup=9 steps"], "shorten it"),
         (
@@ -259,7 +259,7 @@ def test_mistakes_are_one_clear_line(
     message: str,
 ) -> None:
     argv = [str(recipe_file), *(override.format(tmp=tmp_path) for override in overrides)]
-    assert run_in_words(main, argv) == 2
+    assert run_cli(main, argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1
@@ -280,13 +280,13 @@ def test_initial_weights_must_fit(tmp_path: Path, recipe_file: Path, capsys: pyt
         tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict()
     )
     argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"encoder.init={tmp_path / 'encoder'}"]
-    assert run_in_words(main, argv) == 2
+    assert run_cli(main, argv) == 2
     assert "does not fit the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["{tmp}/nowhere", "{tmp}/out"], ["{tmp}", "{tmp}/out"]])
 def test_exporting_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
-    assert run_in_words(export, [a.format(tmp=tmp_path) for a in argv]) == 2
+    assert run_cli(export, [a.format(tmp=tmp_path) for a in argv]) == 2
     assert "is not a run directory" in capsys.readouterr().err
 
 
@@ -349,5 +349,5 @@ def test_deepspeed_typed_by_hand_never_becomes_a_smaller_run(recipe_file: Path, 
     run = ["--num_gpus", "1", "--master_port", str(free_port()), "--module", "mixmae.trainer.train", str(recipe_file)]
     done = start(*launcher, *run, f"run_dir={tmp_path / 'run'}", "--world-size=2")
     assert done.returncode != 0
-    assert "mixmae: error: 1 ranks were started, but --world-size=2" in done.stderr
+    assert "mixmae: error: expected world size 2, got 1; refusing to start" in done.stderr
     assert not (tmp_path / "run").exists()
