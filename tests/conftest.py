@@ -10,10 +10,12 @@ import torch
 
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
+from tests import helpers
 
 pytest_plugins = ["tests.cluster.fixtures"]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside the workers of pytest-xdist, which take a core each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -35,6 +37,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "shards"
     build_shards(Synthetic(54, 72, seed=0), out, shard_bytes=60_000, seed=0, jobs=1)
     return out
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    helpers.markers = {marker.name for marker in item.iter_markers()}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

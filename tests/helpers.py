@@ -17,15 +17,25 @@ from mixmae.trainer.recipe.schema import Recipe
 ROOT = Path(__file__).parents[1]
 """Of the checkout."""
 RANKS_TIMEOUT = 600
+markers: set[str] | None = None
+"""Of the test that runs, by which it belongs to a tier; None outside of tests."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """What each rank's `function(ranks, *args)` returned; a rank that hangs fails."""
+    if world_size > 1:
+        is_marked("distributed", "slow")
     return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT)
+
+
+def is_marked(*names: str) -> None:
+    """Fails a test that has none of these markers, and so runs in a tier that it does not belong to."""
+    assert markers is None or markers.intersection(names), f"mark this test with pytest.mark.{names[0]}"
 
 
 def needs_jpegtran() -> None:
     """Skips a test where jpegtran is missing; fails it in CI, which installs it."""
+    is_marked("services")
     if shutil.which("jpegtran") is None:
         lacks("needs the program jpegtran: apt-get install libjpeg-turbo-progs")
 

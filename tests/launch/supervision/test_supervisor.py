@@ -14,6 +14,8 @@ from mixmae.launch.supervision.outcome import OVER, Exit
 from tests.launch.ranks import Started, processes_of, started
 from tests.launch.supervision.test_processes import eventually
 
+pytestmark = pytest.mark.distributed
+
 
 def stepping(run: Started) -> bool:
     """Waits until all ranks are past their start."""

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mixmae.monitoring.exporter.discovery import forget_targets, targets_folder, write_target
 from mixmae.monitoring.exporter.handover import Recorder, read_ranks
 from mixmae.monitoring.exporter.server import Exporter, ExporterError, Settings
+from tests.certificates import certify
 
 
 @contextmanager
@@ -110,15 +111,6 @@ def test_basic_auth(tmp_path: Path) -> None:
             header = {"Authorization": "Basic " + base64.b64encode(given.encode()).decode()}
             assert fetch(running.url, header)[0] == status
         assert fetch(running.url, {"Authorization": "Basic \xff"})[0] == 401
-
-
-def certify(folder: Path) -> tuple[Path, Path]:
-    """A certificate of this host for itself, and its key."""
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject]
-    subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
-    return cert, key
 
 
 def test_tls(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 import json
 import math
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from mixmae.monitoring.watch.history import Log, State, Tail
 from mixmae.monitoring.watch.scrape import Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
 from mixmae.monitoring.watch.text import ASCII_BLOCKS, BLOCKS, NOT_FINITE, amount, chart, duration, packed, plain, size
 from mixmae.monitoring.watch.view import View, WatchedEndpoint, WatchedRun, WatchError, events_of
+from tests.certificates import ELSEWHERE, certify
 
 NOW = 1_000_000.0
 numbers = st.floats(allow_nan=True, allow_infinity=True)
@@ -466,18 +466,7 @@ def test_a_node_without_the_main_rank() -> None:
 
 @pytest.mark.parametrize(("auth", "problem"), [("user:word", None), ("user:other", "HTTP 401 Unauthorized")])
 def test_tls_and_passwords_of_the_recipe(tmp_path: Path, auth: str, problem: str | None) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subprocess.run(
-        [
-            *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=elsewhere", "-days", "2"],
-            "-keyout",
-            key,
-            "-out",
-            cert,
-        ],
-        check=True,
-        capture_output=True,
-    )
+    cert, key = certify(tmp_path, ELSEWHERE)
     (tmp_path / "auth").write_text(auth + "\n")
 
     class Guarded(BaseHTTPRequestHandler):

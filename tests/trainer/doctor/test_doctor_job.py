@@ -22,6 +22,8 @@ from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import ROOT
 from tests.trainer.doctor.recipes import write_recipe
 
+pytestmark = pytest.mark.distributed
+
 SECONDS = 120
 
 

@@ -29,6 +29,8 @@ from mixmae.trainer.run.run_directory import Events, check_run_dir, read_events,
 from mixmae.trainer.train import main
 from tests.helpers import ROOT, tiny_recipe
 
+pytestmark = pytest.mark.distributed
+
 
 def start(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     clean = {
