@@ -1,3 +1,4 @@
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the tests and all that they start put what is temporary: processes that are killed leave it behind."""
+    multiprocessing.util.get_temp_dir()  # made before, since multiprocessing removes its own when all is over
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
