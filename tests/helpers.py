@@ -1,7 +1,6 @@
 """What several tests share: ranks as processes, small recipes, small shards."""
 
 import io
-import multiprocessing
 import os
 import shutil
 import tarfile
@@ -10,16 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import torch
 
 from mixmae.trainer.benchmarks import ranks
 from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from tests.warm import start_method
 
 ROOT = Path(__file__).parents[1]
 """Of the checkout."""
 RANKS_TIMEOUT = 600
-PRELOADED = ["deepspeed", "torch.utils.tensorboard", "mixmae.trainer.run.lifecycle", "tests.helpers", "hypothesis"]
 markers: set[str] | None = None
 """Of the test that runs, by which it belongs to a tier; None outside of tests."""
 
@@ -28,10 +26,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """What each rank's `function(ranks, *args)` returned; a rank that hangs fails."""
     if world_size > 1:
         is_marked("distributed", "slow")
-    # Ranks are forked from a process that has imported all of this once, which saves seconds; CUDA allows no fork.
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    start_method = "spawn" if torch.cuda.is_available() else "forkserver"
-    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT, start_method=start_method)
+    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT, start_method=start_method())
 
 
 def is_marked(*names: str) -> None:
