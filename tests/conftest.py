@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
@@ -17,6 +18,9 @@ pytest_plugins = ["tests.cluster.fixtures"]
 
 # Beside the workers of pytest-xdist, which take a core each.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# A machine may be busy.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -204,7 +204,7 @@ def test_words_that_nobody_reads_hold_nothing_up(tmp_path: Path) -> None:
     target = wait_for_target(tmp_path / "run")
     assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(200) == 0
     assert not list(targets_folder(tmp_path / "run").glob("*.json"))
     os.close(reader)
 
@@ -217,14 +217,14 @@ def test_a_reader_that_is_gone_ends_nothing(tmp_path: Path) -> None:
     target = wait_for_target(tmp_path / "run")
     assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(200) == 0
 
 
 def test_a_rank_that_was_gone_before_its_exporter_looked_is_missed(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as rank:
         pass
     process = start_process(tmp_path, "--parent", str(rank.pid))
-    assert process.wait(20) == 0
+    assert process.wait(200) == 0
     assert wait_for_target(tmp_path / "run")
     assert not (tmp_path / "shared").exists()
 
