@@ -166,7 +166,7 @@ def start_process(tmp_path: Path, *more: str, output: int | None = None) -> subp
 
 
 def wait_for_target(run_dir: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while not (files := list(targets_folder(run_dir).glob("*.json"))):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -180,7 +180,7 @@ def test_a_clean_end_takes_the_target_away(tmp_path: Path) -> None:
     assert target["labels"] == {"run": "run", "node": socket.gethostname()}
     assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200
     process.terminate()
-    assert process.wait(10) == 0
+    assert process.wait(200) == 0
     assert not list(targets_folder(tmp_path / "run").glob("*.json"))
     assert [*read_ranks(tmp_path / "shared")]  # for an exporter that its rank may start instead
 
@@ -240,7 +240,7 @@ def test_a_crash_leaves_the_target_for_prometheus_to_miss(tmp_path: Path) -> Non
     target = wait_for_target(tmp_path / "run")["targets"][0]
     rank.send_signal(signal.SIGKILL)
     rank.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         try:
             fetch(f"http://{target}/healthz")
