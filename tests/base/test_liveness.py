@@ -14,7 +14,11 @@ def test_a_lost_process_is_noticed_before_a_stuck_run_and_a_stall_is_told_before
 
 
 def test_defaults_are_derived() -> None:
-    assert (Launch().join_seconds, Launch().stuck_seconds, ARRIVAL_SECONDS) == (JOIN_SECONDS, STUCK_SECONDS, JOIN_SECONDS)
+    assert (Launch().join_seconds, Launch().stuck_seconds, ARRIVAL_SECONDS) == (
+        JOIN_SECONDS,
+        STUCK_SECONDS,
+        JOIN_SECONDS,
+    )
     assert Monitoring().stall_seconds == STALL_SECONDS
     assert Settings.__dataclass_fields__["stall_seconds"].default == STALL_SECONDS
 

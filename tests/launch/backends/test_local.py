@@ -34,6 +34,7 @@ def start(run_dir: Path, *settings: str, port: int, restarts: int = 0) -> "subpr
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.distributed
 def test_two_runs_share_a_machine_and_its_ports(tmp_path: Path) -> None:
     runs = [start(tmp_path / name, "steps=40", port=23000) for name in ("a", "b")]
     outputs = [run.communicate()[0] for run in runs]
@@ -41,6 +42,7 @@ def test_two_runs_share_a_machine_and_its_ports(tmp_path: Path) -> None:
     assert len({port for output in outputs for port in re.findall(r"from step 0, port (\d+)", output)}) == 2
 
 
+@pytest.mark.distributed
 def test_a_failed_run_starts_again_while_it_gets_on(tmp_path: Path) -> None:
     run = start(tmp_path, "steps=20", "at=7", "rank=1", "how=kill", port=23100, restarts=1)
     output = run.communicate()[0]

@@ -69,6 +69,7 @@ def through_pdsh(far: Path, arguments: list[str], exports: str) -> tuple[list[st
     value="%n $HOME `id`",
 )
 @example(arguments=["a*b;c&d|e>f(g)~#!", "", "x y\\", " "], value='two words "quoted" \\')
+@pytest.mark.services
 def test_arguments_and_variables_arrive_as_they_were(far: Path, arguments: list[str], value: str) -> None:
     needs("pdsh", "pdsh")
     exports = environment_file({"MIXMAE_TEST": value})

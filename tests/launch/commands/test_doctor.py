@@ -100,6 +100,7 @@ def test_ranks_where_nobody_says_how_many() -> None:
     assert _accelerators({}) >= 1
 
 
+@pytest.mark.distributed
 def test_two_ranks_here(recipe: Path) -> None:
     before = set(Path(tempfile.gettempdir()).glob("mixmae-doctor-*"))
     done = typed(recipe, "--local", "2", "--short", "--json")
@@ -112,6 +113,7 @@ def test_two_ranks_here(recipe: Path) -> None:
     assert not (recipe.parent / "run").exists()
 
 
+@pytest.mark.distributed
 def test_the_table_and_the_exit_code_of_an_error(recipe: Path) -> None:
     done = typed(recipe, "data.shards=nowhere", "--local", "1", "--short")
     assert done.returncode == 1, done.stderr
@@ -158,6 +160,7 @@ def silent_hostfile(tmp_path: Path) -> Iterator[tuple[str, ...]]:
         yield "--hostfile", str(tmp_path / "hostfile"), "--ssh-port", str(server.getsockname()[1])
 
 
+@pytest.mark.services
 def test_a_host_that_says_nothing(silent_hostfile: tuple[str, ...]) -> None:
     done = typed(*silent_hostfile, "--json")
     assert done.returncode == 1, done.stderr
@@ -166,6 +169,7 @@ def test_a_host_that_says_nothing(silent_hostfile: tuple[str, ...]) -> None:
     assert found[0].found == "it does not answer"
 
 
+@pytest.mark.services
 def test_whoever_interrupts_reads_no_traceback(silent_hostfile: tuple[str, ...]) -> None:
     with subprocess.Popen([*DOCTOR, *silent_hostfile], cwd=ROOT, stderr=subprocess.PIPE, text=True) as doctor:
         while not psutil.Process(doctor.pid).children():
@@ -187,6 +191,7 @@ sys.exit(preflight(LocalBackend(2), load_recipe(Path(words[0]), words[1:]), word
 """
 
 
+@pytest.mark.distributed
 def test_before_a_launch_only_what_is_wrong_is_shown(recipe: Path) -> None:
     command = [sys.executable, "-c", PREFLIGHT, str(recipe)]
     good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)

@@ -189,7 +189,7 @@ def call(*argv: object, **environment: str) -> "subprocess.CompletedProcess[str]
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     words = [*COMMAND, *map(str, argv)]
     return subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**plain, **environment}, timeout=30
+        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**plain, **environment}, timeout=200
     )
 
 
@@ -220,7 +220,7 @@ def on_terminal(*argv: object, columns: int = 100, interrupt_after: str = "", **
         if not part:
             break
     os.close(master)
-    return process.wait(30), out.decode()
+    return process.wait(200), out.decode()
 
 
 def test_once_in_a_pipe(run_dir: Path) -> None:

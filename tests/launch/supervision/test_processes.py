@@ -35,7 +35,7 @@ def child(code: str, log: Path, *arguments: str) -> Child:
     return Child([sys.executable, "-c", code, *arguments], {**os.environ, "PYTHONFAULTHANDLER": "1"}, log)
 
 
-def end_of(process: Child, seconds: float = 20.0) -> Exit:
+def end_of(process: Child, seconds: float = 60.0) -> Exit:
     assert asyncio.run(ended_within(process, seconds))
     ended = process.poll()
     assert ended is not None
@@ -54,7 +54,7 @@ def group(number: int) -> list[psutil.Process]:
     return found
 
 
-def eventually(condition: Callable[[], object], seconds: float = 10.0) -> bool:
+def eventually(condition: Callable[[], object], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
