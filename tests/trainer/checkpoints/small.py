@@ -68,7 +68,7 @@ class Job:
 
 
 def train(ranks: Ranks, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Does one job behind the other; returns for each where it began and the groups' learning rates at each step."""
+    """Does the jobs in order; returns for each its first step, and the groups' learning rates at each step."""
     return [_train(ranks, job) for job in jobs]
 
 

@@ -11,7 +11,7 @@ from tests.trainer.checkpoints.test_manifest import make
 
 
 def grow(run_dir: Path, settings: Checkpoint, losses: dict[int, float | None]) -> list[int]:
-    """Steps of the checkpoints left when each was saved and the folder pruned behind it."""
+    """Steps of the checkpoints left when the folder was pruned after each save."""
     for step, loss in losses.items():
         prune(run_dir, make(run_dir, step, loss), settings)
     return [step_of(folder) for folder in complete(run_dir)]
@@ -38,7 +38,7 @@ def test_what_is_kept(
     assert grow(tmp_path, Checkpoint.model_validate(settings), losses) == left
 
 
-def test_a_history_that_was_given_up_goes(tmp_path: Path) -> None:
+def test_an_abandoned_history_is_removed(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         make(tmp_path, step)
     prune(tmp_path, make(tmp_path, 6), Checkpoint(keep=2))
