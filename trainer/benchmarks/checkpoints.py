@@ -24,9 +24,10 @@ from mixmae.trainer.checkpoints.saver import Saved, Saver
 from mixmae.trainer.checkpoints.slices import WEIGHT, ModelSlices
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, build_model
+from mixmae.trainer.engine.engine import build_engine
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import build_model
 
 _PRODUCT = 1024
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -96,7 +97,7 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     assert resume(engine, beside, ranks) is not None
     resumed = time.perf_counter() - started
     return {
-        "encoder": recipe.model.encoder,
+        "encoder": recipe.encoder.name,
         "bytes": saved.bytes,
         "saves": saves,
         "reserve_seconds": round(reserved, 3),

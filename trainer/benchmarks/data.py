@@ -93,7 +93,7 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
     reference = statistics.median(rates[REFERENCE])
     parts = {variant.name: _parts(recipe, variant) for variant in variants}
     return {
-        "img_size": recipe.model.img_size,
+        "img_size": recipe.encoder.img_size,
         "crop_scale": recipe.data.crop_scale,
         "micro_batch": recipe.train.micro_batch,
         "num_workers": recipe.data.num_workers,
@@ -182,7 +182,7 @@ def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                recipe.model.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+                recipe.encoder.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
             ),
             transforms.RandomHorizontalFlip(data.hflip),
             transforms.ToTensor(),
@@ -219,7 +219,7 @@ def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> 
 
 def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, float]:
     """Microseconds of one core for an image: the same work as a worker's, one step behind the other."""
-    index, size = open_index(variant.shards), recipe.model.img_size
+    index, size = open_index(variant.shards), recipe.encoder.img_size
     settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
     views = Views(index, _with(recipe, variant))
@@ -258,7 +258,7 @@ def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
             training_view(
                 content,
                 state,
-                recipe.model.img_size,
+                recipe.encoder.img_size,
                 recipe.data.model_copy(update={"decoder": decoder}),
                 random_at(Purpose.VIEW, recipe.seed, 0, sample),
             )

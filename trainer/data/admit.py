@@ -9,7 +9,7 @@ from mixmae.trainer.data.faults import Reason, describe, first_names
 from mixmae.trainer.data.index import ShardIndex
 
 
-def admit(index: ShardIndex, max_bad_share: float) -> str | None:
+def admit(index: ShardIndex, max_corrupt_fraction: float) -> str | None:
     """Accepts a directory whose unusable samples are not more than the allowed share.
 
     Shards on a file system are looked at for their size; of those behind a URL reading will tell.
@@ -38,9 +38,9 @@ def admit(index: ShardIndex, max_bad_share: float) -> str | None:
         reasons = Counter({Reason(state): int(count) for state, count in zip(states, counts, strict=True)})
         parts.append(f"{describe(reasons)} when indexed")
     found = f"{lost} of {len(index)} samples in {index.store.location} cannot be used: {first_names(parts)}"
-    if lost > max_bad_share * len(index):
+    if lost > max_corrupt_fraction * len(index):
         raise UsageError(
-            f"{found}; more than data.max_bad_share={max_bad_share} allows: see 'mixmae shards check "
+            f"{found}; more than data.max_corrupt_fraction={max_corrupt_fraction} allows: see 'mixmae shards check "
             f"{index.store.location}', restore the shards, or raise it"
         )
     return f"{found}; others take their places"

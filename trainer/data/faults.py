@@ -122,8 +122,8 @@ def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allow
     shards = [f"{name} ({count})" for name, count in by_shard.most_common()]
     return TooManyFaultsError(
         f"{by_shard.total()} samples of epoch {epoch} could not be used ({describe(reasons)} in all), more than the "
-        f"{allowed:.4g} that data.max_bad_share allows; shards: {first_names(shards, 5)}; see 'mixmae shards check', "
-        "or raise data.max_bad_share"
+        f"{allowed:.4g} that data.max_corrupt_fraction allows; shards: {first_names(shards, 5)}; see 'mixmae shards "
+        "check', or raise data.max_corrupt_fraction"
     )
 
 

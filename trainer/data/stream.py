@@ -107,7 +107,7 @@ class Views(Dataset[Batch]):
             self._announce(stretch)
         store = self.index.store
         retried, cache_use = store.retried, store.cache_use
-        images = _empty_batch(len(request.tickets), self.recipe.model.img_size)
+        images = _empty_batch(len(request.tickets), self.recipe.encoder.img_size)
         samples: list[int] = []
         faults: list[Fault] = []
         try:
@@ -126,7 +126,7 @@ class Views(Dataset[Batch]):
             try:
                 content = self.index.read(sample)
                 state = int(self.index.samples[sample]["state"])
-                training_view(content, state, self.recipe.model.img_size, self.recipe.data, random, out)
+                training_view(content, state, self.recipe.encoder.img_size, self.recipe.data, random, out)
             except UnusableError as error:
                 if sample == ticket.sample:
                     faults.append(self._fault(ticket, error))
@@ -203,7 +203,7 @@ class Stream:
     ) -> None:
         self.index = index
         self.rank = ranks.rank
-        self.allowed = recipe.data.max_bad_share * len(index)
+        self.allowed = recipe.data.max_corrupt_fraction * len(index)
         self.tally = Tally(record)
         self.retried = 0
         self.bytes_read = 0
@@ -227,7 +227,8 @@ class Stream:
     def __next__(self) -> Batch:
         """
         Raises:
-            TooManyFaultsError: this rank alone met more unusable samples in an epoch than `data.max_bad_share` allows.
+            TooManyFaultsError: this rank alone met more unusable samples in an epoch than
+                `data.max_corrupt_fraction` allows.
             UsageError: what the user has to change before anything can be read.
             LostWorkerError: a worker's process ended.
         """
@@ -306,7 +307,7 @@ def order_of(recipe: Recipe, index: ShardIndex) -> Order:
         )
     counts = [shard.samples for shard in index.shards]
     data = recipe.data
-    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.window, data.drop_last)
+    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.shuffle_window, data.drop_last)
 
 
 def lost_worker(error: BaseException, rank: int) -> LostWorkerError | None:

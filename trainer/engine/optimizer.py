@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.guard import guarded
 from mixmae.trainer.engine.lars import LARS
-from mixmae.trainer.engine.parameter_groups import optimizer_groups, parameter_groups
+from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import Optim, Recipe
 
 
@@ -46,7 +46,7 @@ def lars() -> OptimizerChoice:
 
 def build_optimizer(
     recipe: Recipe,
-    model: nn.Module,
+    model: Trainable,
     choice: OptimizerChoice | None = None,
     lr_scale_of: Callable[[str], float] | None = None,
 ) -> torch.optim.Optimizer:
@@ -62,7 +62,7 @@ def build_optimizer(
     optim, zero_stage = recipe.optim, recipe.train.zero_stage
     choice = choice or adamw(optim)
     choice.check(zero_stage)
-    groups = parameter_groups(model, optim.weight_decay, optim.no_decay, lr_scale_of)
+    groups = parameter_groups(model, optim.weight_decay, exempt_from_decay(recipe, model), lr_scale_of)
     parameters = optimizer_groups(groups, dict(model.named_parameters()))
     settings = {"lr": optim.base_lr, **choice.settings}
     if zero_stage == 0:

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from mixmae.models.contract import Trainable
+from mixmae.trainer.recipe.schema import Recipe
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -44,6 +47,11 @@ def parameter_groups(
             names.setdefault((scale, 0.0 if exempt else weight_decay), []).append(name)
     order = sorted(names, key=lambda key: (key[0], -key[1]))
     return [ParameterGroup(tuple(names[scale, decay]), decay, scale) for scale, decay in order]
+
+
+def exempt_from_decay(recipe: Recipe, model: Trainable) -> tuple[str, ...]:
+    """Parts of names that weight decay leaves alone: the recipe's, else what the model names."""
+    return tuple(model.no_weight_decay()) if recipe.optim.no_decay is None else recipe.optim.no_decay
 
 
 def optimizer_groups(groups: Iterable[ParameterGroup], parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.run.stop_signal import Vote
+from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.telemetry.observer import Observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
 from mixmae.trainer.telemetry.sample_log import SampleLog
@@ -29,6 +30,7 @@ class Run:
 
     recipe: Recipe
     ranks: Ranks
+    task: Task
     engine: Any
     index: ShardIndex
     schedule: Schedule

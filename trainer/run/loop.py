@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.models.methods.mixing import Mix, draw_mix
 from mixmae.trainer.data.faults import Reason, too_many
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
 from mixmae.trainer.data.stream import Batch
@@ -85,9 +84,9 @@ def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
             batch = next(run.batches)
         with clock.part("forward"):
             images = run.to_device(batch.images)
-            mix = mix_for(run, micro_step, len(images))
-            torch.manual_seed(seed_at(Purpose.DROP_PATH, *place(run, micro_step)))
-            loss = engine(images, *mix)
+            inputs = inputs_of(run, batch, micro_step)
+            torch.manual_seed(seed_at(Purpose.DROP_PATH, *rng_key(run, micro_step)))
+            loss = engine(images, *inputs)
         with clock.part("backward"):
             engine.backward(refuse_non_finite(loss))
         with clock.part("optimizer"):
@@ -97,19 +96,17 @@ def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
     return torch.stack(losses), samples, batch
 
 
-def place(run: Run, micro_step: int) -> tuple[int, int, int]:
+def rng_key(run: Run, micro_step: int) -> tuple[int, int, int]:
     """Seed, step, and which micro-batch of the global batch: the key of all randomness in it, whoever computes it."""
     accumulation = run.recipe.accumulation(run.ranks.world_size)
     return run.recipe.seed, run.state.step, run.ranks.rank * accumulation + micro_step
 
 
-def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
-    """How this rank mixes its micro-batch."""
-    settings = run.recipe.model
-    generator = torch_at(Purpose.MIX, *place(run, micro_step))
-    grid = run.engine.module.grid
-    mix = draw_mix(batch, settings.num_images, grid, generator, per_sample=settings.group_map == "sample")
-    return mix.to(run.ranks.device)
+def inputs_of(run: Run, batch: Batch, micro_step: int) -> list[Tensor]:
+    """What the module takes beside this rank's images, on its device."""
+    generator = torch_at(Purpose.INPUTS, *rng_key(run, micro_step))
+    inputs = run.task.inputs(run.engine.module, batch, generator)
+    return [tensor.to(run.ranks.device, non_blocking=True) for tensor in inputs]
 
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
@@ -187,7 +184,8 @@ def show(run: Run, batch: Batch) -> None:
     """Draws what the model makes of a micro-batch; all ranks compute, the main one draws."""
     images = run.to_device(batch.images)
     run.engine.eval()
-    grid = pictures.reconstructions(run.engine.module, images, mix_for(run, 0, len(images)), _PICTURE_ROWS)
+    with torch.no_grad():
+        columns = run.task.pictures(run.engine.module, images, inputs_of(run, batch, 0), _PICTURE_ROWS)
     run.engine.train()
-    if run.ranks.is_main:
-        run.reporter.picture(run.state.step, pictures.draw(grid, run.recipe.data))
+    if columns and run.ranks.is_main:
+        run.reporter.picture(run.state.step, pictures.draw_columns(columns, run.recipe.data))

@@ -23,9 +23,9 @@ import yaml
 from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import stored_recipe
 
 RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
 _ATTEMPT, _REFUSED = "attempt", "refused"
@@ -51,7 +51,7 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
         return
     file, shards = recipe.run_dir / RECIPE, recipe.run_dir / SHARDS
     if file.is_file():
-        require_same_recipe(recipe, yaml.safe_load(file.read_text()), recipe.run_dir)
+        require_same_recipe(recipe, read_recipe(recipe.run_dir), recipe.run_dir)
     if shards.is_file():
         earlier = json.loads(shards.read_text())
         if earlier["fingerprint"] != index.fingerprint:
@@ -90,7 +90,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     file = run_dir / RECIPE
     if not file.is_file():
         raise UsageError(f"{run_dir} is not a run directory: it has no {RECIPE}")
-    return parse_recipe(yaml.safe_load(file.read_text()), str(file))
+    return stored_recipe(yaml.safe_load(file.read_text()), str(file))
 
 
 def versions() -> dict[str, str]:

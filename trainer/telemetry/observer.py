@@ -23,11 +23,11 @@ from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.flops import model_flops, peak_flops
 from mixmae.trainer.recipe.resume_rules import recipe_id
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
+from mixmae.trainer.tasks.flops import model_flops, peak_flops
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
 from mixmae.trainer.telemetry.node_exporter import NodeExporter
@@ -107,7 +107,7 @@ class Observer:
             "run_info",
             1,
             recipe_id(self.recipe),
-            self.recipe.model.encoder,
+            self.recipe.encoder.name,
             f"{parameters / 1e6:.1f}M",
             str(self.ranks.world_size),
             str(train.zero_stage),

@@ -49,7 +49,7 @@ def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recip
             "train.duration": "12 steps",
             "optim.clip_grad": 0.05,
             "optim.base_lr": 0.2,
-            "model.sizes.drop_path_rate": 0.2,
+            "encoder.drop_path_rate": 0.2,
             "checkpoint.every": "4 steps",
             "monitoring.enabled": False,
             "log.samples": True,

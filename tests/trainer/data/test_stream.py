@@ -56,14 +56,14 @@ def test_a_run_goes_on_anywhere_with_other_ranks_and_batches(shards: Path, data:
     """Stopped after any number of steps, again and again, each time with another world size and micro-batch."""
     drop_last = data.draw(st.booleans(), "drop_last")
     window = data.draw(st.integers(1, 60), "window")
-    whole = recipe_for(shards, **{"data.drop_last": drop_last, "data.window": window})
+    whole = recipe_for(shards, **{"data.drop_last": drop_last, "data.shuffle_window": window})
     expected = global_batches(whole, 1, 0, 12)
     found: list[list[int]] = []
     while len(found) < 12:
         count = data.draw(st.integers(1, 12 - len(found)), "steps")
         world_size = data.draw(st.sampled_from([1, 2, 4, 8]), "ranks")
         micro_batch = data.draw(st.sampled_from([m for m in (2, 4, 8, 16) if m * world_size <= 16]), "micro_batch")
-        changes = {"data.drop_last": drop_last, "data.window": window, "train.micro_batch": micro_batch}
+        changes = {"data.drop_last": drop_last, "data.shuffle_window": window, "train.micro_batch": micro_batch}
         found += global_batches(recipe_for(shards, **changes), world_size, 16 * len(found), count)
     assert found == expected
 
@@ -194,7 +194,7 @@ def test_memory_of_workers_stays_flat(shards: Path) -> None:
 def test_each_byte_crosses_the_network_once_an_epoch(tmp_path: Path) -> None:
     """Two ranks with one cache that holds little more than the open windows; then a resume in mid-epoch."""
     build_shards(Synthetic(400, 72, seed=0), tmp_path / "shards", shard_bytes=120_000, seed=0, jobs=2)
-    recipe = recipe_for(tmp_path / "shards", **{"data.streams": 4, "data.window": 16})
+    recipe = recipe_for(tmp_path / "shards", **{"data.streams": 4, "data.shuffle_window": 16})
     steps = 400 // 16
     local = open_index(tmp_path / "shards")
     total = sum(shard.bytes for shard in local.shards)

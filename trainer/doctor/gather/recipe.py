@@ -6,9 +6,9 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints.layout import complete
 from mixmae.trainer.doctor.facts import RecipeFacts
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.tasks.registry import build_model
 
 
 def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
