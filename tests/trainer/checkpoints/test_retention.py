@@ -43,3 +43,12 @@ def test_an_abandoned_history_is_removed(tmp_path: Path) -> None:
         make(tmp_path, step)
     prune(tmp_path, make(tmp_path, 6), Checkpoint(keep=2))
     assert [step_of(folder) for folder in complete(tmp_path)] == [4, 6]
+
+
+@pytest.mark.parametrize(("mode", "left"), [("max", [4, 12, 20]), ("min", [8, 16, 20])])
+def test_the_best_by_a_metric_of_the_evaluation(tmp_path: Path, mode: str, left: list[int]) -> None:
+    settings = Checkpoint.model_validate({"keep": 1, "keep_best": 2, "best_metric": "top1", "best_mode": mode})
+    for step, top1 in {4: 0.7, 8: 0.1, 12: 0.6, 16: 0.2, 20: None}.items():
+        make(tmp_path, step, loss=step, metrics={} if top1 is None else {"top1": top1})
+    prune(tmp_path, complete(tmp_path)[-1], settings)
+    assert [step_of(folder) for folder in complete(tmp_path)] == left
