@@ -45,6 +45,7 @@ _STYLES = {
     State.STALLED: "bold white on red",
     State.FINISHED: "bold blue",
     State.FAILED: "bold white on red",
+    State.PREEMPTED: "bold yellow",
 }
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-RECIPE = "recipe.yaml"
 TIMEOUT = 1.5
 """Seconds until an endpoint counts as silent."""
 

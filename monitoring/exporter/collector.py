@@ -10,7 +10,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 from mixmae.monitoring.exporter import node
-from mixmae.monitoring.exporter.handover import Value, cumulative, is_known, read_ranks
+from mixmae.monitoring.exporter.recorder import Value, cumulative, is_known, read_ranks
 from mixmae.monitoring.metrics import METRICS, Kind, Metric, Source
 
 

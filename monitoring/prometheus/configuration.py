@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from mixmae.monitoring.exporter.access import RECIPE, Access, access_of, read_recipe
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import RECIPE, targets_folder
+from mixmae.monitoring.exporter.access import Access, access_of, read_recipe
 
 HERE = Path(__file__).parents[1]
 HOST = "127.0.0.1"

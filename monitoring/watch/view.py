@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixmae.monitoring.exporter.access import RECIPE, TIMEOUT, Access, access_of, read_recipe
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import EVENTS, RECIPE, targets_folder
+from mixmae.monitoring.exporter.access import TIMEOUT, Access, access_of, read_recipe
 from mixmae.monitoring.watch.history import Log, State, Tail
 from mixmae.monitoring.watch.scrape import Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
-
-EVENTS = "events.jsonl"
 
 
 class WatchError(ValueError):

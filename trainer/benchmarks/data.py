@@ -26,16 +26,17 @@ from tqdm import tqdm
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import photos
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
-from mixmae.trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
+from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
 from mixmae.trainer.data.index import ShardIndex, open_index
-from mixmae.trainer.data.order import Share, Ticket
+from mixmae.trainer.data.order import BatchSlice, SampleRef
 from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.sources import open_source
-from mixmae.trainer.data.stream import Position, Stream, Views
+from mixmae.trainer.data.stream import BatchReader, Position, Stream
+from mixmae.trainer.data.transform import RandomResizedCropFlip
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Data, Recipe
 
@@ -53,8 +54,7 @@ class Variant:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench data", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.num_workers=8")
+    add_recipe(parser)
     parser.add_argument(
         "--images", type=at_least(1), default=600, help="images of the recipe's shards to load again and again"
     )
@@ -222,25 +222,25 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
     index, size = open_index(variant.shards), recipe.encoder.img_size
     settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
-    views = Views(index, _with(recipe, variant))
-    request = Share([Ticket(0, sample) for sample in samples], [])
+    reader = BatchReader(index, RandomResizedCropFlip(size, settings), recipe.seed)
+    request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    views.__getitems__(request)
+    reader.__getitems__(request)
     for sample in samples:
         times = [time.perf_counter()]
         content = index.read(sample)
         times.append(time.perf_counter())
         source = open_encoded(content, int(index.samples[sample]["state"]), settings.decoder)
-        view = random_view(source, size, settings, random_at(Purpose.VIEW, recipe.seed, 0, sample))
-        pixels = decode_view(source, view)
+        plan = plan_random_crop(source, size, settings, random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample))
+        pixels = decode_crop(source, plan)
         times.append(time.perf_counter())
-        render(pixels, view, size, settings.decoder)
+        resize_crop(pixels, plan, size, settings.decoder)
         times.append(time.perf_counter())
         for part, (start, end) in zip(spent, pairwise(times), strict=False):
             spent[part] += end - start
     started = time.perf_counter()
-    views.__getitems__(request)
+    reader.__getitems__(request)
     whole = time.perf_counter() - started
     spent["collate"] = max(0.0, whole - sum(spent.values()))
     torch.set_num_threads(threads)
@@ -249,18 +249,18 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
 
 
 def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
-    """Mean absolute difference, of 255, between the views of both decoders."""
+    """Mean absolute difference, of 255, between the crops of both decoders."""
     index = open_index(shards)
     differences = []
     for sample in range(min(count, len(index))):
         content, state = index.read(sample), int(index.samples[sample]["state"])
         fast, plain = (
-            training_view(
+            random_resized_crop(
                 content,
                 state,
                 recipe.encoder.img_size,
                 recipe.data.model_copy(update={"decoder": decoder}),
-                random_at(Purpose.VIEW, recipe.seed, 0, sample),
+                random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample),
             )
             for decoder in ("fast", "pillow")
         )

@@ -12,9 +12,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mixmae.trainer.checkpoints import layout
-
-_FILE = "claimed.json"
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import CLAIM
 
 
 class SupersededError(Exception):
@@ -39,14 +38,11 @@ class Claim:
     def take(cls, run_dir: Path) -> "Claim":
         """Takes the run directory over from the start that owned it; for the main rank."""
         claim = cls(uuid.uuid4().hex[:12], platform.node(), os.getpid(), time.time())
-        partial = run_dir / f".{_FILE}-{claim.token}"
-        partial.write_text(json.dumps(asdict(claim)) + "\n")
-        layout.sync(partial)
-        partial.replace(run_dir / _FILE)
+        atomic_write(run_dir / CLAIM, json.dumps(asdict(claim)) + "\n")
         return claim
 
     def require(self, run_dir: Path) -> None:
         """Raises SupersededError if a later start took the run directory."""
-        now = Claim(**json.loads((run_dir / _FILE).read_text()))
+        now = Claim(**json.loads((run_dir / CLAIM).read_text()))
         if now != self:
             raise SupersededError(f"the run was started again on {now.host} (process {now.pid}), which has it now")

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import CHECKPOINTS, NEWEST, checkpoint_history, named_newest
 from mixmae.trainer.checkpoints import layout
 from mixmae.trainer.checkpoints.buffers import restore_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
@@ -47,7 +48,9 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes, lost = from_main((list(layout.history(run_dir)), _lost_pointer(run_dir), layout.lost(run_dir)))
+    candidates, notes, lost = from_main(
+        (list(checkpoint_history(run_dir)), _lost_pointer(run_dir), layout.lost(run_dir))
+    )
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
@@ -57,7 +60,7 @@ def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
     if not candidates and not lost:
         return None
     raise NoIntactCheckpointError(
-        f"no checkpoint in {run_dir / layout.FOLDER} is intact: {'; '.join(notes) if candidates else _gone(lost)}; "
+        f"no checkpoint in {run_dir / CHECKPOINTS} is intact: {'; '.join(notes) if candidates else _gone(lost)}; "
         "restore one from a copy, or name another run_dir to start from the beginning"
     )
 
@@ -88,10 +91,10 @@ def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
 
 
 def _lost_pointer(run_dir: Path) -> list[str]:
-    pointed = layout.pointed(run_dir)
+    pointed = named_newest(run_dir)
     if pointed is not None and pointed.is_dir():
         return []
-    return [f"{layout.FOLDER}/{layout.NEWEST} names no checkpoint that exists, the last one was taken"]
+    return [f"{CHECKPOINTS}/{NEWEST} names no checkpoint that exists, the last one was taken"]
 
 
 def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints import layout
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest
 from mixmae.trainer.recipe.schema import Checkpoint
@@ -11,12 +12,12 @@ from mixmae.trainer.recipe.schema import Checkpoint
 
 def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:
     """Removes what is not kept, and checkpoints of later steps than the newest: their history was abandoned."""
-    found = layout.complete(run_dir)
+    found = complete_checkpoints(run_dir)
     past = [checkpoint for checkpoint in found if checkpoint.name <= newest.name]
     keep = kept(past, settings)
     for checkpoint in found:
         if checkpoint not in keep:
-            stale = checkpoint.with_name(layout.partial_name_of(layout.step_of(checkpoint), "removed"))
+            stale = checkpoint.with_name(layout.partial_name_of(checkpoint_step(checkpoint), "removed"))
             checkpoint.rename(stale)  # a half-removed one must not have the name of a complete one
             shutil.rmtree(stale)
 

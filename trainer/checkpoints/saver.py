@@ -16,6 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from mixmae.base.files import sync
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name
 from mixmae.trainer.checkpoints import layout, retention
 from mixmae.trainer.checkpoints.buffers import buffers_to_write
 from mixmae.trainer.checkpoints.claim import Claim, SupersededError
@@ -156,7 +158,7 @@ class Saver:
         stall: float | None = None,
     ) -> None:
         """Writes and publishes; `stall` is None where training is blocked until then."""
-        folder = self._run_dir / layout.FOLDER / layout.partial_name_of(step, self._claim.token)
+        folder = self._run_dir / CHECKPOINTS / layout.partial_name_of(step, self._claim.token)
         own: FileRecord | str
         try:
             own = self._write_own(folder, tensors)
@@ -174,7 +176,7 @@ class Saver:
     def _write_own(self, folder: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         folder.mkdir(parents=True, exist_ok=True)
         record = write(folder / file_name(self._ranks.rank), tensors)
-        layout.sync(folder)
+        sync(folder)
         return record
 
     def _publish(self, written: Path, step: int, manifest_of: ManifestOf, parts: list[FileRecord | str]) -> Saved:
@@ -217,13 +219,13 @@ def _describe(error: Exception, rank: int, path: Path) -> str:
 
 
 def _rename(written: Path, step: int) -> Path:
-    folder = written.with_name(layout.name_of(step))
+    folder = written.with_name(checkpoint_name(step))
     abandoned = written.with_name(f"{written.name}-before")
     if folder.exists():  # of a history that was abandoned for an earlier checkpoint
         folder.rename(abandoned)
-    layout.sync(written)
+    sync(written)
     written.rename(folder)
-    layout.sync(folder.parent)
-    layout.sync(folder.parent.parent)  # the first save made the folder of checkpoints
+    sync(folder.parent)
+    sync(folder.parent.parent)  # the first save made the folder of checkpoints
     shutil.rmtree(abandoned, ignore_errors=True)
     return folder

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mixmae.base.errors import UsageError
-from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.guard import guarded
 from mixmae.trainer.engine.lars import LARS
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
@@ -46,7 +46,7 @@ def lars() -> OptimizerChoice:
 
 def build_optimizer(
     recipe: Recipe,
-    model: Trainable,
+    model: nn.Module,
     choice: OptimizerChoice | None = None,
     lr_scale_of: Callable[[str], float] | None = None,
 ) -> torch.optim.Optimizer:

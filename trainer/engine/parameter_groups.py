@@ -49,9 +49,11 @@ def parameter_groups(
     return [ParameterGroup(tuple(names[scale, decay]), decay, scale) for scale, decay in order]
 
 
-def exempt_from_decay(recipe: Recipe, model: Trainable) -> tuple[str, ...]:
+def exempt_from_decay(recipe: Recipe, model: nn.Module) -> tuple[str, ...]:
     """Parts of names that weight decay leaves alone: the recipe's, else what the model names."""
-    return tuple(model.no_weight_decay()) if recipe.optim.no_decay is None else recipe.optim.no_decay
+    if recipe.optim.no_decay is not None:
+        return recipe.optim.no_decay
+    return tuple(model.no_weight_decay()) if isinstance(model, Trainable) else ()
 
 
 def optimizer_groups(groups: Iterable[ParameterGroup], parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from there (`encoder.init` in a recipe).
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import new_directory
 from mixmae.models.encoders.registry import create_encoder, default_cfg
 from mixmae.models.methods.contract import Method
 
@@ -58,14 +58,11 @@ def write_encoder_directory(
         **({} if method is None else {"method": method[0]}),
         **(facts or {}),
     }
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
-    if method is not None:
-        save_file(_storable(method[1]), partial / METHOD, metadata={"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(out)
+    with new_directory(out) as partial:
+        save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
+        if method is not None:
+            save_file(_storable(method[1]), partial / METHOD, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import newest_checkpoint, step_of
+from mixmae.base.run_directory import checkpoint_step, newest_checkpoint
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.run.run_directory import read_recipe
@@ -34,7 +34,7 @@ def export(run_dir: Path, out: Path) -> Path:
         {"img_size": part.img_size, **{key: v for key, v in part.settings.items() if key not in _TRAINING_ONLY}},
         encoder,
         (method.name, rest),
-        {"pretraining": {"step": step_of(checkpoint), "method": method.model_dump(mode="json")}},
+        {"pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}},
         recipe.data.model_dump(include={"mean", "std"}),
     )
     return out

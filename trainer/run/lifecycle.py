@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.models.contract import Trainable
-from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.checkpoints.resume import Resumed, resume
 from mixmae.trainer.checkpoints.saver import Saver
-from mixmae.trainer.data.admit import admit
 from mixmae.trainer.data.index import ShardIndex, open_index
-from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker, order_of
+from mixmae.trainer.data.integrity import require_usable
+from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_engine, deepspeed_config
@@ -78,7 +78,7 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, hear
         say_end(run, asked_by)
         clean = True
     except Exception as error:
-        lost = lost_worker(error, ranks.rank)
+        lost = lost_worker_error(error, ranks.rank)
         run.reporter.event("failed", f"step {run.state.step}: {lost or error}", step=run.state.step)
         if lost is not None:
             raise lost from error
@@ -115,8 +115,8 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     deepspeed_config(recipe, ranks.world_size)
     recipe.streams_of(ranks.rank, ranks.world_size)
     index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
-    order_of(recipe, index)
-    note = admit(index, recipe.data.max_corrupt_fraction)
+    sample_order(recipe, index)
+    note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe, index)
     check_monitoring(recipe)

@@ -50,27 +50,26 @@ def fit(run: Run) -> str | None:
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
-        run.reporter.step(state.step)
         if run.sample_log is not None:
             run.sample_log.write(state.step, samples)
         observer.data(run.batches)
         if state.skipped_in_row:
             report_skipped(run, samples, losses)
-        if due(run, Span(recipe.log.every, "step")):
-            with observer.clock.part("logging"):
+        if state.step == 1 or due(run, Span(recipe.log.every, "step")):
+            with observer.clock.phase("logging"):
                 report(run, window, meter)
             window.zero_()
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
             show(run, batch)
             meter.restart()
         if due(run, recipe.checkpoint.every):
-            with observer.clock.part("checkpoint"):
+            with observer.clock.phase("checkpoint"):
                 saving.save(run)
             meter.restart()
         saving.tell(run)
         observer.step(state, per_rank)
         wish = run.vote.cast(saving.wish(run))
-    observer.at("ending")
+    observer.set_phase("ending")
     return saving.conclude(run, wish)
 
 
@@ -80,16 +79,16 @@ def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
     set_lr(engine.optimizer, run.schedule.lr(state.step))
     losses, samples = [], []
     for micro_step in range(run.recipe.accumulation(run.ranks.world_size)):
-        with clock.part("data_wait"):
+        with clock.phase("data_wait"):
             batch = next(run.batches)
-        with clock.part("forward"):
+        with clock.phase("forward"):
             images = run.to_device(batch.images)
             inputs = inputs_of(run, batch, micro_step)
             torch.manual_seed(seed_at(Purpose.DROP_PATH, *rng_key(run, micro_step)))
             loss = engine(images, *inputs)
-        with clock.part("backward"):
+        with clock.phase("backward"):
             engine.backward(refuse_non_finite(loss))
-        with clock.part("optimizer"):
+        with clock.phase("optimizer"):
             engine.step()
         losses.append(loss.detach())
         samples.append(batch.samples)
@@ -111,7 +110,7 @@ def inputs_of(run: Run, batch: Batch, micro_step: int) -> list[Tensor]:
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
     """Reduces and reports what happened since the last report; only here does the loop itself wait for the device."""
-    tally, epoch = run.batches.tally, run.state.samples // len(run.index)
+    tally, epoch = run.batches.fault_log, run.state.samples // len(run.index)
     data = torch.tensor([tally.total, run.batches.retried, tally.of_epoch(epoch).total()], device=window.device)
     total, count, replaced, retried, of_epoch = all_reduce_sum(torch.cat([window, data])).tolist()
     norm = run.engine.get_global_grad_norm()
@@ -139,7 +138,7 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
 
 def refuse_data(run: Run, epoch: int) -> None:
     """Ends the run on all ranks, naming the shards of which too much could not be used."""
-    tally = run.batches.tally
+    tally = run.batches.fault_log
     own = tally.of_epoch(epoch), tally.counts
     gathered = [own] * run.ranks.world_size
     dist.all_gather_object(gathered, own)

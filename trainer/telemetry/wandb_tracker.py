@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import WANDB
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 
-_FOLDER = "wandb"
 _ID = "id"
 
 
@@ -32,7 +33,7 @@ def prepare_wandb(recipe: Recipe, ranks: Ranks) -> None:
     """
     if recipe.log.wandb is None or not ranks.is_main:
         return
-    folder = recipe.run_dir / _FOLDER
+    folder = recipe.run_dir / WANDB
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"NAME": recipe.run_dir.resolve().name, "DIR": str(recipe.run_dir), "RESUME": "allow"}
     for name, value in {**defaults, "RUN_ID": _run_id(folder / _ID)}.items():
@@ -56,7 +57,7 @@ def wandb_in_words(recipe: Recipe) -> Iterator[None]:
 
 def _run_id(file: Path) -> str:
     if not file.is_file():
-        file.write_text(uuid.uuid4().hex[:12] + "\n")
+        atomic_write(file, uuid.uuid4().hex[:12] + "\n")
     return file.read_text().strip()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.layout import complete
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
@@ -19,6 +19,8 @@ from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.helpers import run_ranks, tiny_recipe
+
+pytestmark = pytest.mark.distributed
 
 CHANGES = {
     "fp32 stage 0": ("fp32", [(0, 2), (0, 1), (0, 4)]),
@@ -112,9 +114,9 @@ def test_losses_continue_as_if_nothing_had_changed(runs: Path, change: str) -> N
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_and_moments_do_too(runs: Path, change: str, kind: str) -> None:
     precision, _ = CHANGES[change]
-    expected = content(complete(runs / precision)[-1], kind)
-    actual = content(complete(runs / change)[-1], kind)
-    first = content(complete(runs / precision)[0], kind)
+    expected = content(complete_checkpoints(runs / precision)[-1], kind)
+    actual = content(complete_checkpoints(runs / change)[-1], kind)
+    first = content(complete_checkpoints(runs / precision)[0], kind)
     moved = torch.stack([(expected[name] - first[name]).norm() for name in expected]).norm()
     apart = torch.stack([(expected[name] - actual[name]).norm() for name in expected]).norm()
     assert apart < moved * (1e-4 if precision == "fp32" else 0.05)
@@ -129,7 +131,7 @@ def test_every_step_takes_the_same_images_in_the_same_order(runs: Path) -> None:
 
 def test_every_change_took_every_step_of_the_optimizer(runs: Path) -> None:
     for change, (_, parts) in CHANGES.items():
-        manifests = [Manifest.read(checkpoint) for checkpoint in complete(runs / change)]
+        manifests = [Manifest.read(checkpoint) for checkpoint in complete_checkpoints(runs / change)]
         assert [manifest.optimizer_scalars for manifest in manifests] == [{"step": step} for step in STEPS]
         assert [(manifest.zero_stage, manifest.world_size) for manifest in manifests] == parts
 
@@ -139,13 +141,13 @@ def test_what_another_stage_reads_is_what_was_written(runs: Path, shards: Path, 
     for change, stage, world_size in (("bf16 stage 1", 3, 4), ("bf16 stage 3", 2, 1), ("fp32 stages 0 1 2", 0, 2)):
         copy = tmp_path / change
         shutil.copytree(runs / change, copy)
-        before = complete(copy)[-1].rename(copy / "before")
-        complete(copy)[-1].rename(copy / "checkpoints" / "damaged-step-00000008")
+        before = complete_checkpoints(copy)[-1].rename(copy / "before")
+        complete_checkpoints(copy)[-1].rename(copy / "checkpoints" / "damaged-step-00000008")
         shutil.copytree(before, copy / "checkpoints" / "step-00000012")
         recipe = recipe_for(shards, copy, CHANGES[change][0], stage)
         run_ranks(save_again, world_size, recipe)
         for kind in KINDS:
-            written, again = content(before, kind), content(complete(copy)[-1], kind)
+            written, again = content(before, kind), content(complete_checkpoints(copy)[-1], kind)
             assert all(torch.equal(value, again[name]) for name, value in written.items()), (change, kind)
 
 

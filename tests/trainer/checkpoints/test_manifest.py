@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from mixmae.trainer.checkpoints.layout import FOLDER, name_of
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name
 from mixmae.trainer.checkpoints.manifest import MANIFEST, DamagedError, FileRecord, Manifest, verify_file
 
 CONTENT = bytes(range(256)) * 40
@@ -36,7 +36,7 @@ def manifest(
 
 
 def make(run_dir: Path, step: int, loss: float | None = 0.5, metrics: Mapping[str, float] = {}) -> Path:
-    folder = run_dir / FOLDER / name_of(step)
+    folder = run_dir / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(CONTENT)
     written = FileRecord(len(CONTENT), xxhash.xxh3_128_hexdigest(CONTENT))

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import CHECKPOINTS, complete_checkpoints
 from mixmae.trainer.checkpoints.claim import Claim
-from mixmae.trainer.checkpoints.layout import FOLDER, complete
 from mixmae.trainer.checkpoints.manifest import MANIFEST, Manifest
 from mixmae.trainer.checkpoints.resume import NoIntactCheckpointError
 from mixmae.trainer.checkpoints.saver import Saver
@@ -28,6 +28,8 @@ from mixmae.trainer.run.loop import fit, train_step
 from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.run.saving import SaveError
 from tests.helpers import run_ranks, tiny_recipe
+
+pytestmark = pytest.mark.distributed
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
@@ -72,7 +74,7 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_end(a: Path, b: Path) -> bool:
-    return same_content(complete(a)[-1], complete(b)[-1])
+    return same_content(complete_checkpoints(a)[-1], complete_checkpoints(b)[-1])
 
 
 def same_content(a: Path, b: Path) -> bool:
@@ -116,24 +118,24 @@ def test_damaged_checkpoints_are_skipped(
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
-    shutil.rmtree(complete(copy)[-1])
-    (copy / FOLDER / "newest").write_text("step-00000008\n")
-    damage(complete(copy)[-1])
+    shutil.rmtree(complete_checkpoints(copy)[-1])
+    (copy / CHECKPOINTS / "newest").write_text("step-00000008\n")
+    damage(complete_checkpoints(copy)[-1])
     assert run_ranks(train, 2, recipe_for(shards, copy)) == ["", ""]
     (note,) = read_events(copy, "fallback")
     assert "step-00000008 is damaged and was set aside: " + FAULTS[damage] in note["message"]
     assert note["step"] == 4
-    assert (copy / FOLDER / "damaged-step-00000008").is_dir()
+    assert (copy / CHECKPOINTS / "damaged-step-00000008").is_dir()
     assert same_end(whole, copy)
 
 
 def test_a_run_never_starts_over_where_nothing_is_intact(whole: Path, shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
-    for checkpoint in complete(copy):
+    for checkpoint in complete_checkpoints(copy):
         flip(checkpoint)
     with pytest.raises(UsageError, match="is damaged: rank-00001"):
-        master_weights(complete(copy)[-1])
+        master_weights(complete_checkpoints(copy)[-1])
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
         assert "is intact: step-00000012 is damaged and was set aside" in message
         assert "name another run_dir to start from the beginning" in message
@@ -146,7 +148,7 @@ def test_a_run_never_starts_over_where_nothing_is_intact(whole: Path, shards: Pa
 def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
-    for checkpoint in complete(copy):
+    for checkpoint in complete_checkpoints(copy):
         shutil.rmtree(checkpoint)
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
         assert "is intact: there are only newest; restore one from a copy" in message
@@ -186,7 +188,7 @@ def test_training_goes_on_while_a_save_is_written(shards: Path, tmp_path: Path) 
         assert order == ["step"] * 4 + ["written"]
     changed = {"checkpoint.every": "2 steps", "checkpoint.keep": 9, "checkpoint.asynchronous": False}
     run_ranks(train, 2, recipe_for(shards, tmp_path / "plain", **changed))
-    assert same_content(complete(held.run_dir)[0], complete(plain.run_dir)[0])
+    assert same_content(complete_checkpoints(held.run_dir)[0], complete_checkpoints(plain.run_dir)[0])
 
 
 def memory_of_saves(ranks: Ranks, recipe: Recipe) -> list[int]:
@@ -246,7 +248,7 @@ def test_an_old_checkpoint_that_stays_costs_no_new_one(shards: Path, tmp_path: P
     kept = list(read_events(recipe.run_dir, "checkpoint_kept"))
     assert [event["step"] for event in kept] == [8, 12]
     assert "could not be removed: Directory not empty" in kept[0]["message"]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000012"]
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000012"]
 
 
 def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_step: int) -> str:
@@ -272,8 +274,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole: Path, shards: Pat
     assert run_ranks(train_with_a_full_disk, 2, recipe, 7, 8) == ["", ""]
     (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
     assert "rank 1: File too large" in failed["message"]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004", "step-00000012"]
-    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000004", "step-00000012"]
+    assert not list((recipe.run_dir / CHECKPOINTS).glob("partial-*"))
     assert same_end(whole, recipe.run_dir)
 
 
@@ -304,7 +306,7 @@ def test_an_input_output_error_costs_a_checkpoint_and_not_the_run(
     (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
     assert failed["step"] == 4
     assert f"rank {bad}: Input/output error" in failed["message"]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000008", "step-00000012"]
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000008", "step-00000012"]
     assert same_end(whole, recipe.run_dir)
 
 
@@ -324,7 +326,7 @@ def test_whatever_ends_a_save_is_reported(shards: Path, tmp_path: Path) -> None:
     recipe = recipe_for(shards, tmp_path / "run")
     for message in run_ranks(train_with_a_broken_claim, 2, recipe):
         assert "3 saves in a row failed, the last with rank 0: JSONDecodeError(" in message
-    assert complete(recipe.run_dir) == []
+    assert complete_checkpoints(recipe.run_dir) == []
 
 
 def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None
     assert messages[0] == messages[1]
     assert "the run ends at step 7: 2 saves in a row failed, the last with rank 1: File too large" in messages[0]
     assert "make room" in messages[0]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000002"]
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000002"]
 
 
 def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
@@ -358,12 +360,12 @@ def test_an_earlier_start_leaves_the_run_to_a_later_one(shards: Path, tmp_path: 
     recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
     for message in run_ranks(train_twice_at_once, 2, recipe):
         assert message.startswith("the run ends at step 9: the run was started again on ")
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004"]
-    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000004"]
+    assert not list((recipe.run_dir / CHECKPOINTS).glob("partial-*"))
 
 
 def test_the_last_save_must_succeed(shards: Path, tmp_path: Path) -> None:
     recipe = recipe_for(shards, tmp_path / "run")
     for message in run_ranks(train_with_a_full_disk, 2, recipe, 11, 99):
         assert "the run ends at step 12: 1 saves in a row failed" in message
-    assert Manifest.read(complete(recipe.run_dir)[-1]).step == 8
+    assert Manifest.read(complete_checkpoints(recipe.run_dir)[-1]).step == 8

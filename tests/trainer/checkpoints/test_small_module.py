@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.buffers import read_buffers
-from mixmae.trainer.checkpoints.layout import complete
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states, saved_buffers
 from mixmae.trainer.engine.optimizer import OptimizerChoice, lars
@@ -29,6 +29,8 @@ from tests.trainer.checkpoints.small import (
     plain_loop,
     train,
 )
+
+pytestmark = pytest.mark.distributed
 
 SGD = OptimizerChoice(torch.optim.SGD, {"momentum": 0.9})
 KINDS: dict[str, tuple[int, str, OptimizerChoice | None]] = {
@@ -73,7 +75,9 @@ def train_whole_and_in_parts(ranks: Any, folder: Path, changes: list[Job]) -> li
     facts = train(ranks, jobs)
     if ranks.is_main:
         for job, later in zip(jobs, again, strict=True):
-            shutil.copytree(complete(job.recipe.run_dir)[0], later.recipe.run_dir / "checkpoints" / "step-00000003")
+            shutil.copytree(
+                complete_checkpoints(job.recipe.run_dir)[0], later.recipe.run_dir / "checkpoints" / "step-00000003"
+            )
     torch.distributed.barrier()
     return [*facts, *train(ranks, again), *train(ranks, changes)]
 
@@ -84,7 +88,7 @@ FORMAT_1 = Path(__file__).parent / "format_1"
 
 def resume_format_1(folder: Path, stage: int) -> Job:
     """Its step 3 again to step 6."""
-    shutil.copytree(complete(FORMAT_1)[0], folder / "checkpoints" / "step-00000003")
+    shutil.copytree(complete_checkpoints(FORMAT_1)[0], folder / "checkpoints" / "step-00000003")
     return Job(recipe_for(folder, stage), 6, seed=1, scaled=False, model=(False, True))
 
 
@@ -150,7 +154,7 @@ def buffers_of_ranks(checkpoint: Path) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_interrupted_training_ends_with_the_same_bits(runs: Runs, world_size: int, kind: str) -> None:
-    whole, part = (complete(runs.kinds[world_size] / f"{kind} {name}") for name in ("whole", "part"))
+    whole, part = (complete_checkpoints(runs.kinds[world_size] / f"{kind} {name}") for name in ("whole", "part"))
     assert [folder.name for folder in part] == [folder.name for folder in whole]
     expected, actual = content(whole[-1]), content(part[-1])
     assert actual.keys() == expected.keys()
@@ -164,7 +168,7 @@ def test_interrupted_training_ends_with_the_same_bits(runs: Runs, world_size: in
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_checkpoint_holds_what_the_optimizer_keeps_by_its_names(runs: Runs, world_size: int, kind: str) -> None:
-    newest = complete(runs.kinds[world_size] / f"{kind} whole")[-1]
+    newest = complete_checkpoints(runs.kinds[world_size] / f"{kind} whole")[-1]
     manifest = Manifest.read(newest)
     assert manifest.frozen == ["stem.weight", "stem.bias"]
     assert set(manifest.optimizer_states) == STATES[kind.split(maxsplit=1)[0]]
@@ -175,7 +179,7 @@ def test_a_checkpoint_holds_what_the_optimizer_keeps_by_its_names(runs: Runs, wo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_keep_statistics_of_their_own(runs: Runs, kind: str) -> None:
-    newest = complete(runs.kinds[2] / f"{kind} part")[-1]
+    newest = complete_checkpoints(runs.kinds[2] / f"{kind} part")[-1]
     first, second = buffers_of_ranks(newest)
     assert first.keys() == second.keys() == {f"norm.{name}" for name in Small().norm.state_dict()}
     assert first["norm.num_batches_tracked"] == second["norm.num_batches_tracked"] == 12
@@ -188,7 +192,7 @@ def test_ranks_keep_statistics_of_their_own(runs: Runs, kind: str) -> None:
 def test_other_ranks_and_stages_continue_as_plain_torch(runs: Runs, change: str) -> None:
     """Weights to rounding; statistics are averaged where the number of ranks changes, their counts' maximum taken."""
     _, expected, expected_buffers = runs.plain
-    newest = complete(runs.changes / change)[-1]
+    newest = complete_checkpoints(runs.changes / change)[-1]
     assert newest.name == "step-00000009"
     actual = master_weights(newest)
     assert actual.keys() == expected.keys()
@@ -202,8 +206,8 @@ def test_other_ranks_and_stages_continue_as_plain_torch(runs: Runs, change: str)
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_checkpoints_of_the_first_format_are_resumed(runs: Runs, stage: int) -> None:
-    expected = content(complete(FORMAT_1)[-1])
-    actual = content(complete(runs.format_1[stage])[-1])
+    expected = content(complete_checkpoints(FORMAT_1)[-1])
+    actual = content(complete_checkpoints(runs.format_1[stage])[-1])
     assert expected.keys() == {name for name in actual if not name.startswith("rank 1/")}  # whose buffers had none
     for name, value in expected.items():
         assert torch.allclose(actual[name].double(), value.double(), rtol=1e-4, atol=1e-6), name

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.admit import admit
 from mixmae.trainer.data.faults import Reason, TooManyFaultsError
 from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks
@@ -80,14 +80,14 @@ class Outcome(NamedTuple):
 def stream_two_epochs(index: ShardIndex, tmp_path: Path, workers: int = 0) -> Outcome:
     record = tmp_path / "replaced.jsonl"
     recipe = recipe_for(index.store.location, workers=workers)
-    admit(index, recipe.data.max_corrupt_fraction)
+    require_usable(index, recipe.data.max_corrupt_fraction)
     shown = []
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint), record) as stream:
         for batch in itertools.islice(stream, 2 * len(index) // recipe.train.micro_batch):
             assert batch.images.shape[0] == recipe.train.micro_batch == len(batch.samples)
             shown += batch.samples
         named = [json.loads(line)["sample"] for line in record.read_text().splitlines()] if record.exists() else []
-        return Outcome(shown, dict(stream.tally.counts), named, stream.retried)
+        return Outcome(shown, dict(stream.fault_log.counts), named, stream.retried)
 
 
 def png_with(size: tuple[int, int]) -> bytes:
@@ -196,11 +196,11 @@ def test_wrong_since_it_was_indexed(
 def _stream_admitting(index: ShardIndex, tmp_path: Path, share: float) -> Outcome:
     record = tmp_path / "replaced.jsonl"
     recipe = recipe_for(index.store.location, share)
-    admit(index, share)
+    require_usable(index, share)
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint), record) as stream:
         shown = [s for b in itertools.islice(stream, len(index)) for s in b.samples]
         named = [json.loads(line)["sample"] for line in record.read_text().splitlines()]
-        return Outcome(shown, dict(stream.tally.counts), named, stream.retried)
+        return Outcome(shown, dict(stream.fault_log.counts), named, stream.retried)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -215,7 +215,7 @@ def test_a_shard_disappears_in_mid_run(workers: int, tmp_path: Path) -> None:
         first = next(stream)
         (folder / "07.tar").unlink()
         shown = [s for b in itertools.islice(stream, 60) for s in b.samples]
-        counts = dict(stream.tally.counts)
+        counts = dict(stream.fault_log.counts)
     gone = {14, 15} - set(first.samples)
     # A descriptor that is still open reads what was removed: only those that open the shard later miss it.
     assert set(counts) <= {Reason.SHARD_GONE}
@@ -229,15 +229,15 @@ def test_a_missing_shard_below_the_share_is_said_and_stepped_over(tmp_path: Path
         write_tar(folder / f"{number:02d}.tar", good(2 * number, 2))
     index = write_index(folder)
     (folder / "07.tar").unlink()
-    assert "2 of 40 samples" in str(admit(index, 0.1))
-    assert "07.tar (missing)" in str(admit(index, 0.1))
+    assert "2 of 40 samples" in str(require_usable(index, 0.1))
+    assert "07.tar (missing)" in str(require_usable(index, 0.1))
     outcome = stream_two_epochs(index, tmp_path)
     assert not {14, 15} & set(outcome.shown)
     assert outcome.counts == {Reason.SHARD_GONE: 4}
     with pytest.raises(
         UsageError, match=r"2 of 40 samples.*07\.tar \(missing\); more than data.max_corrupt_fraction=0.04"
     ):
-        admit(index, 0.04)
+        require_usable(index, 0.04)
 
 
 def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[ShardIndex, Recipe]:
@@ -258,7 +258,7 @@ def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[Shard
 def consume(index: ShardIndex, recipe: Recipe) -> Outcome:
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
         shown = [s for b in itertools.islice(stream, len(index)) for s in b.samples]
-        return Outcome(shown, dict(stream.tally.counts), [], stream.retried)
+        return Outcome(shown, dict(stream.fault_log.counts), [], stream.retried)
 
 
 def _attempts(fault: Fault) -> int:
@@ -329,8 +329,8 @@ def test_a_directory_above_the_share_is_refused_before_the_run(tmp_path: Path) -
     bad = [(f"x{n}.jpg", b"") for n in range(4)] + [("y.jpg", b"text")]
     index = open_index(directory(tmp_path / "shards", bad))
     with pytest.raises(UsageError, match=r"5 of 44 samples.*4 empty, 1 not an image when indexed; more than"):
-        admit(index, 0.1)
-    assert "others take their places" in str(admit(index, 0.2))
+        require_usable(index, 0.1)
+    assert "they will be replaced by other samples" in str(require_usable(index, 0.2))
 
 
 def test_what_replaces_a_sample_is_the_same_on_every_machine(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_faults_are_counted_in_their_own_epoch(tmp_path: Path) -> None:
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
         for _ in range(30):  # six epochs
             next(stream)
-        assert stream.tally.counts == {Reason.EMPTY: 6}
+        assert stream.fault_log.counts == {Reason.EMPTY: 6}
 
 
 def test_the_share_is_that_of_all_ranks(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_the_share_is_that_of_all_ranks(tmp_path: Path) -> None:
         write_tar(folder / f"{number:02d}.tar", good(10 * number, 10))
     index = write_index(folder)
     (folder / "03.tar").unlink()
-    assert admit(index, 0.1)
+    assert require_usable(index, 0.1)
     recipe = recipe_for(folder, share=0.1)
     shown = 0
     for rank in range(4):
@@ -403,6 +403,7 @@ def lose_a_shard(ranks: Ranks, recipe: Recipe, victim: str) -> str:
         run.engine.destroy()
 
 
+@pytest.mark.distributed
 def test_ranks_stop_together_when_they_together_met_too_much(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.layout import complete
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
@@ -23,6 +23,8 @@ from mixmae.trainer.run.loop import DivergedError, fit
 from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe
+
+pytestmark = pytest.mark.distributed
 
 WORLD_SIZE, STEPS = 2, 8
 CPU = torch.device("cpu")
@@ -73,7 +75,7 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:
-    return master_weights(complete(run_dir)[-1])
+    return master_weights(complete_checkpoints(run_dir)[-1])
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -12,8 +12,8 @@ from unittest import mock
 
 import pytest
 
-from mixmae.monitoring.exporter.discovery import targets_folder
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.telemetry.node_exporter import NodeExporter
 from tests.helpers import tiny_recipe

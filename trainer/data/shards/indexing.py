@@ -1,17 +1,18 @@
-"""Making the index of a shard directory: every shard is read once, every image decoded."""
+"""Building the index of a shard directory: every shard is read once, every image decoded."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import judge
+from mixmae.base.files import atomic_write, replacing
+from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.index import FORMAT, INDEX, SAMPLES, Shard, ShardIndex, Table, fingerprint_of, open_index
 from mixmae.trainer.data.shards.scan import DamagedTarError, scan_shard
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
 def write_index(directory: Path, classes: Sequence[str] = (), jobs: int = 1) -> ShardIndex:
@@ -33,12 +34,12 @@ def write_index(directory: Path, classes: Sequence[str] = (), jobs: int = 1) -> 
 
 
 def _scan(classes: int, file: Path) -> tuple[Shard, Table]:
-    def look(image: bytes) -> int:
-        tick(len(image))
-        return judge(image)
+    def inspect(image: bytes) -> int:
+        advance(len(image))
+        return inspect_image(image)
 
     try:
-        return scan_shard(file, look, classes)
+        return scan_shard(file, inspect, classes)
     except DamagedTarError as error:
         raise UsageError(
             f"{file} is not a whole, uncompressed tar: {error}; see 'mixmae shards check {file.parent}'"
@@ -57,12 +58,7 @@ def save_index(directory: Path, scanned: Sequence[tuple[Shard, Table]], classes:
         "classes": list(classes),
         "shards": [shard._asdict() for shard in shards],
     }
-    _replace(directory / SAMPLES, lambda file: np.save(file, samples))
-    _replace(directory / INDEX, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    with replacing(directory / SAMPLES) as partial, partial.open("wb") as stream:
+        np.save(stream, samples)
+    atomic_write(directory / INDEX, json.dumps(content, indent=1) + "\n")
     return open_index(directory)
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    partial_file = file.with_name("." + file.name)
-    write(partial_file)
-    partial_file.rename(file)
