@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.base.run_directory import newest_checkpoint
-from mixmae.monitoring.exporter.discovery import forget_targets
+from mixmae.monitoring.exporter.discovery import remove_targets
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.monitoring.metrics import ENDS
@@ -30,7 +30,7 @@ from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
-from mixmae.trainer.telemetry.node_exporter import NodeExporter
+from mixmae.trainer.telemetry.exporter_process import ExporterProcess
 
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
@@ -49,7 +49,7 @@ class Observer:
         self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
         self.heartbeat = heartbeat or Heartbeat()
         self._ends_heartbeat = heartbeat is None
-        self.exporter: NodeExporter | None = None
+        self.exporter: ExporterProcess | None = None
         """Of the node's first rank."""
         self.clock = StepClock(
             ranks.device,
@@ -70,7 +70,7 @@ class Observer:
     def export(self) -> None:
         """Starts the node's exporter; for the node's first rank."""
         assert self.shared is not None
-        self.exporter = NodeExporter(self.recipe, self.shared)
+        self.exporter = ExporterProcess(self.recipe, self.shared)
 
     def set_phase(self, phase: str) -> None:
         """The rank comes to one of `PHASES`."""
@@ -204,7 +204,7 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
     if not recipe.monitoring.enabled:
         return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
-        forget_targets(recipe.run_dir)
+        remove_targets(recipe.run_dir)
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, src=0)
     shared = _shared_memory() / f"mixmae-{token[0]}"

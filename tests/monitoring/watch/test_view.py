@@ -309,7 +309,7 @@ def test_late_and_silent_ranks(exporter: tuple[Exporter, str]) -> None:
     endpoint = Endpoint(f"http://{address}/metrics", "a", Access())
     run.train("1", steps=1, wait=0.0, beat=NOW + 99)
     endpoint.ask(NOW + 100)
-    found = [(rank.rank, rank.trouble, rank.part) for rank in endpoint.ranks(NOW + 102)]
+    found = [(rank.rank, rank.trouble, rank.phase) for rank in endpoint.ranks(NOW + 102)]
     assert found == [(0, "late", "data_wait"), (1, "", "backward")]
     run.metrics["alive_timestamp_seconds"].labels("0").set(NOW + 60)
     endpoint.ask(NOW + 102)
