@@ -56,13 +56,13 @@ class Access:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """The sections of a run's recipe; empty while it is not there or still being written."""
+    """The sections of a run's recipe; empty where it is missing or damaged."""
     try:
         content = yaml.safe_load(file.read_text())
     except (FileNotFoundError, yaml.YAMLError):
         return {}
-    whole = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("model", "train"))
-    return content if whole else {}
+    complete = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("encoder", "train"))
+    return content if complete else {}
 
 
 def access_of(recipe: Mapping[str, Any]) -> Access:

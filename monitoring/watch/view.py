@@ -130,7 +130,7 @@ class WatchedRun:
         except OSError as error:
             yield f"{EVENTS} cannot be read: {error.strerror}"
         if self._log.unreadable:
-            yield f"lines of {EVENTS} that were cut short and are left out: {self._log.unreadable}"
+            yield f"lines of {EVENTS} that cannot be read and are left out: {self._log.unreadable}"
 
     def _find_endpoints(self) -> tuple[int, list[str]]:
         """Asks new endpoints, leaves gone ones; returns how many are listed, and which cannot be asked from here."""
@@ -165,7 +165,7 @@ class WatchedRun:
 
     def _details(self) -> str:
         recipe = self._read_recipe()
-        encoder, batch = recipe.get("model", {}).get("encoder"), recipe.get("train", {}).get("global_batch")
+        encoder, batch = recipe.get("encoder", {}).get("name"), recipe.get("train", {}).get("global_batch")
         ranks = self._log.world_size
         parts = [encoder, ranks and f"{ranks} rank{'s' * (ranks > 1)}", batch and f"{batch:,} images a step"]
         return ", ".join(part for part in parts if part)

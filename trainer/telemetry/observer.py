@@ -83,14 +83,14 @@ class Observer:
         self.recorder.set("alive_timestamp_seconds", time.time())
 
     def restarted(self, past_ends: Sequence[str]) -> None:
-        """Says how earlier attempts at the run ended, which the main rank knows."""
+        """Counts how earlier attempts at the run ended; the main rank knows."""
         if self.ranks.is_main:
             ends = Counter(past_ends)
             for reason in ENDS:
                 self.recorder.set("resumes_total", ends[reason], reason)
 
     def begin(self, total_steps: int, parameters: int) -> None:
-        """Says what runs; for the main rank."""
+        """Records what runs; for the main rank."""
         self._flops = model_flops(self.recipe)
         self._peak = peak_flops(self.recipe, self.ranks.device)
         train, found = self.recipe.train, versions()
@@ -125,7 +125,7 @@ class Observer:
         self.heartbeat.set_phase("between", state.step)
 
     def data(self, stream: Stream) -> None:
-        """Where the input stands."""
+        """Records bytes read, retries, queued batches, cache use and replaced samples."""
         self.recorder.set("read_bytes_total", stream.bytes_read)
         self.recorder.set("read_retries_total", stream.retried)
         self.recorder.set("data_queue_batches", stream.ready)
@@ -135,7 +135,7 @@ class Observer:
             self.recorder.set("replaced_samples_total", count, reason.label)
 
     def process(self) -> None:
-        """What this rank holds; at logged steps."""
+        """Records this process's memory, open files and communication; at logged steps."""
         self.recorder.set("resident_memory_bytes", self._process.memory_info().rss)
         self.recorder.set("open_files", self._process.num_fds() if hasattr(self._process, "num_fds") else math.nan)
         if self.ranks.device.type == "cuda":
@@ -151,7 +151,7 @@ class Observer:
             self.recorder.set("communication_seconds_total", self._communication.seconds[operation], operation)
 
     def logged(self, values: dict[str, float], state: TrainState, total_steps: int) -> None:
-        """The run's own numbers at a logged step; for the main rank."""
+        """Records loss, learning rate, speed and the like of a logged step; for the main rank."""
         rate = values["images_per_second"]
         self.recorder.set("loss", values["loss"])
         self.recorder.set("gradient_norm", values["grad_norm"])
@@ -166,16 +166,16 @@ class Observer:
             self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """The task measured something; for the main rank."""
+        """Records what the task measured; for the main rank."""
         for name, value in metrics.items():
             self.recorder.set("evaluation", value, name)
 
     def skipped(self) -> None:
-        """A step is skipped; for the main rank."""
+        """Counts a skipped step; for the main rank."""
         self.recorder.add("skipped_steps_total", 1)
 
     def checkpoint(self, saved: Saved) -> None:
-        """A checkpoint is saved; for the main rank."""
+        """Records a saved checkpoint; for the main rank."""
         self.recorder.observe("checkpoint_seconds", saved.stall)
         self.recorder.observe("checkpoint_write_seconds", saved.seconds)
         self.recorder.set("checkpoint_timestamp_seconds", time.time())
@@ -197,7 +197,7 @@ class Observer:
 
 
 def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = None) -> tuple[Observer, str | None]:
-    """This rank's observer, and why nothing is exported, if so. To be called by all ranks.
+    """Returns this rank's observer, and why no metrics are exported, if so. To be called by all ranks.
 
     Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
     """
