@@ -13,19 +13,30 @@ import pytest
 from mixmae.trainer.benchmarks import ranks
 from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from tests.warm import start_method
 
 ROOT = Path(__file__).parents[1]
 """Of the checkout."""
 RANKS_TIMEOUT = 600
+markers: set[str] | None = None
+"""Of the test that runs, by which it belongs to a tier; None outside of tests."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """What each rank's `function(ranks, *args)` returned; a rank that hangs fails."""
-    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT)
+    if world_size > 1:
+        is_marked("distributed", "slow")
+    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT, start_method=start_method())
+
+
+def is_marked(*names: str) -> None:
+    """Fails a test that has none of these markers, and so runs in a tier that it does not belong to."""
+    assert markers is None or markers.intersection(names), f"mark this test with pytest.mark.{names[0]}"
 
 
 def needs_jpegtran() -> None:
     """Skips a test where jpegtran is missing; fails it in CI, which installs it."""
+    is_marked("services")
     if shutil.which("jpegtran") is None:
         lacks("needs the program jpegtran: apt-get install libjpeg-turbo-progs")
 

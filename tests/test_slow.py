@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def test_what_the_demo_learned_is_worth_having(tmp_path: Path, seed: int) -> None:
     command = [sys.executable, "-m", "mixmae.launch.cli", "demo", "--out", str(tmp_path / "demo"), "--seed", str(seed)]
     subprocess.run(command, cwd=ROOT, check=True)
-    found = json.loads((tmp_path / "demo" / "probe.json").read_text())
+    found = json.loads((tmp_path / "demo" / "encoder" / "probe.json").read_text())
     assert found["pretrained"]["linear"] > found["untrained"]["linear"] + 0.2
     assert found["pretrained"]["knn"] > found["untrained"]["knn"] + 0.05
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from mixmae.base.phases import PHASES
 
-FILE = "MIXMAE_HEARTBEAT"
+HEARTBEAT = "MIXMAE_HEARTBEAT"
 """The environment variable with the file's path; unset where nobody reads."""
 _LAYOUT = struct.Struct("<qqdd")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank's file says.
+    """The content of a rank's file.
 
     Attributes:
         step: optimizer steps done since the run began.
@@ -104,11 +104,11 @@ def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat:
     Raises:
         OSError: the file cannot be written.
     """
-    return Heartbeat(Path(env[FILE]) if FILE in env else None)
+    return Heartbeat(Path(env[HEARTBEAT]) if HEARTBEAT in env else None)
 
 
 def read_beat(file: Path) -> Beat | None:
-    """The last sign of life in a file; None before its rank wrote any."""
+    """The last heartbeat in a file; None before the rank has written one."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:

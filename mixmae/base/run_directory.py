@@ -6,6 +6,7 @@ versions.json    what it ran with                    claimed.json     the start 
 checkpoints/     step-00001000/ and so on, `newest`  logs/            a folder for each start: ranks' output, outcome
 tensorboard/     curves and pictures                 pictures/        reconstructions, step by step
 replaced/        by rank, samples not usable         samples/         by rank, used at each step (`log.samples`)
+launches/        by launch, the recipe that its ranks read
 monitoring/      targets/, for Prometheus            wandb/           the files of Weights & Biases
 """
 
@@ -17,6 +18,7 @@ EVENTS, RESTARTS = "events.jsonl", "restarts.jsonl"
 TENSORBOARD, PICTURES, WANDB = "tensorboard", "pictures", "wandb"
 REPLACED, SAMPLES = "replaced", "samples"
 LOGS, OUTCOME = "logs", "outcome.json"
+LAUNCHES = "launches"
 CHECKPOINTS, NEWEST = "checkpoints", "newest"
 _STEP = "step-"
 _CHECKPOINT = re.compile(rf"{_STEP}(\d+)")

@@ -28,6 +28,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from mixmae.base.liveness import STALL_SECONDS
 from mixmae.monitoring.exporter.collector import NodeCollector
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.exporter.recorder import read_ranks
@@ -56,7 +57,7 @@ class Settings:
     run_dir: Path
     address: str = "127.0.0.1"
     port: int = 9400
-    stall_seconds: float = 300.0
+    stall_seconds: float = STALL_SECONDS
     certfile: Path | None = None
     keyfile: Path | None = None
     auth_file: Path | None = None
@@ -224,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{field}", type=Path)
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9400)
-    parser.add_argument("--stall-seconds", type=float, default=300.0)
+    parser.add_argument("--stall-seconds", type=float, default=STALL_SECONDS)
     parser.add_argument("--pushgateway")
     parser.add_argument("--parent", type=int, default=os.getppid())
     given = vars(parser.parse_args(argv))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.heartbeat import FILE, Heartbeat, begin_heartbeat, read_beat
+from mixmae.base.heartbeat import HEARTBEAT, Heartbeat, begin_heartbeat, read_beat
 from tests.helpers import ROOT, tiny_recipe
 
 RANK = """
@@ -62,7 +62,7 @@ def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> Non
     recipe, beat = tmp_path / "recipe.yaml", tmp_path / "beat"
     recipe.write_text(tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path / "run")}).to_yaml())
     command = [sys.executable, "-m", "mixmae.trainer.train", str(recipe), "monitoring.enabled=false"]
-    subprocess.run(command, env={**os.environ, FILE: str(beat), "OMP_NUM_THREADS": "1"}, check=True)
+    subprocess.run(command, env={**os.environ, HEARTBEAT: str(beat), "OMP_NUM_THREADS": "1"}, check=True)
     last = read_beat(beat)
     assert last is not None
     assert (last.step, last.phase) == (8, "ending")
@@ -70,7 +70,7 @@ def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> Non
 
 def test_a_run_tells_that_it_starts_before_torch_is_there(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(3)\n")
-    environment = {**os.environ, FILE: str(tmp_path / "beat"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = {**os.environ, HEARTBEAT: str(tmp_path / "beat"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     (tmp_path / "recipe.yaml").touch()
     command = [sys.executable, "-m", "mixmae.trainer.train", str(tmp_path / "recipe.yaml")]
     done = subprocess.run(command, env=environment, check=False)

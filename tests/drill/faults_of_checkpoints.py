@@ -76,8 +76,8 @@ def _damaging(*damages: Damage) -> Callable[[Drill], None]:
     def play(drill: Drill) -> None:
         _kill_all(drill)
         for damage, checkpoint in zip(damages, reversed(complete_checkpoints(drill.run.folder)), strict=False):
-            words = damage(checkpoint, drill.rng)
-            drill.done += f", {words} of {checkpoint.name}"
+            description = damage(checkpoint, drill.rng)
+            drill.done += f", {description} of {checkpoint.name}"
         drill.finish()
         require_told(drill, "is damaged and was set aside")
 
@@ -165,11 +165,11 @@ def lost_newest(drill: Drill) -> None:
     require_told(drill, "names no checkpoint that exists")
 
 
-def require_told(drill: Drill, words: str) -> None:
+def require_told(drill: Drill, description: str) -> None:
     """The run said why it did not begin where it was expected to."""
     told = [record["message"] for record in drill.told("fallback")]
-    if not any(words in message for message in told):
-        raise DrillError(f"events.jsonl does not tell that the checkpoint {words}: {told}")
+    if not any(description in message for message in told):
+        raise DrillError(f"events.jsonl does not tell that the checkpoint {description}: {told}")
 
 
 def _kill_all(drill: Drill) -> None:

@@ -66,7 +66,7 @@ def _mount(drill: Drill, part: str, size: str) -> Host:
     """Puts a small file system on the run directory, or a folder in it, before the first start; returns the host."""
     place = drill.run.run_dir / part
     place.mkdir(parents=True)
-    host = drill.rig.cluster.host(drill.way.host)
+    host = drill.rig.cluster.host(drill.backend.host)
     host.mount_tmpfs(place, size)
     drill.run.mounted = (host, place)
     return host

@@ -1,4 +1,4 @@
-"""Runs as their user starts them: `mixmae launch`, three ways, again and again with the same command."""
+"""Runs as their user starts them: `mixmae launch`, three backends, again and again with the same command."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from tests.cluster.host import Host
 from tests.cluster.slurm import ENDED
 from tests.helpers import ROOT
 
-_LOOK_SECONDS, _JOB_SECONDS = 0.1, 0.5
+_POLL_SECONDS, _JOB_SECONDS = 0.1, 0.5
 _RANK = r" -m mixmae\.trainer\.train "
 _ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 """One thread: the order of additions must not depend on how many ranks share a host."""
@@ -87,7 +87,7 @@ class Batch:
         return ["--slurm", "--nodes", str(self.nodes), *tasks, *limit, "--skip-preflight"]
 
 
-Way = Local | OnHosts | Batch
+Backend = Local | OnHosts | Batch
 """All of them say from which host they are started, their number of ranks, and over how many hosts these are spread."""
 
 
@@ -95,15 +95,15 @@ class Run:
     """One run directory, and the command that starts it.
 
     Attributes:
-        way: how it is started next.
+        backend: how it is started next.
         starts: how often its user started it.
         launcher: the last `mixmae launch`; under Slurm it ended when the job was submitted.
         job: the last one's number, under Slurm.
         mounted: a host, and where in the directory a file system is mounted that this host alone sees.
     """
 
-    def __init__(self, cluster: Cluster, way: Way, recipe: Path, run_dir: Path) -> None:
-        self.cluster, self.way, self.recipe, self.run_dir = cluster, way, recipe, run_dir
+    def __init__(self, cluster: Cluster, backend: Backend, recipe: Path, run_dir: Path) -> None:
+        self.cluster, self.backend, self.recipe, self.run_dir = cluster, backend, recipe, run_dir
         self.starts = 0
         self.launcher: subprocess.Popen[str] | None = None
         self.job: int | None = None
@@ -122,11 +122,11 @@ class Run:
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Types the command; returns at once, under Slurm when the job is submitted."""
         self.starts += 1
-        options = [*self.way.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
+        options = [*self.backend.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
         command = [sys.executable, "-m", "mixmae.launch.cli", "launch", str(self.recipe), *options]
-        host = self.cluster.host(self.way.host)
+        host = self.cluster.host(self.backend.host)
         self.job = None
-        if isinstance(self.way, Batch):
+        if isinstance(self.backend, Batch):
             self.job = int(host.run(command, _ENVIRONMENT, ROOT, check=True).stdout)
             return
         with self._console.open("a") as console:
@@ -156,7 +156,7 @@ class Run:
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the run had not ended after {seconds:.0f} s; it said:\n{self.output()[-3000:]}")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         return code
 
     def output(self) -> str:

@@ -12,7 +12,7 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.layout import point_to
 from tests.cluster.cluster import Cluster
 from tests.drill import verdict
-from tests.drill.faults import WAYS, all_faults
+from tests.drill.faults import BACKENDS, all_faults
 from tests.drill.report import write_report
 from tests.drill.rig import STEPS, Rig
 from tests.drill.runs import Local, Run
@@ -38,13 +38,13 @@ SHORT = (
 def rig(cluster_of: Callable[[int], Cluster]) -> Iterator[Rig]:
     cluster = cluster_of(3)
     yield Rig(cluster, cluster.shared)
-    cluster.mend()
+    cluster.repair()
 
 
-@pytest.mark.parametrize(("name", "way"), SHORT)
-def test_a_run_comes_through(rig: Rig, name: str, way: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), SHORT)
+def test_a_run_comes_through(rig: Rig, name: str, backend: str) -> None:
     (fault,) = (fault for fault in all_faults() if fault.name == name)
-    outcome = play(rig, fault, way, "short", stage=2)
+    outcome = play(rig, fault, backend, "short", stage=2)
     assert not outcome.problems
     assert outcome.training is not None or outcome.how == "went on"
 
@@ -52,9 +52,9 @@ def test_a_run_comes_through(rig: Rig, name: str, way: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 def test_runs_come_through_everything(rig: Rig) -> None:
-    outcomes = play_all(rig, 1, 60, list(WAYS))
+    outcomes = play_all(rig, 1, 60, list(BACKENDS))
     assert len(outcomes) == 60
-    assert not [outcome.in_words() for outcome in outcomes if outcome.problems]
+    assert not [outcome.describe() for outcome in outcomes if outcome.problems]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What must hold when a run that was disturbed is over. Each look returns problems in words; none is good."""
+"""What must hold when a run that was disturbed is over. Each check returns its problems, none where all is well."""
 
 import time
 from collections import Counter

@@ -25,6 +25,7 @@ from mixmae.trainer.checkpoints.slices import WEIGHT, ModelSlices
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.engine import build_engine
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.registry import build_model
@@ -35,8 +36,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench checkpoints", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_huge.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_recipe(parser)
     parser.add_argument("--folder", type=Path, help="on the storage to measure (default: the temporary folder)")
     parser.add_argument("--saves", type=int, default=3, help="of each kind, 3 or more (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the figures to {RESULTS}")

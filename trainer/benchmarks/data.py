@@ -36,7 +36,7 @@ from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.stream import BatchReader, Position, Stream
 from mixmae.trainer.data.transform import RandomResizedCropFlip
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Data, Recipe
 
@@ -54,8 +54,7 @@ class Variant:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench data", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.num_workers=8")
+    add_recipe(parser)
     parser.add_argument(
         "--images", type=at_least(1), default=600, help="images of the recipe's shards to load again and again"
     )

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
-from mixmae.base.rank_env import Place, read_place
+from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.trainer.engine.malloc import keep_freed_memory
 
 
-class Ranks(Place):
+class Ranks(RankEnv):
     """This process among its peers, with its device."""
 
     @property
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """This process's place, see `mixmae.base.rank_env.read_place`.
+    """This process's rank, see `mixmae.base.rank_env.read_rank_env`.
 
     Raises:
         UsageError: a launcher's variables are set only in part, or are not numbers.
     """
-    return Ranks(**asdict(read_place(env)))
+    return Ranks(**asdict(read_rank_env(env)))
 
 
 def join(ranks: Ranks) -> None:

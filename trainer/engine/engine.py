@@ -1,7 +1,9 @@
 """The model under DeepSpeed: one pure function makes its configuration, another the engine."""
 
 import contextlib
+import importlib
 import io
+import os
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -72,6 +74,17 @@ def compile_parts(model: Trainable, **options: Any) -> None:
         part.compile(fullgraph=True, dynamic=False, **options)
 
 
+def import_muon() -> None:
+    """Imports the optimizer that DeepSpeed compares every other with, without compiling it.
+
+    It is decorated with torch.compile, which would load all of torch's compiler: two seconds of every rank's start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE", "0")  # torch.compile reads it at each call
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 def build_engine(
     model: Trainable,
     recipe: Recipe,
@@ -86,6 +99,7 @@ def build_engine(
     """
     import deepspeed
 
+    import_muon()
     config = deepspeed_config(recipe, ranks.world_size)
     checkpoint_activations(model, recipe.train.activation_checkpointing)
     model.to(ranks.device)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.library import find_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
 RENAMED = {
@@ -26,14 +27,13 @@ RENAMED = {
 """Keys of recipes before version 0.2, and what they are called now; the keys of a section go where it goes."""
 
 
-def load_recipe(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `key.path=value` overrides.
+def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file, or of a name in the library, with `key.path=value` overrides.
 
     Raises:
-        UsageError: no such file, not YAML, an unknown key or a value outside its range.
+        UsageError: no such recipe, not YAML, an unknown key or a value outside its range.
     """
-    if not file.is_file():
-        raise UsageError(f"recipe {file} does not exist; configs/pretrain holds some")
+    file = find_recipe(recipe)
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mixmae.base.errors import UsageError
+from mixmae.base.liveness import JOIN_SECONDS, STALL_SECONDS, STUCK_SECONDS
 from mixmae.trainer.recipe.units import Duration, Size, Span
 
 
@@ -225,7 +226,7 @@ class Monitoring(Section):
     keyfile: Path | None = None
     auth_file: Path | None = None
     """A file with one line, user:password; None lets everybody read."""
-    stall_seconds: float = Field(300.0, gt=0)
+    stall_seconds: float = Field(STALL_SECONDS, gt=0)
     """/healthz fails when a rank of the node finished no step for so long."""
     pushgateway: str | None = None
     """URL to which each node pushes its last numbers at the end; for runs that end between two scrapes."""
@@ -248,9 +249,9 @@ class Launch(Section):
     """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
     port: int | None = Field(None, ge=1024, le=64_000)
     """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
-    join_seconds: float = Field(120.0, gt=0)
+    join_seconds: float = Field(JOIN_SECONDS, gt=0)
     """A run whose ranks are not all there by then is ended."""
-    stuck_seconds: float = Field(600.0, gt=0)
+    stuck_seconds: float = Field(STUCK_SECONDS, gt=0)
     """A run in which no rank moved for so long is ended, naming the late one; thrice that while starting or saving."""
     grace_seconds: float = Field(120.0, gt=0)
     """From the signal to stop to the end of all ranks: the time to save in; Slurm warns so long before the limit."""

@@ -26,8 +26,8 @@ NOW = 1_700_000_000.0
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from mixmae.launch.commands.watch import main; from mixmae.base.errors import run_in_words; "
-    "sys.exit(run_in_words(main, sys.argv[1:]))",
+    "import sys; from mixmae.launch.commands.watch import main; from mixmae.base.errors import run_cli; "
+    "sys.exit(run_cli(main, sys.argv[1:]))",
 ]
 
 
@@ -166,7 +166,7 @@ def test_ascii_where_the_terminal_knows_no_more() -> None:
     assert "".join(lines[first : first + 1 + CHART_ROWS]).isascii()
 
 
-def test_events_in_words() -> None:
+def test_events_are_described() -> None:
     record = {"event": "checkpoint", "time": 1.0, "step": 1200, "folder": "a/b", "peak": 0.25}
     assert describe(record) == "step 1,200, folder a/b, peak 0.25"
     assert describe({**record, "message": "saved"}) == "saved"
@@ -189,7 +189,7 @@ def call(*argv: object, **environment: str) -> "subprocess.CompletedProcess[str]
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     words = [*COMMAND, *map(str, argv)]
     return subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**plain, **environment}, timeout=30
+        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**plain, **environment}, timeout=200
     )
 
 
@@ -220,7 +220,7 @@ def on_terminal(*argv: object, columns: int = 100, interrupt_after: str = "", **
         if not part:
             break
     os.close(master)
-    return process.wait(30), out.decode()
+    return process.wait(200), out.decode()
 
 
 def test_once_in_a_pipe(run_dir: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_second_start_takes_them_back_and_its_end_brings_the_new(
     run_dir = tmp_path / "run"
     again = command(recipe, f"run_dir={run_dir}")
     with subprocess.Popen([*again, "train.duration=100000 steps"], env=environment) as longer:
-        eventually(lambda: groups(gateway) == [] and (run_dir / "events.jsonl").exists(), 60)
+        eventually(lambda: groups(gateway) == [] and (run_dir / "events.jsonl").exists())
         longer.kill()
     subprocess.run([*again, "train.duration=4 steps"], check=True, env=environment)
     after = pushed(gateway)

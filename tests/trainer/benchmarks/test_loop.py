@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.trainer.benchmarks.cli import main
 from tests.helpers import ROOT
 
@@ -39,5 +39,5 @@ def test_the_loop_is_compared_with_the_bare_step(tmp_path: Path) -> None:
 
 
 def test_no_rounds_are_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_in_words(main, ["loop", "--rounds", "0"]) == 2
+    assert run_cli(main, ["loop", "--rounds", "0"]) == 2
     assert "--rounds 0" in capsys.readouterr().err

@@ -37,6 +37,7 @@ def test_variants_that_cannot_run_are_refused(variant: str) -> None:
         step.main(["--variant", variant])
 
 
+@pytest.mark.distributed
 def test_ranks_send_what_is_planned() -> None:
     recipe = tiny_recipe(**{"train.micro_batch": 2, "train.global_batch": 4, "train.zero_stage": 2})
     found = scale.measure(recipe, 2, 1)

@@ -20,6 +20,8 @@ from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.helpers import run_ranks, tiny_recipe
 
+pytestmark = pytest.mark.distributed
+
 CHANGES = {
     "fp32 stage 0": ("fp32", [(0, 2), (0, 1), (0, 4)]),
     "fp32 stages 0 1 2": ("fp32", [(0, 2), (1, 1), (2, 4)]),

@@ -29,6 +29,8 @@ from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.run.saving import SaveError
 from tests.helpers import run_ranks, tiny_recipe
 
+pytestmark = pytest.mark.distributed
+
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
     return tiny_recipe(

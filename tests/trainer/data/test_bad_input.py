@@ -403,6 +403,7 @@ def lose_a_shard(ranks: Ranks, recipe: Recipe, victim: str) -> str:
         run.engine.destroy()
 
 
+@pytest.mark.distributed
 def test_ranks_stop_together_when_they_together_met_too_much(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()

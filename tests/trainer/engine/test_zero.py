@@ -24,6 +24,8 @@ from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe
 
+pytestmark = pytest.mark.distributed
+
 WORLD_SIZE, STEPS = 2, 8
 CPU = torch.device("cpu")
 KINDS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]

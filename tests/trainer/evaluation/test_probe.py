@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.models import create_encoder
 from mixmae.trainer.evaluation.probe import main, probe
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
@@ -45,5 +45,5 @@ def test_command(shards: Path, tmp_path: Path) -> None:
 def test_a_directory_without_encoder_is_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_in_words(main, [str(tmp_path), str(shards)]) == 2
+    assert run_cli(main, [str(tmp_path), str(shards)]) == 2
     assert "mixmae export" in capsys.readouterr().err

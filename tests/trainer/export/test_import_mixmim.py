@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.models.encoders.registry import create_encoder
 from mixmae.trainer.export.import_mixmim import main
 from tests.helpers import ROOT
@@ -112,7 +112,7 @@ def test_anything_unknown_is_one_clear_line(
         file.write_bytes(b"something else")
     elif change == "no file":
         file.unlink()
-    assert run_in_words(main, [str(file), str(tmp_path / "out")]) == 2
+    assert run_cli(main, [str(file), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1

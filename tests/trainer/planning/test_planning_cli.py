@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.trainer.planning.cli import main
 from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import tiny_recipe
@@ -26,7 +26,7 @@ def recipe(tmp_path: Path) -> str:
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    assert run_in_words(main, [*argv, "--json"]) == 0
+    assert run_cli(main, [*argv, "--json"]) == 0
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
     return result
 
@@ -104,7 +104,7 @@ def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFix
     ids=str,
 )
 def test_mistakes_are_explained(recipe: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_in_words(main, [recipe, *argv]) == 2
+    assert run_cli(main, [recipe, *argv]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -120,7 +120,7 @@ def test_options_out_of_range_are_refused(recipe: str, argv: list[str], capsys: 
 
 def test_what_would_fit_is_said_and_does(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     large = "encoder.embed_dim=1536"
-    assert run_in_words(main, [recipe, "--gpus", "1", "--gpu", "a10", large]) == 2
+    assert run_cli(main, [recipe, "--gpus", "1", "--gpu", "a10", large]) == 2
     error = capsys.readouterr().err
     assert "nothing fits 1 x a10" in error
     gpus, gpu = error.split("--gpus ")[1].split()[0], error.split("--gpu ")[1].split()[0]

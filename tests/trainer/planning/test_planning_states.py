@@ -107,6 +107,7 @@ def planned(case: Case, world_size: int) -> tuple[States, float]:
     return held, peak_memory(held, footprint, 2, accumulation > 1).total
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_stays_is_what_was_planned(world_size: int) -> None:
     """Between steps: weights and optimizer states, and what is never given back."""
@@ -128,6 +129,7 @@ def small_and_own_weights(case: Case, world_size: int) -> float:
     return size * (model.total / world_size + small + BUCKET) + model.buffers
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradients_are_what_was_planned(world_size: int) -> None:
     """After the last backward pass of the first step, with activations gone; AdamW has no moments yet."""
@@ -139,6 +141,7 @@ def test_gradients_are_what_was_planned(world_size: int) -> None:
             assert kept == pytest.approx(found["backward"], rel=0.02), case
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_takes_what_was_planned_at_its_peak(world_size: int) -> None:
     """At most 2 % below what torch allocated, and 10 % above: buckets and activations do not peak together."""

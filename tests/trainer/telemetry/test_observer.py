@@ -90,6 +90,7 @@ def value(found: dict[str, list[dict[str, Any]]], name: str, **labels: str) -> f
     return float(sample["value"])
 
 
+@pytest.mark.distributed
 def test_all_that_a_cpu_run_can_tell_is_told(scraped: dict[str, list[dict[str, Any]]]) -> None:
     told = {name.removeprefix(PREFIX) for name in scraped}
     expected = {name.removesuffix("_total") for name in BY_NAME}
@@ -98,6 +99,7 @@ def test_all_that_a_cpu_run_can_tell_is_told(scraped: dict[str, list[dict[str, A
     assert told == expected - only_on_gpus - only_when_it_happens
 
 
+@pytest.mark.distributed
 def test_ranks_tell_their_own_and_the_main_one_the_runs(scraped: dict[str, list[dict[str, Any]]]) -> None:
     for metric in BY_NAME.values():
         samples = scraped.get(PREFIX + metric.name.removesuffix("_total"), [])
@@ -107,6 +109,7 @@ def test_ranks_tell_their_own_and_the_main_one_the_runs(scraped: dict[str, list[
             assert not any("rank" in sample for sample in samples), metric
 
 
+@pytest.mark.distributed
 def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) -> None:
     assert value(scraped, "step", rank="1") == value(scraped, "target_steps") == 8
     assert value(scraped, "images_total", rank="0") == 32
@@ -125,6 +128,7 @@ def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) 
     assert math.isnan(value(scraped, "evaluation", metric="loss"))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_tell_where_they_are(scraped: dict[str, list[dict[str, Any]]], rank: str) -> None:
     accumulated, logged, saved = 4 * 2, 1, 2
@@ -249,6 +253,7 @@ def test_a_run_goes_on_without_room_for_its_numbers(shards: Path, tmp_path: Path
     assert "No space left" in str(silent)
 
 
+@pytest.mark.distributed
 def test_blocks_of_remote_shards_are_counted(shards: Path, tmp_path: Path) -> None:
     with http_server(shards) as server:
         changes = {"data.shards": server.url, "data.cache.dir": str(tmp_path / "cache"), "data.num_workers": 2}

@@ -11,6 +11,8 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.telemetry.sample_log import SampleLog, read_samples
 from tests.helpers import run_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 def use(ranks: Ranks, run_dir: Path, starts: list[tuple[float, int, int, int]]) -> None:
     """Starts as (clock, first step, steps, offset): sample numbers say start, step and rank."""

@@ -1,4 +1,4 @@
-"""Hostfiles, read before DeepSpeed reads them: what it would pass over, guess or start less of is refused in words."""
+"""Reads hostfiles before DeepSpeed does: what it would skip, guess or start fewer ranks for is refused."""
 
 import re
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """Hosts in the order of their ranks, and on each the accelerators that ranks get.
+class HostSlots:
+    """Hosts in the order of their ranks, and the accelerators of each.
 
     Attributes:
-        slots: numbers of accelerators by host.
+        slots: accelerator numbers by host.
     """
 
     slots: dict[str, tuple[int, ...]]
@@ -30,7 +30,7 @@ class Hosts:
         return next(iter(self.slots))
 
 
-def read_hostfile(file: Path) -> Hosts:
+def read_hostfile(file: Path) -> HostSlots:
     """All hosts of a hostfile, `NAME slots=N` a line.
 
     Raises:
@@ -51,20 +51,20 @@ def read_hostfile(file: Path) -> Hosts:
         if not _NAME.fullmatch(name):
             raise UsageError(f"{where}: {name!r} is not a host's name; write each host on a line of its own")
         if name in slots:
-            raise UsageError(f"{where}: {name} stands on an earlier line too; keep one, with all its slots")
+            raise UsageError(f"{where}: {name} is on an earlier line too; keep one line, with all its slots")
         if count == 0:
             raise UsageError(f"{where}: 0 slots; remove the line, or use --exclude {name}")
         slots[name] = tuple(range(count))
     if not slots:
         raise UsageError(f"hostfile {file} names no hosts; expected lines such as 'node1 slots=8'")
-    return Hosts(slots)
+    return HostSlots(slots)
 
 
-def select(hosts: Hosts, include: str, exclude: str) -> Hosts:
+def select(hosts: HostSlots, include: str, exclude: str) -> HostSlots:
     """The hosts and slots that DeepSpeed's `--include` and `--exclude` leave, `NAME[:SLOT,...][@NAME...]`.
 
     Raises:
-        UsageError: both are given, a name or slot is not there, or nothing is left.
+        UsageError: both are given, a name or slot does not exist, or nothing is left.
     """
     if include and exclude:
         raise UsageError(f"--include {include} and --exclude {exclude} cannot be given together; use one")
@@ -76,10 +76,10 @@ def select(hosts: Hosts, include: str, exclude: str) -> Hosts:
             kept[name] = chosen
     if not kept:
         raise UsageError(f"--exclude {exclude} leaves no host; exclude fewer")
-    return Hosts(kept)
+    return HostSlots(kept)
 
 
-def _parse(option: str, text: str, hosts: Hosts) -> dict[str, set[int]]:
+def _parse(option: str, text: str, hosts: HostSlots) -> dict[str, set[int]]:
     named: dict[str, set[int]] = {}
     for part in text.split("@") if text else []:
         name, colon, numbers = part.partition(":")

@@ -1,4 +1,4 @@
-"""Which environment variables go to other hosts, and how they and arguments survive pdsh, ssh and shells."""
+"""Which environment variables are exported to other hosts, and how they and arguments survive pdsh, ssh and shells."""
 
 import re
 import shlex
@@ -10,13 +10,13 @@ from mixmae.base.errors import UsageError
 _FAMILIES = ("CUDA_", "DS_", "FI_", "GLOO_", "MIXMAE_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRITON_", "UCX_")
 _SINGLE = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
 _OWN = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
-"""Of these families, but not for other hosts: DeepSpeed sets the first there, and the second is about this one."""
+"""Of these families, but not exported: DeepSpeed sets the first on each host, and the second is about this one."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FILE, _FILE_VARIABLE = ".deepspeed_env", "DS_ENV_FILE"
 
 
-def handed_on(environment: Mapping[str, str], home: Path, here: Path) -> dict[str, str]:
-    """The variables for the ranks on other hosts: those of known families, then what the user's own files say.
+def exported_variables(environment: Mapping[str, str], home: Path, here: Path) -> dict[str, str]:
+    """The variables for ranks on other hosts: those of known families, then those of the user's files.
 
     Raises:
         UsageError: a file has a line that is neither `NAME=value` nor empty nor a comment.
@@ -32,7 +32,7 @@ def handed_on(environment: Mapping[str, str], home: Path, here: Path) -> dict[st
 
 
 def _users_files(environment: Mapping[str, str], home: Path, here: Path) -> list[Path]:
-    """Where DeepSpeed would look, in its order."""
+    """The files that DeepSpeed reads, in its order."""
     name = environment.get(_FILE_VARIABLE, _FILE)
     return [file for folder in dict.fromkeys((home, here)) if (file := folder / name).is_file()]
 
@@ -56,17 +56,17 @@ def environment_file(variables: Mapping[str, str]) -> str:
     letters behind a percent sign.
 
     Raises:
-        UsageError: a value cannot be written on a line.
+        UsageError: a value does not fit on a line.
     """
     for name, value in variables.items():
         if value != value.strip() or "\n" in value:
-            raise UsageError(f"{name}={value!r} begins or ends with a space, or has several lines; it cannot be handed "
+            raise UsageError(f"{name}={value!r} begins or ends with a space, or has several lines; it cannot be passed "
                              "to other hosts: change or unset it")  # fmt: skip
     return "".join(f"{name}={_in_double_quotes(value)}\n" for name, value in variables.items())
 
 
-def for_pdsh(argument: str) -> str:
-    """An argument such that DeepSpeed, pdsh and the other host's shell together make it what it was.
+def quote_for_pdsh(argument: str) -> str:
+    """Quotes an argument so that it survives DeepSpeed, pdsh and the other host's shell.
 
     DeepSpeed puts arguments with a space in double quotes and escapes double quotes there; others it leaves bare.
     """

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends.hosts import Hosts, read_hostfile, select
+from mixmae.launch.backends.hostfile_parser import HostSlots, read_hostfile, select
 
 NAMES = st.from_regex(r"[a-z][a-z0-9.-]{0,8}[a-z0-9]", fullmatch=True)
-POOL = Hosts({"node1": (0, 1, 2, 3), "node2": (0, 1)})
+POOL = HostSlots({"node1": (0, 1, 2, 3), "node2": (0, 1)})
 
 
 @given(hosts=st.dictionaries(NAMES, st.integers(1, 16), min_size=1, max_size=6), data=st.data())
@@ -44,7 +44,7 @@ def test_deepspeed_reads_the_same(
         ("node1\n", "line 1: 'node1': expected a host and its number of ranks"),
         ("node1 slots=2\nnode2 slots=two\n", "line 2: 'node2 slots=two'"),
         ("node1 slots=2 max=4\n", "expected a host and its number"),
-        ("node1 slots=2\nnode1 slots=4\n", "line 2: 'node1 slots=4': node1 stands on an earlier line too"),
+        ("node1 slots=2\nnode1 slots=4\n", "line 2: 'node1 slots=4': node1 is on an earlier line too"),
         ("node1 slots=0\n", "0 slots; remove the line, or use --exclude node1"),
         ("node[1-4] slots=2\n", "'node[1-4]' is not a host's name"),
         ("-oProxyCommand=x slots=2\n", "is not a host's name"),

@@ -1,6 +1,7 @@
-"""What is started: a module as so many ranks, whichever way; and one start of it."""
+"""What a backend starts: a module as a number of ranks; one start of it; the command that does it."""
 
 import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,16 +11,16 @@ from mixmae.base.run_directory import attempt_folder
 from mixmae.trainer.recipe.schema import Launch
 
 FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 300, 32
-"""Where starts that name no port meet: below the ports that Linux gives to outgoing connections."""
+"""Ports of starts that name none: below those that Linux gives to outgoing connections."""
 
 
 @dataclass(frozen=True)
-class Job:
+class JobSpec:
     """A module that runs as ranks.
 
     Attributes:
-        module: run by `python -m`; takes `--world-size N` first, and refuses to run as another number of ranks.
-        arguments: what else it gets.
+        module: run by `python -m`; takes `--world-size N` first, and refuses to run with another number of ranks.
+        arguments: what follows.
         run_dir: where logs and records go.
     """
 
@@ -32,7 +33,7 @@ class Job:
         """What follows `python -m mixmae.launch.supervision.rank`.
 
         Args:
-            launcher: whether the launching process keeps the run company to its end.
+            launcher: whether the launching process stays connected until the run ends.
         """
         settings = self.settings
         options = {
@@ -54,8 +55,8 @@ class Attempt:
 
     Attributes:
         name: of its folder in the run directory.
-        port: the first on which rank 0's supervisor may listen.
-        secret: what its supervisors know each other by.
+        port: the first of those on which rank 0's supervisor may listen.
+        secret: authenticates supervisors to each other.
     """
 
     name: str
@@ -66,8 +67,8 @@ class Attempt:
         return attempt_folder(run_dir, self.name)
 
 
-def new_attempt(job: Job) -> Attempt:
-    """A start of its own name, now."""
+def new_attempt(job: JobSpec) -> Attempt:
+    """A start with a new name and secret."""
     name = base = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     number = 1
     while attempt_folder(job.run_dir, name).exists():
@@ -79,14 +80,20 @@ def new_attempt(job: Job) -> Attempt:
 
 @dataclass(frozen=True)
 class Command:
-    """Exactly what is run.
+    """What a backend runs to start the ranks.
 
     Attributes:
         arguments: the command line.
-        environment: variables set beside those that this process has.
-        files: by path, what is written for the time of the command, readable by its owner alone.
+        environment: variables set in addition to this process's own.
+        files: contents by path, written while the command runs and readable by their owner alone.
     """
 
     arguments: Sequence[str]
     environment: dict[str, str]
     files: dict[Path, str] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The files, then the command as one would type it in a shell."""
+        files = [f"# {path}\n{text}" for path, text in self.files.items()]
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return "\n".join([*files, " ".join([*variables, shlex.join(self.arguments)])])
