@@ -11,8 +11,8 @@ from mixmae.monitoring.metrics import ENDS, METRICS, PREFIX, RESULTS, STEP_BUCKE
 
 GROUPS = {
     Source.RANK: ("Of every rank", "Labelled by `rank`.", "per rank"),
-    Source.MAIN: ("Of the run", "Told by the main rank alone: one of each run.", "per run"),
-    Source.NODE: ("Of every node", "Told by the exporter of each node.", "per node"),
+    Source.MAIN: ("Of the run", "Exported by the main rank alone: one of each run.", "per run"),
+    Source.NODE: ("Of every node", "Exported once per node.", "per node"),
 }
 OPERATIONS, REASONS, EVALUATION_METRICS = 6, 12, 16
 VALUES = {
@@ -85,16 +85,16 @@ def _total() -> str:
     return f"""    series <= {of[Source.MAIN]} + {of[Source.NODE]} x nodes + {of[Source.RANK]} x ranks
 
 with {GPUS} GPUs a node: {sizes}. Counted are
-{len(STEP_PHASES)} parts of a step, {REASONS} reasons, {OPERATIONS} operations and {EVALUATION_METRICS} metrics
+{len(STEP_PHASES)} phases of a step, {REASONS} reasons, {OPERATIONS} operations and {EVALUATION_METRICS} metrics
 of an evaluation; only those that occurred have series.
 Dashboards never draw a line for each rank: they show quantiles, heatmaps and the {LINES} worst.
 """
 
 
 def _group(source: Source) -> Iterator[str]:
-    title, told, each = GROUPS[source]
+    title, exported, each = GROUPS[source]
     shown = _where_shown()
-    yield f"## {title}\n\n{told}\n"
+    yield f"## {title}\n\n{exported}\n"
     yield f"| Metric | Kind | Unit | Labels | Series {each} | Meaning | Dashboards |"
     yield "| --- | --- | --- | --- | ---: | --- | --- |"
     for metric in METRICS:

@@ -62,9 +62,9 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def checkpoint_history(run_dir: Path) -> list[Path]:
-    """Checkpoints to resume from, best first: the one that `newest` names, then those before it.
+    """Checkpoints to resume from, in order of preference: the one that `newest` names, then those before it.
 
-    Where `newest` is missing or names none that is there, all of them, the newest first.
+    Where `newest` is missing or names none that exists, all of them, the newest first.
     """
     found = complete_checkpoints(run_dir)
     named = named_newest(run_dir)
@@ -73,18 +73,18 @@ def checkpoint_history(run_dir: Path) -> list[Path]:
 
 
 def named_newest(run_dir: Path) -> Path | None:
-    """What `newest` names, whether or not it is there; None if it names nothing that could be a checkpoint."""
+    """The checkpoint that `newest` names, whether or not it exists; None if the name is not one of a checkpoint."""
     pointer = run_dir / CHECKPOINTS / NEWEST
     name = pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
     return run_dir / CHECKPOINTS / name if _CHECKPOINT.fullmatch(name) else None
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that the run would continue from, its content not yet verified; None if nothing was saved."""
+    """The checkpoint that the run would resume from, its content not yet verified; None if nothing was saved."""
     return next(iter(checkpoint_history(run_dir)), None)
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step that the run would continue from; 0 if nothing was saved."""
+    """The step that the run would resume from; 0 if nothing was saved."""
     newest = newest_checkpoint(run_dir)
     return checkpoint_step(newest) if newest is not None else 0

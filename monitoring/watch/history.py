@@ -1,4 +1,4 @@
-"""What the event file of a run says, read as it grows."""
+"""A run's state and curves from its event file, read as it grows."""
 
 import math
 import statistics
@@ -65,7 +65,7 @@ class Tail:
 
 @dataclass
 class Log:
-    """What the events up to now say. Steps that a resumed run does again replace those it had done."""
+    """What the events up to now add up to. Steps that a resumed run does again replace those it had done."""
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
     losses: "array[float]" = field(default_factory=lambda: array("d"))

@@ -48,9 +48,7 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes, lost = from_main(
-        (list(checkpoint_history(run_dir)), _lost_pointer(run_dir), layout.lost(run_dir))
-    )
+    candidates, notes, lost = from_main((checkpoint_history(run_dir), _lost_pointer(run_dir), layout.lost(run_dir)))
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:

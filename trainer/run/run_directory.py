@@ -44,10 +44,10 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Raises UsageError if the run directory holds checkpoints of another recipe or other shards."""
     if newest_checkpoint(recipe.run_dir) is None:
         return
-    before = _whole(recipe.run_dir / RECIPE, yaml.safe_load, "run_dir")
+    before = _intact(recipe.run_dir / RECIPE, yaml.safe_load, "run_dir")
     if before is not None:
         require_same_recipe(recipe, stored_recipe(before, str(recipe.run_dir / RECIPE)), recipe.run_dir)
-    earlier = _whole(recipe.run_dir / SHARDS, json.loads, "fingerprint")
+    earlier = _intact(recipe.run_dir / SHARDS, json.loads, "fingerprint")
     if earlier is not None and earlier["fingerprint"] != index.fingerprint:
         raise UsageError(
             f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
@@ -55,8 +55,8 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
         )
 
 
-def _whole(file: Path, parse: Callable[[str], Any], key: str) -> dict[str, Any] | None:
-    """What a file holds; None where it is missing, or damaged: checkpoints hold the recipe and the fingerprint too."""
+def _intact(file: Path, parse: Callable[[str], Any], key: str) -> dict[str, Any] | None:
+    """A file's content; None where it is missing, or damaged: checkpoints hold the recipe and the fingerprint too."""
     if not file.is_file():
         return None
     try:
@@ -127,9 +127,8 @@ class Events:
 
 def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     """The events of one kind, by step; of a step that was done again after a restart, the last."""
-    by_step = {
-        record["step"]: record for record in jsonl.read(run_dir / EVENTS, "event", "step") if record["event"] == event
-    }
+    records = _records(run_dir)
+    by_step = {record["step"]: record for record in records if record["event"] == event and "step" in record}
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.base.run_directory import newest_checkpoint
-from mixmae.monitoring.exporter.discovery import forget_targets
+from mixmae.monitoring.exporter.discovery import remove_targets
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.monitoring.metrics import ENDS
@@ -30,7 +30,7 @@ from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.flops import model_flops, peak_flops
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
-from mixmae.trainer.telemetry.node_exporter import NodeExporter
+from mixmae.trainer.telemetry.exporter_process import ExporterProcess
 
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
@@ -49,7 +49,7 @@ class Observer:
         self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
         self.heartbeat = heartbeat or Heartbeat()
         self._ends_heartbeat = heartbeat is None
-        self.exporter: NodeExporter | None = None
+        self.exporter: ExporterProcess | None = None
         """Of the node's first rank."""
         self.clock = StepClock(
             ranks.device,
@@ -70,7 +70,7 @@ class Observer:
     def export(self) -> None:
         """Starts the node's exporter; for the node's first rank."""
         assert self.shared is not None
-        self.exporter = NodeExporter(self.recipe, self.shared)
+        self.exporter = ExporterProcess(self.recipe, self.shared)
 
     def set_phase(self, phase: str) -> None:
         """The rank comes to one of `PHASES`."""
@@ -83,14 +83,14 @@ class Observer:
         self.recorder.set("alive_timestamp_seconds", time.time())
 
     def restarted(self, past_ends: Sequence[str]) -> None:
-        """Says how earlier attempts at the run ended, which the main rank knows."""
+        """Counts how earlier attempts at the run ended; the main rank knows."""
         if self.ranks.is_main:
             ends = Counter(past_ends)
             for reason in ENDS:
                 self.recorder.set("resumes_total", ends[reason], reason)
 
     def begin(self, total_steps: int, parameters: int) -> None:
-        """Says what runs; for the main rank."""
+        """Records what runs; for the main rank."""
         self._flops = model_flops(self.recipe)
         self._peak = peak_flops(self.recipe, self.ranks.device)
         train, found = self.recipe.train, versions()
@@ -125,7 +125,7 @@ class Observer:
         self.heartbeat.set_phase("between", state.step)
 
     def data(self, stream: Stream) -> None:
-        """Where the input stands."""
+        """Records bytes read, retries, queued batches, cache use and replaced samples."""
         self.recorder.set("read_bytes_total", stream.bytes_read)
         self.recorder.set("read_retries_total", stream.retried)
         self.recorder.set("data_queue_batches", stream.ready)
@@ -135,7 +135,7 @@ class Observer:
             self.recorder.set("replaced_samples_total", count, reason.label)
 
     def process(self) -> None:
-        """What this rank holds; at logged steps."""
+        """Records this process's memory, open files and communication; at logged steps."""
         self.recorder.set("resident_memory_bytes", self._process.memory_info().rss)
         self.recorder.set("open_files", self._process.num_fds() if hasattr(self._process, "num_fds") else math.nan)
         if self.ranks.device.type == "cuda":
@@ -151,7 +151,7 @@ class Observer:
             self.recorder.set("communication_seconds_total", self._communication.seconds[operation], operation)
 
     def logged(self, values: dict[str, float], state: TrainState, total_steps: int) -> None:
-        """The run's own numbers at a logged step; for the main rank."""
+        """Records loss, learning rate, speed and the like of a logged step; for the main rank."""
         rate = values["images_per_second"]
         self.recorder.set("loss", values["loss"])
         self.recorder.set("gradient_norm", values["grad_norm"])
@@ -166,16 +166,16 @@ class Observer:
             self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """The task measured something; for the main rank."""
+        """Records what the task measured; for the main rank."""
         for name, value in metrics.items():
             self.recorder.set("evaluation", value, name)
 
     def skipped(self) -> None:
-        """A step is skipped; for the main rank."""
+        """Counts a skipped step; for the main rank."""
         self.recorder.add("skipped_steps_total", 1)
 
     def checkpoint(self, saved: Saved) -> None:
-        """A checkpoint is saved; for the main rank."""
+        """Records a saved checkpoint; for the main rank."""
         self.recorder.observe("checkpoint_seconds", saved.stall)
         self.recorder.observe("checkpoint_write_seconds", saved.seconds)
         self.recorder.set("checkpoint_timestamp_seconds", time.time())
@@ -197,14 +197,14 @@ class Observer:
 
 
 def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = None) -> tuple[Observer, str | None]:
-    """This rank's observer, and why nothing is exported, if so. To be called by all ranks.
+    """Returns this rank's observer, and why no metrics are exported, if so. To be called by all ranks.
 
     Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
     """
     if not recipe.monitoring.enabled:
         return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
-        forget_targets(recipe.run_dir)
+        remove_targets(recipe.run_dir)
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, src=0)
     shared = _shared_memory() / f"mixmae-{token[0]}"

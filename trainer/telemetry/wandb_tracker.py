@@ -41,8 +41,8 @@ def prepare_wandb(recipe: Recipe, ranks: Ranks) -> None:
 
 
 @contextmanager
-def wandb_in_words(recipe: Recipe) -> Iterator[None]:
-    """Around the making of the engine: what W&B refuses (no key, no such entity, no network) becomes a UsageError."""
+def explain_wandb_errors(recipe: Recipe) -> Iterator[None]:
+    """Turns what W&B refuses while the engine is built (no key, no such entity, no network) into a UsageError."""
     if recipe.log.wandb is None:
         yield
         return
@@ -62,7 +62,7 @@ def _run_id(file: Path) -> str:
 
 
 class Tracker:
-    """DeepSpeed's monitor, to which a run's logged numbers go too; over the samples seen, as its own learning rate."""
+    """DeepSpeed's monitor, which logs a run's scalars by samples seen, as it does its own learning rate."""
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
@@ -76,7 +76,7 @@ class Tracker:
         self._monitor.write_events([(name, value, samples) for name, value in values])
 
     def close(self, clean: bool) -> None:
-        """Ends the W&B run, which else would wait for the end of the interpreter, to which a rank does not come."""
+        """Ends the W&B run here: its exit hook would not run, since ranks leave without interpreter shutdown."""
         import wandb
 
         wandb.finish(exit_code=0 if clean else 1)

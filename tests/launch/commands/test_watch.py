@@ -57,7 +57,7 @@ def log_of(records: list[dict[str, Any]]) -> Log:
 def many_ranks(count: int) -> list[Rank]:
     ranks = [Rank(n, f"node{n // 8:03d}", 201, 0.4, 38.0, 0.03, 6e10, 8.5e10, n % 3, "") for n in range(count)]
     if count > 3:
-        ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", part="data_wait")
+        ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", phase="data_wait")
     return sorted(ranks, key=lambda rank: rank.badness)
 
 
@@ -181,7 +181,7 @@ def run_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     lines = [json.dumps(record) for record in events(until=time.time())]
     (folder / "events.jsonl").write_text("\n".join(lines) + '\n{"event": "st')
-    (folder / "recipe.yaml").write_text("model: {encoder: nano}\ntrain: {global_batch: 64}\n")
+    (folder / "recipe.yaml").write_text("encoder: {name: nano}\ntrain: {global_batch: 64}\n")
     return folder
 
 
@@ -255,7 +255,7 @@ def test_watching_ends_with_the_run(run_dir: Path) -> None:
     done = call(run_dir, "--interval", "0.1")
     assert done.returncode == 0
     assert done.stdout.count("finished") == 1
-    assert "lines of events.jsonl that were cut short and are left out: 1" in done.stdout
+    assert "lines of events.jsonl that cannot be read and are left out: 1" in done.stdout
 
 
 def test_a_closed_pipe_is_no_traceback(run_dir: Path) -> None:

@@ -8,6 +8,7 @@ from mixmae.base.run_directory import CHECKPOINTS, EVENTS, RECIPE, SHARDS, check
 from mixmae.trainer.data.faults import Fault, FaultLog, Reason
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.run.run_directory import begin_attempt, check_run_dir, read_events, replaced_file, write_run_dir
+from mixmae.trainer.tasks.registry import task_of
 from tests.helpers import tiny_recipe
 
 DAMAGE = [b"\x84\xff\x00\n", b'{"event": "step", "time{"event": "step", "time": 1}\n', b'{"event": "step"}\n', b"[]\n"]
@@ -39,7 +40,7 @@ def test_damaged_names_of_replaced_samples_do_not_stop_a_start(tmp_path: Path, d
 def test_a_damaged_copy_of_what_checkpoints_hold_does_not_stop_a_start(
     shards: Path, tmp_path: Path, name: str, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path)})
+    recipe = task_of(tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path)})).recipe
     index = open_index(shards)
     write_run_dir(recipe, index)
     whole = (tmp_path / name).read_bytes()

@@ -1,4 +1,4 @@
-"""The exporter of a node: a process that the node's first rank starts, starts again if it is lost, and ends."""
+"""The process of a node's exporter, which the node's first rank starts, restarts if it is lost, and ends."""
 
 import os
 import subprocess
@@ -14,13 +14,13 @@ from mixmae.monitoring.exporter.server import UNUSABLE, ExporterError, check_fil
 from mixmae.trainer.recipe.schema import Recipe
 
 BETWEEN_STARTS = 60.0
-"""Seconds at least from one start to the next, so that an exporter that cannot live costs a run nothing."""
+"""Least seconds from one start to the next, so that an exporter that keeps failing costs a run nothing."""
 _ENDING = 5.0
 """Seconds that an exporter has to end by itself."""
 
 
-class NodeExporter:
-    """The exporter's process, and a thread that waits for its end: the run's own never looks."""
+class ExporterProcess:
+    """The exporter's process, and a thread that waits for its end, so that the training thread never does."""
 
     def __init__(self, recipe: Recipe, shared: Path, between_starts: float = BETWEEN_STARTS) -> None:
         self._command, self._between_starts = _command(recipe, shared), between_starts
