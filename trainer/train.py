@@ -5,13 +5,13 @@ life: what notes the one and gives the other comes first.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import begin_heartbeat
+from mixmae.base.logs import set_up_logging
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
@@ -26,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     )  # deepspeed's launcher passes it; the environment has it too
     args = parser.parse_args(argv)
     stop = StopRequest()
+    set_up_logging()
     heartbeat = begin_heartbeat(os.environ)
     recipe = load_recipe(args.recipe, args.overrides)
 
@@ -38,7 +39,6 @@ def main(argv: Sequence[str]) -> int:
             f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start: check the hostfile or "
             "the job's size"
         )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return pretrain(recipe, ranks, stop, heartbeat)
 
 

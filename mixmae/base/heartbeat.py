@@ -1,13 +1,14 @@
-"""A rank's heartbeat: a small file with its phase and step, which the rank's supervisor reads.
+"""A rank's heartbeat: which phase it is in, and, every second, that it still runs.
 
-Times are of the monotonic clock, which all processes of a machine share.
+The launcher reads it from a small file, whose times are of the monotonic clock that all processes of a machine share;
+listeners, such as the metrics, are called at each tick.
 """
 
 import mmap
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from mixmae.base.phases import PHASES
 
 HEARTBEAT = "MIXMAE_HEARTBEAT"
 """The environment variable with the file's path; unset if nobody reads it."""
-_TICK = 1.0
 _LAYOUT = struct.Struct("<qqdd")
 
 
@@ -26,8 +26,8 @@ class Beat:
     Attributes:
         step: optimizer steps done since the run began.
         phase: one of `PHASES`.
-        since: when it entered that phase.
-        ticked: when its interpreter last ran: about a second ago, unless the process is stopped.
+        since: when the phase began.
+        ticked: when its interpreter last ran; about a second ago unless the process is stopped.
     """
 
     step: int
@@ -37,39 +37,74 @@ class Beat:
 
 
 class Heartbeat:
-    """The writer: a few memory writes a step, and a thread that ticks."""
+    """The writer: a few memory writes a step, and a thread that ticks.
 
-    def __init__(self, file: Path) -> None:
-        file.write_bytes(_LAYOUT.pack(0, 0, time.monotonic(), time.monotonic()))
-        with file.open("r+b") as opened:
-            self._map = mmap.mmap(opened.fileno(), _LAYOUT.size)
+    A stopped process, or an interpreter that hangs without releasing its lock, stops ticking.
+    """
+
+    def __init__(self, file: Path | None = None, interval: float = 1.0) -> None:
+        """Starts ticking.
+
+        Args:
+            file: read by the rank's supervisor; None without one.
+            interval: seconds between two ticks.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._map = None if file is None else _mapped(file)
+        self._interval = interval
         self._step = 0
+        self._listeners: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def set_phase(self, phase: str, step: int | None = None) -> None:
-        """Records the phase that the rank enters, and its steps so far if they changed."""
+        """Records that the rank enters one of `PHASES`, and its steps so far if they changed."""
         if step is not None:
             self._step = step
-        struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(phase), time.monotonic())
+        if self._map is not None:
+            struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(phase), time.monotonic())
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` now, in this thread, and then at every tick."""
+        listener()
+        with self._lock:
+            self._listeners.append(listener)
+
+    def remove_listener(self, listener: Callable[[], None]) -> None:
+        """Returns once `listener` is not being called, and will not be again."""
+        with self._lock:
+            self._listeners.remove(listener)
 
     def close(self) -> None:
         self._ended.set()
         self._thread.join()
 
-    def _tick(self) -> None:
-        while not self._ended.wait(_TICK):
-            struct.pack_into("<d", self._map, _LAYOUT.size - 8, time.monotonic())
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval):
+            if self._map is not None:
+                struct.pack_into("<d", self._map, _LAYOUT.size - 8, time.monotonic())
+            with self._lock:
+                for listener in self._listeners:
+                    listener()
 
 
-def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
-    """Starts this process's heartbeat if the environment names a file for it.
+def _mapped(file: Path) -> mmap.mmap:
+    file.write_bytes(_LAYOUT.pack(0, 0, time.monotonic(), time.monotonic()))
+    with file.open("r+b") as opened:
+        return mmap.mmap(opened.fileno(), _LAYOUT.size)
+
+
+def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat:
+    """Starts this process's heartbeat, in a file if the environment names one.
 
     Raises:
         OSError: the file cannot be written.
     """
-    return Heartbeat(Path(env[HEARTBEAT])) if HEARTBEAT in env else None
+    return Heartbeat(Path(env[HEARTBEAT]) if HEARTBEAT in env else None)
 
 
 def read_beat(file: Path) -> Beat | None:

@@ -1,4 +1,4 @@
-"""How a run's exporters want to be asked: over TLS, with a password, or plainly, as its recipe says."""
+"""How to reach a run's exporters, as its recipe says: over TLS, with authentication, or plainly."""
 
 import base64
 import ssl
@@ -18,7 +18,7 @@ TIMEOUT = 1.5
 
 @dataclass(frozen=True)
 class Access:
-    """How a run's exporters want to be asked, as its recipe says under `monitoring`."""
+    """TLS and authentication of a run's exporters, from its recipe's section `monitoring`."""
 
     certfile: Path | None = None
     auth_file: Path | None = None
@@ -41,7 +41,7 @@ class Access:
         return "https" if self.certfile is not None else "http"
 
     def fetch(self, url: str) -> bytes:
-        """Asks an exporter, past the proxies of the environment, which do not know a cluster's nodes."""
+        """Fetches a page of an exporter, past the environment's proxies, which do not know a cluster's nodes."""
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self.certfile is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

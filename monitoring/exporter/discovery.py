@@ -1,4 +1,4 @@
-"""Where Prometheus finds a run's nodes: one file_sd target file per node in the run directory."""
+"""Service discovery: one file_sd target file per node in the run directory."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def write_target(run_dir: Path, node: str, address: str) -> Path:
     return file
 
 
-def forget_targets(run_dir: Path) -> None:
+def remove_targets(run_dir: Path) -> None:
     """Removes what an earlier start of the run left."""
     for file in targets_folder(run_dir).glob("*.json"):
         file.unlink(missing_ok=True)

@@ -32,9 +32,9 @@ class View:
     notes: Sequence[str] = ()
     """Why something is not shown."""
     alerts: Sequence[Alert] | None = None
-    """None where nobody asked for them."""
+    """None without a Prometheus server."""
     end: float = math.nan
-    """When the run ends, as its main rank reckons; NaN where it was not asked."""
+    """When the run ends, by its main rank's estimate; NaN where that is not known."""
 
     @property
     def step(self) -> int:
@@ -105,7 +105,7 @@ class WatchedRun:
         self.name = run_dir.resolve().name
         self._log, self._tail, self._recipe = Log(), Tail(run_dir / EVENTS), dict[str, Any]()
         self._endpoints: dict[tuple[str, str], tuple[Endpoint, Poller]] = {}
-        self._alerts = Asked(prometheus, {"run": self.name}, interval)
+        self._alerts = FiringAlerts(prometheus, {"run": self.name}, interval)
         self._find_endpoints()
 
     def settle(self) -> None:
@@ -189,7 +189,7 @@ class WatchedEndpoint:
             raise WatchError(f"{url} does not answer as a run's exporter: {self._endpoint.problem}")
         self._log, self._seen = Log(), dict[str, str]()
         self._poller = Poller(self._endpoint.ask, interval)
-        self._alerts = Asked(prometheus, {"instance": self.name}, interval)
+        self._alerts = FiringAlerts(prometheus, {"instance": self.name}, interval)
 
     def settle(self) -> None:
         wait_for(self._alerts.pollers)
@@ -214,8 +214,8 @@ class WatchedEndpoint:
         return View(self.name, details, self._log, now, ranks, notes, self._alerts.alerts, end)
 
 
-class Asked:
-    """Prometheus, if it is to be asked."""
+class FiringAlerts:
+    """A run's firing alerts, if a Prometheus server is given."""
 
     def __init__(self, url: str | None, labels: Mapping[str, str], interval: float) -> None:
         self._prometheus = Prometheus(url, labels) if url is not None else None

@@ -4,8 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+import pytest
 
 from mixmae.base.heartbeat import HEARTBEAT, Heartbeat, begin_heartbeat, read_beat
 from tests.helpers import ROOT, tiny_recipe
@@ -77,6 +80,32 @@ def test_a_run_tells_that_it_starts_before_torch_is_there(tmp_path: Path) -> Non
     assert (beat.step, beat.phase) == (0, "starting")
 
 
-def test_nobody_reads_what_nobody_asked_for(tmp_path: Path) -> None:
-    assert begin_heartbeat({}) is None
+def test_listeners_are_called_at_every_tick_until_they_are_removed() -> None:
+    beat = Heartbeat(interval=0.001)
+    calls: list[str] = []
+    tenth = threading.Event()
+
+    def listen() -> None:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 10:
+            tenth.set()
+
+    beat.add_listener(listen)
+    assert calls[0] == threading.current_thread().name
+    assert tenth.wait(60)
+    beat.remove_listener(listen)
+    heard = len(calls)
+    other = threading.Event()
+    beat.add_listener(lambda: other.set() if threading.current_thread().name == "heartbeat" else None)
+    assert other.wait(60)
+    beat.close()
+    assert len(calls) == heard
+    assert set(calls[1:]) == {"heartbeat"}
+
+
+def test_without_a_launcher_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    beat = begin_heartbeat({})
+    beat.set_phase("forward", 1)
+    beat.close()
     assert list(tmp_path.iterdir()) == []

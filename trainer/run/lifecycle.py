@@ -32,11 +32,11 @@ from mixmae.trainer.run.run_directory import (
     write_run_dir,
 )
 from mixmae.trainer.run.state import TrainState
-from mixmae.trainer.telemetry.node_exporter import check_monitoring
+from mixmae.trainer.telemetry.exporter_process import check_monitoring
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
 from mixmae.trainer.telemetry.sample_log import SampleLog
-from mixmae.trainer.telemetry.wandb_tracker import Tracker, check_wandb, prepare_wandb, wandb_in_words
+from mixmae.trainer.telemetry.wandb_tracker import Tracker, check_wandb, explain_wandb_errors, prepare_wandb
 
 _LAST_SAVE = 10.0
 """Seconds that a run which failed waits for a save that it began before."""
@@ -141,7 +141,7 @@ def _build(
 ) -> Run:
     recipe, index, schedule = job.recipe, job.index, job.schedule
     prepare_wandb(recipe, ranks)
-    with wandb_in_words(recipe):
+    with explain_wandb_errors(recipe):
         engine = build_engine(job.model, recipe, ranks)
     resumed = resume(engine, recipe.run_dir, ranks)
     state, position = _state_of(resumed, recipe, index)

@@ -50,27 +50,26 @@ def fit(run: Run) -> str | None:
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
-        run.reporter.step(state.step)
         if run.sample_log is not None:
             run.sample_log.write(state.step, samples)
         observer.data(run.batches)
         if state.skipped_in_row:
             report_skipped(run, samples, losses)
-        if due(run, Span(recipe.log.every, "step")):
-            with observer.clock.part("logging"):
+        if state.step == 1 or due(run, Span(recipe.log.every, "step")):
+            with observer.clock.phase("logging"):
                 report(run, window, meter)
             window.zero_()
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
             show(run, batch)
             meter.restart()
         if due(run, recipe.checkpoint.every):
-            with observer.clock.part("checkpoint"):
+            with observer.clock.phase("checkpoint"):
                 saving.save(run)
             meter.restart()
         saving.tell(run)
         observer.step(state, per_rank)
         wish = run.vote.cast(saving.wish(run))
-    observer.at("ending")
+    observer.set_phase("ending")
     return saving.conclude(run, wish)
 
 
@@ -80,16 +79,16 @@ def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
     set_lr(engine.optimizer, run.schedule.lr(state.step))
     losses, samples = [], []
     for micro_step in range(run.recipe.accumulation(run.ranks.world_size)):
-        with clock.part("data_wait"):
+        with clock.phase("data_wait"):
             batch = next(run.batches)
-        with clock.part("forward"):
+        with clock.phase("forward"):
             images = run.to_device(batch.images)
             mix = mix_for(run, micro_step, len(images))
             torch.manual_seed(seed_at(Purpose.DROP_PATH, *place(run, micro_step)))
             loss = engine(images, *mix)
-        with clock.part("backward"):
+        with clock.phase("backward"):
             engine.backward(refuse_non_finite(loss))
-        with clock.part("optimizer"):
+        with clock.phase("optimizer"):
             engine.step()
         losses.append(loss.detach())
         samples.append(batch.samples)

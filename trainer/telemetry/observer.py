@@ -1,4 +1,4 @@
-"""What a rank tells: its node's exporter, by numbers in shared memory, and whoever reads its heartbeat."""
+"""A rank's metrics for its node's exporter, in shared memory, and its heartbeat for the launcher."""
 
 import math
 import shutil
@@ -6,7 +6,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,9 +16,9 @@ import torch.distributed as dist
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.base.run_directory import newest_checkpoint
-from mixmae.monitoring.exporter.discovery import forget_targets
-from mixmae.monitoring.exporter.handover import Pulse, Recorder
+from mixmae.monitoring.exporter.discovery import remove_targets
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
+from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.monitoring.metrics import ENDS
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
@@ -30,21 +30,9 @@ from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
-from mixmae.trainer.telemetry.node_exporter import NodeExporter
+from mixmae.trainer.telemetry.exporter_process import ExporterProcess
 
-_NUMBERS = {place: number for number, place in enumerate(PHASES)}
-
-
-class Silence:
-    """In place of a recorder where nothing is exported."""
-
-    def set(self, name: str, value: float, *labels: str) -> None: ...
-
-    def add(self, name: str, amount: float, *labels: str) -> None: ...
-
-    def observe(self, name: str, seconds: float, *labels: str) -> None: ...
-
-    def close(self) -> None: ...
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
 class Observer:
@@ -52,44 +40,47 @@ class Observer:
 
     def __init__(
         self,
-        recorder: Recorder | Silence,
+        recorder: Recorder | NullRecorder,
         recipe: Recipe,
         ranks: Ranks,
         shared: Path | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
         self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
-        self.heartbeat = heartbeat
-        self.exporter: NodeExporter | None = None
+        self.heartbeat = heartbeat or Heartbeat()
+        self._ends_heartbeat = heartbeat is None
+        self.exporter: ExporterProcess | None = None
         """Of the node's first rank."""
         self.clock = StepClock(
             ranks.device,
-            part=lambda name, seconds: recorder.observe("step_part_seconds", seconds, name),
-            step=lambda seconds: recorder.observe("step_seconds", seconds),
-            place=self.at,
+            on_phase_end=lambda phase, seconds: recorder.observe("step_part_seconds", seconds, phase),
+            on_step_end=lambda seconds: recorder.observe("step_seconds", seconds),
+            on_phase=self.set_phase,
         )
         self._process = psutil.Process()
         self._communication = Communication()
         self._flops = 0.0
         self._peak: float | None = None
         recorder.add("parts_total", 0)
-        self.at("starting")
+        self.set_phase("starting")
         if ranks.is_main:
             recorder.set("world_size", ranks.world_size)
-        self._pulse = Pulse(recorder) if isinstance(recorder, Recorder) else None
+        self.heartbeat.add_listener(self._tick)
 
     def export(self) -> None:
         """Starts the node's exporter; for the node's first rank."""
         assert self.shared is not None
-        self.exporter = NodeExporter(self.recipe, self.shared)
+        self.exporter = ExporterProcess(self.recipe, self.shared)
 
-    def at(self, place: str) -> None:
+    def set_phase(self, phase: str) -> None:
         """The rank comes to one of `PHASES`."""
-        self.recorder.set("rank_part", _NUMBERS[place])
-        if place in STEP_PHASES:
+        self.recorder.set("rank_part", _NUMBERS[phase])
+        if phase in STEP_PHASES:
             self.recorder.add("parts_total", 1)
-        if self.heartbeat is not None:
-            self.heartbeat.set_phase(place)
+        self.heartbeat.set_phase(phase)
+
+    def _tick(self) -> None:
+        self.recorder.set("alive_timestamp_seconds", time.time())
 
     def restarted(self, past_ends: Sequence[str]) -> None:
         """Says how earlier attempts at the run ended, which the main rank knows."""
@@ -131,8 +122,7 @@ class Observer:
         self.recorder.add("images_total", images)
         self.recorder.set("step", state.step)
         self.recorder.set("heartbeat_timestamp_seconds", time.time())
-        if self.heartbeat is not None:
-            self.heartbeat.set_phase("between", state.step)
+        self.heartbeat.set_phase("between", state.step)
 
     def data(self, stream: Stream) -> None:
         """Where the input stands."""
@@ -175,6 +165,11 @@ class Observer:
             left = (total_steps - state.step) * self.recipe.train.global_batch / rate
             self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
 
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """The task measured something; for the main rank."""
+        for name, value in metrics.items():
+            self.recorder.set("evaluation", value, name)
+
     def skipped(self) -> None:
         """A step is skipped; for the main rank."""
         self.recorder.add("skipped_steps_total", 1)
@@ -191,8 +186,9 @@ class Observer:
 
     def close(self, clean: bool) -> None:
         """Ends the exporter; after an unclean end its target stays, and Prometheus sees a node that is down."""
-        if self._pulse is not None:
-            self._pulse.close()
+        self.heartbeat.remove_listener(self._tick)
+        if self._ends_heartbeat:
+            self.heartbeat.close()
         self.recorder.close()
         if self.exporter is not None:
             self.exporter.close(clean)
@@ -206,9 +202,9 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
     Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
     """
     if not recipe.monitoring.enabled:
-        return Observer(Silence(), recipe, ranks, heartbeat=heartbeat), None
+        return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
-        forget_targets(recipe.run_dir)
+        remove_targets(recipe.run_dir)
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, src=0)
     shared = _shared_memory() / f"mixmae-{token[0]}"
@@ -216,7 +212,7 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         recorder = Recorder(shared, ranks.rank)
     except OSError as error:
         return Observer(
-            Silence(), recipe, ranks, shared, heartbeat
+            NullRecorder(), recipe, ranks, shared, heartbeat
         ), f"no metrics are exported: {shared}: {error.strerror}"
     observer = Observer(recorder, recipe, ranks, shared, heartbeat)
     if ranks.local_rank == 0:

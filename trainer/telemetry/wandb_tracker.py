@@ -41,7 +41,7 @@ def prepare_wandb(recipe: Recipe, ranks: Ranks) -> None:
 
 
 @contextmanager
-def wandb_in_words(recipe: Recipe) -> Iterator[None]:
+def explain_wandb_errors(recipe: Recipe) -> Iterator[None]:
     """Around the making of the engine: what W&B refuses (no key, no such entity, no network) becomes a UsageError."""
     if recipe.log.wandb is None:
         yield

@@ -57,7 +57,7 @@ def log_of(records: list[dict[str, Any]]) -> Log:
 def many_ranks(count: int) -> list[Rank]:
     ranks = [Rank(n, f"node{n // 8:03d}", 201, 0.4, 38.0, 0.03, 6e10, 8.5e10, n % 3, "") for n in range(count)]
     if count > 3:
-        ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", part="data_wait")
+        ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", phase="data_wait")
     return sorted(ranks, key=lambda rank: rank.badness)
 
 

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from mixmae.base.ports import free_port, free_port_from
 from mixmae.launch.commands import monitor as command
 from mixmae.monitoring.exporter.discovery import write_target
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.monitoring.exporter.server import Exporter, Settings
 from mixmae.monitoring.prometheus import local
 from mixmae.monitoring.prometheus.configuration import configuration, run_dirs

@@ -195,8 +195,23 @@ def test_states() -> None:
     assert view(log_of(*running, event("end", 100, NOW + 300)), NOW + 9999).state is State.FINISHED
     assert view(log_of(*running, event("end", 100, NOW + 300)), NOW + 9999).elapsed == 300
     assert view(log_of(*running, event("failed", 50, NOW + 101)), NOW + 9999).state is State.FAILED
+    stopped = log_of(*running, event("preempted", 50, NOW + 101, reason="SIGTERM on rank 0"))
+    assert view(stopped, NOW + 9999).state is State.PREEMPTED
+    assert math.isnan(view(stopped, NOW + 102).remaining)
     again = log_of(*running, event("end", 50, NOW + 101), event("resumed", 50, NOW + 200))
     assert view(again, NOW + 210).state is State.RUNNING
+
+
+@pytest.mark.parametrize("end", ["preempted", "failed"])
+def test_a_new_attempt_is_running_until_it_is_refused(end: str) -> None:
+    log = log_of(event("start", 0, NOW), *steps(10, 50, NOW), event(end, 50, NOW + 101))
+    log.take({"event": "attempt", "time": NOW + 200, "message": "starting again"})
+    assert view(log, NOW + 201).state is State.RUNNING
+    log.take({"event": "refused", "time": NOW + 202, "message": "another recipe"})
+    assert view(log, NOW + 203).state == end
+    log.take({"event": "attempt", "time": NOW + 210, "message": "starting again"})
+    log.take(event("resumed", 50, NOW + 220))
+    assert view(log, NOW + 221).state is State.RUNNING
 
 
 def test_quick_runs_are_patient_for_a_minute_and_fresh_ones_for_their_first_steps() -> None:
@@ -294,7 +309,7 @@ def test_late_and_silent_ranks(exporter: tuple[Exporter, str]) -> None:
     endpoint = Endpoint(f"http://{address}/metrics", "a", Access())
     run.train("1", steps=1, wait=0.0, beat=NOW + 99)
     endpoint.ask(NOW + 100)
-    found = [(rank.rank, rank.trouble, rank.part) for rank in endpoint.ranks(NOW + 102)]
+    found = [(rank.rank, rank.trouble, rank.phase) for rank in endpoint.ranks(NOW + 102)]
     assert found == [(0, "late", "data_wait"), (1, "", "backward")]
     run.metrics["alive_timestamp_seconds"].labels("0").set(NOW + 60)
     endpoint.ask(NOW + 102)

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 
 from mixmae.base.run_directory import targets_folder
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.telemetry.node_exporter import NodeExporter
+from mixmae.trainer.telemetry.exporter_process import ExporterProcess
 from tests.helpers import tiny_recipe
 
 
@@ -47,7 +47,7 @@ def test_an_exporter_that_is_lost_is_started_again(end: signal.Signals, tmp_path
     recipe = recipe_for(tmp_path)
     recipe.run_dir.mkdir()
     recorder = Recorder(tmp_path / "shared", 0)
-    exporter = NodeExporter(recipe, tmp_path / "shared", between_starts=0)
+    exporter = ExporterProcess(recipe, tmp_path / "shared", between_starts=0)
     until(lambda: bool(answer(recipe.run_dir)))
     first = exporter.pid
     os.kill(first, end)
@@ -64,10 +64,10 @@ def starts_of(command: str, tmp_path: Path, between_starts: float) -> int:
     """How often a program in the exporter's place is started within a second of its first end."""
     log = tmp_path / "starts"
     with mock.patch(
-        "mixmae.trainer.telemetry.node_exporter._command",
+        "mixmae.trainer.telemetry.exporter_process._command",
         return_value=["sh", "-c", f"echo started >> {log}; {command}"],
     ):
-        exporter = NodeExporter(recipe_for(tmp_path), tmp_path / "shared", between_starts)
+        exporter = ExporterProcess(recipe_for(tmp_path), tmp_path / "shared", between_starts)
     until(log.exists)
     time.sleep(1)
     exporter.close(clean=True)

@@ -1,4 +1,4 @@
-"""Numbers that ranks hand to their node's exporter: one small file of doubles per rank in shared memory.
+"""How a rank's metrics reach its node's exporter: one small file of doubles per rank in shared memory.
 
 Writing is a store to memory: nothing waits for a reader, and nothing is lost to one that never comes.
 """
@@ -7,8 +7,6 @@ import bisect
 import functools
 import json
 import os
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +33,7 @@ class Value(NamedTuple):
 
 
 class Recorder:
-    """What a rank says of itself. Counters start at 0 with the process, as Prometheus expects of a restart."""
+    """A rank's metrics. Counters start at 0 with the process, as Prometheus expects of a restart."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         """Opens the rank's file.
@@ -87,36 +85,25 @@ class Recorder:
         return found
 
 
-class Pulse:
-    """Tells every second that this process runs, from a thread of its own, which a stopped process has no more."""
+class NullRecorder:
+    """In place of a recorder where nothing is exported."""
 
-    def __init__(self, recorder: Recorder, interval: float = 1.0) -> None:
-        self._recorder, self._interval = recorder, interval
-        self._ended = threading.Event()
-        self._beat()  # here, since only one thread may add a value to the file
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
-        self._thread.start()
+    def set(self, name: str, value: float, *labels: str) -> None: ...
 
-    def close(self) -> None:
-        """To be called before the recorder is closed."""
-        self._ended.set()
-        self._thread.join()
+    def add(self, name: str, amount: float, *labels: str) -> None: ...
 
-    def _run(self) -> None:
-        while not self._ended.wait(self._interval):
-            self._beat()
+    def observe(self, name: str, seconds: float, *labels: str) -> None: ...
 
-    def _beat(self) -> None:
-        self._recorder.set("alive_timestamp_seconds", time.time())
+    def close(self) -> None: ...
 
 
 def read_ranks(folder: Path) -> Iterator[tuple[int, list[Value]]]:
-    """What the ranks of a node have said so far, by rank."""
+    """The metrics of a node's ranks as they are now, by rank."""
     for file in sorted(folder.glob("rank-*.numbers")):
         try:
             rows = list(MmapedDict.read_all_values_from_file(str(file)))
         except (FileNotFoundError, RuntimeError):
-            continue  # a rank that just ends, or tells something new
+            continue  # a rank that just ends, or adds a series
         yield int(file.stem.removeprefix("rank-")), [_value(key, number) for key, number, _, _ in rows]
 
 

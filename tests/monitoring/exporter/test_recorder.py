@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmae.monitoring.exporter.handover import Recorder, Value, cumulative, is_known, read_ranks
+from mixmae.monitoring.exporter.recorder import Recorder, Value, cumulative, is_known, read_ranks
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind, Source
 
 

@@ -19,7 +19,7 @@ _ENDING = 5.0
 """Seconds that an exporter has to end by itself."""
 
 
-class NodeExporter:
+class ExporterProcess:
     """The exporter's process, and a thread that waits for its end: the run's own never looks."""
 
     def __init__(self, recipe: Recipe, shared: Path, between_starts: float = BETWEEN_STARTS) -> None:
