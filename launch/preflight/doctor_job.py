@@ -24,7 +24,7 @@ from mixmae.launch.supervision.launcher import LOG, run_attempt
 from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.restart_loop import Backend
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
-from mixmae.trainer.doctor.protocol.folders import made
+from mixmae.trainer.doctor.protocol.folders import temporary_folder
 from mixmae.trainer.recipe.schema import Launch
 
 MODULE = "mixmae.trainer.doctor"
@@ -75,7 +75,7 @@ def run_doctor_under_slurm(
     job = JobSpec(MODULE, (*arguments, "--jsonl"), folder, settings)
     with ExitStack() as stack:
         try:
-            stack.enter_context(made(base))
+            stack.enter_context(temporary_folder(base))
             folder.mkdir()
         except OSError as error:
             return [_unusable(base, error)]

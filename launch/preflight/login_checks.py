@@ -15,7 +15,7 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile_parser import HostSlots
 from mixmae.launch.backends.slurm import SlurmRequest
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 from mixmae.trainer.recipe.schema import Recipe
 
 _CONNECT_SECONDS = 5
@@ -59,7 +59,7 @@ def check_names(hosts: HostSlots) -> Iterator[Finding]:
             yield Finding(Level.ERROR, "host", name, found, "an address", advice)
     for address, names in by_address.items():
         if len(names) > 1:
-            yield Finding(Level.ERROR, "host", some(names), f"all are {address}", "another host each", _LEAVE_ONE)
+            yield Finding(Level.ERROR, "host", abbreviate(names), f"all are {address}", "another host each", _LEAVE_ONE)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def check_hosts(hosts: HostSlots, ssh_port: int | None = None) -> Iterator[Findi
             by_machine.setdefault(answer.machine, []).append(answer.host)
     for names in by_machine.values():
         if len(names) > 1:
-            yield Finding(Level.ERROR, "host", some(names), "are one machine", "another host each", _LEAVE_ONE)
+            yield Finding(Level.ERROR, "host", abbreviate(names), "are one machine", "another host each", _LEAVE_ONE)
     if not troubles:
         yield Finding(Level.OK, "ssh", f"{len(answers)} hosts", f"all answered within {seconds:.1f} s")
 
@@ -182,7 +182,7 @@ def check_slurm(request: SlurmRequest, partition: str | None) -> Iterator[Findin
         yield Finding(Level.ERROR, "Slurm", where, " ".join(done.stderr.split()), "its nodes", advice)
         return
     usable, unusable = sort_nodes(done.stdout)
-    found = f"{len(usable)} usable nodes" + (f", {len(unusable)} not: {some(unusable)}" if unusable else "")
+    found = f"{len(usable)} usable nodes" + (f", {len(unusable)} not: {abbreviate(unusable)}" if unusable else "")
     if len(usable) < request.nodes:
         advice = "wait for nodes ('sinfo --list-reasons' says why), ask for fewer, or name another partition"
         yield Finding(Level.ERROR, "Slurm", where, found, f"{request.nodes} nodes", advice)

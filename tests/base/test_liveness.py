@@ -4,7 +4,7 @@ import re
 
 from mixmae.base.liveness import JOIN_SECONDS, SILENT_SECONDS, STALL_SECONDS, STUCK_SECONDS
 from mixmae.monitoring.exporter.server import Settings
-from mixmae.trainer.doctor.meeting import ARRIVAL
+from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS
 from mixmae.trainer.recipe.schema import Launch, Monitoring
 from tests.helpers import ROOT
 
@@ -14,7 +14,11 @@ def test_a_lost_process_is_noticed_before_a_stuck_run_and_a_stall_is_told_before
 
 
 def test_defaults_are_derived() -> None:
-    assert (Launch().join_seconds, Launch().stuck_seconds, ARRIVAL) == (JOIN_SECONDS, STUCK_SECONDS, JOIN_SECONDS)
+    assert (Launch().join_seconds, Launch().stuck_seconds, ARRIVAL_SECONDS) == (
+        JOIN_SECONDS,
+        STUCK_SECONDS,
+        JOIN_SECONDS,
+    )
     assert Monitoring().stall_seconds == STALL_SECONDS
     assert Settings.__dataclass_fields__["stall_seconds"].default == STALL_SECONDS
 

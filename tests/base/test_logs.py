@@ -11,7 +11,7 @@ from mixmae.base.logs import FILE, LEVEL
 
 PROGRAM = """
 import logging
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.base.logs import set_up_logging
 
 def main(argv):
@@ -26,7 +26,7 @@ def main(argv):
     deepspeed.warning("overflow")
     return 0
 
-raise SystemExit(run_in_words(main, []))
+raise SystemExit(run_cli(main, []))
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED
 from mixmae.base.run_directory import NEWEST, complete_checkpoints
-from mixmae.trainer.checkpoints.layout import MANIFEST
+from mixmae.trainer.checkpoints.manifest import MANIFEST
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
 from tests.drill.target import run_to_a_step, seen_at_a_step
@@ -134,7 +134,7 @@ def all_damaged(drill: Drill) -> None:
         drill.done += f", {flip_a_bit(checkpoint, drill.rng)} of {checkpoint.name}"
     for _ in range(2):  # the second one finds them set aside
         drill.start()
-        drill.ended([FAILED], "is whole", "name another run_dir to start from the beginning")
+        drill.ended([FAILED], "is intact", "name another run_dir to start from the beginning")
     copy.rename(checkpoints[-1])
     drill.start()
     drill.finish(again=0)
@@ -151,7 +151,7 @@ def lost_pointer(drill: Drill) -> None:
         pointer.write_text("" if how == "emptied" else "step-00000999\n")
     drill.done += f", `{NEWEST}` {how}"
     drill.finish()
-    require_told(drill, "names no checkpoint that is there")
+    require_told(drill, "names no checkpoint that exists")
 
 
 @fault("local")
@@ -162,7 +162,7 @@ def lost_newest(drill: Drill) -> None:
     shutil.rmtree(newest)
     drill.done += f", {newest.name} removed"
     drill.finish()
-    require_told(drill, "names no checkpoint that is there")
+    require_told(drill, "names no checkpoint that exists")
 
 
 def require_told(drill: Drill, description: str) -> None:

@@ -49,7 +49,7 @@ class Rig:
         recipe = tiny_recipe(
             **{
                 "run_dir": str(run_dir),
-                "model.sizes.drop_path_rate": 0.2,
+                "encoder.drop_path_rate": 0.2,
                 "data.shards": str(self.shards),
                 "data.streams": GLOBAL_BATCH,
                 "train.global_batch": GLOBAL_BATCH,

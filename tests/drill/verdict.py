@@ -12,8 +12,7 @@ import torch
 from mixmae.base import jsonl
 from mixmae.base.run_directory import EVENTS, LOGS, checkpoint_step, complete_checkpoints, newest_checkpoint
 from mixmae.trainer.checkpoints.layout import leftovers
-from mixmae.trainer.checkpoints.pieces import KINDS
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.cluster import ssh
 from tests.cluster.cluster import Cluster
@@ -87,9 +86,12 @@ def computed_the_same(folder: Path, undisturbed: Path) -> list[str]:
     losses, expected = _losses(folder), _losses(undisturbed)
     if steps := [step for step in losses if losses[step] != expected[step]]:
         problems.append(f"the losses of steps {steps[:5]} are others than undisturbed")
-    for kind in KINDS:
-        weights, right = (master_weights(complete_checkpoints(run)[-1], kind) for run in (folder, undisturbed))
-        if other := [name for name, value in right.items() if not torch.equal(value, weights[name])]:
+    actual, right = (
+        {"weight": master_weights(newest), **optimizer_states(newest)}
+        for newest in (complete_checkpoints(run)[-1] for run in (folder, undisturbed))
+    )
+    for kind in right:
+        if other := [name for name, value in right[kind].items() if not torch.equal(value, actual[kind][name])]:
             problems.append(f"{kind} of {len(other)} parameters is another than undisturbed, such as {other[0]}")
     return problems
 

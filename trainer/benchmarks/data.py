@@ -26,14 +26,15 @@ from tqdm import tqdm
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import photos
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
-from mixmae.trainer.data.decode import decode_view, open_encoded, random_view, render, training_view
+from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
 from mixmae.trainer.data.index import ShardIndex, open_index
-from mixmae.trainer.data.order import Share, Ticket
+from mixmae.trainer.data.order import BatchSlice, SampleRef
 from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.sources import open_source
-from mixmae.trainer.data.stream import Position, Stream, Views
+from mixmae.trainer.data.stream import BatchReader, Position, Stream
+from mixmae.trainer.data.transform import RandomResizedCropFlip
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
@@ -92,7 +93,7 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
     reference = statistics.median(rates[REFERENCE])
     parts = {variant.name: _parts(recipe, variant) for variant in variants}
     return {
-        "img_size": recipe.model.img_size,
+        "img_size": recipe.encoder.img_size,
         "crop_scale": recipe.data.crop_scale,
         "micro_batch": recipe.train.micro_batch,
         "num_workers": recipe.data.num_workers,
@@ -181,7 +182,7 @@ def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                recipe.model.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+                recipe.encoder.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
             ),
             transforms.RandomHorizontalFlip(data.hflip),
             transforms.ToTensor(),
@@ -218,28 +219,28 @@ def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> 
 
 def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, float]:
     """Microseconds of one core for an image: the same work as a worker's, one step behind the other."""
-    index, size = open_index(variant.shards), recipe.model.img_size
+    index, size = open_index(variant.shards), recipe.encoder.img_size
     settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
-    views = Views(index, _with(recipe, variant))
-    request = Share([Ticket(0, sample) for sample in samples], [])
+    reader = BatchReader(index, RandomResizedCropFlip(size, settings), recipe.seed)
+    request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    views.__getitems__(request)
+    reader.__getitems__(request)
     for sample in samples:
         times = [time.perf_counter()]
         content = index.read(sample)
         times.append(time.perf_counter())
         source = open_encoded(content, int(index.samples[sample]["state"]), settings.decoder)
-        view = random_view(source, size, settings, random_at(Purpose.VIEW, recipe.seed, 0, sample))
-        pixels = decode_view(source, view)
+        plan = plan_random_crop(source, size, settings, random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample))
+        pixels = decode_crop(source, plan)
         times.append(time.perf_counter())
-        render(pixels, view, size, settings.decoder)
+        resize_crop(pixels, plan, size, settings.decoder)
         times.append(time.perf_counter())
         for part, (start, end) in zip(spent, pairwise(times), strict=False):
             spent[part] += end - start
     started = time.perf_counter()
-    views.__getitems__(request)
+    reader.__getitems__(request)
     whole = time.perf_counter() - started
     spent["collate"] = max(0.0, whole - sum(spent.values()))
     torch.set_num_threads(threads)
@@ -248,18 +249,18 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
 
 
 def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
-    """Mean absolute difference, of 255, between the views of both decoders."""
+    """Mean absolute difference, of 255, between the crops of both decoders."""
     index = open_index(shards)
     differences = []
     for sample in range(min(count, len(index))):
         content, state = index.read(sample), int(index.samples[sample]["state"])
         fast, plain = (
-            training_view(
+            random_resized_crop(
                 content,
                 state,
-                recipe.model.img_size,
+                recipe.encoder.img_size,
                 recipe.data.model_copy(update={"decoder": decoder}),
-                random_at(Purpose.VIEW, recipe.seed, 0, sample),
+                random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample),
             )
             for decoder in ("fast", "pillow")
         )

@@ -17,7 +17,7 @@ def main() -> int:
     for run in RUNS:
         command = [sys.executable, "-m", "mixmae.launch.cli", "bench", "step", *run]
         failed += (
-            subprocess.run([*command, "--steps", "10", "--json", "model.num_images=2"], check=False).returncode != 0
+            subprocess.run([*command, "--steps", "10", "--json", "method.num_images=2"], check=False).returncode != 0
         )
     return 1 if failed else 0
 

@@ -12,16 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.models.methods.mixing import Mix, draw_mix
 from mixmae.trainer.benchmarks.profiling import kernel_shares, peak_allocated, profiled, settled
 from mixmae.trainer.benchmarks.recipe import recipe_of
 from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
 from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep
-from mixmae.trainer.engine.flops import model_flops
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.flops import model_flops
+from mixmae.trainer.tasks.registry import task_of
 
 _SIDES = {"cpu": 4096, "cuda": 8192}
 """Of the matrices whose product is the peak."""
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as model.num_images=2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as method.num_images=2")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _variants(args.variant, device)
@@ -64,23 +65,22 @@ def _variants(given: str, device: torch.device) -> list[str]:
 def measure(recipe: Recipe, names: Sequence[str], steps: int, device: torch.device) -> list[dict[str, Any]]:
     """One object for each variant, in the order given."""
     torch.manual_seed(0)
-    batch, settings = recipe.train.micro_batch, recipe.model
-    images = torch.randn(batch, 3, settings.img_size, settings.img_size, device=device)
+    task = task_of(recipe)
+    recipe, batch, side = task.recipe, recipe.train.micro_batch, recipe.encoder.img_size
+    images = torch.randn(batch, 3, side, side, device=device)
     bare = {name: BareStep(recipe, VARIANTS[name], device) for name in names}
-    generator = torch.Generator().manual_seed(0)
-    grid = bare[names[0]].model.grid
-    mixes = [draw_mix(batch, settings.num_images, grid, generator).to(device) for _ in range(steps + 1)]
-    memory = {name: _memory(step, images, mixes[0], device) for name, step in bare.items()}
+    inputs = [part.to(device) for part in task.example_inputs(bare[names[0]].model, batch)]
+    memory = {name: _memory(step, images, inputs, device) for name, step in bare.items()}
     product = _product(recipe.train.precision, device)
     times: dict[str, list[float]] = {name: [] for name in names}
     rates: list[float] = []
-    for turn, mix in enumerate(mixes[1:]):
+    for turn in range(steps):
         rates.append(product())
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:  # none always follows the same one
-            times[name].append(_seconds(partial(bare[name], images, mix), device))
+            times[name].append(_seconds(partial(bare[name], images, inputs), device))
     shares = {
-        name: kernel_shares(profiled(partial(step, images, mixes[0]), device), device) for name, step in bare.items()
+        name: kernel_shares(profiled(partial(step, images, inputs), device), device) for name, step in bare.items()
     }
     peak, flops = statistics.median(rates), model_flops(recipe)
     rate = {name: batch / statistics.median(times[name]) for name in names}
@@ -89,8 +89,8 @@ def measure(recipe: Recipe, names: Sequence[str], steps: int, device: torch.devi
     return [
         {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else where["cpu"],
-            "model": settings.encoder,
-            "num_images": settings.num_images,
+            "model": recipe.encoder.name,
+            "num_images": recipe.method.settings.get("num_images"),
             "variant": name,
             "words": VARIANTS[name].words,
             "precision": recipe.train.precision,
@@ -112,16 +112,16 @@ def measure(recipe: Recipe, names: Sequence[str], steps: int, device: torch.devi
     ]  # fmt: skip
 
 
-def _memory(step: BareStep, images: torch.Tensor, mix: Mix, device: torch.device) -> int:
+def _memory(step: BareStep, images: torch.Tensor, inputs: Sequence[Tensor], device: torch.device) -> int:
     """Peak bytes of the second step, weights and optimizer states included; the first warms everything up."""
-    step(images, mix)
+    step(images, inputs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         others = torch.cuda.memory_allocated(device) - step.bytes
         torch.cuda.reset_peak_memory_stats(device)
-        step(images, mix)
+        step(images, inputs)
         return torch.cuda.max_memory_allocated(device) - others
-    return step.bytes + peak_allocated(profiled(lambda: step(images, mix), device))
+    return step.bytes + peak_allocated(profiled(lambda: step(images, inputs), device))
 
 
 def _product(precision: str, device: torch.device) -> Callable[[], float]:

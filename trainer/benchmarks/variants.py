@@ -1,6 +1,6 @@
 """The bare step (forward, backward, optimizer) in several ways of computing it: what `mixmae bench step` compares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -9,18 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixmae.models import MixMAE
+from mixmae.models.contract import Trainable
 from mixmae.models.encoders.swin import Stage, Swin
-from mixmae.models.methods.mixing import Mix
+from mixmae.models.methods.contract import Method
 from mixmae.trainer.benchmarks.plain import make_plain
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.cpu import suit_cpu
-from mixmae.trainer.engine.engine import build_model, compile_parts
-from mixmae.trainer.engine.optimizer import parameter_groups
+from mixmae.trainer.engine.cpu import apply_cpu_workarounds
+from mixmae.trainer.engine.engine import compile_parts
+from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.registry import build_model
 
 
-def _masked(model: MixMAE) -> None:
+def _masked(model: Trainable) -> None:
+    assert isinstance(model, Method)
     assert isinstance(model.encoder, Swin)
     for stage in model.encoder.stages:
         stage.forward = MethodType(_without_sorting_by_group, stage)
@@ -30,12 +32,12 @@ def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num
     return Stage.forward(self, x, groups, None)
 
 
-def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[MixMAE], object]:
+def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], object]:
     return partial(checkpoint_activations, settings=ActivationCheckpointing(kind=kind))
 
 
-def _fused(model: MixMAE) -> None:
-    model.encoder.set_fused_attention()
+def _fused(model: Trainable) -> None:
+    model.set_fused_attention()
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Variant:
     """
 
     words: str
-    change: Callable[[MixMAE], object] = lambda model: None
+    change: Callable[[Trainable], object] = lambda model: None
     autocast: bool = False
     compiled: bool = False
     cuda_only: bool = False
@@ -87,7 +89,7 @@ class BareStep:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.bfloat16()
             if device.type == "cpu":
-                suit_cpu(self.model)
+                apply_cpu_workarounds(self.model)
         if variant.compiled:
             compile_parts(self.model)
         named = list(self.model.named_parameters())
@@ -96,11 +98,11 @@ class BareStep:
             torch.nn.Parameter(parameter.detach().float()) if parameter.dtype != torch.float32 else parameter
             for parameter in self._weights
         ]
-        names = [name for name, _ in named]
-        groups = parameter_groups(
-            zip(names, self._masters, strict=True), recipe.optim.weight_decay, recipe.optim.no_decay
+        masters = {name: master for (name, _), master in zip(named, self._masters, strict=True)}
+        groups = parameter_groups(self.model, recipe.optim.weight_decay, exempt_from_decay(recipe, self.model))
+        self._optimizer = torch.optim.AdamW(
+            optimizer_groups(groups, masters), lr=1e-5, betas=recipe.optim.betas, fused=True
         )
-        self._optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=recipe.optim.betas, fused=True)
 
     @property
     def bytes(self) -> int:
@@ -109,14 +111,14 @@ class BareStep:
         states = [*self._weights, *apart, *self.model.buffers()]
         return sum(t.numel() * t.element_size() for t in states) + 8 * sum(m.numel() for m in self._masters)
 
-    def loss(self, images: Tensor, mix: Mix) -> Tensor:
+    def loss(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            loss: Tensor = self.model(images, *mix)
+            loss: Tensor = self.model(images, *inputs)
         return loss
 
-    def __call__(self, images: Tensor, mix: Mix) -> Tensor:
+    def __call__(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """One step; returns its loss, on the device."""
-        loss = self.loss(images, mix)
+        loss = self.loss(images, inputs)
         loss.backward()
         self._optimize()
         return loss.detach()

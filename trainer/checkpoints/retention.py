@@ -6,12 +6,12 @@ from pathlib import Path
 
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints import layout
-from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
+from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest
 from mixmae.trainer.recipe.schema import Checkpoint
 
 
 def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:
-    """Removes what is not kept, also what lies behind the newest: it belongs to a history that was given up."""
+    """Removes what is not kept, and checkpoints of later steps than the newest: their history was abandoned."""
     found = complete_checkpoints(run_dir)
     past = [checkpoint for checkpoint in found if checkpoint.name <= newest.name]
     keep = kept(past, settings)
@@ -36,7 +36,7 @@ def kept(checkpoints: Sequence[Path], settings: Checkpoint) -> set[Path]:
 
 
 def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path, int]:
-    """How many whole periods of `keep_every` each checkpoint is the first one after."""
+    """For how many whole periods of `keep_every` each checkpoint is the first after their end."""
     every = settings.keep_every
     assert every is not None
     crossed = {}
@@ -52,5 +52,5 @@ def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path
 def _manifest(checkpoint: Path) -> Manifest | None:
     try:
         return Manifest.read(checkpoint)
-    except DamagedError:  # found and told at the next resume
+    except DamagedError:  # reported at the next resume
         return None

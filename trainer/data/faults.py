@@ -1,4 +1,4 @@
-"""Samples that cannot be used: why, how many, and when it is too many."""
+"""Unusable samples: why, how many, and how many are too many."""
 
 import sys
 from collections import Counter, defaultdict
@@ -11,11 +11,11 @@ from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 
 JPEG, PILLOW = 0, 1
-"""States of a good sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""
+"""States of a usable sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""
 
 
 class Reason(IntEnum):
-    """Why a sample cannot be used. Values stand in indices: once given, they stay."""
+    """Why a sample is unusable. Values are stored in indices: once given, they stay."""
 
     EMPTY = 10
     MISSING = 11
@@ -36,12 +36,12 @@ class Reason(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-OUT_OF_REACH = (Reason.SHARD_GONE, Reason.STALLED, Reason.UNREADABLE)
-"""Reasons that lie in a shard's place and not in the sample: what is tried instead may well fail too."""
+UNREACHABLE = (Reason.SHARD_GONE, Reason.STALLED, Reason.UNREADABLE)
+"""Reasons that concern a shard and not the sample: substitutes may well fail too."""
 
 
 class Fault(NamedTuple):
-    """One unusable sample, and the epoch in which it was met."""
+    """One unusable sample, and the epoch in which it was found."""
 
     epoch: int
     sample: int
@@ -65,8 +65,8 @@ class TooManyFaultsError(UsageError):
     exit_code = 1
 
 
-class Tally:
-    """What a rank met: counts by reason and epoch, and one line for each name."""
+class FaultLog:
+    """Counts a rank's unusable samples by reason and epoch, and names each of them once."""
 
     CONSOLE_LINES = 10
 
@@ -91,7 +91,7 @@ class Tally:
         self._by_epoch[fault.epoch][fault.shard] += 1
         if fault.name not in self._named:
             self._named.add(fault.name)
-            self._name(fault)
+            self._log(fault)
 
     def of_epoch(self, epoch: int) -> Counter[str]:
         """This rank's faults of an epoch, by shard; forgets epochs that every stream has left."""
@@ -99,7 +99,7 @@ class Tally:
             del self._by_epoch[past]
         return self._by_epoch[epoch]
 
-    def _name(self, fault: Fault) -> None:
+    def _log(self, fault: Fault) -> None:
         if self.record is not None:
             line = {"sample": fault.name, "reason": fault.reason.label, "detail": fault.detail, "epoch": fault.epoch}
             jsonl.append(self.record, line)
@@ -115,12 +115,12 @@ def _names_in(record: Path | None) -> set[str]:
 
 
 def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allowed: float) -> TooManyFaultsError:
-    """The end of a run whose data has too much that cannot be used."""
+    """The error that ends a run with too many unusable samples."""
     shards = [f"{name} ({count})" for name, count in by_shard.most_common()]
     return TooManyFaultsError(
         f"{by_shard.total()} samples of epoch {epoch} could not be used ({describe(reasons)} in all), more than the "
-        f"{allowed:.4g} that data.max_bad_share allows; shards: {first_names(shards, 5)}; see 'mixmae shards check', "
-        "or raise data.max_bad_share"
+        f"{allowed:.4g} that data.max_corrupt_fraction allows; shards: {first_names(shards, 5)}; see 'mixmae shards "
+        "check', or raise data.max_corrupt_fraction"
     )
 
 

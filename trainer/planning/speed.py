@@ -39,8 +39,8 @@ def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
 def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, str]]:
     """Operations per second of the results that fit, and their files."""
     wanted = {
-        "model": recipe.model.encoder,
-        "img_size": recipe.model.img_size,
+        "model": recipe.encoder.name,
+        "img_size": recipe.encoder.img_size,
         "precision": recipe.train.precision,
     }
     for file in sorted(results.glob("*.json")):

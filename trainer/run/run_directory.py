@@ -17,9 +17,9 @@ from mixmae.base.files import atomic_write
 from mixmae.base.jsonl import JsonLines
 from mixmae.base.run_directory import EVENTS, RECIPE, REPLACED, SHARDS, VERSIONS, newest_checkpoint, rank_records
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import stored_recipe
 
 _logger = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Raises UsageError if the run directory holds checkpoints of another recipe or other shards."""
     if newest_checkpoint(recipe.run_dir) is None:
         return
-    before = _whole(recipe.run_dir / RECIPE, yaml.safe_load, "model")
+    before = _whole(recipe.run_dir / RECIPE, yaml.safe_load, "run_dir")
     if before is not None:
-        require_same_recipe(recipe, before, recipe.run_dir)
+        require_same_recipe(recipe, stored_recipe(before, str(recipe.run_dir / RECIPE)), recipe.run_dir)
     earlier = _whole(recipe.run_dir / SHARDS, json.loads, "fingerprint")
     if earlier is not None and earlier["fingerprint"] != index.fingerprint:
         raise UsageError(
@@ -91,7 +91,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     file = run_dir / RECIPE
     if not file.is_file():
         raise UsageError(f"{run_dir} is not a run directory: it has no {RECIPE}")
-    return parse_recipe(yaml.safe_load(file.read_text()), str(file))
+    return stored_recipe(yaml.safe_load(file.read_text()), str(file))
 
 
 def versions() -> dict[str, str]:

@@ -23,11 +23,11 @@ from mixmae.monitoring.metrics import ENDS
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.flops import model_flops, peak_flops
 from mixmae.trainer.recipe.resume_rules import recipe_id
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
+from mixmae.trainer.tasks.flops import model_flops, peak_flops
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
 from mixmae.trainer.telemetry.exporter_process import ExporterProcess
@@ -98,7 +98,7 @@ class Observer:
             "run_info",
             1,
             recipe_id(self.recipe),
-            self.recipe.model.encoder,
+            self.recipe.encoder.name,
             f"{parameters / 1e6:.1f}M",
             str(self.ranks.world_size),
             str(train.zero_stage),
@@ -129,9 +129,9 @@ class Observer:
         self.recorder.set("read_bytes_total", stream.bytes_read)
         self.recorder.set("read_retries_total", stream.retried)
         self.recorder.set("data_queue_batches", stream.ready)
-        for result, blocks in stream.cache_use._asdict().items():
+        for result, blocks in stream.cache_counts._asdict().items():
             self.recorder.set("cache_blocks_total", blocks, result)
-        for reason, count in stream.tally.counts.items():
+        for reason, count in stream.fault_log.counts.items():
             self.recorder.set("replaced_samples_total", count, reason.label)
 
     def process(self) -> None:

@@ -65,7 +65,7 @@ def through_pdsh(far: Path, arguments: list[str], exports: str) -> tuple[list[st
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(TEXT, min_size=1, max_size=3), value=TEXT.map(str.strip))
 @example(
-    arguments=["model.sizes.window_size=[8,4,2,1]", "run_dir=/a b/'c'", '"$HOME" `id` \\ %h %n %%'],
+    arguments=["encoder.window_size=[8,4,2,1]", "run_dir=/a b/'c'", '"$HOME" `id` \\ %h %n %%'],
     value="%n $HOME `id`",
 )
 @example(arguments=["a*b;c&d|e>f(g)~#!", "", "x y\\", " "], value='two words "quoted" \\')

@@ -12,9 +12,9 @@ from tests.helpers import ROOT
 SIZES = ["embed_dim=8", "depths=[1,1,1,1]", "num_heads=[1,1,2,2]", "window_size=[4,4,4,2]"]
 DECODER = ["dim=16", "depth=1", "num_heads=2"]
 TINY = [
-    *("model.img_size=64", "model.num_images=2", "log.every=3"),
-    *(f"model.sizes.{size}" for size in SIZES),
-    *(f"model.decoder_{size}" for size in DECODER),
+    *("encoder.img_size=64", "method.num_images=2", "log.every=3"),
+    *(f"encoder.{size}" for size in SIZES),
+    *(f"method.decoder_{size}" for size in DECODER),
 ]
 
 

@@ -3,7 +3,7 @@ import torch
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import scale, step
-from mixmae.trainer.engine.flops import model_flops
+from mixmae.trainer.tasks.flops import model_flops
 from tests.helpers import tiny_recipe
 
 HERE = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints.retention import prune
 from mixmae.trainer.recipe.schema import Checkpoint
-from tests.trainer.checkpoints.test_layout import make
+from tests.trainer.checkpoints.test_manifest import make
 
 
 def grow(run_dir: Path, settings: Checkpoint, losses: dict[int, float | None]) -> list[int]:

@@ -15,11 +15,10 @@ import torch
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import CHECKPOINTS, complete_checkpoints
 from mixmae.trainer.checkpoints.claim import Claim
-from mixmae.trainer.checkpoints.layout import MANIFEST, Manifest
-from mixmae.trainer.checkpoints.pieces import KINDS
-from mixmae.trainer.checkpoints.resume import NothingWholeError
+from mixmae.trainer.checkpoints.manifest import MANIFEST, Manifest
+from mixmae.trainer.checkpoints.resume import NoIntactCheckpointError
 from mixmae.trainer.checkpoints.saver import Saver
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
@@ -57,7 +56,7 @@ def train(ranks: Ranks, recipe: Recipe) -> str:
     """Trains to the end; returns the message of what ended it earlier, if anything did."""
     try:
         run = prepare(check(recipe, ranks), ranks)
-    except NothingWholeError as error:
+    except NoIntactCheckpointError as error:
         return str(error)
     message = fit_in_words(run)
     run.reporter.close()
@@ -73,8 +72,14 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_end(a: Path, b: Path) -> bool:
-    ends = [[master_weights(complete_checkpoints(run_dir)[-1], kind) for kind in KINDS] for run_dir in (a, b)]
-    return all(torch.equal(value, y[name]) for x, y in zip(*ends, strict=True) for name, value in x.items())
+    return same_content(complete_checkpoints(a)[-1], complete_checkpoints(b)[-1])
+
+
+def same_content(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same weights and moments."""
+    contents = [[master_weights(folder), *optimizer_states(folder).values()] for folder in (a, b)]
+    assert [len(content) for content in contents] == [3, 3]
+    return all(torch.equal(value, y[name]) for x, y in zip(*contents, strict=True) for name, value in x.items())
 
 
 def flip(checkpoint: Path) -> None:
@@ -122,7 +127,7 @@ def test_damaged_checkpoints_are_stepped_over(
     assert same_end(whole, copy)
 
 
-def test_a_run_never_starts_over_where_nothing_is_whole(whole: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_run_never_starts_over_where_nothing_is_intact(whole: Path, shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
     for checkpoint in complete_checkpoints(copy):
@@ -130,10 +135,12 @@ def test_a_run_never_starts_over_where_nothing_is_whole(whole: Path, shards: Pat
     with pytest.raises(UsageError, match="is damaged: rank-00001"):
         master_weights(complete_checkpoints(copy)[-1])
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
-        assert "is whole: step-00000012 is damaged and was set aside" in message
+        assert "is intact: step-00000012 is damaged and was set aside" in message
         assert "name another run_dir to start from the beginning" in message
     for message in run_ranks(train, 2, recipe_for(shards, copy)):  # nor when it is tried again, as by --max-restarts
-        assert "is whole: there are only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
+        assert (
+            "is intact: there are only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
+        )
 
 
 def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, shards: Path, tmp_path: Path) -> None:
@@ -142,7 +149,7 @@ def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, sha
     for checkpoint in complete_checkpoints(copy):
         shutil.rmtree(checkpoint)
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
-        assert "is whole: there are only newest; restore one from a copy" in message
+        assert "is intact: there are only newest; restore one from a copy" in message
 
 
 def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
@@ -152,10 +159,10 @@ def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
     let_go = threading.Event()
     write = Saver._write_own
 
-    def held(self: Saver, partial: Path, tensors: Any) -> Any:
+    def held(self: Saver, folder: Path, tensors: Any) -> Any:
         let_go.wait()
         order.append("written")
-        return write(self, partial, tensors)
+        return write(self, folder, tensors)
 
     Saver._write_own = held  # type: ignore[method-assign]
     for _ in range(4):
@@ -179,10 +186,7 @@ def test_training_goes_on_while_a_save_is_written(shards: Path, tmp_path: Path) 
         assert order == ["step"] * 4 + ["written"]
     changed = {"checkpoint.every": "2 steps", "checkpoint.keep": 9, "checkpoint.asynchronous": False}
     run_ranks(train, 2, recipe_for(shards, tmp_path / "plain", **changed))
-    for kind in KINDS:
-        a = master_weights(complete_checkpoints(held.run_dir)[0], kind)
-        b = master_weights(complete_checkpoints(plain.run_dir)[0], kind)
-        assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert same_content(complete_checkpoints(held.run_dir)[0], complete_checkpoints(plain.run_dir)[0])
 
 
 def memory_of_saves(ranks: Ranks, recipe: Recipe) -> list[int]:

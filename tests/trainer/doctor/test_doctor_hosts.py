@@ -46,8 +46,8 @@ def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_pa
     run_dir.mkdir(exist_ok=True)
     for node in (node1, node2):
         node.run(["cp", "-r", shards, local / "shards"], check=True)
-    lost = sorted(shards.glob("*.tar"))[-1].name
-    node2.run(["rm", local / "shards" / lost], check=True)
+    removed = sorted(shards.glob("*.tar"))[-1].name
+    node2.run(["rm", local / "shards" / removed], check=True)
     node2.run(["mkdir", "-p", local / "packages" / "timm-0.9.9.dist-info"], check=True)
     metadata = "Metadata-Version: 2.1\nName: timm\nVersion: 0.9.9\n"
     node2.run(["sh", "-c", f"printf '{metadata}' > {local}/packages/timm-0.9.9.dist-info/METADATA"], check=True)
@@ -64,7 +64,7 @@ def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_pa
     assert (wrong["clock"].level, wrong["clock"].found) == (Level.ERROR, "3600.0 s ahead of the main rank's host")
     assert (wrong["versions"].level, wrong["versions"].found) == (Level.WARNING, "timm 0.9.9")
     assert "does not see what the main rank writes" in wrong["run directory"].found
-    assert f"{lost} (missing)" in wrong["shards"].found
+    assert f"{removed} (missing)" in wrong["shards"].found
     assert all(finding.advice for finding in wrong.values())
     assert not [finding for finding in found if finding.level is Level.ERROR and finding.where != "node2"]
 

@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from mixmae.base.errors import run_cli
 from mixmae.models import create_encoder
 from mixmae.trainer.evaluation.probe import main, probe
-from mixmae.trainer.export.encoder_directory import write_artifact
+from mixmae.trainer.export.encoder_directory import write_encoder_directory
 
 
 def clusters(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +33,9 @@ def test_neighbours_agree_with_scikit_learn() -> None:
 
 
 def test_command(shards: Path, tmp_path: Path) -> None:
-    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict())
+    write_encoder_directory(
+        tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict()
+    )
     assert main([str(tmp_path / "encoder"), str(shards), "--json", str(tmp_path / "probe.json")]) == 0
     found = json.loads((tmp_path / "probe.json").read_text())
     assert found["classes"] == 18

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.run_directory import CHECKPOINTS, EVENTS, RECIPE, SHARDS, checkpoint_name
-from mixmae.trainer.data.faults import Fault, Reason, Tally
+from mixmae.trainer.data.faults import Fault, FaultLog, Reason
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.run.run_directory import begin_attempt, check_run_dir, read_events, replaced_file, write_run_dir
 from tests.helpers import tiny_recipe
@@ -26,11 +26,11 @@ def test_a_damaged_log_does_not_stop_a_start(tmp_path: Path, damage: bytes) -> N
 def test_damaged_names_of_replaced_samples_do_not_stop_a_start(tmp_path: Path, damage: bytes) -> None:
     file = replaced_file(tmp_path, 0)
     fault = Fault(0, 1, Reason.DAMAGED, "", "0.tar", "0.tar: 1.jpg")
-    Tally(file).add(fault)
+    FaultLog(file).add(fault)
     with file.open("ab") as stream:
         stream.write(damage)
     before = file.read_bytes()
-    Tally(file).add(fault)
+    FaultLog(file).add(fault)
     assert file.read_bytes() == before
 
 

@@ -116,7 +116,7 @@ def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Pat
         "mixmae.trainer.train",
         str(recipe_file),
         f"run_dir={tmp_path / 'next'}",
-        f"model.init={tmp_path / 'encoder'}",
+        f"encoder.init={tmp_path / 'encoder'}",
         "train.duration=1 step",
         "optim.warmup=0 steps",
         "optim.base_lr=1e-30",
@@ -189,7 +189,7 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     (copy / "checkpoints" / "newest").unlink()
     done = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), f"run_dir={copy}")
     assert done.returncode == 0, done.stderr
-    assert "newest names no checkpoint that is there, the last one was taken; going on from step 8" in done.stdout
+    assert "newest names no checkpoint that exists, the last one was taken; going on from step 8" in done.stdout
     assert "finished at step 8" in done.stdout
 
 
@@ -230,20 +230,20 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
         (["monitoring.certfile={tmp}/nowhere", "run_dir={tmp}/other"], "monitoring.certfile="),
         (["data.shards={tmp}"], "holds no .tar files"),
         (["train.global_batch=7"], "does not divide"),
-        (["model.img_size=96", "run_dir={tmp}/other"], "would fit"),
-        (["model.img_size=100", "run_dir={tmp}/other"], "nearest that does"),
-        (["model.num_images=4"], "raise it to 4"),
-        (["model.encoder=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
-        (["model.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
+        (["encoder.img_size=96", "run_dir={tmp}/other"], "would fit"),
+        (["encoder.img_size=100", "run_dir={tmp}/other"], "nearest that does"),
+        (["method.num_images=4"], "raise it to 4"),
+        (["encoder.name=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
+        (["encoder.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
         (["--world-size=3"], "expected world size 3, got 1; refusing to start"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
         (["optim.warmup=9 steps"], "shorten it"),
         (
             [
-                "model.num_images=3",
+                "method.num_images=3",
                 "train.micro_batch=4",
-                "model.img_size=32",
-                "model.sizes.window_size=[8,4,2,1]",
+                "encoder.img_size=32",
+                "encoder.window_size=[8,4,2,1]",
                 "run_dir={tmp}/other",
             ],
             "no room for 3 images",
@@ -274,10 +274,12 @@ def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:
 
 
 def test_initial_weights_must_fit(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mixmae.trainer.export.encoder_directory import write_artifact
+    from mixmae.trainer.export.encoder_directory import write_encoder_directory
 
-    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict())
-    argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'encoder'}"]
+    write_encoder_directory(
+        tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict()
+    )
+    argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"encoder.init={tmp_path / 'encoder'}"]
     assert run_cli(main, argv) == 2
     assert "does not fit the model" in capsys.readouterr().err
 
@@ -333,7 +335,7 @@ def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path
     early = start(*command, f"data.shards={tmp_path / 'nowhere'}")
     assert early.returncode == 2
     assert early.stderr.count("error:") == 1
-    late = start(*command, f"run_dir={tmp_path / 'run'}", "model.img_size=96")
+    late = start(*command, f"run_dir={tmp_path / 'run'}", "encoder.img_size=96")
     assert late.returncode != 0
     assert re.search(
         r"mixmae: error: (rank 1: )?model: img_size 96x96", late.stderr

@@ -22,14 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixmae.base.errors import UsageError
 from mixmae.base.phases import PHASES
 from mixmae.base.run_directory import targets_folder
+from mixmae.models import MixMAE
 from mixmae.monitoring.metrics import BY_NAME, ENDS, PREFIX, Source
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
-from mixmae.trainer.engine.flops import model_flops
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.run_directory import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
+from mixmae.trainer.tasks.flops import model_flops
+from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from tests.helpers import run_ranks, tiny_recipe
@@ -138,6 +139,7 @@ def test_flops_are_those_of_a_real_pass() -> None:
     recipe = tiny_recipe()
     model = build_model(recipe)
     counts = []
+    assert isinstance(model, MixMAE)
     for model.separate_groups in (False, True):
         with FlopCounterMode(display=False) as counter:
             model(torch.randn(2, 3, 64, 64), torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 1], [1, 0]]))

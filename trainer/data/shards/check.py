@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.decode import judge
+from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import PILLOW, Reason
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
-from mixmae.trainer.data.shards.scan import DamagedTarError, Member, mapped, members, salvage, tabulate
+from mixmae.trainer.data.shards.scan import DamagedTarError, Member, mapped, members, recover_members, tabulate
 from mixmae.trainer.data.shards.sources import class_names
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
-class Inspected(NamedTuple):
-    """A shard as it is found."""
+class ShardInspection(NamedTuple):
+    """The contents of a shard as found on disk."""
 
     shard: Shard
     table: Table
@@ -38,17 +38,17 @@ class Inspected(NamedTuple):
     findings: list[Finding]
 
 
-class Checked(NamedTuple):
-    """A directory as it is found."""
+class CheckResult(NamedTuple):
+    """The contents of a directory as found on disk."""
 
     expected: "Expected"
-    inspected: list[Inspected]
+    inspections: list[ShardInspection]
     report: Report
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a directory should hold: what its index says, where it has one."""
+    """What a directory should hold according to its index, if it has one."""
 
     directory: Path
     classes: list[str]
@@ -64,22 +64,23 @@ class Expected:
         return cls(directory, list(index.classes), rows)
 
     def rows(self, shard: str, content: Any) -> Table:
-        """A shard's rows of usable samples in the index; none if it is another shard by now.
+        """The index rows of a shard's usable samples; none if the file was replaced by another shard.
 
-        It is the indexed one, however damaged, if most of the images that can be where they were are as they were.
+        It still is the indexed one, however damaged, if at least half of its images that fit into the file are
+        unchanged.
         """
         if shard not in self.shards:
             return np.array([], dtype=SAMPLE)
         rows = self.shards[shard][1]
         rows = rows[rows["state"] < min(Reason)]
-        places = [(int(row["offset"]), int(row["offset"]) + int(row["size"]), row["hash"]) for row in rows]
+        ranges = [(int(row["offset"]), int(row["offset"]) + int(row["size"]), row["hash"]) for row in rows]
         same = [
-            xxhash.xxh3_64_intdigest(content[start:end]) == image for start, end, image in places if end <= len(content)
+            xxhash.xxh3_64_intdigest(content[start:end]) == image for start, end, image in ranges if end <= len(content)
         ]
         return rows if 2 * sum(same) >= len(same) else rows[:0]
 
 
-def check_shards(directory: Path, jobs: int) -> Checked:
+def check_shards(directory: Path, jobs: int) -> CheckResult:
     """Reads all shards of a directory and decodes all images.
 
     Raises:
@@ -99,13 +100,13 @@ def check_shards(directory: Path, jobs: int) -> Checked:
         findings += [Finding(Kind.SHARD_UNKNOWN, name) for name in names if name not in expected.shards]
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="check", disable=None) as bar:
-        inspected = run_jobs(_inspect, expected, names, jobs, bar)
-    findings += [finding for one in inspected for finding in one.findings]
-    findings += _repeated_images(inspected)
-    findings += _keys_in_several(inspected)
-    samples = sum(one.shard.samples for one in inspected)
+        inspections = run_jobs(_inspect, expected, names, jobs, bar)
+    findings += [finding for one in inspections for finding in one.findings]
+    findings += _repeated_images(inspections)
+    findings += _keys_in_several(inspections)
+    samples = sum(one.shard.samples for one in inspections)
     report = Report(directory, len(files), samples, size, time.monotonic() - started, findings)
-    return Checked(expected, inspected, report)
+    return CheckResult(expected, inspections, report)
 
 
 def _open(directory: Path) -> tuple[ShardIndex | None, list[Finding]]:
@@ -115,8 +116,8 @@ def _open(directory: Path) -> tuple[ShardIndex | None, list[Finding]]:
         return None, [Finding(Kind.INDEX, str(directory), detail=str(error))]
 
 
-def _inspect(expected: Expected, name: str) -> Inspected:
-    """One process's part: one shard."""
+def _inspect(expected: Expected, name: str) -> ShardInspection:
+    """Inspects one shard; runs in a worker process."""
     file = expected.directory / name
     try:
         with mapped(file) as content:
@@ -124,21 +125,21 @@ def _inspect(expected: Expected, name: str) -> Inspected:
     except OSError as error:
         nothing = Shard(name, 0, 0, "")
         finding = Finding(Kind.SHARD_UNREADABLE, name, detail=str(error))
-        return Inspected(nothing, np.array([], dtype=SAMPLE), "", np.array([], dtype=np.uint64), [finding])
+        return ShardInspection(nothing, np.array([], dtype=SAMPLE), "", np.array([], dtype=np.uint64), [finding])
 
 
-def _inspect_content(expected: Expected, file: Path, content: Any) -> Inspected:
+def _inspect_content(expected: Expected, file: Path, content: Any) -> ShardInspection:
     found, fault = find_members(file)
     seen = 0
 
-    def look(image: bytes) -> int:
+    def inspect(image: bytes) -> int:
         nonlocal seen
         seen += len(image)
-        tick(len(image))
-        return judge(image)
+        advance(len(image))
+        return inspect_image(image)
 
-    table = tabulate(found, content, look, len(expected.classes))
-    tick(len(content) - seen)
+    table = tabulate(found, content, inspect, len(expected.classes))
+    advance(len(content) - seen)
     shard = Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest())
     files = {member.offset: member for member in found}
     rows = [files[int(row["offset"])] for row in table]
@@ -147,23 +148,23 @@ def _inspect_content(expected: Expected, file: Path, content: Any) -> Inspected:
     if fault is not None:
         findings.append(Finding(Kind.TAR, file.name, detail=f"{fault}; {len(found)} whole members can be found"))
     if file.name in expected.shards:
-        findings += _changes(shard, expected.shards[file.name][0])
+        findings += _file_changes(shard, expected.shards[file.name][0])
         findings += _against_index(shard, table, names, expected.rows(file.name, content), content)
     findings += _keys_twice(file.name, found)
     findings += _states(file.name, table, names, content)
     keys = np.array([_hash(member.key) for member in rows], np.uint64)
-    return Inspected(shard, table, "\0".join(names), np.unique(keys), findings)
+    return ShardInspection(shard, table, "\0".join(names), np.unique(keys), findings)
 
 
 def find_members(file: Path) -> tuple[list[Member], DamagedTarError | None]:
-    """A tar's members, and what is wrong with it; of a damaged one those that are whole."""
+    """A tar's members, and what is wrong with it; of a damaged tar the intact members."""
     try:
         return list(members(file)), None
     except DamagedTarError as error:
-        return salvage(file), error
+        return recover_members(file), error
 
 
-def _changes(shard: Shard, before: Shard) -> Iterator[Finding]:
+def _file_changes(shard: Shard, before: Shard) -> Iterator[Finding]:
     if shard.bytes != before.bytes:
         yield Finding(Kind.SHARD_CHANGED, shard.name, detail=f"{shard.bytes} bytes, {before.bytes} when indexed")
     elif shard.sha256 != before.sha256:
@@ -171,7 +172,7 @@ def _changes(shard: Shard, before: Shard) -> Iterator[Finding]:
 
 
 def _against_index(shard: Shard, table: Table, names: Sequence[str], rows: Table, content: Any) -> Iterator[Finding]:
-    """What became of the shard's indexed samples."""
+    """Compares the shard's samples with its index rows."""
     here = {(int(row["offset"]), int(row["size"])): (row, name) for row, name in zip(table, names, strict=True)}
     for row in rows:
         offset = int(row["offset"])
@@ -215,13 +216,13 @@ def _is_cmyk(image: bytes) -> bool:
         return False
 
 
-def _repeated_images(inspected: Sequence[Inspected]) -> Iterator[Finding]:
+def _repeated_images(inspections: Sequence[ShardInspection]) -> Iterator[Finding]:
     """Images that an earlier one equals, within and across shards."""
-    if not inspected:
+    if not inspections:
         return
-    table = np.concatenate([one.table for one in inspected])
-    shards = np.repeat(np.arange(len(inspected)), [len(one.table) for one in inspected])
-    starts = np.cumsum([0, *(len(one.table) for one in inspected)])
+    table = np.concatenate([one.table for one in inspections])
+    shards = np.repeat(np.arange(len(inspections)), [len(one.table) for one in inspections])
+    starts = np.cumsum([0, *(len(one.table) for one in inspections)])
     images = np.flatnonzero(table["size"] > 0)
     order = images[np.lexsort((images, table["size"][images], table["hash"][images]))]
     same = (table["hash"][order][1:] == table["hash"][order][:-1]) & (
@@ -232,20 +233,20 @@ def _repeated_images(inspected: Sequence[Inspected]) -> Iterator[Finding]:
     def name(row: int) -> tuple[str, str]:
         shard = int(shards[row])
         if shard not in names:
-            names[shard] = inspected[shard].names.split("\0")
-        return inspected[shard].shard.name, names[shard][row - starts[shard]]
+            names[shard] = inspections[shard].names.split("\0")
+        return inspections[shard].shard.name, names[shard][row - starts[shard]]
 
-    for place in np.flatnonzero(same):
-        first, second = name(order[place]), name(order[place + 1])
+    for i in np.flatnonzero(same):
+        first, second = name(order[i]), name(order[i + 1])
         yield Finding(Kind.SAME_IMAGE, *second, f"equals {first[0]}: {first[1]}")
 
 
-def _keys_in_several(inspected: Sequence[Inspected]) -> Iterator[Finding]:
-    if not inspected:
+def _keys_in_several(inspections: Sequence[ShardInspection]) -> Iterator[Finding]:
+    if not inspections:
         return
-    hashes, counts = np.unique(np.concatenate([one.keys for one in inspected]), return_counts=True)
+    hashes, counts = np.unique(np.concatenate([one.keys for one in inspections]), return_counts=True)
     repeated = hashes[counts > 1]
-    for one in inspected:
+    for one in inspections:
         if count := int(np.isin(one.keys, repeated).sum()):
             detail = f"{count} of its keys" if count > 1 else ""
             keys = (_key(name) for name in one.names.split("\0"))

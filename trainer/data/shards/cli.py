@@ -12,10 +12,10 @@ import numpy as np
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, describe, first_names
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.shards.build import LEFT_OUT, Built, build_shards, count_reasons
+from mixmae.trainer.data.shards.build import SKIPPED, BuildResult, build_shards, count_reasons
 from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.indexing import write_index
-from mixmae.trainer.data.shards.repair import RECORD, Repaired, repair
+from mixmae.trainer.data.shards.repair import RECORD, RepairResult, repair
 from mixmae.trainer.data.shards.sources import class_names, is_url, open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.recipe.arguments import at_least
@@ -56,9 +56,9 @@ def main(argv: Sequence[str]) -> int:
     )
     synth.add_argument("--images", type=at_least(1), default=6000)
     synth.add_argument("--img-size", type=at_least(16), default=160)
-    index = commands.add_parser("index", help="index shards that others wrote")
-    check = commands.add_parser("check", help="verify everything; exit code 1 if something is wrong")
-    check.add_argument("--repair", action="store_true", help="rewrite damaged shards with what can be saved")
+    index = commands.add_parser("index", help="index shards that another program wrote")
+    check = commands.add_parser("check", help="verify everything; exit code 1 if something is damaged")
+    check.add_argument("--repair", action="store_true", help="rewrite damaged shards with their intact samples")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
     for reading in (index, check):
         reading.add_argument("directory", help="shard directory")
@@ -85,15 +85,15 @@ def _synth(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_build(built: Built, is_seekable: bool) -> list[str]:
+def _describe_build(built: BuildResult, is_seekable: bool) -> list[str]:
     lines = [_describe(built.index)]
     if is_seekable:
         total = len(built.index)
         lines.append(f"{total - built.unchanged} of {total} images are JPEGs with restart markers now")
-    if built.left_out:
-        names = first_names([one.source for one in built.left_out])
-        record = Path(built.index.store.location) / LEFT_OUT
-        lines.append(f"left out {count_reasons(built.left_out)}: {names}; all of them in {record}")
+    if built.skipped:
+        names = first_names([one.source for one in built.skipped])
+        record = Path(built.index.store.location) / SKIPPED
+        lines.append(f"skipped {count_reasons(built.skipped)}: {names}; all of them in {record}")
     return lines
 
 
@@ -131,10 +131,10 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_repair(repaired: Repaired, directory: Path) -> list[str]:
+def _describe_repair(repaired: RepairResult, directory: Path) -> list[str]:
     lines = []
     for one in repaired.rewritten:
-        kept = f"rewritten with {one.shard.samples} samples" if one.shard else "nothing could be saved"
+        kept = f"rewritten with {one.shard.samples} samples" if one.shard else "nothing could be recovered"
         lines.append(f"{one.name}: {kept}, {len(one.lost)} lost; the damaged file is {one.original} now")
     if repaired.lost:
         names = first_names([f"{lost.shard}: {lost.sample} ({lost.reason})" for lost in repaired.lost], 10)

@@ -1,4 +1,4 @@
-"""Making the index of a shard directory: every shard is read once, every image decoded."""
+"""Building the index of a shard directory: every shard is read once, every image decoded."""
 
 import json
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, replacing
-from mixmae.trainer.data.decode import judge
+from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.index import FORMAT, INDEX, SAMPLES, Shard, ShardIndex, Table, fingerprint_of, open_index
 from mixmae.trainer.data.shards.scan import DamagedTarError, scan_shard
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
 def write_index(directory: Path, classes: Sequence[str] = (), jobs: int = 1) -> ShardIndex:
@@ -34,12 +34,12 @@ def write_index(directory: Path, classes: Sequence[str] = (), jobs: int = 1) -> 
 
 
 def _scan(classes: int, file: Path) -> tuple[Shard, Table]:
-    def look(image: bytes) -> int:
-        tick(len(image))
-        return judge(image)
+    def inspect(image: bytes) -> int:
+        advance(len(image))
+        return inspect_image(image)
 
     try:
-        return scan_shard(file, look, classes)
+        return scan_shard(file, inspect, classes)
     except DamagedTarError as error:
         raise UsageError(
             f"{file} is not a whole, uncompressed tar: {error}; see 'mixmae shards check {file.parent}'"

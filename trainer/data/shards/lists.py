@@ -28,7 +28,7 @@ class _Line(NamedTuple):
 
 
 def read_list(file: Path) -> tuple[list[Item], list[str]]:
-    """The lines of a list, and the class names that its labels are.
+    """The lines of a list, and its class names.
 
     Labels that are whole numbers are taken as they are and have no names; other labels are class names, of which the
     sorted ones become 0, 1, ...

@@ -1,4 +1,4 @@
-"""Rewriting damaged shards with what can be saved. The damaged files stay beside them."""
+"""Rewriting damaged shards with the samples that can be recovered. The damaged files are kept beside them."""
 
 import gzip
 import os
@@ -17,19 +17,19 @@ from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 from mixmae.base.files import replacing
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
-from mixmae.trainer.data.shards.check import Checked, Expected, Inspected, find_members
+from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.indexing import save_index
-from mixmae.trainer.data.shards.rescue import Lost, Rescue
+from mixmae.trainer.data.shards.salvage import LostSample, Salvage
 from mixmae.trainer.data.shards.scan import mapped, scan_shard
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 RECORD = "repair.jsonl"
 _GZIP = b"\x1f\x8b"
 
 
-class Rewritten(NamedTuple):
-    """What became of a damaged shard."""
+class RewrittenShard(NamedTuple):
+    """A damaged shard after its repair."""
 
     name: str
     shard: Shard | None
@@ -37,20 +37,20 @@ class Rewritten(NamedTuple):
     table: Table
     original: str
     """Name of the damaged file now."""
-    lost: list[Lost]
+    lost: list[LostSample]
 
 
 @dataclass(frozen=True)
-class Repaired:
+class RepairResult:
     index: ShardIndex
-    rewritten: list[Rewritten]
+    rewritten: list[RewrittenShard]
 
     @property
-    def lost(self) -> list[Lost]:
+    def lost(self) -> list[LostSample]:
         return [lost for one in self.rewritten for lost in one.lost]
 
 
-def repair(checked: Checked, jobs: int) -> Repaired:
+def repair(checked: CheckResult, jobs: int) -> RepairResult:
     """Rewrites the damaged shards of a checked directory, in parallel, and indexes it; sound shards stay as they are.
 
     What was done and lost is added to `repair.jsonl`.
@@ -62,65 +62,63 @@ def repair(checked: Checked, jobs: int) -> Repaired:
     unreadable = [finding.shard for finding in findings if finding.kind in (Kind.SHARD_UNREADABLE, Kind.SHARD_GONE)]
     if unreadable:
         raise UsageError(
-            f"nothing was repaired: {unreadable[0]} is missing or cannot be read; restore it, or give it up with "
+            f"nothing was repaired: {unreadable[0]} is missing or cannot be read; restore it, or drop it with "
             f"'mixmae shards index {expected.directory}', and repair then"
         )
     damaged = sorted({finding.shard for finding in findings if finding.kind.remedy == "rewrite"})
-    sizes = {one.shard.name: one.shard.bytes for one in checked.inspected}
+    sizes = {one.shard.name: one.shard.bytes for one in checked.inspections}
     total = sum(sizes[name] for name in damaged)
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="repair", disable=None) as bar:
             rewritten = run_jobs(_rewrite, expected, damaged, jobs, bar)
-        _note(expected.directory / RECORD, rewritten)
-        scanned = _scanned(checked.inspected, rewritten)
+        _append_to_record(expected.directory / RECORD, rewritten)
+        scanned = _scanned(checked.inspections, rewritten)
         if not scanned:
             raise UsageError(f"nothing could be saved; what was in {expected.directory} has names that end in .damaged")
-        return Repaired(save_index(expected.directory, scanned, expected.classes), rewritten)
+        return RepairResult(save_index(expected.directory, scanned, expected.classes), rewritten)
     except OSError as error:
-        raise UsageError(
-            f"cannot write in {expected.directory} ({error}); once that is mended, repair again"
-        ) from error
+        raise UsageError(f"cannot write in {expected.directory} ({error}); fix that, and repair again") from error
 
 
-def _scanned(inspected: Iterable[Inspected], rewritten: Iterable[Rewritten]) -> list[tuple[Shard, Table]]:
+def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[RewrittenShard]) -> list[tuple[Shard, Table]]:
     new = {one.name: (one.shard, one.table) for one in rewritten}
-    now = [new.get(one.shard.name, (one.shard, one.table)) for one in inspected]
+    now = [new.get(one.shard.name, (one.shard, one.table)) for one in inspections]
     return [(shard, table) for shard, table in now if shard is not None]
 
 
-def _note(file: Path, rewritten: Sequence[Rewritten]) -> None:
+def _append_to_record(file: Path, rewritten: Sequence[RewrittenShard]) -> None:
     for one in rewritten:
         kept = one.shard.samples if one.shard else 0
         line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
         jsonl.append(file, line, *(lost._asdict() for lost in one.lost))
 
 
-def _rewrite(expected: Expected, name: str) -> Rewritten:
-    """One process's part: one shard."""
+def _rewrite(expected: Expected, name: str) -> RewrittenShard:
+    """Rewrites one shard; runs in a worker process."""
     file = expected.directory / name
     unpacked = _unpack(file)
     found, fault = find_members(unpacked)
     with mapped(unpacked) as content:
-        rescue = Rescue(name, content, len(expected.classes), expected.rows(name, content))
-        rescue.collect(found, is_damaged=fault is not None)
-    tick(file.stat().st_size)
+        salvaged = Salvage(name, content, len(expected.classes), expected.rows(name, content))
+        salvaged.collect(found, is_damaged=fault is not None)
+    advance(file.stat().st_size)
     if unpacked != file:
         unpacked.unlink()
     original = _free_name(file)
-    if not rescue.samples:
+    if not salvaged.samples:
         file.rename(original)
-        return Rewritten(name, None, np.array([], dtype=SAMPLE), original.name, rescue.lost)
+        return RewrittenShard(name, None, np.array([], dtype=SAMPLE), original.name, salvaged.lost)
     with replacing(file) as partial:
         with (
             partial.open("wb") as stream,
             webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar,
         ):
-            for key, files in rescue.samples.items():
+            for key, files in salvaged.samples.items():
                 tar.write({"__key__": key, **files})
-        states = rescue.states
+        states = salvaged.states
         shard, table = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
         os.link(file, original)  # at every moment one of the two has the name
-    return Rewritten(name, shard._replace(name=name), table, original.name, rescue.lost)
+    return RewrittenShard(name, shard._replace(name=name), table, original.name, salvaged.lost)
 
 
 def _unpack(file: Path) -> Path:
@@ -135,12 +133,12 @@ def _unpack(file: Path) -> Path:
                 while part := unpacker.read1(2**20):
                     stream.write(part)
             except (EOFError, OSError, zlib.error):
-                pass  # what came before is what can be saved; the check named the damage
+                pass  # what was unpacked so far can be recovered; the check named the damage
     return unpacked
 
 
 def _free_name(file: Path) -> Path:
-    """Where the damaged file goes: no earlier one is overwritten."""
+    """A name for the damaged file that overwrites no earlier one."""
     free, number = file.with_name(f"{file.name}.damaged"), 1
     while free.exists():
         number += 1

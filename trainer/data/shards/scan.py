@@ -1,4 +1,4 @@
-"""A shard's tar file as a table of samples; also of one that is damaged."""
+"""A shard's tar file as a table of samples; also one that is damaged."""
 
 import hashlib
 import mmap
@@ -34,7 +34,7 @@ class Member(NamedTuple):
     size: int
 
 
-def scan_shard(file: Path, judge: Callable[[bytes], int], classes: int = 0) -> tuple[Shard, Table]:
+def scan_shard(file: Path, inspect_image: Callable[[bytes], int], classes: int = 0) -> tuple[Shard, Table]:
     """Counts, checksums and the table (with shard number 0) of one shard.
 
     Args:
@@ -47,13 +47,13 @@ def scan_shard(file: Path, judge: Callable[[bytes], int], classes: int = 0) -> t
     if not file.stat().st_size:
         raise DamagedTarError("it is empty")
     with mapped(file) as content:
-        table = tabulate(list(members(file)), content, judge, classes)
+        table = tabulate(list(members(file)), content, inspect_image, classes)
         return Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest()), table
 
 
 @contextmanager
 def mapped(file: Path) -> Iterator[Any]:
-    """A file's bytes, read as they are asked for."""
+    """A file's bytes, memory-mapped."""
     with file.open("rb") as stream:
         if file.stat().st_size == 0:  # which mmap does not take
             yield b""
@@ -66,7 +66,7 @@ def members(file: Path) -> Iterable[Member]:
     """The files of a tar that belong to samples, in order.
 
     Raises:
-        DamagedTarError: the tar ends early, or a header is damaged: tarfile alone would pass over what lies behind it.
+        DamagedTarError: the tar ends early, or a header is damaged: tarfile alone would silently stop there.
     """
     try:
         with tarfile.open(file, "r:") as tar:
@@ -86,8 +86,8 @@ def members(file: Path) -> Iterable[Member]:
         raise DamagedTarError(f"it ends at byte {end} without the mark that ends a tar; it may have been cut there")
 
 
-def salvage(file: Path) -> list[Member]:
-    """The whole files that can be found in a tar, whatever is damaged between them."""
+def recover_members(file: Path) -> list[Member]:
+    """The intact members that can be found in a tar, whatever is damaged between them."""
     size, at = file.stat().st_size, 0
     found: list[Member] = []
     with file.open("rb") as stream:
@@ -100,7 +100,7 @@ def salvage(file: Path) -> list[Member]:
                         at = info.offset_data
                 return found
             except tarfile.TarError:
-                at += _BLOCK  # a damaged extended header: go on behind it
+                at += _BLOCK  # a damaged extended header: continue behind it
     return found
 
 
@@ -112,32 +112,32 @@ def _member(info: tarfile.TarInfo) -> Iterable[Member]:
         yield Member(key, extension.lower(), info.offset_data, info.size)
 
 
-def tabulate(files: Sequence[Member], content: Any, judge: Callable[[bytes], int], classes: int = 0) -> Table:
+def tabulate(files: Sequence[Member], content: Any, inspect_image: Callable[[bytes], int], classes: int = 0) -> Table:
     """The sample table of a tar's members, in the order in which the images stand."""
     rows = []
     for members_of in group(files).values():
         label = label_of(members_of, content, classes)
         images = [member for member in members_of.values() if member.extension in IMAGE_EXTENSIONS]
         known = -1 if label is None else label
-        for place in images:
-            image = content[place.offset : place.offset + place.size]
-            state = Reason.BAD_LABEL if label is None else judge(image)
-            rows.append((0, place.offset, place.size, known, xxhash.xxh3_64_intdigest(image), state))
+        for member in images:
+            image = content[member.offset : member.offset + member.size]
+            state = Reason.BAD_LABEL if label is None else inspect_image(image)
+            rows.append((0, member.offset, member.size, known, xxhash.xxh3_64_intdigest(image), state))
         if not images:
             rows.append((0, next(iter(members_of.values())).offset, 0, known, 0, Reason.MISSING))
     return np.array(sorted(rows, key=itemgetter(1)), dtype=SAMPLE)
 
 
 def label_of(files: dict[str, Member], content: Any, classes: int) -> int | None:
-    """A sample's class, -1 without one, None where it makes no sense."""
+    """A sample's class, -1 without one, None where its label is invalid."""
     if "cls" not in files:
         return -1
-    place = files["cls"]
-    return parse_label(content[place.offset : place.offset + place.size], classes)
+    member = files["cls"]
+    return parse_label(content[member.offset : member.offset + member.size], classes)
 
 
 def parse_label(text: bytes, classes: int) -> int | None:
-    """A class number, or None for what is none."""
+    """A class number, or None where the text is not one."""
     try:
         label = int(text)
     except ValueError:

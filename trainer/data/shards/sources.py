@@ -1,4 +1,4 @@
-"""Where the samples of new shards come from: folders of images, lists of files, or shards that are there already."""
+"""Where the samples of new shards come from: folders of images, lists of files, or existing shards."""
 
 import json
 import os
@@ -17,26 +17,26 @@ from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import INDEX
 from mixmae.trainer.data.shards.lists import read_list
 from mixmae.trainer.data.shards.scan import IMAGE_EXTENSIONS, DamagedTarError, group, label_of, mapped, members
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class Entry(NamedTuple):
-    """A sample to be."""
+    """A sample to be written."""
 
     key: str
     """WebDataset's, unique in its source."""
     reference: Any
-    """What its source finds it by; of types that JSON knows."""
+    """How its source finds it; JSON-serialisable."""
     size: int
-    """Bytes of the image: exact, but for images that are yet to be drawn."""
+    """Bytes of the image: exact, except for synthetic images."""
     label: int
     """-1: none."""
 
 
 class Source(Protocol):
-    """Samples that can be read in any order and in any process: sources are pickled."""
+    """Samples that can be read in any order and in any process; picklable."""
 
     entries: list[Entry]
     classes: list[str]
@@ -46,11 +46,11 @@ class Source(Protocol):
 
         Raises:
             OSError: they cannot be read.
-            UnusableError: there are none, or its label is none.
+            UnusableError: the sample has no image, or its label is invalid.
         """
 
-    def place(self, entry: Entry) -> str:
-        """Where a user finds the sample."""
+    def locate(self, entry: Entry) -> str:
+        """Where a user finds the sample, for messages."""
 
     def describe(self) -> str:
         """What the source is: equal for equal sources."""
@@ -68,7 +68,7 @@ class Files(Source):
         file = self.root / entry.reference
         return _extension(file), file.read_bytes()
 
-    def place(self, entry: Entry) -> str:
+    def locate(self, entry: Entry) -> str:
         return str(self.root / entry.reference)
 
     def describe(self) -> str:
@@ -91,7 +91,7 @@ class Shards(Source):
             file.seek(offset)
             return extension, file.read(entry.size)
 
-    def place(self, entry: Entry) -> str:
+    def locate(self, entry: Entry) -> str:
         shard, offset, *_ = entry.reference
         return f"{self.root / shard}: {entry.key} at byte {offset}"
 
@@ -202,7 +202,7 @@ def open_list(file: Path) -> Files:
 
 
 def unique(keys: Iterable[str]) -> Iterator[str]:
-    """The keys, of which those that were there before get `-2`, `-3`, ..."""
+    """The keys, made unique: repeated ones get the suffixes `-2`, `-3`, ..."""
     taken: set[str] = set()
     last: Counter[str] = Counter()
     for key in keys:
@@ -250,10 +250,10 @@ def _list_shard(classes: int, file: Path) -> tuple[list[Entry], Counter[str]]:
         found = list(members(file))
     except DamagedTarError as error:
         raise UsageError(
-            f"{file} is not a whole, uncompressed tar: {error}; 'mixmae shards check {file.parent} --repair' saves "
-            "what can be saved"
+            f"{file} is not a whole, uncompressed tar: {error}; 'mixmae shards check {file.parent} --repair' rewrites "
+            "it with the samples that can be recovered"
         ) from error
-    tick()
+    advance()
     entries = []
     with mapped(file) as content:
         for key, files in group(found).items():

@@ -1,4 +1,4 @@
-"""What training says of the recipe before ranks join."""
+"""What training would say of the recipe before ranks join."""
 
 import torch
 
@@ -6,12 +6,12 @@ from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.doctor.facts import RecipeFacts
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.tasks.registry import build_model
 
 
-def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
+def probe_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
     """The first reason for which training would refuse to start, and the model's size; no weights are made."""
     with torch.device("meta"):
         refused = ""

@@ -280,7 +280,7 @@ def test_missing_unknown_and_empty_shards(copy: Path, capsys: pytest.CaptureFixt
     (copy / "none.tar").write_bytes(tar_of({}))
     assert found(copy) == {Kind.SHARD_GONE: 1, Kind.SHARD_UNKNOWN: 2}
     assert main(["check", str(copy), "--jobs", "1"]) == 1
-    assert "bring back what is missing" in capsys.readouterr().out.splitlines()[-1]
+    assert "restore what is missing" in capsys.readouterr().out.splitlines()[-1]
     assert run_cli(main, ["check", str(copy), "--repair", "--jobs", "1"]) == 2
     assert "000000.tar is missing" in capsys.readouterr().err
     assert main(["index", str(copy), "--jobs", "1"]) == 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.trainer.data.faults import JPEG, PILLOW, Reason
-from mixmae.trainer.data.shards.scan import DamagedTarError, Member, members, parse_label, salvage, scan_shard
+from mixmae.trainer.data.shards.scan import DamagedTarError, Member, members, parse_label, recover_members, scan_shard
 from tests.helpers import tar_of
 
 FILES = {
@@ -43,7 +43,7 @@ def test_members_are_those_of_tarfile(format: int, tmp_path: Path) -> None:
         ("d/b", "json", b"{}"),
         ("d/e", "png", b"5" * 512),
     ]
-    assert salvage(tmp_path / "0.tar") == found
+    assert recover_members(tmp_path / "0.tar") == found
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -139,7 +139,7 @@ def test_one_flipped_byte_costs_no_other_member(
     whole = taken(content, list(members(file)))
     damaged = content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :]
     file.write_bytes(damaged)
-    saved = taken(damaged, salvage(file))
+    saved = taken(damaged, recover_members(file))
     assert len([one for one in whole if one not in saved]) <= 1
     with suppress(DamagedTarError):
         assert len(list(members(file))) >= len(whole) - 1
@@ -153,7 +153,7 @@ def test_a_cut_costs_nothing_before_it(tmp_path_factory: pytest.TempPathFactory,
     file = write(tmp_path_factory.mktemp("cut"), content)
     whole = [m for m in members(file) if m.offset + m.size <= at]
     file.write_bytes(content[:at])
-    assert salvage(file) == whole
+    assert recover_members(file) == whole
     if at < len(content.rstrip(b"\0")):
         with pytest.raises(DamagedTarError):
             list(members(file))

@@ -38,8 +38,8 @@ def test_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "1 files are no jpg, jpeg, png, webp and stay behind: 1 .txt" in capsys.readouterr().err
     for entry in source.entries:
         extension, content = source.read(entry)
-        assert content == Path(source.place(entry)).read_bytes()
-        assert (len(content), extension) == (entry.size, Path(source.place(entry)).suffix[1:].lower())
+        assert content == Path(source.locate(entry)).read_bytes()
+        assert (len(content), extension) == (entry.size, Path(source.locate(entry)).suffix[1:].lower())
     assert pickle.loads(pickle.dumps(source)) == source
 
 
@@ -88,7 +88,7 @@ def test_lists(name: str, text: str, expected: dict[str, int], classes: list[str
     assert labels(source) == expected
     assert source.classes == classes
     assert [source.read(entry)[1] for entry in source.entries] == [
-        Path(source.place(entry)).read_bytes() for entry in source.entries
+        Path(source.locate(entry)).read_bytes() for entry in source.entries
     ]
 
 

@@ -1,4 +1,4 @@
-"""Hosts against each other: which value most of them have, and who departs from it."""
+"""Comparing hosts: which value most of them have, and which hosts differ from it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ def most_common(values: Mapping[str, T]) -> T:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def departing(values: Mapping[str, T]) -> dict[T, list[str]]:
+def outliers(values: Mapping[str, T]) -> dict[T, list[str]]:
     """Hosts by value, without those that have the most common one."""
     usual = most_common(values)
     others: dict[T, list[str]] = {}
@@ -22,5 +22,5 @@ def departing(values: Mapping[str, T]) -> dict[T, list[str]]:
     return others
 
 
-def hosts_in_words(count: int) -> str:
+def describe_hosts(count: int) -> str:
     return "1 host" if count == 1 else f"all {count} hosts"

@@ -3,8 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import task_of
 
 PEAKS = {
     "B200": 2250e12,
@@ -20,21 +20,18 @@ PEAKS = {
 
 
 def model_flops(recipe: Recipe) -> float:
-    """Operations of one image's forward and backward pass, decoder included, without recomputation.
+    """Operations of one image's forward and backward pass, decoder or head included, without recomputation.
 
-    The forward pass is counted on the meta device; the backward one takes twice as many. Counted is the method, where
-    all tokens of a window see each other, as published figures do, and not how its attention is computed here: keeping
-    groups apart by computing less gains speed, and does not make the model smaller.
+    The forward pass is counted on the meta device; the backward one takes twice as many. Counted is what published
+    figures count (`Trainable.as_counted`), and not how it is computed here: computing less makes no model smaller.
     """
-    count = recipe.model.num_images
-    side = recipe.model.img_size
+    task, side = task_of(recipe), recipe.encoder.img_size
     with torch.device("meta"):
-        model = build_model(recipe)
-        model.separate_groups = False
-        images = torch.empty(count, 3, side, side)
-        groups, partners = torch.zeros(model.grid).long(), torch.zeros(count, count).long()
-        with FlopCounterMode(display=False) as counter:
-            model(images, groups, partners)
+        model = task.build().as_counted()
+    count = model.min_batch
+    inputs = [tensor.to("meta") for tensor in task.example_inputs(model, count)]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(count, 3, side, side), *inputs)
     return 3 * counter.get_total_flops() / count
 
 

@@ -1,4 +1,4 @@
-"""From where a recipe says its shards are to the store that reads them."""
+"""From the location of shards in a recipe to the store that reads them."""
 
 from pathlib import Path
 
