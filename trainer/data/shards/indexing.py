@@ -38,6 +38,8 @@ def write_index(
         scanned = run_jobs(_scan, classes, files, jobs, bar)
     for one in scanned:
         unused.merge(one.unused or Unused())
+    if not any(one.shard.samples for one in scanned):
+        raise UsageError("; ".join([f"the shards in {directory} hold no images", *unused.lines()]))
     return save_index(directory, scanned, classes)
 
 

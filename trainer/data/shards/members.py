@@ -13,6 +13,7 @@ from mixmae.trainer.data.shards.unused import Unused
 
 _BLOCK = 512
 _CHUNK = 2**20
+_MAX_EXTENDED_HEADERS = 8
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
@@ -46,7 +47,7 @@ def members(file: Path, unused: Unused | None = None) -> list[Member]:
     collector = _Collector(unused)
     with open_regular(file) as stream:
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_TarInfo) as tar:
                 for info in _forward(tar):
                     collector.add(info)
                 end = tar.offset
@@ -77,7 +78,7 @@ def recover_members(file: Path, unused: Unused | None = None) -> list[Member]:
         while at < size:
             stream.seek(at)
             try:
-                with tarfile.open(fileobj=stream, mode="r:", ignore_zeros=True) as tar:
+                with tarfile.open(fileobj=stream, mode="r:", tarinfo=_TarInfo, ignore_zeros=True) as tar:
                     for info in _forward(tar):
                         if info.offset_data + info.size <= size:
                             collector.add(info)
@@ -86,6 +87,22 @@ def recover_members(file: Path, unused: Unused | None = None) -> list[Member]:
             except Exception:  # a damaged extended header: continue behind it
                 at += _BLOCK
     return collector.members()
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header that follows a few extended headers at most: tarfile reads each of them one call deeper."""
+
+    _depth = 0
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_TarInfo":
+        cls._depth += 1
+        try:
+            if cls._depth > _MAX_EXTENDED_HEADERS:
+                raise DamagedTarError(f"more than {_MAX_EXTENDED_HEADERS} extended headers before byte {tar.offset}")
+            return super().fromtarfile(tar)
+        finally:
+            cls._depth -= 1
 
 
 def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
