@@ -21,7 +21,7 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import ROOT
 from tests.trainer.doctor.recipes import write_recipe
-from tests.warm import run_module
+from tests.warm import WarmProcess, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -43,24 +43,14 @@ def start(
     started: int = 2,
     world_size: int = 2,
     port: int | None = None,
-    command: tuple[str, ...] = ("-m", "mixmae.trainer.doctor"),
-) -> "list[subprocess.Popen[str]]":
+    program: str = "mixmae.trainer.doctor",
+) -> list[WarmProcess]:
     """Starts the first `started` ranks."""
     port = port or free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *argv],
-            env=environment(rank, world_size, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(started)
-    ]
+    return [WarmProcess(program, *argv, env=environment(rank, world_size, port)) for rank in range(started)]
 
 
-def finish(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str, list[int]]:
+def finish(ranks: list[WarmProcess]) -> tuple[str, str, list[int | None]]:
     """What the main rank wrote, and all exit codes."""
     try:
         outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
@@ -156,7 +146,7 @@ def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Pa
         "    job.measure = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
-    output, errors = output_of_main(start([str(recipe), "--jsonl"], command=(str(script),)))
+    output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
     wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
     assert [(finding.check, finding.found) for finding in wrong] == [
         ("all-reduce", "gloo: nothing came back for 5 s")
@@ -175,13 +165,13 @@ def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> N
         "    job.look = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
-    output, errors = output_of_main(start([str(recipe), "--jsonl"], command=(str(script),)))
+    output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
     wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
     assert ("host", "stopped answering during the checks") in [(one.check, one.found) for one in wrong], errors
     assert "all-reduce" not in {finding.check for finding in findings_in(output)}
 
 
-def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
+def output_of_main(ranks: list[WarmProcess]) -> tuple[str, str]:
     """What the main rank wrote; the others, which may hang, are killed."""
     try:
         output, errors = ranks[0].communicate(timeout=SECONDS)
