@@ -60,15 +60,15 @@ def tar_of(files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
 def tiny_recipe(**changes: Any) -> Recipe:
     """A recipe that trains in seconds: 64 px images, four cells, a few thousand parameters. Keys are dotted paths."""
     content: dict[str, Any] = {
-        "model": {
-            "encoder": "mixmae_swin_nano",
+        "encoder": {
+            "name": "mixmae_swin_nano",
             "img_size": 64,
-            "num_images": 2,
-            "decoder_dim": 16,
-            "decoder_depth": 1,
-            "decoder_num_heads": 2,
-            "sizes": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": [4, 4, 4, 2]},
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 2],
+            "window_size": [4, 4, 4, 2],
         },
+        "method": {"num_images": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
         "data": {"num_workers": 0},
         "train": {"duration": "8 steps", "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
         "optim": {"base_lr": 3e-2, "warmup": "2 steps"},

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class WarmProcess:
         self._outputs = [Path(self._folder.name) / name for name in ("out", "err")]
         for file in self._outputs:
             file.touch()
-        context = multiprocessing.get_context(start_method())
+        context: Any = multiprocessing.get_context(start_method())
         self._process = context.Process(target=_run, args=(program, argv, dict(env), self._outputs))
         self._process.start()
 

@@ -74,8 +74,8 @@ class Host:
             process.wait()
             raise
         if check and process.returncode:
-            words = " ".join(map(str, command))
-            raise RuntimeError(f"{self.name}: {words} ended with {process.returncode}: {errors.strip() or output}")
+            typed = " ".join(map(str, command))
+            raise RuntimeError(f"{self.name}: {typed} ended with {process.returncode}: {errors.strip() or output}")
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def processes(self, pattern: str = "") -> list[psutil.Process]:

@@ -75,7 +75,7 @@ class Slurm:
         self.stop_daemon(node)
         self.start_daemon(node)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Ends all jobs, starts daemons that do not run, takes back nodes that are down, drained or out of reach."""
         if not self.login.processes(CONTROLLER):
             self.restart_controller()

@@ -61,8 +61,8 @@ def test_down_ends_a_cluster_that_came_half_way(name: str, reached: str) -> None
 
 
 def test_a_cluster_can_end_with_its_parent(name: str) -> None:
-    words = f"from tests.cluster.cluster import bring_up; bring_up({name!r}, 1, 1, with_parent=True); input()"
-    parent = subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE)
+    code = f"from tests.cluster.cluster import bring_up; bring_up({name!r}, 1, 1, with_parent=True); input()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     _wait_for(folder_of(name) / "sizes.json")
     holders = [process for process, _ in namespaces.marked(f"{folder_of(name)}/")]
     assert len(holders) >= 3

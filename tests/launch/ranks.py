@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 
 from mixmae.base.ports import free_port
-from mixmae.launch.supervision.outcome import Outcome, attempt_folder, read_outcome
+from mixmae.base.run_directory import attempt_folder
+from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from tests.helpers import ROOT
 
 ATTEMPT = "one"

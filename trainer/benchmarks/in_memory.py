@@ -4,8 +4,8 @@ import math
 import multiprocessing
 from collections.abc import Sequence
 
-from mixmae.trainer.data.faults import Reason, Tally
-from mixmae.trainer.data.stores.store import CacheUse
+from mixmae.trainer.data.faults import FaultLog, Reason
+from mixmae.trainer.data.stores.store import CacheCounts
 from mixmae.trainer.data.stream import Batch, Stream
 
 
@@ -14,9 +14,9 @@ class InMemory(Stream):
     replaced sample."""
 
     def __init__(self, batches: Sequence[Batch] = ()) -> None:
-        self.retried, self.bytes_read, self.cache_use, self.allowed = 0, 0, CacheUse(), math.inf
-        self.tally = Tally()
-        self.tally.counts[Reason.DAMAGED] = 1
+        self.retried, self.bytes_read, self.cache_counts, self.allowed = 0, 0, CacheCounts(), math.inf
+        self.fault_log = FaultLog()
+        self.fault_log.counts[Reason.DAMAGED] = 1
         self.given = 0
         """Batches so far."""
         self._kept = batches

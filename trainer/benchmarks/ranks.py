@@ -33,7 +33,7 @@ def run_ranks(
     Raises:
         RuntimeError: a rank failed or took too long; none is left.
     """
-    context = multiprocessing.get_context(start_method)
+    context: Any = multiprocessing.get_context(start_method)
     with tempfile.TemporaryDirectory(prefix="mixmae-ranks-") as folder:
         port = str(free_port())
         processes = [

@@ -1,0 +1,1 @@
+"""Image data: order of samples, index, decoding, streaming."""

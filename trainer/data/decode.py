@@ -1,6 +1,6 @@
-"""Bytes to pixels: decode, random resized crop and flip, with random numbers that belong to (seed, epoch, sample).
+"""Bytes to pixels: decode, random resized crop and flip, with random numbers seeded by (seed, epoch, sample).
 
-A view is planned first (which box, how turned) and rendered then, by one of two decoders: `pillow`, the plain
+A crop is planned first (which box, how flipped) and then decoded by one of two decoders: `pillow`, the plain
 reference, and `fast`, which decodes no more of a JPEG than the box needs and resizes in uint8.
 """
 
@@ -31,7 +31,7 @@ Decoder = Literal["fast", "pillow"]
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Images with more pixels are taken for decompression bombs, as Pillow takes them: 179 million."""
 _ASPECT = (3 / 4, 4 / 3)
-_TURNS = {  # Exif orientation: transpose, then mirror, then flip upside down
+_ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside down
     1: (False, False, False),
     2: (False, True, False),
     3: (False, True, True),
@@ -42,14 +42,14 @@ _TURNS = {  # Exif orientation: transpose, then mirror, then flip upside down
     8: (True, False, True),
 }
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
-"""What libjpeg's messages about damage hold, in lower case; of others Pillow is asked."""
+"""Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What may be decoded: among Pillow's further formats are some that start programs."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
 
-def random_crop(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
+def sample_crop_box(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
     """A crop of `scale` of the area and an aspect of 3/4 to 4/3 (Inception's, as torchvision's RandomResizedCrop)."""
     for _ in range(10):
         area = width * height * random.uniform(*scale)
@@ -58,10 +58,10 @@ def random_crop(width: int, height: int, scale: tuple[float, float], random: Ran
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             return left, upper, left + w, upper + h
-    return center_crop(width, height, _ASPECT)
+    return center_crop_box(width, height, _ASPECT)
 
 
-def center_crop(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0)) -> Box:
+def center_crop_box(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0)) -> Box:
     """The largest crop around the middle with an aspect (width over height) within the bounds."""
     w = min(width, round(height * aspect[1]))
     h = min(height, round(width / aspect[0]))
@@ -69,8 +69,8 @@ def center_crop(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0
     return left, upper, left + w, upper + h
 
 
-class View(NamedTuple):
-    """What to show of an image: a box of its pixels as they are stored, and how to turn it."""
+class CropPlan(NamedTuple):
+    """A box of the stored image's pixels, and the flips that turn the crop upright."""
 
     box: Box
     reduction: int
@@ -80,16 +80,16 @@ class View(NamedTuple):
     upside_down: bool
 
 
-def plan_view(upright: Box, width: int, height: int, orientation: int, flip: bool, size: int) -> View:
-    """The view of a box of the upright image.
+def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: bool, size: int) -> CropPlan:
+    """The plan for a box of the upright image.
 
     Args:
         width, height: of the stored image, before it is turned upright.
         orientation: Exif's, 1 to 8.
-        flip: whether the view is mirrored.
-        size: pixels of the view's sides.
+        flip: whether the crop is mirrored.
+        size: side of the resized crop in pixels.
     """
-    transpose, mirror, upside_down = _TURNS[orientation]
+    transpose, mirror, upside_down = _ORIENTATIONS[orientation]
     if transpose:
         width, height = height, width
     left, upper, right, lower = upright
@@ -100,14 +100,14 @@ def plan_view(upright: Box, width: int, height: int, orientation: int, flip: boo
     if transpose:
         left, upper, right, lower = upper, left, lower, right
     reduction = next((r for r in (8, 4, 2) if min(right - left, lower - upper) // r >= size), 1)
-    # A reduced pixel stands for whole blocks: a box between them would be shifted by a part of a pixel.
+    # A reduced pixel covers a whole block: a box off the block grid would be shifted by a fraction of a pixel.
     left, upper = left // reduction * reduction, upper // reduction * reduction
     right, lower = (right - left) // reduction * reduction + left, (lower - upper) // reduction * reduction + upper
-    return View((left, upper, right, lower), reduction, transpose, mirror != flip, upside_down)
+    return CropPlan((left, upper, right, lower), reduction, transpose, mirror != flip, upside_down)
 
 
-class Encoded(Protocol):
-    """An image of which boxes can be decoded."""
+class EncodedImage(Protocol):
+    """An encoded image of which boxes can be decoded."""
 
     width: int
     height: int
@@ -118,14 +118,14 @@ class Encoded(Protocol):
 
 
 class PartialJpeg:
-    """A JPEG of which little more than a box is decoded. Its header is `fast`; its bytes were judged before."""
+    """A JPEG of which little more than a box is decoded; its header is `fast`, its bytes passed `inspect_image`."""
 
     def __init__(self, content: bytes, header: jpeg.Header) -> None:
         self.content, self.header = content, header
         self.width, self.height, self.orientation = self.header.width, self.header.height, self.header.orientation
 
     def pixels(self, box: Box, reduction: int) -> Pixels:
-        part = jpeg.cut_out(self.content, self.header, box)
+        part = jpeg.lossless_crop(self.content, self.header, box)
         size = -(-part.height // reduction), -(-part.width // reduction)
         smallest = dict(zip(("min_height", "min_width"), size, strict=True))
         announced = simplejpeg.decode_jpeg_header(part.content, strict=part.strict, **smallest)[:2]
@@ -157,7 +157,7 @@ def _orientation(content: bytes, image: Image.Image) -> int:
         if jpeg.is_jpeg(content):
             return jpeg.read_header(content).orientation
     found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found if found in _TURNS else 1
+    return found if found in _ORIENTATIONS else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -171,63 +171,65 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def training_view(
+def random_resized_crop(
     content: bytes, state: int, size: int, settings: Data, random: Random, out: Tensor | None = None
 ) -> Tensor:
-    """A random crop, resized (bicubic) and perhaps flipped: the view that pretraining sees.
+    """A random crop, resized (bicubic) and perhaps flipped.
 
     Args:
         state: what `judge` said of the content.
-        out: where the view goes, uint8 [3, size, size] in channels-last memory; None allocates.
+        out: where the crop is written, uint8 [3, size, size] in channels-last memory; None allocates.
 
     Raises:
         UnusableError: the content cannot be decoded after all.
     """
     source = open_encoded(content, state, settings.decoder)
-    view = random_view(source, size, settings, random)
-    return render(decode_view(source, view), view, size, settings.decoder, out)
+    plan = plan_random_crop(source, size, settings, random)
+    return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 
 
-def evaluation_view(content: bytes, state: int, size: int) -> Tensor:
-    """The largest centred square, resized: the view that a probe sees; uint8 [3, size, size]."""
+def center_resized_crop(content: bytes, state: int, size: int) -> Tensor:
+    """The largest centred square, resized; uint8 [3, size, size]."""
     source = open_encoded(content, state)
-    box = center_crop(*_upright_size(source))
-    view = plan_view(box, source.width, source.height, source.orientation, False, size)
-    return render(decode_view(source, view), view, size)
+    box = center_crop_box(*_upright_size(source))
+    plan = plan_crop(box, source.width, source.height, source.orientation, False, size)
+    return resize_crop(decode_crop(source, plan), plan, size)
 
 
-def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> Encoded:
-    """Raises UnusableError for bytes that are not what they were judged to be."""
+def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> EncodedImage:
+    """Raises UnusableError for bytes that do not decode as their state says."""
     try:
         if state == JPEG and decoder == "fast" and (header := jpeg.read_header(content)).fast:
             return PartialJpeg(content, header)
         return WholeImage(content)  # also of an index that called more kinds of JPEG fast
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders raise all kinds of errors
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
-def random_view(source: Encoded, size: int, settings: Data, random: Random) -> View:
-    """Where to look in training: a random crop of the upright image, and whether it is mirrored."""
-    box = random_crop(*_upright_size(source), settings.crop_scale, random)
+def plan_random_crop(source: EncodedImage, size: int, settings: Data, random: Random) -> CropPlan:
+    """A random crop of the upright image, and whether it is mirrored."""
+    box = sample_crop_box(*_upright_size(source), settings.crop_scale, random)
     flip = random.random() < settings.hflip
-    return plan_view(box, source.width, source.height, source.orientation, flip, size)
+    return plan_crop(box, source.width, source.height, source.orientation, flip, size)
 
 
-def _upright_size(source: Encoded) -> tuple[int, int]:
-    sideways = _TURNS[source.orientation][0]
+def _upright_size(source: EncodedImage) -> tuple[int, int]:
+    sideways = _ORIENTATIONS[source.orientation][0]
     return (source.height, source.width) if sideways else (source.width, source.height)
 
 
-def decode_view(source: Encoded, view: View) -> Pixels:
-    """The pixels of a view's box. Raises UnusableError if the decoder finds damage in them."""
+def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:
+    """The pixels of the planned box. Raises UnusableError if the decoder finds damage in them."""
     try:
-        return source.pixels(view.box, view.reduction)
-    except Exception as error:  # decoders raise what they like
+        return source.pixels(plan.box, plan.reduction)
+    except Exception as error:  # decoders raise all kinds of errors
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
-def render(pixels: Pixels, view: View, size: int, decoder: Decoder = "fast", out: Tensor | None = None) -> Tensor:
-    """Resizes a view's pixels and turns them upright; uint8 [3, size, size], into `out` if it is given."""
+def resize_crop(
+    pixels: Pixels, plan: CropPlan, size: int, decoder: Decoder = "fast", out: Tensor | None = None
+) -> Tensor:
+    """Resizes a crop's pixels and turns them upright; uint8 [3, size, size], into `out` if it is given."""
     out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
     if decoder == "pillow":
         small = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
@@ -236,26 +238,26 @@ def render(pixels: Pixels, view: View, size: int, decoder: Decoder = "fast", out
         # F.interpolate would unpack its result to channels first; this is the operator that it calls.
         whole = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
         torch.ops.aten._upsample_bicubic2d_aa.out(whole, [size, size], False, out=out[None])
-    if view.transpose:
+    if plan.transpose:
         out.copy_(out.transpose(1, 2).clone())
-    turned = [dim for dim, turn in ((1, view.upside_down), (2, view.mirror)) if turn]
+    turned = [dim for dim, turn in ((1, plan.upside_down), (2, plan.mirror)) if turn]
     return out.copy_(out.flip(turned)) if turned else out
 
 
-def judge(content: bytes) -> int:
+def inspect_image(content: bytes) -> int:
     """How an image's bytes decode: `JPEG`, `PILLOW`, or the `Reason` why they do not. Decodes the whole image."""
     if not content:
         return Reason.EMPTY
     try:
-        if jpeg.is_jpeg(content) and (state := _judge_jpeg(content)) is not None:
+        if jpeg.is_jpeg(content) and (state := _inspect_jpeg(content)) is not None:
             return state
-        return _judge_any(content)
-    except Exception:  # decoders raise what they like
+        return _inspect_with_pillow(content)
+    except Exception:  # decoders raise all kinds of errors
         return Reason.DAMAGED
 
 
-def _judge_jpeg(content: bytes) -> int | None:
-    """The state of a JPEG, or None where Pillow has to look at it."""
+def _inspect_jpeg(content: bytes) -> int | None:
+    """The state of a JPEG, or None where Pillow has to decide."""
     try:
         header = jpeg.read_header(content)
     except ValueError:
@@ -271,7 +273,7 @@ def _judge_jpeg(content: bytes) -> int | None:
     return JPEG
 
 
-def _judge_any(content: bytes) -> int:
+def _inspect_with_pillow(content: bytes) -> int:
     try:
         WholeImage(content)
     except UnidentifiedImageError:

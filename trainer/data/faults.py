@@ -1,6 +1,5 @@
-"""Samples that cannot be used: why, how many, and when it is too many."""
+"""Unusable samples: why, how many, and how many are too many."""
 
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,14 +7,15 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 
 JPEG, PILLOW = 0, 1
-"""States of a good sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""
+"""States of a usable sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""
 
 
 class Reason(IntEnum):
-    """Why a sample cannot be used. Values stand in indices: once given, they stay."""
+    """Why a sample is unusable. Values are stored in indices: once given, they stay."""
 
     EMPTY = 10
     MISSING = 11
@@ -36,12 +36,12 @@ class Reason(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-OUT_OF_REACH = (Reason.SHARD_GONE, Reason.STALLED, Reason.UNREADABLE)
-"""Reasons that lie in a shard's place and not in the sample: what is tried instead may well fail too."""
+UNREACHABLE = (Reason.SHARD_GONE, Reason.STALLED, Reason.UNREADABLE)
+"""Reasons that concern a shard and not the sample: substitutes may well fail too."""
 
 
 class Fault(NamedTuple):
-    """One unusable sample, and the epoch in which it was met."""
+    """One unusable sample, and the epoch in which it was found."""
 
     epoch: int
     sample: int
@@ -65,8 +65,8 @@ class TooManyFaultsError(UsageError):
     exit_code = 1
 
 
-class Tally:
-    """What a rank met: counts by reason and epoch, and one line for each name."""
+class FaultLog:
+    """Counts a rank's unusable samples by reason and epoch, and names each of them once."""
 
     CONSOLE_LINES = 10
 
@@ -91,7 +91,7 @@ class Tally:
         self._by_epoch[fault.epoch][fault.shard] += 1
         if fault.name not in self._named:
             self._named.add(fault.name)
-            self._name(fault)
+            self._log(fault)
 
     def of_epoch(self, epoch: int) -> Counter[str]:
         """This rank's faults of an epoch, by shard; forgets epochs that every stream has left."""
@@ -99,12 +99,10 @@ class Tally:
             del self._by_epoch[past]
         return self._by_epoch[epoch]
 
-    def _name(self, fault: Fault) -> None:
+    def _log(self, fault: Fault) -> None:
         if self.record is not None:
-            self.record.parent.mkdir(parents=True, exist_ok=True)
             line = {"sample": fault.name, "reason": fault.reason.label, "detail": fault.detail, "epoch": fault.epoch}
-            with self.record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            jsonl.append(self.record, line)
         self._shown += 1
         if self._shown <= self.CONSOLE_LINES:
             where = f" (further ones only in {self.record})" if self.record is not None else " (further ones not shown)"
@@ -113,17 +111,16 @@ class Tally:
 
 
 def _names_in(record: Path | None) -> set[str]:
-    lines = record.read_text().splitlines() if record is not None and record.is_file() else []
-    return {json.loads(line)["sample"] for line in lines if line.endswith("}")}
+    return {line["sample"] for line in jsonl.read(record, "sample")} if record is not None else set()
 
 
 def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allowed: float) -> TooManyFaultsError:
-    """The end of a run whose data has too much that cannot be used."""
+    """The error that ends a run with too many unusable samples."""
     shards = [f"{name} ({count})" for name, count in by_shard.most_common()]
     return TooManyFaultsError(
         f"{by_shard.total()} samples of epoch {epoch} could not be used ({describe(reasons)} in all), more than the "
-        f"{allowed:.4g} that data.max_bad_share allows; shards: {first_names(shards, 5)}; see 'mixmae shards check', "
-        "or raise data.max_bad_share"
+        f"{allowed:.4g} that data.max_corrupt_fraction allows; shards: {first_names(shards, 5)}; see 'mixmae shards "
+        "check', or raise data.max_corrupt_fraction"
     )
 
 
@@ -132,5 +129,13 @@ def describe(counts: Counter[Reason]) -> str:
     return ", ".join(f"{count} {reason.label}" for reason, count in counts.most_common())
 
 
-def first_names(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def first_names(names: Sequence[str], shown: int = 3, count: int | None = None) -> str:
+    """`a, b, c and 5 more`; `count` names in all where `names` holds the first ones only."""
+    count = len(names) if count is None else count
+    more = f" and {count - shown} more" if count > shown else ""
+    return ", ".join(map(printable, names[:shown])) + more
+
+
+def printable(name: str) -> str:
+    """A file's name for a terminal, which its control characters could otherwise command."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

@@ -1,6 +1,6 @@
-"""What a shard directory holds: `index.json` (shards, counts, checksums) and `samples.npy` (where each image is).
+"""The index of a shard directory: `index.json` (shards, counts, checksums) and `samples.npy` (image offsets).
 
-With the offsets a reader opens a tar anywhere, and any position in an epoch is found by arithmetic.
+With the offsets a reader can start anywhere in a tar, and any position in an epoch is computed.
 """
 
 import errno
@@ -20,7 +20,7 @@ import xxhash
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.stores.opening import open_store
+from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.store import Store
 from mixmae.trainer.recipe.schema import Cache, Network
 
@@ -29,8 +29,12 @@ FORMAT = 2
 SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("hash", "<u8"), ("state", "u1")]
 )
-"""One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class or -1, their
-XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a `faults.Reason`."""
+"""One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class (or
+`UNLABELLED`, `INVALID_LABEL`), their XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a
+`faults.Reason`."""
+UNLABELLED = -1
+INVALID_LABEL = -2
+"""There is a label, but it is neither a class number nor a class name."""
 Table = npt.NDArray[Any]
 
 
@@ -60,7 +64,7 @@ class ShardIndex:
         """The bytes of one image, as they were when it was indexed.
 
         Raises:
-            UnusableError: why they cannot be had.
+            UnusableError: why they cannot be read.
         """
         row = self.samples[sample]
         if row["state"] >= min(Reason):
@@ -84,9 +88,9 @@ class ShardIndex:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise UsageError(str(error)) from error  # the cache's disk, not the shard
-            raise UnusableError(self._why_unreadable(shard, offset + size), str(error)) from error
+            raise UnusableError(self._reason_of_failure(shard, offset + size), str(error)) from error
 
-    def _why_unreadable(self, shard: Shard, end: int) -> Reason:
+    def _reason_of_failure(self, shard: Shard, end: int) -> Reason:
         try:
             return Reason.SHARD_CUT if self.store.size(shard.name) < end else Reason.UNREADABLE
         except OSError:
@@ -114,11 +118,11 @@ class ShardIndex:
             return -1
 
     def listing(self) -> dict[str, Any]:
-        """What identifies the data, for a run to remember."""
+        """What identifies the data, for a run to record."""
         return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards]}
 
     def first_difference(self, earlier: dict[str, Any]) -> str:
-        """Where this directory departs from an earlier `listing`."""
+        """How this directory first differs from an earlier `listing`."""
         before = [Shard(**shard) for shard in earlier["shards"]]
         for then, now in zip(before, self.shards, strict=False):
             for field in Shard._fields:
@@ -172,7 +176,7 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
 
 
 def fingerprint_of(shards: Sequence[Shard], classes: Sequence[str], samples: Table) -> str:
-    """SHA-256 of all that an index says."""
+    """SHA-256 of everything in an index."""
     digest = hashlib.sha256(samples.tobytes())
     digest.update(json.dumps([shards, list(classes)]).encode())
     return digest.hexdigest()

@@ -1,9 +1,9 @@
-"""JPEG files cut to what a crop needs, without touching a coefficient.
+"""Lossless JPEG cropping: the smallest JPEG that a crop needs, with unchanged coefficients.
 
 A decoder reads a JPEG from its top. What lies below a crop need not be decoded: the header is told a smaller height.
 What lies above and beside it need not be either where the coded data has restart markers several times in each row, as
-`add_restarts` leaves them: the pieces that the crop touches make a small JPEG of their own. Inside the crop the pixels
-are bit for bit those of the whole file.
+`add_restarts` leaves them: the segments that the crop touches make a small JPEG of their own. Inside the crop the
+pixels are bit for bit those of the whole file.
 
 Layout of the file: ITU-T T.81, annex B; the orientation: Exif 2.3, section 4.6.4.
 """
@@ -20,20 +20,20 @@ import numpy.typing as npt
 from mixmae.base.errors import UsageError
 
 Bytes = npt.NDArray[np.uint8]
-Places = npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _FRAMES = (*_SEQUENTIAL, _PROGRESSIVE)
 _RESTART = 0xD0
 _WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA))
 _TABLE, _NAME = 0xEB, b"mixmae\0"
-"""The application segment (APP11) in which `add_restarts` notes the lengths of pieces: looking for them takes long."""
+"""The application segment (APP11) in which `add_restarts` lists the lengths of segments: a search takes long."""
 _INTERVAL = 4
 """MCUs between two restart markers, at most: a crop decodes less than so many too many on either side."""
 
 
 class Header(NamedTuple):
-    """What a JPEG says before its pixels."""
+    """The header of a JPEG."""
 
     width: int
     height: int
@@ -57,7 +57,7 @@ class Header(NamedTuple):
     orientation: int
     """Exif's, 1 (upright) to 8."""
     lengths: bytes
-    """Of the pieces between restart markers, as `add_restarts` noted them; empty in other files."""
+    """Of the segments between restart markers, as `add_restarts` noted them; empty in other files."""
 
 
 def is_jpeg(content: bytes) -> bool:
@@ -134,8 +134,8 @@ def _orientation(tiff: bytes) -> int:
     return 1
 
 
-class Cutout(NamedTuple):
-    """A JPEG of a part of another one."""
+class LosslessCrop(NamedTuple):
+    """A JPEG of a part of another JPEG."""
 
     content: bytes | Bytes
     width: int
@@ -147,9 +147,9 @@ class Cutout(NamedTuple):
     """Whether a decoder's warnings mean damage: bytes are left over where only the height was lowered."""
 
 
-def cut_out(content: bytes, header: Header, box: tuple[int, int, int, int]) -> Cutout:
+def lossless_crop(content: bytes, header: Header, box: tuple[int, int, int, int]) -> LosslessCrop:
     """The smallest JPEG that is cheap to get and holds a box (left, upper, right, lower) of another one."""
-    whole = Cutout(content, header.width, header.height, 0, 0, True)
+    whole = LosslessCrop(content, header.width, header.height, 0, 0, True)
     if not header.one_scan:
         return whole
     left, upper, right, lower = box
@@ -158,7 +158,7 @@ def cut_out(content: bytes, header: Header, box: tuple[int, int, int, int]) -> C
     rows = _units(upper, lower, header.unit_height, header.context[1], down)
     interval = header.restart_interval
     if interval and across % interval == 0:
-        starts, ends = _pieces(content, header)
+        starts, ends = _restart_segments(content, header)
         if len(starts) == down * across // interval:
             wanted = range(columns.start // interval, -(-columns.stop // interval))
             grid = (down, across // interval)
@@ -166,62 +166,62 @@ def cut_out(content: bytes, header: Header, box: tuple[int, int, int, int]) -> C
     height = min(header.height, rows.stop * header.unit_height)
     if height == header.height:
         return whole
-    return Cutout(_with_size(content, header, header.width, height), header.width, height, 0, 0, False)
+    return LosslessCrop(_with_size(content, header, header.width, height), header.width, height, 0, 0, False)
 
 
 def _units(start: int, end: int, unit: int, context: int, count: int) -> range:
-    """The MCUs, of `count`, that a stretch of pixels touches or depends on."""
+    """The MCUs, of `count`, that a range of pixels touches or depends on."""
     return range(max(0, start // unit - context), min(count, -(-end // unit) + context))
 
 
-def _pieces(content: bytes, header: Header) -> tuple[Places, Places]:
-    """Where the pieces of coded data between restart markers start and end."""
+def _restart_segments(content: bytes, header: Header) -> tuple[Offsets, Offsets]:
+    """Where the segments of coded data between restart markers start and end."""
     coded = np.frombuffer(content, np.uint8)
-    marks = _noted_marks(coded, header)
-    if marks is None:
-        marks = _find_marks(coded, header)
-    return np.concatenate([[header.scan_at], marks[:-1] + 2]), marks
+    markers = _listed_markers(coded, header)
+    if markers is None:
+        markers = _find_markers(coded, header)
+    return np.concatenate([[header.scan_at], markers[:-1] + 2]), markers
 
 
-def _noted_marks(coded: Bytes, header: Header) -> Places | None:
+def _listed_markers(coded: Bytes, header: Header) -> Offsets | None:
     """Where the markers are by the file's own table, and the image's end; None if it has none that fits the file.
 
-    Another program may have coded the image anew and kept the table: then the lengths do not add up to the image's end.
+    Another program may have re-encoded the image and kept the table: then the lengths do not add up to the image's end.
     """
     lengths = np.frombuffer(header.lengths, ">u2")
     if not len(lengths):
         return None
-    marks = header.scan_at - 2 + np.cumsum(lengths + np.int64(2))
-    end = int(marks[-1])
-    return marks if coded[end : end + 2].tobytes() == _END else None
+    markers = header.scan_at - 2 + np.cumsum(lengths + np.int64(2))
+    end = int(markers[-1])
+    return markers if coded[end : end + 2].tobytes() == _END else None
 
 
-def _find_marks(coded: Bytes, header: Header) -> Places:
+def _find_markers(coded: Bytes, header: Header) -> Offsets:
     scan = coded[header.scan_at :]
     escapes = np.flatnonzero(scan[:-1] == 0xFF)
     follows = scan[escapes + 1]
     return escapes[(follows & 0xF8 == _RESTART) | (follows == _END[1])] + header.scan_at
 
 
-def _join(content: bytes, header: Header, starts: Places, ends: Places, columns: range, rows: range) -> Cutout:
-    """The JPEG of some columns of pieces [rows, columns], in some rows of MCUs."""
+def _join(content: bytes, header: Header, starts: Offsets, ends: Offsets, columns: range, rows: range) -> LosslessCrop:
+    """The JPEG of some columns of segments [rows, columns], in some rows of MCUs."""
     across = header.restart_interval * header.unit_width
     left, top = columns.start * across, rows.start * header.unit_height
     width = min(header.width, columns.stop * across) - left
     height = min(header.height, rows.stop * header.unit_height) - top
     ends = ends[rows.start : rows.stop, columns.start : columns.stop]
     firsts = starts[rows.start : rows.stop, columns.start]
-    lengths = ends[:, -1] + 2 - firsts  # with the marker behind the row's last piece
-    places = header.scan_at + np.cumsum(lengths) - lengths
+    lengths = ends[:, -1] + 2 - firsts  # with the marker behind the row's last segment
+    offsets = header.scan_at + np.cumsum(lengths) - lengths
     coded, joined = np.frombuffer(content, np.uint8), np.empty(header.scan_at + lengths.sum(), np.uint8)
     joined[: header.scan_at] = np.frombuffer(_with_size(content[: header.scan_at], header, width, height), np.uint8)
-    for first, length, place in zip(firsts.tolist(), lengths.tolist(), places.tolist(), strict=True):
-        joined[place : place + length] = coded[first : first + length]
-    # Markers count from 0 to 7 again and again, which a decoder checks; behind the last piece the image ends.
-    markers = (ends + (places - firsts)[:, None]).ravel() + 1
+    for first, length, offset in zip(firsts.tolist(), lengths.tolist(), offsets.tolist(), strict=True):
+        joined[offset : offset + length] = coded[first : first + length]
+    # Markers count from 0 to 7 again and again, which a decoder checks; behind the last segment the image ends.
+    markers = (ends + (offsets - firsts)[:, None]).ravel() + 1
     joined[markers] = _RESTART + np.arange(len(markers)) % 8
     joined[markers[-1]] = _END[1]
-    return Cutout(joined, width, height, left, top, True)
+    return LosslessCrop(joined, width, height, left, top, True)
 
 
 def _with_size(content: bytes, header: Header, width: int, height: int) -> bytes:
@@ -262,8 +262,8 @@ def add_restarts(content: bytes) -> bytes:
 
 
 def _with_table(content: bytes) -> bytes:
-    """The JPEG with the lengths of its pieces, as far as a segment holds them."""
-    starts, ends = _pieces(content, read_header(content))
+    """The JPEG with the lengths of its segments, as far as a segment holds them."""
+    starts, ends = _restart_segments(content, read_header(content))
     table = _NAME + (ends - starts).astype(">u2").tobytes()
     if len(table) > 2**16 - 3 or (ends - starts).max() >= 2**16:
         return content

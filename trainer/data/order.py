@@ -1,8 +1,9 @@
-"""Which sample comes when: the order of a run as arithmetic, so that any place in it is computed and not replayed.
+"""The sample order of a run as arithmetic, so that any position in it is computed and never replayed.
 
-An epoch's shards are shuffled and laid end to end. The line is cut into a fixed number of *streams*, as equal as whole
-samples allow, and every global batch takes the next few samples of each stream. Within a stream samples are shuffled in
-windows. A rank serves whole streams, so that neither the number of ranks nor that of workers changes a global batch.
+An epoch's shards are shuffled and concatenated. The sequence is split into a fixed number of *streams*, as equal as
+whole samples allow, and every global batch takes the next few samples of each stream. Within a stream samples are
+shuffled in windows. A rank serves whole streams, so that neither the number of ranks nor that of workers changes a
+global batch.
 
 Stream c of C has, when epoch e begins, served floor((e N + c) / C) samples, N being those of an epoch. Over all streams
 that sums to e N (Hermite's identity): an epoch's last global batch is completed by the first samples of the next epoch,
@@ -21,35 +22,35 @@ from mixmae.trainer.data.rng import Purpose, numpy_at
 Numbers = npt.NDArray[np.int64]
 
 
-class Ticket(NamedTuple):
-    """One sample of one epoch."""
+class SampleRef(NamedTuple):
+    """One sample in one epoch."""
 
     epoch: int
     sample: int
 
 
-class Stretch(NamedTuple):
-    """Samples that lie one behind the other in one shard: numbers `first` up to, not including, `last`."""
+class SampleRange(NamedTuple):
+    """Consecutive samples of one shard: numbers `first` up to, not including, `last`."""
 
     first: int
     last: int
 
 
-class Share(NamedTuple):
-    """What some streams give to a global batch, and the stretches that are read from here on."""
+class BatchSlice(NamedTuple):
+    """What some streams contribute to a global batch, and the ranges to prefetch from now on."""
 
-    tickets: list[Ticket]
-    ahead: list[Stretch]
+    samples: list[SampleRef]
+    prefetch: list[SampleRange]
 
 
-class _Epoch(NamedTuple):
-    """An epoch's line of shards, and where its streams are cut."""
+class _EpochLayout(NamedTuple):
+    """An epoch's sequence of shards, and where its streams begin."""
 
     shards: Numbers
-    starts: Numbers
-    """Where each shard begins on the line; one more than shards."""
-    cuts: Numbers
-    """Where each stream begins on the line; one more than streams."""
+    shard_starts: Numbers
+    """Position in the sequence at which each shard begins; one more than shards."""
+    stream_starts: Numbers
+    """Position in the sequence at which each stream begins; one more than streams."""
 
 
 class Order:
@@ -60,78 +61,84 @@ class Order:
         counts: samples of each shard.
         streams: number of streams; divides global_batch.
         global_batch: samples of a step.
-        window: samples of a stream that are shuffled among each other.
+        shuffle_window: samples of a stream that are shuffled among each other.
         drop_last: leave out, in every epoch, the samples that do not fill a global batch.
     """
 
     def __init__(
-        self, seed: int, counts: Sequence[int], streams: int, global_batch: int, window: int, drop_last: bool = False
+        self,
+        seed: int,
+        counts: Sequence[int],
+        streams: int,
+        global_batch: int,
+        shuffle_window: int,
+        drop_last: bool = False,
     ) -> None:
         assert global_batch % streams == 0, (global_batch, streams)
-        self.seed, self.streams, self.window = seed, streams, window
+        self.seed, self.streams, self.shuffle_window = seed, streams, shuffle_window
         self.counts = np.asarray(counts, dtype=np.int64)
         self.first_samples = np.concatenate([[0], np.cumsum(self.counts)])
         self.num_samples = int(self.counts.sum())
         self.per_batch = global_batch // streams
-        self.kept = self.num_samples // global_batch * self.per_batch if drop_last else None
+        self.kept_per_stream = self.num_samples // global_batch * self.per_batch if drop_last else None
         """Samples of each stream in an epoch that drops its last ones."""
-        assert self.kept != 0, "no epoch without a global batch"
-        self._epoch = lru_cache(maxsize=2)(self._lay_out)  # two: streams enter an epoch one after the other
-        self._open: dict[int, tuple[tuple[int, int], Numbers]] = {}
+        assert self.kept_per_stream != 0, "no epoch without a global batch"
+        self._layout = lru_cache(maxsize=2)(self._compute_layout)  # two: streams enter an epoch one after the other
+        self._open_windows: dict[int, tuple[tuple[int, int], Numbers]] = {}
 
-    def share(self, batch: int, streams: range) -> Share:
-        """What the streams give to global batch number `batch`, stream by stream."""
-        tickets: list[Ticket] = []
-        ahead: list[Stretch] = []
+    def slice_of(self, batch: int, streams: range) -> BatchSlice:
+        """What the streams contribute to global batch number `batch`, stream by stream."""
+        samples: list[SampleRef] = []
+        prefetch: list[SampleRange] = []
         for stream in streams:
-            for place in range(batch * self.per_batch, (batch + 1) * self.per_batch):
-                epoch, offset = self._epoch_at(stream, place)
+            for served in range(batch * self.per_batch, (batch + 1) * self.per_batch):
+                epoch, offset = self._epoch_at(stream, served)
                 window, inside = self._window_at(stream, offset)
-                if self._open.get(stream, (None,))[0] != (epoch, window):
-                    self._open[stream] = (epoch, window), self._shuffled(epoch, stream, window)
-                    ahead += self._stretches(stream)
-                tickets.append(Ticket(epoch, int(self._open[stream][1][inside])))
-        return Share(tickets, ahead)
+                if self._open_windows.get(stream, (None,))[0] != (epoch, window):
+                    self._open_windows[stream] = (epoch, window), self._shuffled_window(epoch, stream, window)
+                    prefetch += self._ranges_of_window(stream)
+                samples.append(SampleRef(epoch, int(self._open_windows[stream][1][inside])))
+        return BatchSlice(samples, prefetch)
 
     def _window_at(self, stream: int, offset: int) -> tuple[int, int]:
         """The window of a stream's sample number `offset` of an epoch, and its number within that window."""
-        window, inside = divmod(offset + self._phase(stream), self.window)
+        window, inside = divmod(offset + self._stagger(stream), self.shuffle_window)
         return window, inside if window else offset
 
-    def _phase(self, stream: int) -> int:
-        """Streams open their windows in turn: what is read in a step stays the same."""
-        return stream * self.window // self.streams
+    def _stagger(self, stream: int) -> int:
+        """Streams open their windows in turn, so that each step reads about as many bytes."""
+        return stream * self.shuffle_window // self.streams
 
-    def _epoch_at(self, stream: int, place: int) -> tuple[int, int]:
-        """The epoch of a stream's sample number `place`, and its number within that epoch."""
-        if self.kept is not None:
-            return divmod(place, self.kept)
-        epoch = ((place + 1) * self.streams - 1 - stream) // self.num_samples
-        return epoch, place - (epoch * self.num_samples + stream) // self.streams
+    def _epoch_at(self, stream: int, served: int) -> tuple[int, int]:
+        """The epoch of a stream's sample number `served`, and its number within that epoch."""
+        if self.kept_per_stream is not None:
+            return divmod(served, self.kept_per_stream)
+        epoch = ((served + 1) * self.streams - 1 - stream) // self.num_samples
+        return epoch, served - (epoch * self.num_samples + stream) // self.streams
 
-    def _lay_out(self, epoch: int) -> _Epoch:
+    def _compute_layout(self, epoch: int) -> _EpochLayout:
         shards = numpy_at(Purpose.ORDER, self.seed, epoch).permutation(len(self.counts))
-        starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
+        shard_starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
         served = (np.array([[epoch], [epoch + 1]]) * self.num_samples + np.arange(self.streams)) // self.streams
-        return _Epoch(shards, starts, np.concatenate([[0], np.cumsum(served[1] - served[0])]))
+        return _EpochLayout(shards, shard_starts, np.concatenate([[0], np.cumsum(served[1] - served[0])]))
 
-    def _span(self, epoch: int, stream: int, window: int) -> tuple[int, int]:
-        """Where a window lies on the epoch's line."""
-        cuts = self._epoch(epoch).cuts
-        start = int(cuts[stream]) - self._phase(stream) + window * self.window
-        return max(start, int(cuts[stream])), min(start + self.window, int(cuts[stream + 1]))
+    def _bounds_of_window(self, epoch: int, stream: int, window: int) -> tuple[int, int]:
+        """Positions in the epoch's sequence at which a window begins and ends."""
+        starts = self._layout(epoch).stream_starts
+        start = int(starts[stream]) - self._stagger(stream) + window * self.shuffle_window
+        return max(start, int(starts[stream])), min(start + self.shuffle_window, int(starts[stream + 1]))
 
-    def _shuffled(self, epoch: int, stream: int, window: int) -> Numbers:
+    def _shuffled_window(self, epoch: int, stream: int, window: int) -> Numbers:
         """The samples of a window in the order in which they are served."""
-        line = self._epoch(epoch)
-        places = np.arange(*self._span(epoch, stream, window))
-        which = np.searchsorted(line.starts, places, side="right") - 1
-        samples = self.first_samples[line.shards[which]] + places - line.starts[which]
+        layout = self._layout(epoch)
+        positions = np.arange(*self._bounds_of_window(epoch, stream, window))
+        which = np.searchsorted(layout.shard_starts, positions, side="right") - 1
+        samples = self.first_samples[layout.shards[which]] + positions - layout.shard_starts[which]
         return numpy_at(Purpose.WINDOW, self.seed, epoch, stream, window).permutation(samples)
 
-    def _stretches(self, stream: int) -> list[Stretch]:
-        """The pieces of shards that make up a stream's open window."""
-        samples = np.sort(self._open[stream][1])
+    def _ranges_of_window(self, stream: int) -> list[SampleRange]:
+        """The ranges of shards that make up a stream's open window."""
+        samples = np.sort(self._open_windows[stream][1])
         shards = np.searchsorted(self.first_samples, samples, side="right")
         breaks = np.flatnonzero((np.diff(samples) != 1) | (np.diff(shards) != 0)) + 1
-        return [Stretch(int(piece[0]), int(piece[-1]) + 1) for piece in np.split(samples, breaks)]
+        return [SampleRange(int(part[0]), int(part[-1]) + 1) for part in np.split(samples, breaks)]

@@ -1,6 +1,6 @@
-"""Randomness as a function of where a run stands, so that no generator has to be saved.
+"""Random number generators as functions of a key, so that no generator state has to be saved.
 
-A key is (seed, ...place...); a purpose keeps equal keys of different users apart.
+A key is (seed, and a position: epoch, sample, step, rank, ...); a purpose keeps equal keys of different users apart.
 """
 
 from enum import IntEnum
@@ -12,11 +12,11 @@ import xxhash
 
 
 class Purpose(IntEnum):
-    """What random numbers are for; a value, once given, stays."""
+    """What random numbers are for. Values are part of every key: once given, they stay."""
 
     ORDER = 1
-    VIEW = 2
-    MIX = 3
+    AUGMENTATION = 2
+    INPUTS = 3
     DROP_PATH = 4
     WINDOW = 5
     REPLACEMENT = 6
@@ -28,7 +28,7 @@ def numpy_at(purpose: Purpose, *key: int) -> np.random.Generator:
 
 
 def random_at(purpose: Purpose, *key: int) -> Random:
-    """The standard library's generator of a key: for the few numbers of a sample it takes a fifth of NumPy's time."""
+    """The standard library's generator of a key: a fifth of the cost of NumPy's for the few numbers of a sample."""
     return Random(xxhash.xxh3_64_intdigest(repr((int(purpose), *key)).encode()))
 
 

@@ -1,4 +1,4 @@
-"""The stream of batches: workers turn the order's samples into uint8 batches; what cannot be used is replaced.
+"""The stream of batches: workers load the order's samples into uint8 batches and replace those that are unusable.
 
 A position in it is one number, the samples seen; see `mixmae.trainer.data.order`.
 """
@@ -14,44 +14,52 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from mixmae.base.errors import UsageError
 from mixmae.base.signals import leave_signals_to_the_main_process
-from mixmae.trainer.data.decode import training_view
-from mixmae.trainer.data.faults import OUT_OF_REACH, Fault, Tally, TooManyFaultsError, UnusableError, describe, too_many
+from mixmae.trainer.data.faults import (
+    UNREACHABLE,
+    Fault,
+    FaultLog,
+    TooManyFaultsError,
+    UnusableError,
+    describe,
+    too_many,
+)
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.order import Order, Share, Stretch, Ticket
+from mixmae.trainer.data.order import BatchSlice, Order, SampleRange, SampleRef
 from mixmae.trainer.data.rng import Purpose, numpy_at, random_at
-from mixmae.trainer.data.stores.store import CacheUse
+from mixmae.trainer.data.stores.store import CacheCounts
+from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 
-_SUBSTITUTES = 32
+_MAX_SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
-_OUTAGES = 3
-"""Samples tried although their shards are out of reach: each may take as long as all its retries."""
-_NOTICE = 5.0
-"""Seconds that torch has to notice a worker whose connection broke."""
-_LOST = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
+_MAX_OUTAGES = 3
+"""Samples tried although their shards are unreachable: each may take as long as all its retries."""
+_EXIT_NOTICE_SECONDS = 5.0
+"""How long torch may take to notice the exit of a worker whose connection broke."""
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 
 
 class LostWorkerError(UsageError):
-    """A data worker's process ended: the machine failed, not the call."""
+    """A data worker process exited: the machine failed, not the command."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands in its data; the same on every rank, whatever their number."""
+    """A run's position in its data; the same on every rank, whatever the world size."""
 
     seed: int
     samples: int
     fingerprint: str
 
     def require(self, seed: int, index: ShardIndex) -> None:
-        """Raises UsageError if a run at this position cannot go on with that seed or those shards."""
+        """Raises UsageError if a run at this position cannot continue with that seed or those shards."""
         if seed != self.seed:
             raise UsageError(
                 f"seed={seed}, but the run was started with {self.seed}; its order would change: set "
@@ -69,17 +77,19 @@ class Batch(NamedTuple):
 
     images: Tensor
     """uint8 [B, 3, H, W], channels last in memory, pinned where there is a GPU."""
+    targets: dict[str, Tensor]
+    """What the run's `SampleTransform` gives beside the images: "label", int64 [B], -1 where unlabelled; pinned too."""
     samples: list[int]
-    """The samples that the images show."""
+    """Index numbers of the samples, image by image."""
     faults: list[Fault]
-    """What should have been in the batch and had to be replaced."""
+    """Unusable samples that were replaced in this batch."""
     retried: int
-    """Reads that were tried again for it."""
+    """Reads that were retried for it."""
     bytes_read: int
-    """Of the images' files."""
-    cache_use: CacheUse = CacheUse()
-    """Of remote shards that were wanted for it."""
-    refusal: str | None = None
+    """Of the encoded images."""
+    cache_counts: CacheCounts = CacheCounts()
+    """Hits and misses of the block cache for it."""
+    usage_error: str | None = None
     """What the user has to change before anything can be read."""
 
 
@@ -96,128 +106,130 @@ class ToDevice:
         return images.to(self.device, non_blocking=True).float().sub_(self.mean).mul_(self.inverse_std)
 
 
-class Views(Dataset[Batch]):
-    """A micro-batch's tickets to its pixels; what runs in a worker."""
+class BatchReader(Dataset[Batch]):
+    """Loads micro-batches; runs in the data workers."""
 
-    def __init__(self, index: ShardIndex, recipe: Recipe) -> None:
-        self.index, self.recipe = index, recipe
+    def __init__(self, index: ShardIndex, transform: SampleTransform, seed: int) -> None:
+        self.index, self.transform, self.seed = index, transform, seed
 
-    def __getitems__(self, request: Share) -> Batch:
-        for stretch in request.ahead:
-            self._announce(stretch)
+    def __getitems__(self, request: BatchSlice) -> Batch:
+        for samples_ahead in request.prefetch:
+            self._prefetch(samples_ahead)
         store = self.index.store
-        retried, cache_use = store.retried, store.cache_use
-        images = _empty_batch(len(request.tickets), self.recipe.model.img_size)
+        retried, cache_counts = store.retried, store.cache_counts
+        buffers = self.transform.new_batch(len(request.samples))
         samples: list[int] = []
         faults: list[Fault] = []
         try:
-            for ticket, out in zip(request.tickets, images, strict=True):
-                samples.append(self._render(ticket, out, faults))
+            for i, ref in enumerate(request.samples):
+                samples.append(self._read(ref, buffers, i, faults))
         except UsageError as error:  # raised here it would reach the main process as a traceback
-            return Batch(images, samples, faults, 0, 0, refusal=str(error))
-        bytes_read = int(self.index.samples["size"][samples].sum())
-        return Batch(images, samples, faults, store.retried - retried, bytes_read, store.cache_use.since(cache_use))
+            return Batch(buffers.images, buffers.targets, samples, faults, 0, 0, usage_error=str(error))
+        return Batch(
+            buffers.images,
+            buffers.targets,
+            samples,
+            faults,
+            retried=store.retried - retried,
+            bytes_read=int(self.index.samples["size"][samples].sum()),
+            cache_counts=store.cache_counts.since(cache_counts),
+        )
 
-    def _render(self, ticket: Ticket, out: Tensor, faults: list[Fault]) -> int:
-        """Draws a ticket's sample, or the first usable one of its substitutes; returns which, or -1."""
+    def _read(self, ref: SampleRef, buffers: BatchBuffers, i: int, faults: list[Fault]) -> int:
+        """Reads a sample, or the first usable one of its substitutes, into row `i`; returns which, or -1."""
         outages = 0
-        for sample in self._candidates(ticket):
-            random = random_at(Purpose.VIEW, self.recipe.seed, ticket.epoch, sample)
+        for sample in self._candidates(ref):
+            random = random_at(Purpose.AUGMENTATION, self.seed, ref.epoch, sample)
             try:
                 content = self.index.read(sample)
-                state = int(self.index.samples[sample]["state"])
-                training_view(content, state, self.recipe.model.img_size, self.recipe.data, random, out)
+                self.transform.read(content, self.index.samples[sample], random, buffers, i)
             except UnusableError as error:
-                if sample == ticket.sample:
-                    faults.append(self._fault(ticket, error))
-                outages += error.reason in OUT_OF_REACH
-                if outages > _OUTAGES:
+                if sample == ref.sample:
+                    faults.append(self._fault(ref, error))
+                outages += error.reason in UNREACHABLE
+                if outages > _MAX_OUTAGES:
                     return -1
             else:
                 return sample
         return -1
 
-    def _candidates(self, ticket: Ticket) -> Iterator[int]:
-        """The ticket's sample, then others that are a function of the ticket."""
-        yield ticket.sample
-        substitutes = numpy_at(Purpose.REPLACEMENT, self.recipe.seed, ticket.epoch, ticket.sample)
-        found: list[int] = substitutes.integers(len(self.index), size=_SUBSTITUTES).tolist()
-        yield from (sample for sample in found if sample != ticket.sample)
+    def _candidates(self, ref: SampleRef) -> Iterator[int]:
+        """The sample itself, then substitutes, which are a function of (seed, epoch, sample)."""
+        yield ref.sample
+        generator = numpy_at(Purpose.REPLACEMENT, self.seed, ref.epoch, ref.sample)
+        substitutes: list[int] = generator.integers(len(self.index), size=_MAX_SUBSTITUTES).tolist()
+        yield from (sample for sample in substitutes if sample != ref.sample)
 
-    def _fault(self, ticket: Ticket, error: UnusableError) -> Fault:
-        """A fault with the sample's name, for which a shard that is out of reach is not asked again."""
-        row = self.index.samples[ticket.sample]
+    def _fault(self, ref: SampleRef, error: UnusableError) -> Fault:
+        """A fault with the sample's name, for which an unreachable shard is not read again."""
+        row = self.index.samples[ref.sample]
         shard = self.index.shards[row["shard"]].name
-        in_reach = error.reason not in OUT_OF_REACH
-        name = self.index.name_of(ticket.sample) if in_reach else f"{shard}: offset {row['offset']}"
-        return Fault(ticket.epoch, ticket.sample, error.reason, str(error), shard, name)
+        reachable = error.reason not in UNREACHABLE
+        name = self.index.name_of(ref.sample) if reachable else f"{shard}: offset {row['offset']}"
+        return Fault(ref.epoch, ref.sample, error.reason, str(error), shard, name)
 
-    def _announce(self, stretch: Stretch) -> None:
-        first, last = self.index.samples[stretch.first], self.index.samples[stretch.last - 1]
+    def _prefetch(self, samples: SampleRange) -> None:
+        first, last = self.index.samples[samples.first], self.index.samples[samples.last - 1]
         start = int(first["offset"])
         shard = self.index.shards[first["shard"]].name
-        with suppress(OSError):  # it is a hint; the read itself will say what is wrong
+        with suppress(OSError):  # only a hint; the read itself reports what is wrong
             self.index.store.will_need(shard, start, int(last["offset"]) + int(last["size"]) - start)
 
 
-def _empty_batch(count: int, size: int) -> Tensor:
-    """uint8 [count, 3, size, size], channels last; in a worker in shared memory, where the main process finds it."""
-    shape = (count, size, size, 3)
-    if get_worker_info() is None:
-        flat = torch.empty(shape, dtype=torch.uint8)
-    else:
-        storage = torch.UntypedStorage._new_shared(count * size * size * 3, device="cpu")
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-    return flat.permute(0, 3, 1, 2)
-
-
-def _begin_worker(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     leave_signals_to_the_main_process()
 
 
-class _Requests:
-    """Endless micro-batches of one rank, as shares of its streams."""
+class _MicroBatches:
+    """One rank's endless sequence of micro-batches, as slices of the global batches."""
 
     def __init__(self, order: Order, first_batch: int, recipe: Recipe, ranks: Ranks) -> None:
         self.order, self.first_batch, self.micro_batch = order, first_batch, recipe.train.micro_batch
         self.streams = recipe.streams_of(ranks.rank, ranks.world_size)
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[BatchSlice]:
         batch = self.first_batch
         while True:
-            tickets, ahead = self.order.share(batch, self.streams)
-            for first in range(0, len(tickets), self.micro_batch):
-                yield Share(tickets[first : first + self.micro_batch], ahead if first == 0 else [])
+            samples, prefetch = self.order.slice_of(batch, self.streams)
+            for first in range(0, len(samples), self.micro_batch):
+                yield BatchSlice(samples[first : first + self.micro_batch], prefetch if first == 0 else [])
             batch += 1
 
 
 class Stream:
-    """Endless micro-batches of this rank from a position on. Close it, or use it as a context.
+    """Endless micro-batches of this rank from a position on. Close it, or use it as a context manager.
 
     Args:
-        record: JSON lines file that names samples which could not be used.
+        record: JSON lines file to which the names of unusable samples are appended.
+        transform: what workers make of a sample; None: pretraining's random crop.
     """
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, index: ShardIndex, position: Position, record: Path | None = None
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        index: ShardIndex,
+        position: Position,
+        record: Path | None = None,
+        transform: SampleTransform | None = None,
     ) -> None:
         self.index = index
         self.rank = ranks.rank
-        self.allowed = recipe.data.max_bad_share * len(index)
-        self.tally = Tally(record)
+        self.allowed = recipe.data.max_corrupt_fraction * len(index)
+        self.fault_log = FaultLog(record)
         self.retried = 0
         self.bytes_read = 0
-        self.cache_use = CacheUse()
+        self.cache_counts = CacheCounts()
         workers = recipe.data.num_workers
         first_batch = position.samples // recipe.train.global_batch
         loader: DataLoader[Batch] = DataLoader(
-            Views(index, recipe),
-            batch_sampler=_Requests(order_of(recipe, index), first_batch, recipe, ranks),  # type: ignore[arg-type]
+            BatchReader(index, transform or RandomResizedCropFlip(recipe.encoder.img_size, recipe.data), recipe.seed),
+            batch_sampler=_MicroBatches(sample_order(recipe, index), first_batch, recipe, ranks),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=recipe.data.prefetch_factor if workers else None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_init_worker,
         )
         self._batches: Iterator[Batch] | None = iter(loader)
 
@@ -227,7 +239,8 @@ class Stream:
     def __next__(self) -> Batch:
         """
         Raises:
-            TooManyFaultsError: this rank alone met more unusable samples in an epoch than `data.max_bad_share` allows.
+            TooManyFaultsError: this rank alone met more unusable samples in an epoch than
+                `data.max_corrupt_fraction` allows.
             UsageError: what the user has to change before anything can be read.
             LostWorkerError: a worker's process ended.
         """
@@ -235,54 +248,56 @@ class Stream:
         try:
             batch = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
-            if (lost := lost_worker(self._told_by_torch(error), self.rank)) is not None:
+            if (lost := lost_worker_error(self._torch_error(error), self.rank)) is not None:
                 raise lost from error
             raise
-        if batch.refusal is not None:
-            raise UsageError(batch.refusal)
+        if batch.usage_error is not None:
+            raise UsageError(batch.usage_error)
         self.retried += batch.retried
         self.bytes_read += batch.bytes_read
-        self.cache_use = self.cache_use.plus(batch.cache_use)
+        self.cache_counts = self.cache_counts.plus(batch.cache_counts)
         for fault in batch.faults:
-            self.tally.add(fault)
-            if (found := self.tally.of_epoch(fault.epoch)).total() > self.allowed:
-                raise too_many(found, self.tally.counts, fault.epoch, self.allowed)
+            self.fault_log.add(fault)
+            if (found := self.fault_log.of_epoch(fault.epoch)).total() > self.allowed:
+                raise too_many(found, self.fault_log.counts, fault.epoch, self.allowed)
         if -1 in batch.samples:
             raise TooManyFaultsError(
                 f"rank {self.rank}: nothing that could have replaced an unusable sample is usable either "
-                f"({describe(self.tally.counts)}); see 'mixmae shards check {self.index.store.location}'"
+                f"({describe(self.fault_log.counts)}); see 'mixmae shards check {self.index.store.location}'"
             )
         return batch
 
-    def _told_by_torch(self, error: BaseException) -> BaseException:
-        """Torch's own error where the pipe of a worker that died broke before torch was told of its death."""
+    def _torch_error(self, error: BaseException) -> BaseException:
+        """Torch's own error where a dead worker's pipe broke before torch noticed its exit."""
         workers = getattr(self._batches, "_workers", [])
         if isinstance(error, RuntimeError) or not workers:
             return error
         try:
-            connection.wait([worker.sentinel for worker in workers], _NOTICE)
+            connection.wait([worker.sentinel for worker in workers], _EXIT_NOTICE_SECONDS)
             time.sleep(0)  # torch's signal handler runs between two steps of the interpreter
-        except RuntimeError as told:
-            return told
+        except RuntimeError as noticed:
+            return noticed
         dead = [worker.pid for worker in workers if not worker.is_alive()]
-        return RuntimeError(f"DataLoader worker (pid {dead[0]}) broke off its connection") if dead else error
+        return RuntimeError(f"DataLoader worker (pid {dead[0]}) closed its connection") if dead else error
 
     @property
     def ready(self) -> int:
-        """Micro-batches that workers have finished and nobody has taken."""
-        finished = getattr(self._batches, "_worker_result_queue", None)  # torch tells it nowhere else
+        """Micro-batches that workers have finished, pinned where there is a GPU, and nobody has taken."""
+        # Torch tells it nowhere else. A thread that pins empties the workers' own queue at once into this one, which is
+        # the workers' where nothing is pinned.
+        finished = getattr(self._batches, "_data_queue", None)
         return finished.qsize() if finished is not None else 0
 
     def close(self) -> None:
-        """Ends the workers; lets go of files and shared memory."""
-        end = getattr(self._batches, "_shutdown_workers", None)
-        if end is not None:  # an exception's traceback may hold the iterator, which ends them only when it goes
+        """Ends the workers; releases files and shared memory."""
+        shut_down = getattr(self._batches, "_shutdown_workers", None)
+        if shut_down is not None:  # an exception's traceback may hold the iterator, which ends them only when it goes
             try:
-                end()
+                shut_down()
             except RuntimeError as error:
-                if lost_worker(error, self.rank) is None:
+                if lost_worker_error(error, self.rank) is None:
                     raise
-                end()  # torch told of a worker's death while it was waiting for the others
+                shut_down()  # torch reported one worker's exit while waiting for the others
         self._batches = None
         self.index.store.close()
 
@@ -293,7 +308,7 @@ class Stream:
         self.close()
 
 
-def order_of(recipe: Recipe, index: ShardIndex) -> Order:
+def sample_order(recipe: Recipe, index: ShardIndex) -> Order:
     """The order of a recipe's samples.
 
     Raises:
@@ -306,12 +321,12 @@ def order_of(recipe: Recipe, index: ShardIndex) -> Order:
         )
     counts = [shard.samples for shard in index.shards]
     data = recipe.data
-    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.window, data.drop_last)
+    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.shuffle_window, data.drop_last)
 
 
-def lost_worker(error: BaseException, rank: int) -> LostWorkerError | None:
+def lost_worker_error(error: BaseException, rank: int) -> LostWorkerError | None:
     """What to say of an error that is torch's for a worker that died, which it raises wherever the main thread is."""
-    found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
+    found = _LOST_WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
     return LostWorkerError(
@@ -320,5 +335,5 @@ def lost_worker(error: BaseException, rank: int) -> LostWorkerError | None:
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

@@ -1,0 +1,1 @@
+"""Preflight checks of hosts, GPUs, network, storage and shards, run from all ranks."""

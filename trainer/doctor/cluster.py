@@ -1,4 +1,4 @@
-"""A cluster as far as it is known: what the checks judge. No torch."""
+"""All known facts of a cluster: the input of the checks. No torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,18 +9,18 @@ from mixmae.trainer.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Cluster:
-    """All that is known, for the checks.
+    """All known facts, for the checks.
 
     Attributes:
-        asked: ranks asked for; None where nobody said.
+        expected_ranks: ranks asked for; None where that is unknown.
         world_size: ranks that the launcher started.
         ranks: those that arrived.
-        lost: hosts, by their first rank, that arrived and then did not answer in time.
-        ended: whether the launcher ended the ranks before all was looked at.
-        link: what the network should give, as the user said it.
+        unresponsive: hosts, by their first rank, that arrived and then did not answer in time.
+        interrupted: whether the launcher ended the ranks before all checks were done.
+        link: expected network bandwidth, as the user gave it.
     """
 
-    asked: int | None
+    expected_ranks: int | None
     world_size: int
     ranks: tuple[RankFacts, ...]
     hosts: tuple[HostFacts, ...]
@@ -28,8 +28,8 @@ class Cluster:
     recipe_facts: RecipeFacts | None = None
     clocks: tuple[Clock, ...] = ()
     probes: tuple[ProbeFacts, ...] = ()
-    lost: tuple[int, ...] = ()
-    ended: bool = False
+    unresponsive: tuple[int, ...] = ()
+    interrupted: bool = False
     network: Network | None = None
     link: float | None = None
 

@@ -1,6 +1,6 @@
-"""What ranks tell each other: plain values that travel as JSON. No torch.
+"""What ranks report to each other: plain values, serialised as JSON. No torch.
 
-Sizes are bytes, times seconds, rates bytes per second. None is what could not be looked at.
+Sizes are bytes, times seconds, rates bytes per second. None is what could not be determined.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank says of itself when it arrives.
+    """A rank's own facts, reported when it arrives.
 
     Attributes:
         host: its host's name, as the host has it.
@@ -32,7 +32,7 @@ class RankFacts:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. `speed` is what it says of itself, bytes per second; None where it does not."""
+    """A network interface. `speed` is its nominal rate, bytes per second; None where unknown."""
 
     name: str
     address: str
@@ -49,7 +49,7 @@ class Gpu:
         pending_repair: whether memory waits to be remapped or retired at the next reset.
         throttled: why its clock is held down for other reasons than idling and settings.
         pcie_width: lanes in use, and how many there could be.
-        link: what it can send to its neighbours, over NVLink if it has any, else over PCIe.
+        link: bandwidth to its neighbours, over NVLink if it has any, else over PCIe.
     """
 
     index: int
@@ -78,7 +78,7 @@ class SharedMemory:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What a host's first rank says when it arrives.
+    """A host's facts, reported by its first rank when it arrives.
 
     Attributes:
         versions: of packages, drivers and the project's own sources, by name.
@@ -86,7 +86,7 @@ class HostFacts:
         own_addresses: what the host's own name resolves to there.
         interface: that towards the main rank.
         fabric: added rate of its active InfiniBand or RoCE ports; None without any.
-        nvml: why NVML shows nothing; empty where it does.
+        nvml: why NVML is unavailable; empty where it is available.
         exporter_port_free: whether the first port for metrics is free; None where none is asked for.
         listens_at: an address and a port that neighbours try to reach.
     """
@@ -138,7 +138,7 @@ class ShardFacts:
 
     Attributes:
         refused: why a run could not use them; empty where it could.
-        note: what a run would step over.
+        note: what a run would replace.
         unreadable: samples that could not be read, of `tried`.
         read: bytes read in `seconds`.
     """
@@ -155,7 +155,7 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class ProbeFacts:
-    """What a host's first rank found by trying.
+    """What a host's first rank found by probing.
 
     Attributes:
         neighbour: the next host, and why its port could not be reached, if so.
@@ -206,7 +206,7 @@ class Network:
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What the main rank says of the recipe.
+    """The main rank's facts about the recipe.
 
     Attributes:
         refused: why training would refuse to start; empty where it would not.
@@ -221,11 +221,11 @@ class RecipeFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the main rank tells the others to look at, once all have arrived.
+    """What the main rank tells the others to probe, once all have arrived.
 
     Attributes:
         hosts: first ranks of the hosts, with name, address and port.
-        folder: where the main rank wrote `token`; None where there is no run directory to look at.
+        folder: where the main rank wrote `token`; None where there is no run directory to probe.
     """
 
     hosts: tuple[tuple[int, str, str, int], ...]
@@ -234,6 +234,6 @@ class Plan:
 
     def next_to(self, rank: int) -> tuple[str, str, int] | None:
         """Name, address and port of the host after that of `rank`; None for a host alone."""
-        place = next(number for number, host in enumerate(self.hosts) if host[0] == rank)
-        neighbour = self.hosts[(place + 1) % len(self.hosts)]
+        position = next(number for number, host in enumerate(self.hosts) if host[0] == rank)
+        neighbour = self.hosts[(position + 1) % len(self.hosts)]
         return neighbour[1:] if neighbour[0] != rank else None

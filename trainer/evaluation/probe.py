@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import evaluation_view
+from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.faults import UnusableError
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import ToDevice
@@ -64,7 +64,7 @@ def features(encoder: nn.Module, facts: dict[str, Any], index: ShardIndex, batch
 
 def _view(index: ShardIndex, sample: int, size: int) -> Tensor:
     try:
-        return evaluation_view(index.read(sample), int(index.samples[sample]["state"]), size)
+        return center_resized_crop(index.read(sample), int(index.samples[sample]["state"]), size)
     except UnusableError as error:
         raise UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}") from error
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixmae.launch.backends.slurm import Request
+from mixmae.launch.backends.slurm import SlurmRequest
 from mixmae.launch.commands.doctor import _accelerators
-from mixmae.launch.preflight.doctor_job import findings_in, telling_line, trouble_of
+from mixmae.launch.preflight.doctor_job import find_error_line, findings_in, job_findings
 from mixmae.launch.preflight.login_checks import check_slurm, sort_nodes
 from mixmae.launch.supervision.outcome import Outcome
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
@@ -56,13 +56,13 @@ node2: plain {{words}}
 
 def test_how_a_job_ended_is_told_where_its_findings_do_not() -> None:
     ended = Outcome(1, "rank 0 on node1 ended with exit code 1", rank=0, host="node1")
-    assert list(trouble_of(ended, [FULL], "", ())) == []
-    (alone,) = trouble_of(ended, [LATE], "ImportError: x\n\n", ())
+    assert list(job_findings(ended, [FULL], "", ())) == []
+    (alone,) = job_findings(ended, [LATE], "ImportError: x\n\n", ())
     assert (alone.level, alone.where) == (Level.ERROR, "node1")
     assert alone.found == "rank 0 on node1 ended with exit code 1: ImportError: x"
     other = Outcome(1, "rank 3 on node2 was killed by SIGKILL", rank=3, host="node2", lines=["Killed"])
-    assert [f.found for f in trouble_of(other, [FULL], "", ())] == ["rank 3 on node2 was killed by SIGKILL: Killed"]
-    assert list(trouble_of(Outcome(0, "finished"), [], "", ())) == []
+    assert [f.found for f in job_findings(other, [FULL], "", ())] == ["rank 3 on node2 was killed by SIGKILL: Killed"]
+    assert list(job_findings(Outcome(0, "finished"), [], "", ())) == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_how_a_job_ended_is_told_where_its_findings_do_not() -> None:
     ],
 )  # fmt: skip
 def test_the_line_that_says_what_went_wrong(lines: list[str], told: tuple[str, str]) -> None:
-    assert telling_line(lines, ["node1", "node2"]) == told
+    assert find_error_line(lines, ["node1", "node2"]) == told
 
 
 def test_nodes_are_sorted_by_what_sinfo_says() -> None:
@@ -91,7 +91,7 @@ def test_nodes_are_sorted_by_what_sinfo_says() -> None:
 
 def test_slurm_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = check_slurm(Request(1, 1), None)
+    (finding,) = check_slurm(SlurmRequest(1, 1), None)
     assert (finding.level, finding.found) == (Level.ERROR, "sinfo is not on PATH")
 
 
@@ -184,10 +184,10 @@ PREFLIGHT = """
 import sys
 from pathlib import Path
 from mixmae.launch.preflight.preflight import preflight
-from mixmae.launch.backends.local import Local
+from mixmae.launch.backends.local import LocalBackend
 from mixmae.trainer.recipe.loading import load_recipe
 words = tuple(sys.argv[1:])
-sys.exit(preflight(Local(2), load_recipe(Path(words[0]), words[1:]), words))
+sys.exit(preflight(LocalBackend(2), load_recipe(Path(words[0]), words[1:]), words))
 """
 
 

@@ -122,17 +122,17 @@ def test_a_signal_reaches_the_process_alone(tmp_path: Path) -> None:
     assert list(end_of(process).lines) == ["there", "asked", "worker None"]
 
 
-@pytest.mark.parametrize("way", ["kill", "release"])
-def test_a_guard_ends_what_its_owner_left(way: str) -> None:
-    owner = subprocess.run([sys.executable, "-c", GUARDED, way], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("end", ["kill", "release"])
+def test_a_guard_ends_what_its_owner_left(end: str) -> None:
+    owner = subprocess.run([sys.executable, "-c", GUARDED, end], capture_output=True, text=True, check=False)
     number = int(owner.stdout)
     try:
-        if way == "kill":
+        if end == "kill":
             assert owner.returncode == -signal.SIGKILL
             assert eventually(lambda: not group(number))
         else:
             assert owner.returncode == 0
             assert not eventually(lambda: len(group(number)) < 3, 0.5)
     finally:
-        if way == "release":
+        if end == "release":
             os.killpg(number, signal.SIGKILL)

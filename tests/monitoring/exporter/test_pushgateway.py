@@ -147,5 +147,5 @@ def test_a_gateway_that_does_not_answer_costs_a_line(recipe: Path, tmp_path: Pat
     done = subprocess.run(command(recipe, *overrides), check=True, capture_output=True, text=True)
     told = [line for line in done.stderr.splitlines() if "pushgateway" in line]
     assert len(told) == 2  # at the start, and at the end
-    assert all(line.startswith(f"mixmae: monitoring.pushgateway={url} takes no numbers") for line in told)
+    assert all(line.startswith(f"mixmae: monitoring.pushgateway={url} accepts no metrics") for line in told)
     assert "Traceback" not in done.stderr

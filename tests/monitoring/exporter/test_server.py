@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mixmae.monitoring.exporter.discovery import forget_targets, targets_folder, write_target
-from mixmae.monitoring.exporter.handover import Recorder, read_ranks
+from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter.discovery import remove_targets, write_target
+from mixmae.monitoring.exporter.recorder import Recorder, read_ranks
 from mixmae.monitoring.exporter.server import Exporter, ExporterError, Settings
 from tests.certificates import certify
 
@@ -255,6 +256,6 @@ def test_a_crash_leaves_the_target_for_prometheus_to_miss(tmp_path: Path) -> Non
 def test_targets_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
     file = write_target(tmp_path, "node7", "10.0.0.7:9400")
     assert json.loads(file.read_text())[0]["labels"]["node"] == "node7"
-    forget_targets(tmp_path)
+    remove_targets(tmp_path)
     assert not file.exists()
     assert os.listdir(file.parent) == []  # noqa: PTH208

@@ -15,20 +15,20 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from mixmae.base.ports import free_port
+from mixmae.base.ports import free_port, free_port_from
 from mixmae.launch.commands import monitor as command
 from mixmae.monitoring.exporter.discovery import write_target
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.monitoring.exporter.server import Exporter, Settings
 from mixmae.monitoring.prometheus import local
 from mixmae.monitoring.prometheus.configuration import configuration, run_dirs
-from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs, free_port_from
+from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs
 from tests.certificates import certify
 from tests.helpers import ROOT
 from tests.monitoring.services import needs
 
-RUN = "import sys; from mixmae.base.errors import run_in_words; from mixmae.launch.commands.monitor import main; "
-RUN += "sys.exit(run_in_words(main, sys.argv[1:]))"
+RUN = "import sys; from mixmae.base.errors import run_cli; from mixmae.launch.commands.monitor import main; "
+RUN += "sys.exit(run_cli(main, sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def guarded_run(run_dir: Path, auth: str, told: str) -> Iterator[None]:
     Recorder(run_dir / "shared", 0).set("step", 3)
     exporter = Exporter(Settings(run_dir / "shared", run_dir, "127.0.0.1", 0, 60.0, cert, key, auth_file))
     auth_file.write_text(told)
-    recipe = {"model": {}, "train": {}, "monitoring": {"certfile": str(cert), "auth_file": str(auth_file)}}
+    recipe = {"encoder": {}, "train": {}, "monitoring": {"certfile": str(cert), "auth_file": str(auth_file)}}
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write_target(run_dir, "n1", exporter.target)
     yield
@@ -142,7 +142,7 @@ def test_runs_are_scraped_over_tls_and_with_passwords_as_their_recipes_say(
 
 
 def test_a_password_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    recipe = {"model": {}, "train": {}, "monitoring": {"auth_file": str(tmp_path / "nowhere")}}
+    recipe = {"encoder": {}, "train": {}, "monitoring": {"auth_file": str(tmp_path / "nowhere")}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monitor = Monitor(Programs("prometheus", None), [tmp_path], tmp_path / "data", 1, 2)
     with pytest.raises(MonitorError, match="nowhere, which a run's recipe names, cannot be read"), monitor:

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.admit import admit
 from mixmae.trainer.data.faults import Reason, TooManyFaultsError
 from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_labels, require_usable
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks
@@ -64,7 +64,7 @@ def directory(folder: Path, bad: Members, classes: int = 3) -> Path:
 
 
 def recipe_for(shards: Path | str, share: float = 0.1, workers: int = 0) -> Recipe:
-    changes = {"data.shards": str(shards), "data.num_workers": workers, "data.max_bad_share": share}
+    changes = {"data.shards": str(shards), "data.num_workers": workers, "data.max_corrupt_fraction": share}
     return tiny_recipe(**{**changes, "data.network": {"timeout": 1.0, "retries": 2}})
 
 
@@ -80,14 +80,14 @@ class Outcome(NamedTuple):
 def stream_two_epochs(index: ShardIndex, tmp_path: Path, workers: int = 0) -> Outcome:
     record = tmp_path / "replaced.jsonl"
     recipe = recipe_for(index.store.location, workers=workers)
-    admit(index, recipe.data.max_bad_share)
+    require_usable(index, recipe.data.max_corrupt_fraction)
     shown = []
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint), record) as stream:
         for batch in itertools.islice(stream, 2 * len(index) // recipe.train.micro_batch):
             assert batch.images.shape[0] == recipe.train.micro_batch == len(batch.samples)
             shown += batch.samples
         named = [json.loads(line)["sample"] for line in record.read_text().splitlines()] if record.exists() else []
-        return Outcome(shown, dict(stream.tally.counts), named, stream.retried)
+        return Outcome(shown, dict(stream.fault_log.counts), named, stream.retried)
 
 
 def png_with(size: tuple[int, int]) -> bytes:
@@ -130,9 +130,6 @@ WRONG_IN_THE_SHARD: dict[str, tuple[Members, Reason]] = {
     "webp cut in the middle": ([("x.webp", picture(99, "WEBP")[:300])], Reason.DAMAGED),
     "png that unpacks to gigapixels": ([("x.png", png_with((60_000, 60_000)))], Reason.TOO_LARGE),
     "jpeg that claims gigapixels": ([("x.jpg", jpeg_saying(60_000, 60_000))], Reason.TOO_LARGE),
-    "label outside the range": ([("x.jpg", picture(99)), ("x.cls", b"3")], Reason.BAD_LABEL),
-    "negative label": ([("x.jpg", picture(99)), ("x.cls", b"-2")], Reason.BAD_LABEL),
-    "label that is no number": ([("x.jpg", picture(99)), ("x.cls", b"cat")], Reason.BAD_LABEL),
 }
 
 
@@ -196,11 +193,11 @@ def test_wrong_since_it_was_indexed(
 def _stream_admitting(index: ShardIndex, tmp_path: Path, share: float) -> Outcome:
     record = tmp_path / "replaced.jsonl"
     recipe = recipe_for(index.store.location, share)
-    admit(index, share)
+    require_usable(index, share)
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint), record) as stream:
         shown = [s for b in itertools.islice(stream, len(index)) for s in b.samples]
         named = [json.loads(line)["sample"] for line in record.read_text().splitlines()]
-        return Outcome(shown, dict(stream.tally.counts), named, stream.retried)
+        return Outcome(shown, dict(stream.fault_log.counts), named, stream.retried)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -215,7 +212,7 @@ def test_a_shard_disappears_in_mid_run(workers: int, tmp_path: Path) -> None:
         first = next(stream)
         (folder / "07.tar").unlink()
         shown = [s for b in itertools.islice(stream, 60) for s in b.samples]
-        counts = dict(stream.tally.counts)
+        counts = dict(stream.fault_log.counts)
     gone = {14, 15} - set(first.samples)
     # A descriptor that is still open reads what was removed: only those that open the shard later miss it.
     assert set(counts) <= {Reason.SHARD_GONE}
@@ -229,13 +226,15 @@ def test_a_missing_shard_below_the_share_is_said_and_stepped_over(tmp_path: Path
         write_tar(folder / f"{number:02d}.tar", good(2 * number, 2))
     index = write_index(folder)
     (folder / "07.tar").unlink()
-    assert "2 of 40 samples" in str(admit(index, 0.1))
-    assert "07.tar (missing)" in str(admit(index, 0.1))
+    assert "2 of 40 samples" in str(require_usable(index, 0.1))
+    assert "07.tar (missing)" in str(require_usable(index, 0.1))
     outcome = stream_two_epochs(index, tmp_path)
     assert not {14, 15} & set(outcome.shown)
     assert outcome.counts == {Reason.SHARD_GONE: 4}
-    with pytest.raises(UsageError, match=r"2 of 40 samples.*07\.tar \(missing\); more than data.max_bad_share=0.04"):
-        admit(index, 0.04)
+    with pytest.raises(
+        UsageError, match=r"2 of 40 samples.*07\.tar \(missing\); more than data.max_corrupt_fraction=0.04"
+    ):
+        require_usable(index, 0.04)
 
 
 def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[ShardIndex, Recipe]:
@@ -245,7 +244,7 @@ def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[Shard
     recipe = tiny_recipe(
         **{
             "data.shards": f"{server.url}/shards",
-            "data.max_bad_share": 0.1,
+            "data.max_corrupt_fraction": 0.1,
             "data.network": network,
             "data.cache": cache,
         }
@@ -256,7 +255,7 @@ def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[Shard
 def consume(index: ShardIndex, recipe: Recipe) -> Outcome:
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
         shown = [s for b in itertools.islice(stream, len(index)) for s in b.samples]
-        return Outcome(shown, dict(stream.tally.counts), [], stream.retried)
+        return Outcome(shown, dict(stream.fault_log.counts), [], stream.retried)
 
 
 def _attempts(fault: Fault) -> int:
@@ -327,8 +326,8 @@ def test_a_directory_above_the_share_is_refused_before_the_run(tmp_path: Path) -
     bad = [(f"x{n}.jpg", b"") for n in range(4)] + [("y.jpg", b"text")]
     index = open_index(directory(tmp_path / "shards", bad))
     with pytest.raises(UsageError, match=r"5 of 44 samples.*4 empty, 1 not an image when indexed; more than"):
-        admit(index, 0.1)
-    assert "others take their places" in str(admit(index, 0.2))
+        require_usable(index, 0.1)
+    assert "they will be replaced by other samples" in str(require_usable(index, 0.2))
 
 
 def test_what_replaces_a_sample_is_the_same_on_every_machine(tmp_path: Path) -> None:
@@ -357,12 +356,12 @@ def test_shell_commands_are_refused_and_nothing_is_unpickled(tmp_path: Path) -> 
 def test_faults_are_counted_in_their_own_epoch(tmp_path: Path) -> None:
     """Of 40 images one is bad, in a global batch of 80: streams are two epochs apart, and 5 % would be two."""
     index = open_index(directory(tmp_path / "shards", [("x.jpg", b"")]))
-    changes = {"train.global_batch": 80, "train.micro_batch": 8, "data.max_bad_share": 0.05}
+    changes = {"train.global_batch": 80, "train.micro_batch": 8, "data.max_corrupt_fraction": 0.05}
     recipe = tiny_recipe(**{"data.shards": str(tmp_path / "shards"), **changes})
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
         for _ in range(30):  # six epochs
             next(stream)
-        assert stream.tally.counts == {Reason.EMPTY: 6}
+        assert stream.fault_log.counts == {Reason.EMPTY: 6}
 
 
 def test_the_share_is_that_of_all_ranks(tmp_path: Path) -> None:
@@ -373,7 +372,7 @@ def test_the_share_is_that_of_all_ranks(tmp_path: Path) -> None:
         write_tar(folder / f"{number:02d}.tar", good(10 * number, 10))
     index = write_index(folder)
     (folder / "03.tar").unlink()
-    assert admit(index, 0.1)
+    assert require_usable(index, 0.1)
     recipe = recipe_for(folder, share=0.1)
     shown = 0
     for rank in range(4):
@@ -408,7 +407,7 @@ def test_ranks_stop_together_when_they_together_met_too_much(tmp_path: Path) -> 
     for number in range(5):
         write_tar(folder / f"{number}.tar", good(16 * number, 16))
     write_index(folder)
-    changes = {"data.shards": str(folder), "run_dir": str(tmp_path / "run"), "data.max_bad_share": 0.15}
+    changes = {"data.shards": str(folder), "run_dir": str(tmp_path / "run"), "data.max_corrupt_fraction": 0.15}
     recipe = tiny_recipe(**{**changes, "train.duration": "12 steps", "monitoring.enabled": False})
     ends = run_ranks(lose_a_shard, 2, recipe, str(folder / "1.tar"))
     assert all("of epoch 0 could not be used" in end and "shards: 1.tar" in end for end in ends), ends
@@ -435,3 +434,21 @@ def test_an_index_whose_parts_do_not_belong_together_is_refused(tmp_path: Path) 
     (other / "samples.npy").replace(one / "samples.npy")
     with pytest.raises(UsageError, match="do not belong together"):
         open_index(one)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (b"", r"finetuning needs a label .* of 40 usable ones in .* 1 unlabelled: b\.tar: x\.jpg; label them"),
+        (b"7", r"1 with a label that is no class: b\.tar: x\.jpg"),
+        (b"class 2", None),
+    ],
+)
+def test_a_task_that_needs_labels_says_what_is_missing(label: bytes, message: str | None, tmp_path: Path) -> None:
+    index = open_index(directory(tmp_path / "shards", [("x.jpg", picture(99)), ("x.cls", label)]))
+    assert require_usable(index, 0.0) is None
+    if message is None:
+        assert require_labels(index, "finetuning") == 3
+    else:
+        with pytest.raises(UsageError, match=message):
+            require_labels(index, "finetuning")

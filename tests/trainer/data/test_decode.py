@@ -19,13 +19,13 @@ from mixmae.trainer.data.decode import (
     MAX_PIXELS,
     PartialJpeg,
     WholeImage,
-    center_crop,
-    evaluation_view,
-    judge,
+    center_crop_box,
+    center_resized_crop,
+    inspect_image,
     open_encoded,
-    plan_view,
-    random_crop,
-    training_view,
+    plan_crop,
+    random_resized_crop,
+    sample_crop_box,
 )
 from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
 from mixmae.trainer.recipe.schema import Data
@@ -45,20 +45,20 @@ def small_photo() -> Image.Image:
 
 def view(content: bytes, data: Data, seed: int, size: int = 64, state: int | None = None) -> np.ndarray:
     """[H, W, 3] as integers, to take differences."""
-    state = judge(content) if state is None else state
-    return training_view(content, state, size, data, Random(seed)).permute(1, 2, 0).numpy().astype(int)
+    state = inspect_image(content) if state is None else state
+    return random_resized_crop(content, state, size, data, Random(seed)).permute(1, 2, 0).numpy().astype(int)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 2**32))
 def test_crops_lie_inside_the_image(width: int, height: int, seed: int) -> None:
-    left, upper, right, lower = random_crop(width, height, (0.2, 1.0), Random(seed))
+    left, upper, right, lower = sample_crop_box(width, height, (0.2, 1.0), Random(seed))
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
 
 
 def test_crops_are_distributed_like_torchvisions() -> None:
     random = Random(0)
-    ours = np.array([random_crop(500, 375, (0.2, 1.0), random) for _ in range(4000)])
+    ours = np.array([sample_crop_box(500, 375, (0.2, 1.0), random) for _ in range(4000)])
     ours = np.stack([ours[:, 2] - ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 0], ours[:, 1]], axis=1)
     image = Image.new("RGB", (500, 375))
     draws = [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
@@ -73,8 +73,8 @@ def test_crops_are_distributed_like_torchvisions() -> None:
 @settings(max_examples=300)
 def test_plans_lose_no_resolution(width: int, height: int, seed: int, orientation: int, size: int) -> None:
     upright = (height, width) if orientation > 4 else (width, height)
-    box = random_crop(*upright, (0.2, 1.0), Random(seed))
-    plan = plan_view(box, width, height, orientation, False, size)
+    box = sample_crop_box(*upright, (0.2, 1.0), Random(seed))
+    plan = plan_crop(box, width, height, orientation, False, size)
     left, upper, right, lower = plan.box
     assert 0 <= left < right <= width
     assert 0 <= upper < lower <= height
@@ -88,7 +88,7 @@ def test_plans_lose_no_resolution(width: int, height: int, seed: int, orientatio
 @pytest.mark.parametrize("seed", range(4))
 def test_the_reference_is_torchvisions_resized_crop(seed: int) -> None:
     image = small_photo()
-    left, upper, right, lower = random_crop(*image.size, PLAIN.crop_scale, Random(seed))
+    left, upper, right, lower = sample_crop_box(*image.size, PLAIN.crop_scale, Random(seed))
     expected = resized_crop(image, upper, left, lower - upper, right - left, [64, 64], interpolation=3)
     found = view(encoded(image), Data(decoder="pillow", hflip=0.0), seed, 64)
     assert np.array_equal(found, np.asarray(expected))
@@ -112,8 +112,8 @@ def test_reduced_views_are_the_references_too(scale: int) -> None:
     content = encoded(photo(1).resize((size * scale * 3 // 2, size * scale * 9 // 8)), "JPEG", quality=95)
     header = jpeg.read_header(content)
     for seed in range(4):
-        box = random_crop(header.width, header.height, (0.9, 1.0), Random(seed))
-        assert plan_view(box, header.width, header.height, 1, False, size).reduction == scale
+        box = sample_crop_box(header.width, header.height, (0.9, 1.0), Random(seed))
+        assert plan_crop(box, header.width, header.height, 1, False, size).reduction == scale
         # Blocks of pixels are averaged before they are resized: a little off the one filter over all of them.
         assert np.abs(view(content, whole[0], seed, size) - view(content, whole[1], seed, size)).mean() < 1.5
 
@@ -124,7 +124,7 @@ def test_boxes_are_bit_for_bit_those_of_the_whole_decode(options: dict[str, obje
     source = PartialJpeg(content, jpeg.read_header(content))
     whole = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
     for seed in range(20):
-        left, upper, right, lower = random_crop(source.width, source.height, (0.1, 1.0), Random(seed))
+        left, upper, right, lower = sample_crop_box(source.width, source.height, (0.1, 1.0), Random(seed))
         found = source.pixels((left, upper, right, lower), 1)
         assert np.abs(found.astype(int) - whole[upper:lower, left:right]).max() == 0
 
@@ -144,9 +144,9 @@ def test_photographs_stand_upright(orientation: int, decoder: str) -> None:
     exif[0x0112] = orientation
     content = encoded(photo(3), "JPEG", quality=95, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    assert judge(content) == JPEG
+    assert inspect_image(content) == JPEG
     state = JPEG if decoder == "fast" else PILLOW
-    found = evaluation_view(content, state, 192).permute(1, 2, 0).numpy().astype(int)
+    found = center_resized_crop(content, state, 192).permute(1, 2, 0).numpy().astype(int)
     side = min(upright.size)
     expected = their_center_crop(upright, [side, side]).resize((192, 192), Image.Resampling.BICUBIC)
     assert np.abs(found - np.asarray(expected)).mean() < 1.0
@@ -163,23 +163,23 @@ def test_a_flip_mirrors_what_stands_upright() -> None:
 def test_evaluation_sees_the_middle() -> None:
     image = small_photo()
     expected = their_center_crop(image, [90, 90])
-    found = evaluation_view(encoded(image), PILLOW, 90)
+    found = center_resized_crop(encoded(image), PILLOW, 90)
     assert np.array_equal(found.permute(1, 2, 0), np.asarray(expected))
-    assert center_crop(90, 130) == (0, 20, 90, 110)
+    assert center_crop_box(90, 130) == (0, 20, 90, 110)
 
 
 def test_grey_jpegs() -> None:
     content = encoded(small_photo().convert("L"), "JPEG")
-    assert judge(content) == JPEG
+    assert inspect_image(content) == JPEG
     assert np.abs(view(content, FAST, 0) - view(content, PLAIN, 0)).mean() < 1.0
     assert not np.ptp(view(content, FAST, 0), axis=2).any()
 
 
 def test_cmyk_jpegs_are_as_torchvision_sees_them() -> None:
     content = encoded(small_photo().convert("CMYK"), "JPEG", quality=95)
-    assert judge(content) == PILLOW
+    assert inspect_image(content) == PILLOW
     theirs = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-    found = evaluation_view(content, PILLOW, 90)
+    found = center_resized_crop(content, PILLOW, 90)
     expected = their_center_crop(theirs, [90, 90])
     assert (found.int() - expected.int()).abs().float().mean() < 2.0
 
@@ -188,7 +188,7 @@ def test_sixteen_bits_keep_their_range() -> None:
     grey = np.asarray(small_photo().convert("L"))
     content = encoded(Image.fromarray(grey.astype(np.uint16) * 257))
     assert Image.open(io.BytesIO(content)).mode.startswith("I;16")
-    found = evaluation_view(content, judge(content), 90)
+    found = center_resized_crop(content, inspect_image(content), 90)
     assert np.array_equal(found[0], np.asarray(their_center_crop(Image.fromarray(grey), [90, 90])))
 
 
@@ -201,21 +201,21 @@ def test_transparency_lies_over_white(mode: str) -> None:
     rgba = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA")).astype(float)
     share = rgba[..., 3:] / 255
     expected = rgba[..., :3] * share + 255 * (1 - share)
-    found = evaluation_view(content, judge(content), 90).permute(1, 2, 0).numpy()
+    found = center_resized_crop(content, inspect_image(content), 90).permute(1, 2, 0).numpy()
     assert np.abs(found - expected[:, 20:110]).max() <= 1.01
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1"])
 def test_other_colour_modes_become_rgb(mode: str) -> None:
     image = small_photo().convert(mode)
-    found = evaluation_view(encoded(image), PILLOW, 90).permute(1, 2, 0)
+    found = center_resized_crop(encoded(image), PILLOW, 90).permute(1, 2, 0)
     assert np.array_equal(found, np.asarray(their_center_crop(image.convert("RGB"), [90, 90])))
 
 
 def test_very_large_images() -> None:
     content = encoded(Image.linear_gradient("L").resize((12_000, 9_000)), "JPEG", quality=75)
-    assert judge(content) == JPEG
-    found = evaluation_view(content, JPEG, 64)
+    assert inspect_image(content) == JPEG
+    found = center_resized_crop(content, JPEG, 64)
     expected = np.linspace(0, 255, 64)[None, :, None]
     assert np.abs(found.numpy() - expected).mean() < 4
     assert MAX_PIXELS > 12_000 * 9_000
@@ -234,7 +234,7 @@ def test_very_large_images() -> None:
     ],
 )
 def test_judgements(content: bytes, expected: int) -> None:
-    assert judge(content) == expected
+    assert inspect_image(content) == expected
 
 
 @given(st.integers(0, 30), st.integers(1, 400), st.integers(0, 2**32))
@@ -244,7 +244,7 @@ def test_damage_is_judged_and_never_crashes(start: int, length: int, seed: int) 
     place = len(content) * start // 31
     noise = np.random.default_rng(seed).integers(0, 256, length, dtype=np.uint8).tobytes()
     content[place : place + length] = noise[: len(content) - place]
-    state = judge(bytes(content))
+    state = inspect_image(bytes(content))
     if state in (JPEG, PILLOW):
         view(bytes(content), FAST, 0, 32, state)
 
@@ -260,11 +260,11 @@ def with_exif(image: bytes, tiff: bytes) -> bytes:
 )
 def test_both_decoders_agree_on_odd_exif(tiff: bytes) -> None:
     content = with_exif(jpeg_photo(1), tiff)
-    assert judge(content) == JPEG
+    assert inspect_image(content) == JPEG
     assert np.abs(view(content, FAST, 3) - view(content, PLAIN, 3)).mean() < 1.5
     png = io.BytesIO()
     small_photo().save(png, "PNG", exif=b"Exif\0\0" + tiff)
-    state = judge(png.getvalue())
+    state = inspect_image(png.getvalue())
     assert state == Reason.DAMAGED or view(png.getvalue(), FAST, 0, 32, state).shape == (32, 32, 3)
 
 
@@ -274,7 +274,7 @@ def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
-    assert judge(content) == Reason.NOT_AN_IMAGE
+    assert inspect_image(content) == Reason.NOT_AN_IMAGE
     assert not (tmp_path / "ran").exists()
 
 
@@ -323,7 +323,7 @@ def open_or_none(content: bytes) -> object:
 
 def test_a_lossless_jpeg_is_never_reduced_by_the_fast_decoder() -> None:
     content = lossless_jpeg(512)
-    assert judge(content) in (PILLOW, Reason.DAMAGED)  # as Pillow's own libjpeg has it
+    assert inspect_image(content) in (PILLOW, Reason.DAMAGED)  # as Pillow's own libjpeg has it
     assert not isinstance(open_or_none(content), PartialJpeg)  # although an older index may call it JPEG
 
 
@@ -335,7 +335,7 @@ def test_markers_that_libjpeg_reads_otherwise_are_refused() -> None:
     for content in (padded, harmless[:2] + b"\xff\x01" + harmless[2:], hidden):
         with pytest.raises(ValueError, match="no JPEG segment"):
             jpeg.read_header(content)
-        assert judge(content) != JPEG
+        assert inspect_image(content) != JPEG
         assert not isinstance(open_or_none(content), PartialJpeg)
 
 
@@ -345,4 +345,4 @@ def test_a_second_frame_header_is_refused() -> None:
     frame = content[at : at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")]
     with pytest.raises(ValueError, match="two frame headers"):
         jpeg.read_header(content[:at] + frame + content[at:])
-    assert judge(content[:at] + frame + content[at:]) != JPEG
+    assert inspect_image(content[:at] + frame + content[at:]) != JPEG

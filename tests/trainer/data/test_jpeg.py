@@ -93,7 +93,7 @@ def test_boxes_are_those_of_the_whole(
     content = encode(image, **options, **({} if kind == "grey" else {"subsampling": kind}))
     left, upper = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     right, lower = data.draw(st.integers(left + 1, width)), data.draw(st.integers(upper + 1, height))
-    part = jpeg.cut_out(content, jpeg.read_header(content), (left, upper, right, lower))
+    part = jpeg.lossless_crop(content, jpeg.read_header(content), (left, upper, right, lower))
     found = simplejpeg.decode_jpeg(part.content, strict=part.strict)
     assert found.shape[:2] == (part.height, part.width)
     box = found[upper - part.top : lower - part.top, left - part.left : right - part.left]
@@ -102,7 +102,7 @@ def test_boxes_are_those_of_the_whole(
 
 def test_a_small_box_is_few_bytes() -> None:
     content = encode(picture(400, 400), restart_marker_blocks=5)
-    part = jpeg.cut_out(content, jpeg.read_header(content), (200, 200, 220, 220))
+    part = jpeg.lossless_crop(content, jpeg.read_header(content), (200, 200, 220, 220))
     assert (part.width, part.height) <= (160, 64)
     assert len(part.content) < len(content) / 8
 
@@ -122,7 +122,7 @@ def test_restarts_change_no_pixel(options: dict[str, Any], mode: str) -> None:
     before, after = Image.open(io.BytesIO(content)), Image.open(io.BytesIO(rewritten))
     assert dict(before.getexif()) == dict(after.getexif())
     assert after.info["icc_profile"] == b"a profile"
-    part = jpeg.cut_out(rewritten, header, (60, 70, 80, 90))
+    part = jpeg.lossless_crop(rewritten, header, (60, 70, 80, 90))
     assert (part.width, part.height) < (120, 90)
     box = pixels(bytes(part.content))[70 - part.top : 90 - part.top, 60 - part.left : 80 - part.left]
     assert np.array_equal(box, pixels(content)[70:90, 60:80])
@@ -136,8 +136,8 @@ def test_a_table_that_is_wrong_is_passed_over() -> None:
     assert jpeg.read_header(one).lengths != jpeg.read_header(other).lengths
     header = jpeg.read_header(one)
     for wrong in (jpeg.read_header(other).lengths, header.lengths[:-2], b""):
-        part = jpeg.cut_out(one, header._replace(lengths=wrong), (60, 70, 80, 90))
-        assert np.array_equal(part.content, jpeg.cut_out(one, header, (60, 70, 80, 90)).content)
+        part = jpeg.lossless_crop(one, header._replace(lengths=wrong), (60, 70, 80, 90))
+        assert np.array_equal(part.content, jpeg.lossless_crop(one, header, (60, 70, 80, 90)).content)
 
 
 @pytest.mark.services

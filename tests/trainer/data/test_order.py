@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmae.trainer.data.order import Order, Stretch, Ticket
+from mixmae.trainer.data.order import Order, SampleRange, SampleRef
 
 
 @st.composite
@@ -22,14 +22,14 @@ def orders(draw: st.DrawFn, drop_last: bool | None = None) -> tuple[Order, int]:
     return Order(seed, counts, streams, global_batch, window, drop), global_batch
 
 
-def batches(order: Order, first: int, count: int, world_size: int = 1) -> list[list[Ticket]]:
-    """Global batches, put together from the ranks' shares."""
+def batches(order: Order, first: int, count: int, world_size: int = 1) -> list[list[SampleRef]]:
+    """Global batches, put together from the ranks' slices."""
     share = order.streams // world_size
     return [
         [
-            ticket
+            ref
             for rank in range(world_size)
-            for ticket in order.share(batch, range(rank * share, (rank + 1) * share)).tickets
+            for ref in order.slice_of(batch, range(rank * share, (rank + 1) * share)).samples
         ]
         for batch in range(first, first + count)
     ]
@@ -54,26 +54,26 @@ def test_dropping_leaves_whole_batches_of_one_epoch(drawn: tuple[Order, int], ep
     order, global_batch = drawn
     per_epoch = order.num_samples // global_batch
     for epoch in range(epochs):
-        tickets = [t for batch in batches(order, epoch * per_epoch, per_epoch) for t in batch]
-        assert {t.epoch for t in tickets} == {epoch}
-        assert len({t.sample for t in tickets}) == len(tickets) == per_epoch * global_batch
+        refs = [t for batch in batches(order, epoch * per_epoch, per_epoch) for t in batch]
+        assert {t.epoch for t in refs} == {epoch}
+        assert len({t.sample for t in refs}) == len(refs) == per_epoch * global_batch
 
 
 @given(orders(), st.integers(0, 60), st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_place_is_computed_at_any_world_size(drawn: tuple[Order, int], first: int, data: st.DataObject) -> None:
     order, global_batch = drawn
-    kept = order.kept is not None
-    again = Order(order.seed, order.counts.tolist(), order.streams, global_batch, order.window, kept)
+    kept = order.kept_per_stream is not None
+    again = Order(order.seed, order.counts.tolist(), order.streams, global_batch, order.shuffle_window, kept)
     divisors = [n for n in range(1, order.streams + 1) if order.streams % n == 0]
     expected = batches(order, 0, first + 3)[first:]
     assert batches(again, first, 3, data.draw(st.sampled_from(divisors))) == expected
 
 
 def test_sixteen_ranks_then_eight_then_sixteen() -> None:
-    order = Order(3, [100] * 40, streams=32, global_batch=128, window=20)
+    order = Order(3, [100] * 40, streams=32, global_batch=128, shuffle_window=20)
     expected = batches(order, 0, 60)
-    fresh = [Order(3, [100] * 40, streams=32, global_batch=128, window=20) for _ in range(3)]
+    fresh = [Order(3, [100] * 40, streams=32, global_batch=128, shuffle_window=20) for _ in range(3)]
     parts = [batches(o, f, 20, w) for o, f, w in zip(fresh, (0, 20, 40), (16, 8, 16), strict=True)]
     assert list(itertools.chain.from_iterable(parts)) == expected
 
@@ -97,35 +97,37 @@ def test_stretches_announce_each_sample_once_an_epoch_and_before_it_comes(drawn:
     announced: Counter[int] = Counter()
     served = 0
     for batch in range(2 * order.num_samples // global_batch + 2):
-        tickets, ahead = order.share(batch, range(order.streams))
+        refs, ahead = order.slice_of(batch, range(order.streams))
         for stretch in ahead:
             shard = np.searchsorted(order.first_samples, [stretch.first, stretch.last - 1], side="right")
             assert shard[0] == shard[1]
             announced.update(range(stretch.first, stretch.last))
-        served += len(tickets)
-        assert {t.sample for t in tickets} <= set(announced)
-    if order.kept is None:  # what was announced but not served yet lies in open windows
-        assert announced.total() <= served + order.streams * order.window
+        served += len(refs)
+        assert {t.sample for t in refs} <= set(announced)
+    if order.kept_per_stream is None:  # what was announced but not served yet lies in open windows
+        assert announced.total() <= served + order.streams * order.shuffle_window
 
 
 def test_reading_is_sequential() -> None:
     """A stream moves through its shards one way, a window at a time."""
-    order = Order(0, [1000] * 8, streams=4, global_batch=64, window=100)
-    opened: list[Stretch] = []
+    order = Order(0, [1000] * 8, streams=4, global_batch=64, shuffle_window=100)
+    opened: list[SampleRange] = []
     for batch in range(order.num_samples // 64):
-        opened += order.share(batch, range(1, 2)).ahead
-    line = order._epoch(0)
-    places = [int(line.starts[np.flatnonzero(line.shards == s.first // 1000)[0]]) + s.first % 1000 for s in opened]
+        opened += order.slice_of(batch, range(1, 2)).prefetch
+    layout = order._layout(0)
+    places = [
+        int(layout.shard_starts[np.flatnonzero(layout.shards == s.first // 1000)[0]]) + s.first % 1000 for s in opened
+    ]
     inside = places[: places.index(max(places)) + 1]
     assert inside == sorted(inside)
     assert sum(s.last - s.first for s in opened) <= 1.05 * 2000 + 100
 
 
 def test_a_far_place_is_found_at_once(benchmark_order: Order) -> None:
-    tickets = benchmark_order.share(2 * 10**6, range(128)).tickets
-    assert len({t.sample for t in tickets}) == 1024
+    refs = benchmark_order.slice_of(2 * 10**6, range(128)).samples
+    assert len({t.sample for t in refs}) == 1024
 
 
 @pytest.fixture
 def benchmark_order() -> Order:
-    return Order(0, [2300] * 557, streams=128, global_batch=1024, window=256)
+    return Order(0, [2300] * 557, streams=128, global_batch=1024, shuffle_window=256)

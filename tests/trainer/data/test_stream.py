@@ -2,11 +2,14 @@ import gc
 import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.stores.remote import RemoteStore
-from mixmae.trainer.data.stream import LostWorkerError, Position, Stream, ToDevice, order_of
+from mixmae.trainer.data.stream import LostWorkerError, Position, Stream, ToDevice, sample_order
+from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_empty, shared_images
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Cache, Network, Recipe
 from tests.helpers import tiny_recipe
@@ -56,14 +61,14 @@ def test_a_run_goes_on_anywhere_with_other_ranks_and_batches(shards: Path, data:
     """Stopped after any number of steps, again and again, each time with another world size and micro-batch."""
     drop_last = data.draw(st.booleans(), "drop_last")
     window = data.draw(st.integers(1, 60), "window")
-    whole = recipe_for(shards, **{"data.drop_last": drop_last, "data.window": window})
+    whole = recipe_for(shards, **{"data.drop_last": drop_last, "data.shuffle_window": window})
     expected = global_batches(whole, 1, 0, 12)
     found: list[list[int]] = []
     while len(found) < 12:
         count = data.draw(st.integers(1, 12 - len(found)), "steps")
         world_size = data.draw(st.sampled_from([1, 2, 4, 8]), "ranks")
         micro_batch = data.draw(st.sampled_from([m for m in (2, 4, 8, 16) if m * world_size <= 16]), "micro_batch")
-        changes = {"data.drop_last": drop_last, "data.window": window, "train.micro_batch": micro_batch}
+        changes = {"data.drop_last": drop_last, "data.shuffle_window": window, "train.micro_batch": micro_batch}
         found += global_batches(recipe_for(shards, **changes), world_size, 16 * len(found), count)
     assert found == expected
 
@@ -92,7 +97,7 @@ def test_other_numbers_of_ranks_are_refused_with_those_that_fit(shards: Path) ->
 def test_dropping_everything_is_refused(shards: Path) -> None:
     recipe = recipe_for(shards, **{"train.global_batch": 64, "data.drop_last": True})
     with pytest.raises(UsageError, match="drops all of the 54 images"):
-        order_of(recipe, open_index(shards))
+        sample_order(recipe, open_index(shards))
 
 
 @pytest.mark.parametrize("decoder", ["fast", "pillow"])
@@ -107,6 +112,44 @@ def test_pixels_belong_to_seed_epoch_and_sample(shards: Path, decoder: str) -> N
     assert all(torch.equal(view, views[0][sample]) for sample, view in views[2].items() if sample in views[0])
     image = next(iter(views[0].values()))
     assert (image.dtype, image.shape) == (torch.uint8, (3, 64, 64))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_labels_come_beside_the_images(shards: Path, workers: int) -> None:
+    index = open_index(shards)
+    with Stream(recipe_for(shards, workers), Ranks(), index, Position(0, 0, "")) as stream:
+        for batch in itertools.islice(stream, 8):
+            assert batch.targets["label"].dtype == torch.int64
+            assert batch.targets["label"].tolist() == index.samples["label"][batch.samples].tolist()
+
+
+@dataclass(frozen=True)
+class Checksum(SampleTransform):
+    """A transform of a user's own: a number in place of pixels."""
+
+    def new_batch(self, count: int) -> BatchBuffers:
+        return BatchBuffers(shared_images(count, 1), {"draw": shared_empty((count,), torch.float64)})
+
+    def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
+        if row["label"] % 3 == 1:
+            raise UnusableError(Reason.DAMAGED, "not for this transform")
+        buffers.images[i] = content[-1]
+        buffers.targets["draw"][i] = random.random()
+
+
+def test_a_transform_of_a_users_own_decides_what_workers_make_of_samples(shards: Path) -> None:
+    seen = []
+    for workers in (0, 2):
+        index = open_index(shards)
+        recipe = recipe_for(shards, workers, **{"data.max_corrupt_fraction": 0.9})
+        with Stream(recipe, Ranks(), index, Position(0, 0, ""), transform=Checksum()) as stream:
+            batches = list(itertools.islice(stream, 6))
+            assert all(fault.detail == "not for this transform" for batch in batches for fault in batch.faults)
+            assert stream.fault_log.counts == {Reason.DAMAGED: sum(len(batch.faults) for batch in batches)}
+        assert not any(index.samples["label"][s] % 3 == 1 for batch in batches for s in batch.samples)
+        seen.append([(batch.samples, batch.targets["draw"].tolist()) for batch in batches])
+    assert seen[0] == seen[1]
+    assert len({draw for _, draws in seen[0] for draw in draws}) > 10
 
 
 def test_resuming_on_other_data_or_seed_is_refused(shards: Path) -> None:
@@ -192,7 +235,7 @@ def test_memory_of_workers_stays_flat(shards: Path) -> None:
 def test_each_byte_crosses_the_network_once_an_epoch(tmp_path: Path) -> None:
     """Two ranks with one cache that holds little more than the open windows; then a resume in mid-epoch."""
     build_shards(Synthetic(400, 72, seed=0), tmp_path / "shards", shard_bytes=120_000, seed=0, jobs=2)
-    recipe = recipe_for(tmp_path / "shards", **{"data.streams": 4, "data.window": 16})
+    recipe = recipe_for(tmp_path / "shards", **{"data.streams": 4, "data.shuffle_window": 16})
     steps = 400 // 16
     local = open_index(tmp_path / "shards")
     total = sum(shard.bytes for shard in local.shards)
@@ -218,3 +261,27 @@ def test_each_byte_crosses_the_network_once_an_epoch(tmp_path: Path) -> None:
 
     assert sent(0, steps) <= 1.05 * total
     assert sent(steps // 2, steps) <= total * (steps - steps // 2) / steps + windows
+
+
+def test_what_a_pinning_thread_has_taken_is_ready_too(shards: Path) -> None:
+    """As on a GPU, where a thread of torch empties the workers' queue at once and fills another."""
+    index = open_index(shards)
+    stream = Stream(recipe_for(shards), Ranks(), index, Position(0, 0, index.fingerprint))
+    workers: queue.Queue[int] = queue.Queue()
+    pinned: queue.Queue[int] = queue.Queue()
+    for number in range(3):
+        pinned.put(number)
+    stream._batches = SimpleNamespace(_worker_result_queue=workers, _data_queue=pinned)
+    assert stream.ready == 3
+    stream.close()
+
+
+@pytest.mark.gpu
+def test_pinned_batches_that_nobody_took_are_ready(shards: Path) -> None:
+    index = open_index(shards)
+    with Stream(recipe_for(shards, workers=2), Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
+        assert next(stream).images.is_pinned()
+        deadline = time.monotonic() + 30
+        while not stream.ready and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert stream.ready

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixmae.trainer.doctor.checks import judge
+from mixmae.trainer.doctor.checks import run_checks
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import (
     Clock,
@@ -70,7 +70,7 @@ def probe_facts(rank: int = 0, neighbour: str = "node2") -> ProbeFacts:
 def healthy(**changes: Any) -> Cluster:
     """Two hosts with two GPUs each, and a recipe that fits them."""
     cluster = Cluster(
-        asked=4,
+        expected_ranks=4,
         world_size=4,
         ranks=tuple(map(rank_facts, range(4))),
         hosts=(host_facts(1, 0), host_facts(2, 2)),
@@ -110,4 +110,4 @@ def with_shards(**changes: Any) -> Cluster:
 
 def trouble(cluster: Cluster) -> list[Finding]:
     """Warnings and errors."""
-    return [finding for finding in judge(cluster) if finding.level >= Level.WARNING]
+    return [finding for finding in run_checks(cluster) if finding.level >= Level.WARNING]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mixmae.trainer.doctor.checks import CHECKS, judge
+from mixmae.trainer.doctor.checks import CHECKS, run_checks
 from mixmae.trainer.doctor.checks.network import bus_bandwidth, expected_link
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import (
@@ -40,16 +40,16 @@ W, E = Level.WARNING, Level.ERROR
 
 
 def test_a_healthy_cluster_has_nothing_to_mend() -> None:
-    findings = judge(healthy())
+    findings = run_checks(healthy())
     assert {finding.level for finding in findings} == {Level.OK}
     assert all(finding.found and finding.where for finding in findings)
 
 
 FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
-    "fewer started": (healthy(asked=8), E, "ranks", "all 2 hosts", "4 started, expected 8"),
+    "fewer started": (healthy(expected_ranks=8), E, "ranks", "all 2 hosts", "4 started, expected 8"),
     "absent": (healthy(ranks=tuple(map(rank_facts, (0, 1, 2)))), E, "ranks", "", "1 of 4 did not report: 3"),
-    "silent": (healthy(lost=(2,)), E, "host", "node2", "stopped answering"),
-    "ended": (healthy(ended=True), E, "checks", "main rank", "ended by the launcher"),
+    "silent": (healthy(unresponsive=(2,)), E, "host", "node2", "stopped answering"),
+    "ended": (healthy(interrupted=True), E, "checks", "main rank", "ended by the launcher"),
     "refused": (
         healthy(recipe_facts=RecipeFacts("run_dir=x belongs to another recipe", 1, 0)),
         E, "recipe", "main rank", "belongs to another",
@@ -78,8 +78,10 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
     ),
     "no torch GPUs": (healthy(ranks=tuple(replace(rank_facts(r), gpus=0, gpu="") for r in range(4))), E, "GPUs",
                       "node1", "2, of which torch sees none"),
-    "too many ranks": (healthy(ranks=tuple(replace(rank_facts(r), gpus=1) for r in range(4))), E, "GPUs", "node1",
-                       "1 for 2 ranks"),
+    "too many ranks": (healthy(ranks=tuple(replace(rank_facts(r), local_rank=r) for r in range(4))), E, "GPUs",
+                       "node2", "2 for 4 ranks"),
+    "too many ranks of one GPU": (healthy(ranks=tuple(replace(rank_facts(r), gpus=1, gpu=f"{1 + r // 2}-0")
+                                                      for r in range(4))), E, "GPUs", "node1", "ranks 0, 1 share 1-0"),
     "shared GPU": (healthy(ranks=(*map(rank_facts, (0, 1, 2)), replace(rank_facts(3), gpu="2-0"))), E, "GPUs", "node2",
                    "ranks 2, 3 share 2-0"),
     "other GPU": (with_gpu(name="V100"), W, "GPUs", "node2 GPU 1", "V100, 80 GiB, expected A100, 80 GiB"),
@@ -150,12 +152,16 @@ def test_ranks_without_gpus_are_only_a_note() -> None:
     ranks = tuple(replace(rank_facts(rank), gpus=0, gpu="") for rank in range(4))
     cluster = healthy(hosts=hosts, ranks=ranks, network=None)
     assert not trouble(cluster)
-    assert "none: ranks compute on the hosts' cores" in [f.found for f in judge(cluster)]
+    assert "none: ranks compute on the hosts' cores" in [f.found for f in run_checks(cluster)]
+
+
+def test_tasks_may_see_one_gpu_each() -> None:
+    assert not trouble(healthy(ranks=tuple(replace(rank_facts(rank), gpus=1) for rank in range(4))))
 
 
 def test_gpus_that_nvml_does_not_show_are_named() -> None:
     cluster = with_host(lambda host: replace(host, nvml="the package nvidia-ml-py is missing"))
-    notes = [f for f in judge(cluster) if f.level is Level.NOTE]
+    notes = [f for f in run_checks(cluster) if f.level is Level.NOTE]
     assert [(f.where, f.advice) for f in notes] == [("node2", "pip install 'mixmae[gpu]' there")]
 
 
@@ -167,7 +173,7 @@ def test_gpus_on_some_hosts_only() -> None:
 
 def test_left_over_shared_memory_and_a_taken_port_are_notes() -> None:
     cluster = with_host(lambda h: replace(h, exporter_port_free=False, shm=SharedMemory(GIB, GIB, 69 << 20)))
-    notes = {(f.check, f.where): f.found for f in judge(cluster) if f.level is Level.NOTE}
+    notes = {(f.check, f.where): f.found for f in run_checks(cluster) if f.level is Level.NOTE}
     assert notes == {("/dev/shm", "node2"): "69 MiB of ranks that were killed",
                      ("metrics port", "node2"): "port 9400 is taken"}  # fmt: skip
 
@@ -200,12 +206,17 @@ def test_an_unknown_link_is_not_judged_but_told() -> None:
     cluster = with_host(lambda host: replace(host, fabric=None, interface=Interface("veth0", "10.0.0.2", None)))
     assert expected_link(cluster) is None
     cluster = replace(cluster, network=SLOW)
-    assert [(f.check, f.level) for f in judge(cluster) if f.level > Level.OK] == [("all-reduce", Level.NOTE)]
+    assert [(f.check, f.level) for f in run_checks(cluster) if f.level > Level.OK] == [("all-reduce", Level.NOTE)]
 
 
 def test_on_one_host_the_gpus_links_count() -> None:
     alone = healthy(
-        world_size=2, asked=2, ranks=tuple(map(rank_facts, range(2))), hosts=(host_facts(1, 0),), clocks=(), probes=()
+        world_size=2,
+        expected_ranks=2,
+        ranks=tuple(map(rank_facts, range(2))),
+        hosts=(host_facts(1, 0),),
+        clocks=(),
+        probes=(),
     )
     assert expected_link(alone) == (250e9, "12 NVLinks")
     pcie = replace(gpu(1), link=31.5e9, link_kind="PCIe 4 x16")
@@ -224,7 +235,7 @@ def test_hosts_alone_can_be_looked_at_without_a_recipe() -> None:
         probes=tuple(replace(probe, run_dir=None, shards=None) for probe in healthy().probes),
     )  # fmt: skip
     assert not trouble(cluster)
-    assert {"recipe", "run directory", "shards"}.isdisjoint(finding.check for finding in judge(cluster))
+    assert {"recipe", "run directory", "shards"}.isdisjoint(finding.check for finding in run_checks(cluster))
 
 
 def test_nobody_came() -> None:

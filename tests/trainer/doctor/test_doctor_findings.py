@@ -9,12 +9,12 @@ from rich.console import Console
 from mixmae.trainer.doctor.protocol.findings import (
     Finding,
     Level,
+    abbreviate,
     as_document,
     exit_code,
     finding_of,
     print_findings,
-    some,
-    verdict,
+    summary_line,
     worst_first,
 )
 
@@ -75,12 +75,12 @@ def test_a_document_holds_all_of_it() -> None:
 
 
 def test_verdicts() -> None:
-    assert verdict([FINE, LATE, LATE]) == "ready: 0 errors, 2 warnings in 3 findings"
+    assert summary_line([FINE, LATE, LATE]) == "ready: 0 errors, 2 warnings in 3 findings"
 
 
 def test_long_lists_of_names_are_cut() -> None:
-    assert some(["a", "b", "c", "d"]) == "a, b, c, d"
-    assert some(["a", "b", "c", "d", "e"]) == "a, b, c, d and 1 more"
+    assert abbreviate(["a", "b", "c", "d"]) == "a, b, c, d"
+    assert abbreviate(["a", "b", "c", "d", "e"]) == "a, b, c, d and 1 more"
 
 
 def test_warnings_without_advice_are_a_bug() -> None:

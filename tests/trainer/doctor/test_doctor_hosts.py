@@ -40,14 +40,14 @@ def test_two_nodes_that_are_well(cluster: Cluster, shards: Path, tmp_path: Path)
     assert not (cluster.shared / "run").exists()
 
 
-def test_a_node_that_is_ill_in_many_ways(mended: Cluster, shards: Path, tmp_path: Path) -> None:
-    cluster, node1, node2 = mended, *mended.hosts
+def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
+    cluster, node1, node2 = repaired, *repaired.hosts
     run_dir, local = cluster.shared / "run", cluster.local
     run_dir.mkdir(exist_ok=True)
     for node in (node1, node2):
         node.run(["cp", "-r", shards, local / "shards"], check=True)
-    lost = sorted(shards.glob("*.tar"))[-1].name
-    node2.run(["rm", local / "shards" / lost], check=True)
+    removed = sorted(shards.glob("*.tar"))[-1].name
+    node2.run(["rm", local / "shards" / removed], check=True)
     node2.run(["mkdir", "-p", local / "packages" / "timm-0.9.9.dist-info"], check=True)
     metadata = "Metadata-Version: 2.1\nName: timm\nVersion: 0.9.9\n"
     node2.run(["sh", "-c", f"printf '{metadata}' > {local}/packages/timm-0.9.9.dist-info/METADATA"], check=True)
@@ -64,20 +64,20 @@ def test_a_node_that_is_ill_in_many_ways(mended: Cluster, shards: Path, tmp_path
     assert (wrong["clock"].level, wrong["clock"].found) == (Level.ERROR, "3600.0 s ahead of the main rank's host")
     assert (wrong["versions"].level, wrong["versions"].found) == (Level.WARNING, "timm 0.9.9")
     assert "does not see what the main rank writes" in wrong["run directory"].found
-    assert f"{lost} (missing)" in wrong["shards"].found
+    assert f"{removed} (missing)" in wrong["shards"].found
     assert all(finding.advice for finding in wrong.values())
     assert not [finding for finding in found if finding.level is Level.ERROR and finding.where != "node2"]
 
 
-def test_a_full_disk(mended: Cluster, shards: Path, tmp_path: Path) -> None:
-    node1 = mended.hosts[0]
-    run_dir = mended.shared / "small"
+def test_a_full_disk(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
+    node1 = repaired.hosts[0]
+    run_dir = repaired.shared / "small"
     run_dir.mkdir()
     node1.mount_tmpfs(run_dir, "8M")
     try:
         node1.run(["dd", "if=/dev/zero", f"of={run_dir}/filler", "bs=1M"])
         recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards)
-        found = examine(mended, recipe, nodes="--nodes=1 --nodelist=node1")
+        found = examine(repaired, recipe, nodes="--nodes=1 --nodelist=node1")
     finally:
         node1.unmount(run_dir)
         run_dir.rmdir()

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.ports import free_port
-from mixmae.trainer.checkpoints.layout import Manifest, newest_checkpoint
+from mixmae.base.run_directory import newest_checkpoint
+from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
-from mixmae.trainer.doctor.gather.recipe import look_at_recipe
+from mixmae.trainer.doctor.gather.recipe import probe_recipe
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
@@ -79,7 +80,7 @@ def test_a_checkpoint_is_as_large_as_foretold(recipe: Path, tmp_path: Path) -> N
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
     content = load_recipe(recipe)
-    cluster = Cluster(1, 1, (), (), content, look_at_recipe(content, Ranks()))
+    cluster = Cluster(1, 1, (), (), content, probe_recipe(content, Ranks()))
     assert cluster.recipe_facts is not None
     assert cluster.recipe_facts.checkpoints == 1
     foretold = checkpoint_bytes(cluster)
@@ -139,11 +140,11 @@ def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Pa
     script = tmp_path / "stuck.py"
     script.write_text(
         "import os, sys, time\n"
-        "from trainer import distributed\n"
-        "from mixmae.trainer.doctor import job, lead, __main__\n"
-        "lead.MEASURING = 5.0\n"
+        "from mixmae.trainer.engine import distributed\n"
+        "from mixmae.trainer.doctor import follower, main_rank, __main__\n"
+        "main_rank.MEASURING_SECONDS = 5.0\n"
         "if os.environ['RANK'] == '1':\n"
-        "    job.measure = lambda *_: time.sleep(600)\n"
+        "    follower.measure = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
     output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
@@ -158,11 +159,11 @@ def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> N
     script.write_text(
         "import os, sys, time\n"
         "os.environ['LOCAL_RANK'] = '0'\n"
-        "from trainer import distributed\n"
-        "from mixmae.trainer.doctor import job, lead, __main__\n"
-        "lead._PROBING = 5.0\n"
+        "from mixmae.trainer.engine import distributed\n"
+        "from mixmae.trainer.doctor import follower, main_rank, __main__\n"
+        "main_rank._PROBING_SECONDS = 5.0\n"
         "if os.environ['RANK'] == '1':\n"
-        "    job.look = lambda *_: time.sleep(600)\n"
+        "    follower.probe_host = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
     output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
@@ -184,9 +185,9 @@ def output_of_main(ranks: list[WarmProcess]) -> tuple[str, str]:
 
 
 def test_a_main_rank_that_cannot_be_reached() -> None:
-    script = "from mixmae.trainer.doctor import meeting; meeting.ARRIVAL = 2.0; " \
+    script = "from mixmae.trainer.doctor import message_store; message_store.ARRIVAL_SECONDS = 2.0; " \
              "from mixmae.trainer.doctor import __main__ as d; " \
-             "from mixmae.base.errors import run_in_words; import sys; sys.exit(run_in_words(d.main, []))"  # fmt: skip
+             "from mixmae.base.errors import run_cli; import sys; sys.exit(run_cli(d.main, []))"  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment(1, 2, free_port()),

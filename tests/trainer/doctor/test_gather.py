@@ -28,9 +28,9 @@ from mixmae.trainer.doctor.gather.network import (
     is_free,
     why_unreachable,
 )
-from mixmae.trainer.doctor.gather.recipe import look_at_recipe
-from mixmae.trainer.doctor.gather.run_dir import arrived, look_at_run_dir, probe_folder
-from mixmae.trainer.doctor.gather.shards import first_and_last, look_at_shards
+from mixmae.trainer.doctor.gather.recipe import probe_recipe
+from mixmae.trainer.doctor.gather.run_dir import arrived, probe_folder, probe_run_dir
+from mixmae.trainer.doctor.gather.shards import first_and_last, probe_shards
 from mixmae.trainer.doctor.gather.versions import fingerprint_of, relevant
 from mixmae.trainer.doctor.protocol.link import link_rate
 from mixmae.trainer.engine.distributed import Ranks
@@ -124,7 +124,7 @@ def test_hosts_know_their_neighbours() -> None:
 def test_a_probe_leaves_a_run_directory_as_it_was(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "photos"
     with probe_folder(run_dir) as (folder, token):
-        facts = look_at_run_dir(run_dir, folder, token, 3, 1 << 20)
+        facts = probe_run_dir(run_dir, folder, token, 3, 1 << 20)
         assert arrived(folder, 3)
     assert (facts.saw, facts.problem, facts.wrote, facts.resolved) == (True, "", 1 << 20, str(run_dir))
     assert facts.seconds > 0
@@ -139,13 +139,13 @@ def test_a_probe_leaves_a_run_directory_as_it_was(tmp_path: Path) -> None:
 def test_another_directory_under_the_same_name_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixmae.trainer.doctor.gather.run_dir._CACHING", 0.0)
     with probe_folder(tmp_path) as (folder, token):
-        assert not look_at_run_dir(tmp_path, folder, "another token", 0, 1 << 20).saw
-        assert not look_at_run_dir(tmp_path, tmp_path / ".doctor-elsewhere", token, 0, 1 << 20).saw
+        assert not probe_run_dir(tmp_path, folder, "another token", 0, 1 << 20).saw
+        assert not probe_run_dir(tmp_path, tmp_path / ".doctor-elsewhere", token, 0, 1 << 20).saw
         assert not arrived(folder, 0)
 
 
 def test_shards_are_read_as_a_run_reads_them(shards: Path) -> None:
-    facts = look_at_shards(tiny_recipe(**{"data.shards": str(shards)}), 60.0)
+    facts = probe_shards(tiny_recipe(**{"data.shards": str(shards)}), 60.0)
     index = open_index(shards)
     assert (facts.fingerprint, facts.images, facts.refused) == (index.fingerprint, len(index), "")
     assert facts.tried == len(set(first_and_last(index))) > 2
@@ -171,28 +171,28 @@ def test_what_is_wrong_with_shards_is_said(shards: Path, tmp_path: Path) -> None
     content = bytearray(first.read_bytes())
     content[int(index.samples[0]["offset"])] ^= 0xFF
     first.write_bytes(content)
-    (unreadable,) = look_at_shards(recipe, 60.0).unreadable
+    (unreadable,) = probe_shards(recipe, 60.0).unreadable
     assert first.name in unreadable
     assert "other bytes" in unreadable
     (copy / index.shards[-1].name).unlink()
-    assert f"{index.shards[-1].name} (missing)" in look_at_shards(recipe, 60.0).refused
+    assert f"{index.shards[-1].name} (missing)" in probe_shards(recipe, 60.0).refused
     shutil.rmtree(copy)
-    assert "does not exist" in look_at_shards(recipe, 60.0).refused
+    assert "does not exist" in probe_shards(recipe, 60.0).refused
 
 
 def test_reading_shards_ends_in_time(shards: Path) -> None:
-    assert look_at_shards(tiny_recipe(**{"data.shards": str(shards)}), 0.0).tried == 1
+    assert probe_shards(tiny_recipe(**{"data.shards": str(shards)}), 0.0).tried == 1
 
 
 def test_a_recipe_is_held_against_what_training_refuses(shards: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(**{"data.shards": str(shards), "run_dir": tmp_path / "run"})
-    good = look_at_recipe(recipe, Ranks())
+    good = probe_recipe(recipe, Ranks())
     assert good.refused == ""
     assert good.parameters
-    refused = look_at_recipe(recipe, Ranks(world_size=3)).refused
+    refused = probe_recipe(recipe, Ranks(world_size=3)).refused
     assert "does not divide" in refused
-    bad = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": "swin"})})
-    assert look_at_recipe(bad, Ranks()).parameters is None
+    bad = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"name": "swin"})})
+    assert probe_recipe(bad, Ranks()).parameters is None
 
 
 class FakeNvmlError(Exception):

@@ -11,11 +11,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.engine import engine as trainer_engine
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
+from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.planning.activation_memory import measure, on_meta
 from mixmae.trainer.planning.memory import peak_memory
 from mixmae.trainer.planning.states import Limits, States, count_parameters, states
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.planning.allocations import Held, peak_allocated
 
@@ -41,13 +42,13 @@ def recipe_for(case: Case, ranks: int) -> Recipe:
     stage, precision, accumulation = case
     return tiny_recipe(
         **{
-            "model.sizes": {
+            "encoder": {
                 "embed_dim": 32,
                 "num_heads": [1, 1, 2, 2],
                 "depths": [1, 1, 2, 3],
                 "window_size": [4, 4, 4, 2],
             },
-            "model.decoder_dim": 64,
+            "method.decoder_dim": 64,
             "train.zero_stage": stage,
             "train.precision": precision,
             "train.global_batch": 2 * ranks * accumulation,

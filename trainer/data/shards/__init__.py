@@ -1,0 +1,1 @@
+"""Building, indexing, checking and repairing WebDataset shards."""

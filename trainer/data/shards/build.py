@@ -1,7 +1,7 @@
-"""Writing shards: planned beforehand, each an independent job, so that an interrupted build goes on where it was.
+"""Writing shards: planned up front, each an independent job, so that an interrupted build resumes where it stopped.
 
-The work is done in `OUT.partial`, which becomes OUT when everything is there. Its folder `.build` holds the plan, a
-record of each finished shard, and the tars that are being written.
+The shards are written to `OUT.partial`, which is renamed to OUT when everything is complete. Its folder `.build` holds
+the plan, a record of each finished shard, and the tars that are being written.
 """
 
 import fcntl
@@ -23,17 +23,19 @@ import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
+from mixmae.base.files import atomic_write, publish
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.decode import judge
+from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.shards.files import SKIPPED
 from mixmae.trainer.data.shards.indexing import save_index
-from mixmae.trainer.data.shards.scan import scan_shard
+from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
 from mixmae.trainer.data.shards.sources import Entry, Source
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
-LEFT_OUT = "left-out.jsonl"
 _NOTES, _PLAN = ".build", "plan.json"
 _BLOCK, _RECORD = 512, 10_240
 """Bytes: a tar's members fill whole blocks, the tar whole records."""
@@ -43,8 +45,8 @@ class BuildInterruptedError(UsageError):
     exit_code = 130
 
 
-class LeftOut(NamedTuple):
-    """An image that is in no shard."""
+class SkippedImage(NamedTuple):
+    """An image that went into no shard."""
 
     key: str
     source: str
@@ -52,35 +54,35 @@ class LeftOut(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     index: ShardIndex
-    left_out: list[LeftOut]
+    skipped: list[SkippedImage]
     unchanged: int
-    """Images that `seekable` could do nothing for: no JPEGs, or such that jpegtran does not read."""
+    """Images that `seekable` left as they are: not JPEGs, or unreadable for jpegtran."""
 
 
-def count_reasons(left_out: list[LeftOut]) -> str:
+def count_reasons(skipped: list[SkippedImage]) -> str:
     """`3 damaged, 1 empty`."""
-    counts = Counter(one.reason for one in left_out).most_common()
+    counts = Counter(one.reason for one in skipped).most_common()
     return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
-class _Done(NamedTuple):
-    """A finished shard."""
+class _BuiltShard(NamedTuple):
+    """A finished shard, as its record describes it."""
 
     shard: Shard | None
     """None: none of its images could be used, and there is no tar."""
     table: Table
-    left_out: list[LeftOut]
+    skipped: list[SkippedImage]
     unchanged: int
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What all processes of a build need to know."""
+class _BuildPlan:
+    """What every process of a build needs to know."""
 
     source: Source
-    cuts: list[list[int]]
+    assignment: list[list[int]]
     """For each shard the numbers of its entries, in order."""
     folder: Path
     seekable: bool
@@ -92,7 +94,9 @@ class _Work:
         return self.folder / _NOTES / f"{number:06d}.json"
 
 
-def build_shards(source: Source, out: Path, shard_bytes: int, seed: int, jobs: int, seekable: bool = False) -> Built:
+def build_shards(
+    source: Source, out: Path, shard_bytes: int, seed: int, jobs: int, seekable: bool = False
+) -> BuildResult:
     """Writes the source's samples in a seeded random order, so that every shard holds a mixture of classes.
 
     A second call with the same arguments continues one that was interrupted. The same arguments give the same bytes,
@@ -113,76 +117,74 @@ def build_shards(source: Source, out: Path, shard_bytes: int, seed: int, jobs: i
     if out.exists():
         raise UsageError(f"{out} exists already; name a directory that does not, or remove it")
     partial = out.with_name(out.name + ".partial")
-    work = _Work(source, cut(source.entries, shard_bytes, seed), partial, seekable)
+    plan = _BuildPlan(source, assign_to_shards(source.entries, shard_bytes, seed), partial, seekable)
     try:
-        with _claim(partial, _digest(work), source.describe()):
-            done = _run(work, jobs)
-            return _finish(work, done, out)
+        with _lock(partial, _digest(plan), source.describe()):
+            done = _run(plan, jobs)
+            return _finish(plan, done, out)
     except KeyboardInterrupt as error:
-        there = sum(work.record(number).exists() for number in range(len(work.cuts)))
+        finished = sum(plan.record(number).exists() for number in range(len(plan.assignment)))
         raise BuildInterruptedError(
-            f"interrupted; {there} of {len(work.cuts)} shards are in {partial}, and the same command continues"
+            f"interrupted; {finished} of {len(plan.assignment)} shards are in {partial}, and the same command continues"
         ) from error
     except OSError as error:
-        raise UsageError(
-            f"cannot write in {partial} ({error}); once that is mended the same command continues"
-        ) from error
+        raise UsageError(f"cannot write in {partial} ({error}); fix that, and the same command continues") from error
 
 
-def cut(entries: list[Entry], shard_bytes: int, seed: int) -> list[list[int]]:
-    """The numbers of the entries, shuffled and dealt to shards of up to `shard_bytes`."""
-    cuts: list[list[int]] = []
+def assign_to_shards(entries: list[Entry], shard_bytes: int, seed: int) -> list[list[int]]:
+    """The numbers of the entries, shuffled and assigned to shards of up to `shard_bytes`."""
+    shards: list[list[int]] = []
     room = 0
     for number in random.Random(seed).sample(range(len(entries)), len(entries)):
         need = _tar_bytes(entries[number])
         if need > room:
-            cuts.append([])
+            shards.append([])
             room = shard_bytes - _RECORD
-        cuts[-1].append(number)
+        shards[-1].append(number)
         room -= need
-    return cuts
+    return shards
 
 
 def _tar_bytes(entry: Entry) -> int:
-    """What a sample takes in a tar: for image and label a header and whole blocks; long names take two blocks more."""
+    """Bytes that a sample takes in a tar: a header and whole blocks for each file; long names take two more."""
     name = _BLOCK if len(entry.key) < 95 and entry.key.isascii() else 3 * _BLOCK
     image = name + -(-entry.size // _BLOCK) * _BLOCK
     return image if entry.label < 0 else image + name + _BLOCK
 
 
-def _digest(work: _Work) -> str:
+def _digest(plan: _BuildPlan) -> str:
     """Equal for equal shards."""
     digest = hashlib.sha256(
-        json.dumps([work.source.describe(), work.source.classes, work.seekable, work.cuts]).encode()
+        json.dumps([plan.source.describe(), plan.source.classes, plan.seekable, plan.assignment]).encode()
     )
-    for entry in work.source.entries:
+    for entry in plan.source.entries:
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
 
 @contextmanager
-def _claim(partial: Path, digest: str, description: str) -> Iterator[None]:
-    """Holds the unfinished directory for one build.
+def _lock(partial: Path, digest: str, description: str) -> Iterator[None]:
+    """Locks the unfinished directory for one build.
 
     Raises:
-        UsageError: another build is at work in it, or left it there unfinished.
+        UsageError: another build is running in it, or left it unfinished.
     """
     (partial / _NOTES).mkdir(parents=True, exist_ok=True)
-    with (partial / _NOTES / _PLAN).open("a+") as plan:
+    with (partial / _NOTES / _PLAN).open("a+") as plan_file:
         try:
-            fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(plan_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another build is at work in {partial}; wait for it, or name another directory"
+                f"another build is running in {partial}; wait for it, or name another directory"
             ) from error
-        plan.seek(0)
-        text = plan.read()
+        plan_file.seek(0)
+        text = plan_file.read()
         if text or any(partial.glob("*.tar")):
             _refuse_other(partial, text, digest)
         else:
-            plan.write(json.dumps({"digest": digest, "source": description}))
-            plan.flush()
-            os.fsync(plan.fileno())
+            plan_file.write(json.dumps({"digest": digest, "source": description}))
+            plan_file.flush()
+            os.fsync(plan_file.fileno())
         yield
 
 
@@ -198,77 +200,69 @@ def _refuse_other(partial: Path, text: str, digest: str) -> None:
         )
 
 
-def _run(work: _Work, jobs: int) -> list[_Done]:
-    """Writes the shards that are not there yet; returns all."""
-    done = {number: found for number in range(len(work.cuts)) if (found := _read_record(work, number))}
+def _run(plan: _BuildPlan, jobs: int) -> list[_BuiltShard]:
+    """Writes the missing shards; returns all."""
+    done = {number: found for number in range(len(plan.assignment)) if (found := _read_record(plan, number))}
     if done:
-        print(f"continuing: {len(done)} of {len(work.cuts)} shards are there", file=sys.stderr)
-    open_ones = [number for number in range(len(work.cuts)) if number not in done]
-    before = sum(len(work.cuts[number]) for number in done)
-    with tqdm(total=len(work.source.entries), initial=before, unit="image", desc=work.folder.stem, disable=None) as bar:
-        written = run_jobs(_write_shard, work, open_ones, jobs, bar)
-    done.update(zip(open_ones, written, strict=True))
-    return [done[number] for number in range(len(work.cuts))]
+        print(f"continuing: {len(done)} of {len(plan.assignment)} shards are written already", file=sys.stderr)
+    missing = [number for number in range(len(plan.assignment)) if number not in done]
+    before = sum(len(plan.assignment[number]) for number in done)
+    with tqdm(total=len(plan.source.entries), initial=before, unit="image", desc=plan.folder.stem, disable=None) as bar:
+        written = run_jobs(_write_shard, plan, missing, jobs, bar)
+    done.update(zip(missing, written, strict=True))
+    return [done[number] for number in range(len(plan.assignment))]
 
 
-def _read_record(work: _Work, number: int) -> _Done | None:
+def _read_record(plan: _BuildPlan, number: int) -> _BuiltShard | None:
     """A finished shard; None if it is not finished, or its tar is not as it was."""
-    file = work.record(number)
+    file = plan.record(number)
     if not file.exists():
         return None
     content = json.loads(file.read_text())
     shard = Shard(**content["shard"]) if content["shard"] else None
-    if shard is not None and (not (tar := work.tar(number)).exists() or tar.stat().st_size != shard.bytes):
+    if shard is not None and (not (tar := plan.tar(number)).exists() or tar.stat().st_size != shard.bytes):
         return None
     table = np.array([tuple(row) for row in content["table"]], dtype=SAMPLE)
-    return _Done(shard, table, [LeftOut(*one) for one in content["left_out"]], content["unchanged"])
+    return _BuiltShard(shard, table, [SkippedImage(*one) for one in content["skipped"]], content["unchanged"])
 
 
-def _write_record(file: Path, done: _Done) -> None:
+def _write_record(file: Path, done: _BuiltShard) -> None:
     content = done._asdict() | {"shard": done.shard and done.shard._asdict(), "table": done.table.tolist()}
-    beside = file.with_suffix(".partial")
-    with beside.open("w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.rename(file)
+    atomic_write(file, json.dumps(content))
 
 
-def _write_shard(work: _Work, number: int) -> _Done:
-    """One process's part: a tar and its record, each there as a whole or not at all."""
-    file, beside = work.tar(number), work.folder / _NOTES / work.tar(number).name
+def _write_shard(plan: _BuildPlan, number: int) -> _BuiltShard:
+    """Writes one shard: a tar and its record, each complete or not there at all."""
+    file, partial = plan.tar(number), plan.folder / _NOTES / plan.tar(number).name
     states: dict[int, int] = {}
-    left_out: list[LeftOut] = []
+    skipped: list[SkippedImage] = []
     unchanged = 0
-    with beside.open("wb") as stream:
-        # No times or owners in the tars: the same images give the same bytes.
-        with webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
-            for entry in (work.source.entries[place] for place in work.cuts[number]):
-                try:
-                    extension, content, state, is_changed = _prepare(work, entry)
-                except UnusableError as error:
-                    left_out.append(LeftOut(entry.key, work.source.place(entry), error.reason.label))
-                else:
-                    states[xxhash.xxh3_64_intdigest(content)] = state
-                    unchanged += not is_changed
-                    label = {"cls": entry.label} if entry.label >= 0 else {}
-                    tar.write({"__key__": entry.key, extension: content, **label})
-                tick()
-        stream.flush()
-        os.fsync(stream.fileno())
+    # No times or owners in the tars: the same images give the same bytes.
+    with partial.open("wb") as stream, webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
+        for entry in (plan.source.entries[i] for i in plan.assignment[number]):
+            try:
+                extension, content, state, is_changed = _prepare(plan, entry)
+            except UnusableError as error:
+                skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label))
+            else:
+                states[xxhash.xxh3_64_intdigest(content)] = state
+                unchanged += not is_changed
+                label = {"cls": entry.label} if entry.label >= 0 else {}
+                tar.write({"__key__": entry.key, extension: content, **label})
+            advance()
     if not states:
-        beside.unlink()
-        done = _Done(None, np.array([], dtype=SAMPLE), left_out, 0)
+        partial.unlink()
+        done = _BuiltShard(None, np.array([], dtype=SAMPLE), skipped, 0)
     else:
-        beside.rename(file)
-        # The tar is read back, but its images were decoded above.
-        scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(work.source.classes))
-        done = _Done(*scanned, left_out, unchanged)
-    _write_record(work.record(number), done)
+        publish(partial, file)
+        # The tar is read back, but its images were already decoded above.
+        scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], plan.source.classes)
+        done = _BuiltShard(scanned.shard, scanned.table, skipped, unchanged)
+    _write_record(plan.record(number), done)
     return done
 
 
-def _prepare(work: _Work, entry: Entry) -> tuple[str, bytes, int, bool]:
+def _prepare(plan: _BuildPlan, entry: Entry) -> tuple[str, bytes, int, bool]:
     """An image's extension, bytes and state, and whether `seekable` changed it.
 
     Raises:
@@ -276,15 +270,15 @@ def _prepare(work: _Work, entry: Entry) -> tuple[str, bytes, int, bool]:
         UsageError: it cannot be read.
     """
     try:
-        extension, content = work.source.read(entry)
+        extension, content = plan.source.read(entry)
     except OSError as error:
         raise UsageError(
-            f"cannot read {work.source.place(entry)} ({error}); once that is mended the same command continues"
+            f"cannot read {plan.source.locate(entry)} ({error}); fix that, and the same command continues"
         ) from error
-    state = judge(content)
+    state = inspect_image(content)
     if state >= min(Reason):
         raise UnusableError(Reason(state), "")
-    rewritten = _with_restarts(content) if work.seekable and state == JPEG else None
+    rewritten = _with_restarts(content) if plan.seekable and state == JPEG else None
     return (extension, content, state, False) if rewritten is None else (extension, rewritten, JPEG, True)
 
 
@@ -294,24 +288,23 @@ def _with_restarts(content: bytes) -> bytes | None:
         rewritten = jpeg.add_restarts(content)
     except ValueError:
         return None
-    return rewritten if judge(rewritten) == JPEG else None
+    return rewritten if inspect_image(rewritten) == JPEG else None
 
 
-def _finish(work: _Work, done: list[_Done], out: Path) -> Built:
-    """Writes the index and gives the directory its name."""
-    left_out = [one for part in done for one in part.left_out]
-    scanned = [(part.shard, part.table) for part in done if part.shard is not None]
+def _finish(plan: _BuildPlan, done: list[_BuiltShard], out: Path) -> BuildResult:
+    """Writes the index and renames the directory to `out`."""
+    skipped = [image for shard in done for image in shard.skipped]
+    scanned = [ScannedShard(built.shard, built.table) for built in done if built.shard is not None]
     if not scanned:
-        shutil.rmtree(work.folder)
+        shutil.rmtree(plan.folder)
         raise UsageError(
-            f"none of the {len(left_out)} images in {work.source.describe()} can be used "
-            f"({count_reasons(left_out)}): {first_names([one.source for one in left_out])}"
+            f"none of the {len(skipped)} images in {plan.source.describe()} can be used "
+            f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}"
         )
-    save_index(work.folder, scanned, work.source.classes)
-    if left_out:
-        lines = [json.dumps(one._asdict()) + "\n" for one in left_out]
-        (work.folder / LEFT_OUT).write_text("".join(lines))
-    work.folder.rename(out)
+    save_index(plan.folder, scanned, plan.source.classes)
+    if skipped:
+        jsonl.append(plan.folder / SKIPPED, *(one._asdict() for one in skipped))
+    publish(plan.folder, out)
     shutil.rmtree(out / _NOTES)
-    unchanged = sum(part.unchanged for part in done) if work.seekable else 0
-    return Built(open_index(out), left_out, unchanged)
+    unchanged = sum(built.unchanged for built in done) if plan.seekable else 0
+    return BuildResult(open_index(out), skipped, unchanged)

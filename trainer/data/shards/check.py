@@ -1,6 +1,5 @@
 """Verifying shards against their index, their tar structure and their images, in parallel."""
 
-import hashlib
 import tarfile
 import time
 from collections import Counter
@@ -16,21 +15,26 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.decode import judge
-from mixmae.trainer.data.faults import PILLOW, Reason
-from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.decode import inspect_image
+from mixmae.trainer.data.faults import PILLOW, Reason, first_names
+from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
-from mixmae.trainer.data.shards.scan import DamagedTarError, Member, mapped, members, salvage, tabulate
+from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
+from mixmae.trainer.data.shards.scan import SampleTable, checksum
 from mixmae.trainer.data.shards.sources import class_names
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.unused import Unused
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
-class Inspected(NamedTuple):
-    """A shard as it is found."""
+class ShardInspection(NamedTuple):
+    """The contents of a shard as found on disk."""
 
     shard: Shard
     table: Table
-    """Rows of `scan.SAMPLE`, also of what can be found in a damaged tar."""
+    """Rows of `index.SAMPLE`, also of what can be found in a damaged tar; labels as `LabelCodes` gives them."""
+    class_names: list[str]
+    """Those that the table's label codes stand for."""
     names: str
     """Of the rows, separated by NUL: millions of them are held."""
     keys: npt.NDArray[np.uint64]
@@ -38,17 +42,17 @@ class Inspected(NamedTuple):
     findings: list[Finding]
 
 
-class Checked(NamedTuple):
-    """A directory as it is found."""
+class CheckResult(NamedTuple):
+    """The contents of a directory as found on disk."""
 
     expected: "Expected"
-    inspected: list[Inspected]
+    inspections: list[ShardInspection]
     report: Report
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a directory should hold: what its index says, where it has one."""
+    """What a directory should hold according to its index, if it has one."""
 
     directory: Path
     classes: list[str]
@@ -63,23 +67,24 @@ class Expected:
         rows = {shard.name: (shard, table) for shard, table in zip(index.shards, tables, strict=True)}
         return cls(directory, list(index.classes), rows)
 
-    def rows(self, shard: str, content: Any) -> Table:
-        """A shard's rows of usable samples in the index; none if it is another shard by now.
+    def rows(self, shard: str, content: ShardBytes) -> Table:
+        """The index rows of a shard's usable samples; none if the file was replaced by another shard.
 
-        It is the indexed one, however damaged, if most of the images that can be where they were are as they were.
+        It still is the indexed one, however damaged, if at least half of its images that fit into the file are
+        unchanged.
         """
         if shard not in self.shards:
             return np.array([], dtype=SAMPLE)
         rows = self.shards[shard][1]
         rows = rows[rows["state"] < min(Reason)]
-        places = [(int(row["offset"]), int(row["offset"]) + int(row["size"]), row["hash"]) for row in rows]
+        ranges = [(int(row["offset"]), int(row["offset"]) + int(row["size"]), row["hash"]) for row in rows]
         same = [
-            xxhash.xxh3_64_intdigest(content[start:end]) == image for start, end, image in places if end <= len(content)
+            xxhash.xxh3_64_intdigest(content[start:end]) == image for start, end, image in ranges if end <= len(content)
         ]
         return rows if 2 * sum(same) >= len(same) else rows[:0]
 
 
-def check_shards(directory: Path, jobs: int) -> Checked:
+def check_shards(directory: Path, jobs: int) -> CheckResult:
     """Reads all shards of a directory and decodes all images.
 
     Raises:
@@ -88,7 +93,8 @@ def check_shards(directory: Path, jobs: int) -> Checked:
     started = time.monotonic()
     if not directory.is_dir():
         raise UsageError(f"shard directory {directory} does not exist")
-    files = sorted(directory.glob("*.tar"))
+    unused = Unused()
+    files = shard_files(directory, unused)
     index, findings = _open(directory)
     if not files and index is None:
         raise UsageError(f"{directory} holds no .tar files")
@@ -97,15 +103,16 @@ def check_shards(directory: Path, jobs: int) -> Checked:
     if index is not None:
         findings += [Finding(Kind.SHARD_GONE, name) for name in expected.shards if name not in set(names)]
         findings += [Finding(Kind.SHARD_UNKNOWN, name) for name in names if name not in expected.shards]
-    size = sum(file.stat().st_size for file in files)
+    findings += _unused(str(directory), unused)
+    size = total_size(files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="check", disable=None) as bar:
-        inspected = run_jobs(_inspect, expected, names, jobs, bar)
-    findings += [finding for one in inspected for finding in one.findings]
-    findings += _repeated_images(inspected)
-    findings += _keys_in_several(inspected)
-    samples = sum(one.shard.samples for one in inspected)
+        inspections = run_jobs(_inspect, expected, names, jobs, bar)
+    findings += [finding for one in inspections for finding in one.findings]
+    findings += _repeated_images(inspections)
+    findings += _keys_in_several(inspections)
+    samples = sum(one.shard.samples for one in inspections)
     report = Report(directory, len(files), samples, size, time.monotonic() - started, findings)
-    return Checked(expected, inspected, report)
+    return CheckResult(expected, inspections, report)
 
 
 def _open(directory: Path) -> tuple[ShardIndex | None, list[Finding]]:
@@ -115,76 +122,102 @@ def _open(directory: Path) -> tuple[ShardIndex | None, list[Finding]]:
         return None, [Finding(Kind.INDEX, str(directory), detail=str(error))]
 
 
-def _inspect(expected: Expected, name: str) -> Inspected:
-    """One process's part: one shard."""
+def _inspect(expected: Expected, name: str) -> ShardInspection:
+    """Inspects one shard; runs in a worker process."""
     file = expected.directory / name
     try:
-        with mapped(file) as content:
+        with shard_bytes(file) as content:
             return _inspect_content(expected, file, content)
     except OSError as error:
         nothing = Shard(name, 0, 0, "")
         finding = Finding(Kind.SHARD_UNREADABLE, name, detail=str(error))
-        return Inspected(nothing, np.array([], dtype=SAMPLE), "", np.array([], dtype=np.uint64), [finding])
+        return ShardInspection(nothing, np.array([], dtype=SAMPLE), [], "", np.array([], dtype=np.uint64), [finding])
 
 
-def _inspect_content(expected: Expected, file: Path, content: Any) -> Inspected:
-    found, fault = find_members(file)
+def _inspect_content(expected: Expected, file: Path, content: ShardBytes) -> ShardInspection:
+    unused = Unused()
+    found, fault = find_members(file, unused)
     seen = 0
 
-    def look(image: bytes) -> int:
+    def inspect(image: bytes) -> int:
         nonlocal seen
         seen += len(image)
-        tick(len(image))
-        return judge(image)
+        advance(len(image))
+        return inspect_image(image)
 
-    table = tabulate(found, content, look, len(expected.classes))
-    tick(len(content) - seen)
-    shard = Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest())
-    files = {member.offset: member for member in found}
-    rows = [files[int(row["offset"])] for row in table]
-    names = [f"{member.key}.{member.extension}" for member in rows]
-    findings = []
+    samples = SampleTable(found, content, inspect, expected.classes)
+    samples.count_unused(unused)
+    table = samples.table
+    advance(max(0, len(content) - seen))
+    shard = Shard(file.name, len(table), len(content), checksum(content))
+    names = [member.name for member in samples.members]
+    findings = list(_unused(file.name, unused))
     if fault is not None:
         findings.append(Finding(Kind.TAR, file.name, detail=f"{fault}; {len(found)} whole members can be found"))
     if file.name in expected.shards:
-        findings += _changes(shard, expected.shards[file.name][0])
+        findings += _file_changes(shard, expected.shards[file.name][0])
         findings += _against_index(shard, table, names, expected.rows(file.name, content), content)
     findings += _keys_twice(file.name, found)
     findings += _states(file.name, table, names, content)
-    keys = np.array([_hash(member.key) for member in rows], np.uint64)
-    return Inspected(shard, table, "\0".join(names), np.unique(keys), findings)
+    keys = np.array([_hash(member.key) for member in samples.members], np.uint64)
+    return ShardInspection(shard, table, samples.class_names, "\0".join(names), np.unique(keys), findings)
 
 
-def find_members(file: Path) -> tuple[list[Member], DamagedTarError | None]:
-    """A tar's members, and what is wrong with it; of a damaged one those that are whole."""
+def _unused(where: str, unused: Unused) -> Iterator[Finding]:
+    for reason, count in unused.counts.items():
+        yield Finding(
+            Kind.UNUSED, where, detail=f"{count} {reason}: {first_names(unused.examples[reason], count=count)}"
+        )
+    for name, reason in unused.unreadable:
+        yield Finding(Kind.MEMBER_UNREADABLE, where, name, reason)
+
+
+def find_members(file: Path, unused: Unused | None = None) -> tuple[list[Member], DamagedTarError | None]:
+    """A tar's members, and what is wrong with it; of a damaged tar the intact members.
+
+    Args:
+        unused: counts the tar's other files.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    unused = unused if unused is not None else Unused()
+    found = Unused()
     try:
-        return list(members(file)), None
+        whole = members(file, found)
     except DamagedTarError as error:
-        return salvage(file), error
+        return recover_members(file, unused), error
+    unused.merge(found)
+    return whole, None
 
 
-def _changes(shard: Shard, before: Shard) -> Iterator[Finding]:
+def _file_changes(shard: Shard, before: Shard) -> Iterator[Finding]:
     if shard.bytes != before.bytes:
         yield Finding(Kind.SHARD_CHANGED, shard.name, detail=f"{shard.bytes} bytes, {before.bytes} when indexed")
     elif shard.sha256 != before.sha256:
         yield Finding(Kind.SHARD_CHANGED, shard.name, detail=f"checksum {shard.sha256[:12]}, {before.sha256[:12]} then")
 
 
-def _against_index(shard: Shard, table: Table, names: Sequence[str], rows: Table, content: Any) -> Iterator[Finding]:
-    """What became of the shard's indexed samples."""
-    here = {(int(row["offset"]), int(row["size"])): (row, name) for row, name in zip(table, names, strict=True)}
+def _against_index(
+    shard: Shard, table: Table, names: Sequence[str], rows: Table, content: ShardBytes
+) -> Iterator[Finding]:
+    """Compares the shard's samples with its index rows."""
+    here: dict[tuple[int, int], list[tuple[Any, str]]] = {}
+    for row, name in zip(table, names, strict=True):  # two rows of one image where the tar has links
+        here.setdefault((int(row["offset"]), int(row["size"])), []).append((row, name))
     for row in rows:
         offset = int(row["offset"])
-        now, name = here.get((offset, int(row["size"])), (None, ""))
+        left = here.get((offset, int(row["size"])))
+        now, name = left.pop(0) if left else (None, "")
         if now is None:
             yield Finding(Kind.IMAGE_LOST, shard.name, name_at(content, offset))
         elif now["state"] < min(Reason) and now["hash"] != row["hash"]:
             yield Finding(Kind.IMAGE_CHANGED, shard.name, name)
-        elif now["state"] < min(Reason) and now["label"] != row["label"]:
+        elif now["state"] < min(Reason) and now["label"] not in (row["label"], INVALID_LABEL):
             yield Finding(Kind.LABEL_CHANGED, shard.name, name, f"{now['label']}, {row['label']} when indexed")
 
 
-def name_at(content: Any, offset: int) -> str:
+def name_at(content: ShardBytes, offset: int) -> str:
     """A member's name from its header, or its offset where the header is lost."""
     try:
         return tarfile.TarInfo.frombuf(content[offset - tarfile.BLOCKSIZE : offset], "utf-8", "replace").name
@@ -198,10 +231,12 @@ def _keys_twice(shard: str, found: Sequence[Member]) -> Iterator[Finding]:
             yield Finding(Kind.KEY_TWICE, shard, f"{key}.{extension}", f"{count} times")
 
 
-def _states(shard: str, table: Table, names: Sequence[str], content: Any) -> Iterator[Finding]:
+def _states(shard: str, table: Table, names: Sequence[str], content: ShardBytes) -> Iterator[Finding]:
     for row, name in zip(table, names, strict=True):
         if row["state"] >= min(Reason):
             yield Finding(kind_of(Reason(row["state"])), shard, name)
+        elif row["label"] == INVALID_LABEL:
+            yield Finding(Kind.BAD_LABEL, shard, name)
         elif row["state"] == PILLOW:
             image = content[row["offset"] : row["offset"] + row["size"]]
             if jpeg.is_jpeg(image) and not _is_cmyk(image):
@@ -215,13 +250,13 @@ def _is_cmyk(image: bytes) -> bool:
         return False
 
 
-def _repeated_images(inspected: Sequence[Inspected]) -> Iterator[Finding]:
+def _repeated_images(inspections: Sequence[ShardInspection]) -> Iterator[Finding]:
     """Images that an earlier one equals, within and across shards."""
-    if not inspected:
+    if not inspections:
         return
-    table = np.concatenate([one.table for one in inspected])
-    shards = np.repeat(np.arange(len(inspected)), [len(one.table) for one in inspected])
-    starts = np.cumsum([0, *(len(one.table) for one in inspected)])
+    table = np.concatenate([one.table for one in inspections])
+    shards = np.repeat(np.arange(len(inspections)), [len(one.table) for one in inspections])
+    starts = np.cumsum([0, *(len(one.table) for one in inspections)])
     images = np.flatnonzero(table["size"] > 0)
     order = images[np.lexsort((images, table["size"][images], table["hash"][images]))]
     same = (table["hash"][order][1:] == table["hash"][order][:-1]) & (
@@ -232,20 +267,20 @@ def _repeated_images(inspected: Sequence[Inspected]) -> Iterator[Finding]:
     def name(row: int) -> tuple[str, str]:
         shard = int(shards[row])
         if shard not in names:
-            names[shard] = inspected[shard].names.split("\0")
-        return inspected[shard].shard.name, names[shard][row - starts[shard]]
+            names[shard] = inspections[shard].names.split("\0")
+        return inspections[shard].shard.name, names[shard][row - starts[shard]]
 
-    for place in np.flatnonzero(same):
-        first, second = name(order[place]), name(order[place + 1])
+    for i in np.flatnonzero(same):
+        first, second = name(order[i]), name(order[i + 1])
         yield Finding(Kind.SAME_IMAGE, *second, f"equals {first[0]}: {first[1]}")
 
 
-def _keys_in_several(inspected: Sequence[Inspected]) -> Iterator[Finding]:
-    if not inspected:
+def _keys_in_several(inspections: Sequence[ShardInspection]) -> Iterator[Finding]:
+    if not inspections:
         return
-    hashes, counts = np.unique(np.concatenate([one.keys for one in inspected]), return_counts=True)
+    hashes, counts = np.unique(np.concatenate([one.keys for one in inspections]), return_counts=True)
     repeated = hashes[counts > 1]
-    for one in inspected:
+    for one in inspections:
         if count := int(np.isin(one.keys, repeated).sum()):
             detail = f"{count} of its keys" if count > 1 else ""
             keys = (_key(name) for name in one.names.split("\0"))

@@ -1,4 +1,4 @@
-"""What a check of shards found, as a table, as JSON and as an exit code."""
+"""The findings of a shard check, as a table, as JSON and as an exit code."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from mixmae.trainer.data.faults import Reason, first_names
 
 
 class Kind(Enum):
-    """Kinds of findings. The second value: what a repair does about it, or None for mere information."""
+    """Kinds of findings. The second value: what repairs it, or None for mere information."""
 
     INDEX = "no usable index", "index"
     SHARD_GONE = "missing shard", "index"
@@ -26,9 +26,11 @@ class Kind(Enum):
     EMPTY = "empty image", "rewrite"
     MISSING = "sample without an image", "rewrite"
     DAMAGED = "damaged image", "rewrite"
-    NOT_AN_IMAGE = "no image", "rewrite"
+    NOT_AN_IMAGE = "not an image", "rewrite"
     TOO_LARGE = "too large image", "rewrite"
-    BAD_LABEL = "bad label", "rewrite"
+    BAD_LABEL = "label that is no class", "rewrite"
+    MEMBER_UNREADABLE = "member without content", "rewrite"
+    UNUSED = "not used", None
     KEY_IN_SHARDS = "key in several shards", None
     SAME_IMAGE = "same image twice", None
     WARNING = "JPEG decoded with a warning", None
@@ -44,22 +46,22 @@ class Finding(NamedTuple):
     detail: str = ""
 
     @property
-    def place(self) -> str:
-        place = f"{self.shard}: {self.sample}" if self.sample else self.shard
-        return f"{place} ({self.detail})" if self.detail else place
+    def location(self) -> str:
+        location = f"{self.shard}: {self.sample}" if self.sample else self.shard
+        return f"{location} ({self.detail})" if self.detail else location
 
     def as_dict(self) -> dict[str, str]:
         return {"finding": self.kind.text, "shard": self.shard, "sample": self.sample, "detail": self.detail}
 
 
 def kind_of(reason: Reason) -> Kind:
-    """The finding that a sample's state is."""
+    """The kind of finding for a sample's state."""
     return Kind[reason.name]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A checked directory."""
+    """The result of checking a directory."""
 
     directory: Path
     shards: int
@@ -77,7 +79,7 @@ class Report:
         counts = Counter(finding.kind for finding in self.findings)
         rows = []
         for kind in (kind for kind in Kind if counts[kind]):
-            first = first_names([finding.place for finding in self.findings if finding.kind == kind])
+            first = first_names([finding.location for finding in self.findings if finding.kind == kind])
             mark = "information" if kind.remedy is None else "fault"
             rows.append(f"  {mark:<11}  {kind.text:<40}  {counts[kind]:>7}  {first}")
         total = (
@@ -87,22 +89,22 @@ class Report:
         return [*rows, total]
 
     def verdict(self) -> str:
-        """The last line: sound, or what to do."""
+        """The last line: sound, or what to do next."""
         if self.is_sound:
             return "sound"
         remedies = {finding.kind.remedy for finding in self.findings}
         if "rewrite" in remedies:
             return (
-                f"not sound; 'mixmae shards check {self.directory} --repair' rewrites damaged shards with what can be "
-                "saved; a run that was started on this directory will then refuse to continue, since its data changed"
+                f"not sound; 'mixmae shards check {self.directory} --repair' rewrites damaged shards with their intact "
+                "samples; a run that was started on this directory will then refuse to continue, since its data changed"
             )
         if "index" in remedies:
             return (
-                f"not sound: shards and index disagree; bring back what is missing, or 'mixmae shards index "
+                f"not sound: shards and index disagree; restore what is missing, or run 'mixmae shards index "
                 f"{self.directory}' to index what there is (a run that was started on this directory will then refuse "
                 "to continue)"
             )
-        return "not sound: a shard cannot be read; see to the disk or its permissions, and check again"
+        return "not sound: a shard cannot be read; check the disk and its permissions, then run the check again"
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,6 @@
-"""Rewriting damaged shards with what can be saved. The damaged files stay beside them."""
+"""Rewriting damaged shards with the samples that can be recovered. The damaged files are kept beside them."""
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -9,47 +8,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
-from mixmae.trainer.data.shards.check import Checked, Expected, Inspected, find_members
+from mixmae.base.files import replacing
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
+from mixmae.trainer.data.shards.files import REPAIRS, open_regular, shard_bytes
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.indexing import save_index
-from mixmae.trainer.data.shards.rescue import Lost, Rescue
-from mixmae.trainer.data.shards.scan import mapped, scan_shard
-from mixmae.trainer.data.shards.workers import run_jobs, tick
+from mixmae.trainer.data.shards.salvage import LostSample, Salvage
+from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
+from mixmae.trainer.data.shards.unused import Unused
+from mixmae.trainer.data.shards.workers import advance, run_jobs
 
-RECORD = "repair.jsonl"
 _GZIP = b"\x1f\x8b"
 
 
-class Rewritten(NamedTuple):
-    """What became of a damaged shard."""
+class RewrittenShard(NamedTuple):
+    """A damaged shard after its repair."""
 
     name: str
-    shard: Shard | None
-    """None: nothing in it could be saved."""
-    table: Table
+    scanned: ScannedShard | None
+    """None: nothing in it could be recovered."""
     original: str
     """Name of the damaged file now."""
-    lost: list[Lost]
+    lost: list[LostSample]
+    lost_labels: list[LostSample]
+    """Samples that are kept without their labels."""
 
 
 @dataclass(frozen=True)
-class Repaired:
+class RepairResult:
     index: ShardIndex
-    rewritten: list[Rewritten]
+    rewritten: list[RewrittenShard]
 
     @property
-    def lost(self) -> list[Lost]:
-        return [lost for one in self.rewritten for lost in one.lost]
+    def lost(self) -> list[LostSample]:
+        return [lost for one in self.rewritten for lost in (*one.lost, *one.lost_labels)]
 
 
-def repair(checked: Checked, jobs: int) -> Repaired:
+def repair(checked: CheckResult, jobs: int) -> RepairResult:
     """Rewrites the damaged shards of a checked directory, in parallel, and indexes it; sound shards stay as they are.
 
     What was done and lost is added to `repair.jsonl`.
@@ -61,72 +63,72 @@ def repair(checked: Checked, jobs: int) -> Repaired:
     unreadable = [finding.shard for finding in findings if finding.kind in (Kind.SHARD_UNREADABLE, Kind.SHARD_GONE)]
     if unreadable:
         raise UsageError(
-            f"nothing was repaired: {unreadable[0]} is missing or cannot be read; restore it, or give it up with "
+            f"nothing was repaired: {unreadable[0]} is missing or cannot be read; restore it, or drop it with "
             f"'mixmae shards index {expected.directory}', and repair then"
         )
     damaged = sorted({finding.shard for finding in findings if finding.kind.remedy == "rewrite"})
-    sizes = {one.shard.name: one.shard.bytes for one in checked.inspected}
+    sizes = {one.shard.name: one.shard.bytes for one in checked.inspections}
     total = sum(sizes[name] for name in damaged)
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="repair", disable=None) as bar:
             rewritten = run_jobs(_rewrite, expected, damaged, jobs, bar)
-        _note(expected.directory / RECORD, rewritten)
-        scanned = _scanned(checked.inspected, rewritten)
+        _append_to_record(expected.directory / REPAIRS, rewritten)
+        scanned = _scanned(checked.inspections, rewritten)
         if not scanned:
             raise UsageError(f"nothing could be saved; what was in {expected.directory} has names that end in .damaged")
-        return Repaired(save_index(expected.directory, scanned, expected.classes), rewritten)
+        return RepairResult(save_index(expected.directory, scanned, expected.classes), rewritten)
     except OSError as error:
-        raise UsageError(
-            f"cannot write in {expected.directory} ({error}); once that is mended, repair again"
-        ) from error
+        raise UsageError(f"cannot write in {expected.directory} ({error}); fix that, and repair again") from error
 
 
-def _scanned(inspected: Iterable[Inspected], rewritten: Iterable[Rewritten]) -> list[tuple[Shard, Table]]:
-    new = {one.name: (one.shard, one.table) for one in rewritten}
-    now = [new.get(one.shard.name, (one.shard, one.table)) for one in inspected]
-    return [(shard, table) for shard, table in now if shard is not None]
+def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[RewrittenShard]) -> list[ScannedShard]:
+    new = {one.name: one.scanned for one in rewritten}
+    now = [new.get(one.shard.name, ScannedShard(one.shard, one.table, one.class_names)) for one in inspections]
+    return [scanned for scanned in now if scanned is not None]
 
 
-def _note(file: Path, rewritten: Sequence[Rewritten]) -> None:
-    with file.open("a") as stream:
-        for one in rewritten:
-            kept = one.shard.samples if one.shard else 0
-            line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
-            stream.write(json.dumps(line) + "\n")
-            stream.writelines(json.dumps(lost._asdict()) + "\n" for lost in one.lost)
+def _append_to_record(file: Path, rewritten: Sequence[RewrittenShard]) -> None:
+    for one in rewritten:
+        kept = one.scanned.shard.samples if one.scanned else 0
+        counts = {"kept": kept, "lost": len(one.lost), "lost_labels": len(one.lost_labels)}
+        line = {"shard": one.name, **counts, "original": one.original}
+        jsonl.append(file, line, *(lost._asdict() for lost in (*one.lost, *one.lost_labels)))
 
 
-def _rewrite(expected: Expected, name: str) -> Rewritten:
-    """One process's part: one shard."""
-    file, beside = expected.directory / name, expected.directory / f".{name}.partial"
+def _rewrite(expected: Expected, name: str) -> RewrittenShard:
+    """Rewrites one shard; runs in a worker process."""
+    file = expected.directory / name
     unpacked = _unpack(file)
-    found, fault = find_members(unpacked)
-    with mapped(unpacked) as content:
-        rescue = Rescue(name, content, len(expected.classes), expected.rows(name, content))
-        rescue.collect(found, is_damaged=fault is not None)
-    tick(file.stat().st_size)
+    unused = Unused()
+    found, fault = find_members(unpacked, unused)
+    with shard_bytes(unpacked) as content:
+        salvaged = Salvage(name, content, expected.classes, expected.rows(name, content))
+        salvaged.collect(found, is_damaged=fault is not None)
+    lost = [*salvaged.lost, *(LostSample(name, member, reason) for member, reason in unused.unreadable)]
+    advance(file.stat().st_size)
     if unpacked != file:
         unpacked.unlink()
     original = _free_name(file)
-    if not rescue.samples:
+    if not salvaged.samples:
         file.rename(original)
-        return Rewritten(name, None, np.array([], dtype=SAMPLE), original.name, rescue.lost)
-    with beside.open("wb") as stream:
-        with webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar:
-            for key, files in rescue.samples.items():
+        return RewrittenShard(name, None, original.name, lost, salvaged.lost_labels)
+    with replacing(file) as partial:
+        with (
+            partial.open("wb") as stream,
+            webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar,
+        ):
+            for key, files in salvaged.samples.items():
                 tar.write({"__key__": key, **files})
-        stream.flush()
-        os.fsync(stream.fileno())
-    states = rescue.states
-    shard, table = scan_shard(beside, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
-    os.link(file, original)
-    beside.replace(file)  # at every moment one of the two has the name
-    return Rewritten(name, shard._replace(name=name), table, original.name, rescue.lost)
+        states = salvaged.states
+        scanned = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], expected.classes)
+        os.link(file, original)  # at every moment one of the two has the name
+    scanned = scanned._replace(shard=scanned.shard._replace(name=name))
+    return RewrittenShard(name, scanned, original.name, lost, salvaged.lost_labels)
 
 
 def _unpack(file: Path) -> Path:
     """The file, or of a gzip-compressed one a temporary copy with as much as can be unpacked."""
-    with file.open("rb") as packed:
+    with open_regular(file) as packed:
         if packed.read(2) != _GZIP:
             return file
         packed.seek(0)
@@ -136,12 +138,12 @@ def _unpack(file: Path) -> Path:
                 while part := unpacker.read1(2**20):
                     stream.write(part)
             except (EOFError, OSError, zlib.error):
-                pass  # what came before is what can be saved; the check named the damage
+                pass  # what was unpacked so far can be recovered; the check named the damage
     return unpacked
 
 
 def _free_name(file: Path) -> Path:
-    """Where the damaged file goes: no earlier one is overwritten."""
+    """A name for the damaged file that overwrites no earlier one."""
     free, number = file.with_name(f"{file.name}.damaged"), 1
     while free.exists():
         number += 1

@@ -35,7 +35,7 @@ class Synthetic:
         draw(entry.label, self.size, random).save(buffer, "JPEG", quality=90)
         return "jpg", buffer.getvalue()
 
-    def place(self, entry: Entry) -> str:
+    def locate(self, entry: Entry) -> str:
         return f"synthetic image {entry.reference}"
 
     def describe(self) -> str:

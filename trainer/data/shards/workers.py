@@ -1,4 +1,4 @@
-"""Jobs in processes: a progress bar that moves within jobs, and an end that leaves no process at work."""
+"""Jobs in a pool of processes: a progress bar that moves within jobs, and no process left running at the end."""
 
 import multiprocessing
 import os
@@ -23,8 +23,8 @@ _count: Any
 _stop: Any
 
 
-class GivenUpError(Exception):
-    """Raised in a job whose result nobody waits for any more."""
+class CancelledError(Exception):
+    """Raised in a job that was cancelled."""
 
 
 def run_jobs(
@@ -35,7 +35,7 @@ def run_jobs(
     Args:
         shared: handed to each process once.
         jobs: processes.
-        bar: moved on by what jobs `tick`.
+        bar: moved by what jobs `tick`.
 
     Raises:
         UsageError: a process was killed.
@@ -44,7 +44,7 @@ def run_jobs(
         return []
     count, stop = multiprocessing.Value("q", 0), multiprocessing.Event()
     start, setup = bar.n, (job, shared, count, stop)
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), initializer=_begin, initargs=setup)
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), initializer=_init_worker, initargs=setup)
     try:
         futures = [pool.submit(_run, task) for task in tasks]
         waiting: set[Future[Any]] = set(futures)
@@ -56,34 +56,34 @@ def run_jobs(
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise UsageError(
-            f"one of {jobs} processes was killed, perhaps for want of memory; a smaller --jobs needs less"
+            f"one of {jobs} processes was killed, perhaps because the machine ran out of memory; lower --jobs"
         ) from error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def tick(amount: int = 1) -> None:
-    """Called by jobs: so much is done.
+def advance(amount: int = 1) -> None:
+    """Called by jobs to report progress.
 
     Raises:
-        GivenUpError: the rest is not wanted any more.
+        CancelledError: another job failed, or Ctrl-C.
     """
     with _count.get_lock():
         _count.value += amount
     if _stop.is_set():
-        raise GivenUpError
+        raise CancelledError
 
 
-def _begin(job: Callable[[Any, Any], Any], shared: Any, count: Any, stop: Any) -> None:
+def _init_worker(job: Callable[[Any, Any], Any], shared: Any, count: Any, stop: Any) -> None:
     global _job, _shared, _count, _stop
     _job, _shared, _count, _stop = job, shared, count, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent tells these when to stop
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Ends this process when its parent is killed, which would leave it waiting for ever."""
+def _exit_with_parent() -> None:
+    """Exits when the parent is killed, since this process would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

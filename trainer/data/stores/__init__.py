@@ -1,0 +1,1 @@
+"""Reading byte ranges of shards from file systems, URLs and commands."""

@@ -1,4 +1,4 @@
-"""Reading what is not on a file system: in blocks through the node's cache, and again where it failed."""
+"""Reading remote files: in blocks through the node's cache, with retries."""
 
 import math
 import os
@@ -12,22 +12,22 @@ from typing import TypeVar
 import xxhash
 
 from mixmae.trainer.data.stores.cache import BlockCache
-from mixmae.trainer.data.stores.store import CacheUse, Store, plain_name
+from mixmae.trainer.data.stores.store import CacheCounts, Store, plain_name
 from mixmae.trainer.recipe.schema import Cache, Network
 
-_LONGEST_DELAY = 30.0
-_OUTAGE = 60.0
-"""Seconds after a read that failed in every try during which others get one try each."""
+_MAX_DELAY = 30.0
+_OUTAGE_SECONDS = 60.0
+"""How long after a read failed in every try other reads get one try each."""
 T = TypeVar("T")
 _JITTER = random.SystemRandom()  # forked workers share the state of any other generator
 
 
 class FinalError(OSError):
-    """What another try would not change."""
+    """An error that no retry would change."""
 
 
 class CachedStore(Store):
-    """Reads blocks through the node's cache, and again what failed."""
+    """Reads blocks through the node's cache, and retries failed reads."""
 
     def __init__(
         self, location: str, network: Network, cache: Cache, block_bytes: int, first_delay: float = 0.5
@@ -44,11 +44,11 @@ class CachedStore(Store):
         self._first_delay = first_delay
         self._down_until = -math.inf
         self._cache = BlockCache(cache.dir, cache.max_bytes)
-        self._place = xxhash.xxh3_64_hexdigest(location.encode())
+        self._location_hash = xxhash.xxh3_64_hexdigest(location.encode())
 
     @property
-    def cache_use(self) -> CacheUse:
-        return CacheUse(self._cache.reads - self._cache.fetches, self._cache.fetches)
+    def cache_counts(self) -> CacheCounts:
+        return CacheCounts(self._cache.reads - self._cache.fetches, self._cache.fetches)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         return b"".join(
@@ -65,13 +65,13 @@ class CachedStore(Store):
 
     @abstractmethod
     def _load(self, name: str, number: int, least: int) -> bytes:
-        """One try at a block, of which at least so many bytes are wanted."""
+        """Reads a block once; at least `least` bytes of it are needed."""
 
     def _fetch(self, name: str, number: int, least: int) -> bytes:
-        return self._persist(partial(self._load, name, number, least))
+        return self._with_retries(partial(self._load, name, number, least))
 
-    def _persist(self, attempt: Callable[[], T]) -> T:
-        """What an attempt gives, after `network.retries` further ones at most."""
+    def _with_retries(self, attempt: Callable[[], T]) -> T:
+        """The result of an attempt, after at most `network.retries` retries."""
         retries = 0 if time.monotonic() < self._down_until else self._network.retries
         for number in range(retries):
             try:
@@ -80,16 +80,16 @@ class CachedStore(Store):
                 raise
             except OSError:
                 self._retried[os.getpid()] += 1
-                delay = min(self._first_delay * 2**number, _LONGEST_DELAY)
+                delay = min(self._first_delay * 2**number, _MAX_DELAY)
                 time.sleep(delay * _JITTER.uniform(0.75, 1.25))
         try:
             return attempt()
         except OSError:
-            self._down_until = time.monotonic() + _OUTAGE
+            self._down_until = time.monotonic() + _OUTAGE_SECONDS
             raise
 
     def _key(self, name: str, number: int) -> str:
-        return f"{self._place}/{plain_name(name)}/{number}"
+        return f"{self._location_hash}/{plain_name(name)}/{number}"
 
     def _blocks(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
         """The blocks of a range: number, start within the block, length."""

@@ -1,7 +1,7 @@
-"""Blocks of remote files on this node's disk, shared by all of its processes and bounded in bytes.
+"""A cache of remote files' blocks on this node's disk, shared by all of its processes and bounded in bytes.
 
 One file per block, renamed into place: a block that is here is whole, unless the disk damaged it. The least recently
-used go first; a reader that loses a block to that fetches it again.
+used go first; a reader whose block was evicted fetches it again.
 """
 
 import errno

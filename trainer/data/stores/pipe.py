@@ -1,4 +1,4 @@
-"""Shards behind a shell command, where a recipe allows it."""
+"""Shards read through a shell command, where the recipe allows it."""
 
 import io
 import os
@@ -57,7 +57,7 @@ class PipeStore(CachedStore):
                     if process.poll() is None:
                         os.killpg(process.pid, signal.SIGKILL)
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["it printed nothing"]
         if code:
             raise OSError(f"{command!r} ended with code {code}: {said[-1]}")
         if len(output) < least:

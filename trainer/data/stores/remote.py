@@ -16,8 +16,8 @@ from mixmae.trainer.recipe.schema import Cache, Network
 BLOCK = 8 * 2**20
 """Bytes that cross the network at once."""
 _FILESYSTEMS: dict[tuple[int, str], AbstractFileSystem] = {}
-"""fsspec's file systems by process and location. Those of a parent stay here, unused: a child that collected one would
-close connections that its parent reads from."""
+"""fsspec's file systems by process and location. A parent's stay here, unused: a child that collected one would close
+connections that its parent reads from."""
 
 
 class RemoteStore(CachedStore):
@@ -26,7 +26,7 @@ class RemoteStore(CachedStore):
     def __init__(
         self, location: str, network: Network, cache: Cache, block_bytes: int = BLOCK, first_delay: float = 0.5
     ) -> None:
-        """Opens a store, without asking the server yet. Arguments as `CachedStore`'s, errors as `open_store`'s."""
+        """Opens a store, without contacting the server yet. Arguments as `CachedStore`'s, errors as `open_store`'s."""
         if cache.max_bytes < block_bytes:
             raise UsageError(
                 f"data.cache.max_bytes={cache.max_bytes}, expected room for a block of {block_bytes} bytes"
@@ -40,7 +40,7 @@ class RemoteStore(CachedStore):
         return b"".join(self._fetch(name, number, length) for number, _, length in self._blocks(0, end))
 
     def size(self, name: str) -> int:
-        return self._persist(lambda: self._ask_size(name))
+        return self._with_retries(lambda: self._request_size(name))
 
     def close(self) -> None:
         if _FILESYSTEMS.pop((os.getpid(), self.location), None) is not None:
@@ -50,7 +50,7 @@ class RemoteStore(CachedStore):
     def _load(self, name: str, number: int, least: int) -> bytes:
         begin = number * self._block_bytes
         try:
-            block: bytes = self._ask("cat_file", name, start=begin, end=begin + self._block_bytes)
+            block: bytes = self._request("cat_file", name, start=begin, end=begin + self._block_bytes)
         except _PastEndError:
             block = b""
         if len(block) > self._block_bytes:
@@ -59,18 +59,18 @@ class RemoteStore(CachedStore):
                 f"{len(block)} came; use one that answers range requests (python -m http.server does not)"
             )
         if len(block) < least:
-            if (end := self._ask_size(name)) < begin + least:
+            if (end := self._request_size(name)) < begin + least:
                 raise FinalError(f"{self._shown(name)} ends at {end}, expected {begin + least}")
             raise OSError(f"{self._shown(name)}: {len(block)} bytes came, expected {least} or more")
         return block
 
-    def _ask_size(self, name: str) -> int:
-        size: int | None = self._ask("info", name)["size"]
+    def _request_size(self, name: str) -> int:
+        size: int | None = self._request("info", name)["size"]
         if size is None:
             raise FinalError(f"{self._shown(name)}: the server does not tell its size")
         return size
 
-    def _ask(self, method: str, name: str, **arguments: int | float) -> Any:
+    def _request(self, method: str, name: str, **arguments: int | float) -> Any:
         """Calls a method of fsspec's file system, once. Every error is an OSError that names the file."""
         filesystem = self._filesystem()
         if filesystem.async_impl:
@@ -78,9 +78,9 @@ class RemoteStore(CachedStore):
         try:
             return getattr(filesystem, method)(filesystem._strip_protocol(self._url(name)), **arguments)
         except Exception as error:  # each of fsspec's packages has its own kinds
-            raise self._in_words(error, name) from error
+            raise self._describe_error(error, name) from error
 
-    def _in_words(self, error: BaseException, name: str) -> OSError:
+    def _describe_error(self, error: BaseException, name: str) -> OSError:
         shown = self._shown(name)
         if isinstance(error, FileNotFoundError) and self._scheme in ("http", "https"):
             error = error.__cause__ or error  # fsspec calls whatever a HEAD or its GET met FileNotFoundError

@@ -1,6 +1,6 @@
-"""Where the files of one shard directory live: a file system, a URL or a command. Readers ask for byte ranges.
+"""The files of one shard directory, on a file system, behind a URL or a command, read by byte ranges.
 
-What is not on a file system is read in blocks through a cache on this node's disk, and tried again when it fails.
+Remote files are read in blocks through a cache on this node's disk, with retries.
 A store is opened before workers are forked and used in all of them, by one thread each.
 """
 
@@ -16,18 +16,18 @@ from mixmae.base.errors import UsageError
 _DESCRIPTORS = 64
 
 
-class CacheUse(NamedTuple):
-    """Blocks of files that are behind a URL, by where they came from."""
+class CacheCounts(NamedTuple):
+    """Blocks of remote files, by where they came from: cache hits and misses."""
 
     found: int = 0
     """In the node's cache, or there once another process had fetched them."""
     fetched: int = 0
 
-    def plus(self, others: "CacheUse") -> "CacheUse":
-        return CacheUse(self.found + others.found, self.fetched + others.fetched)
+    def plus(self, others: "CacheCounts") -> "CacheCounts":
+        return CacheCounts(self.found + others.found, self.fetched + others.fetched)
 
-    def since(self, earlier: "CacheUse") -> "CacheUse":
-        return CacheUse(self.found - earlier.found, self.fetched - earlier.fetched)
+    def since(self, earlier: "CacheCounts") -> "CacheCounts":
+        return CacheCounts(self.found - earlier.found, self.fetched - earlier.fetched)
 
 
 class Store(ABC):
@@ -47,9 +47,9 @@ class Store(ABC):
         return self._retried[os.getpid()]
 
     @property
-    def cache_use(self) -> CacheUse:
+    def cache_counts(self) -> CacheCounts:
         """Blocks that were wanted, in this process so far; none where files are read without a cache."""
-        return CacheUse()
+        return CacheCounts()
 
     @abstractmethod
     def read(self, name: str, offset: int, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Judging a cluster: each check is a function from what is known to findings, and looks at nothing itself.
+"""The checks: each is a function from a cluster's known facts to findings, and probes nothing itself.
 
 A new check is one more function here; `CHECKS` below has all of them, in the order in which they are shown.
 """
@@ -13,7 +13,7 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (
     presence.ranks,
     presence.hosts_once,
     presence.answers,
-    presence.ended,
+    presence.interrupted,
     presence.recipe,
     versions.software,
     versions.environment,
@@ -40,6 +40,6 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (
 )
 
 
-def judge(cluster: Cluster) -> list[Finding]:
-    """Everything that can be said of a cluster."""
+def run_checks(cluster: Cluster) -> list[Finding]:
+    """The findings of all checks."""
     return [finding for check in CHECKS for finding in check(cluster)]

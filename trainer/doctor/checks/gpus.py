@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from mixmae.monitoring.watch.text import size
-from mixmae.trainer.doctor.checks.among import departing, hosts_in_words, most_common
+from mixmae.trainer.doctor.checks.compare import describe_hosts, most_common, outliers
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import Gpu, HostFacts, RankFacts
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _FREE = 0.95
 """Share of its memory that a GPU has free before ranks use it."""
@@ -26,20 +26,20 @@ def visible(cluster: Cluster) -> Iterator[Finding]:
         ranks = cluster.ranks_of(host)
         least, most = min(rank.gpus for rank in ranks), max(rank.local_rank for rank in ranks)
         if host.gpus and not least:
-            advice = "install a torch built for this driver's CUDA, and look at CUDA_VISIBLE_DEVICES"
+            advice = "install a torch built for this driver's CUDA, and check CUDA_VISIBLE_DEVICES"
             yield Finding(
                 Level.ERROR, "GPUs", host.host, f"{len(host.gpus)}, of which torch sees none", "all of them", advice
             )
-        elif least and most >= least:
+        elif least > 1 and most >= least:  # a task that sees one GPU takes that, see `_shared_gpus`
             advice = "start no more ranks on a host than it has GPUs: slots in the hostfile, --gpus-per-node"
             yield Finding(Level.ERROR, "GPUs", host.host, f"{least} for {most + 1} ranks", f"{most + 1}", advice)
     with_gpus = [rank.host for rank in cluster.ranks if rank.gpus]
     without = dict.fromkeys(rank.host for rank in cluster.ranks if not rank.gpus)
     if with_gpus and without:
-        advice = "ranks compute on GPUs everywhere or nowhere: take these hosts out, or mend their driver"
-        yield Finding(Level.ERROR, "GPUs", some(list(without)), "none", "GPUs, as on the other hosts", advice)
+        advice = "ranks compute on GPUs everywhere or nowhere: take these hosts out, or fix their driver"
+        yield Finding(Level.ERROR, "GPUs", abbreviate(list(without)), "none", "GPUs, as on the other hosts", advice)
     if cluster.ranks and not with_gpus and not any(host.gpus for host in cluster.hosts):
-        yield Finding(Level.NOTE, "GPUs", hosts_in_words(len(cluster.hosts)), "none: ranks compute on the hosts' cores")
+        yield Finding(Level.NOTE, "GPUs", describe_hosts(len(cluster.hosts)), "none: ranks compute on the hosts' cores")
     yield from _shared_gpus(cluster)
 
 
@@ -50,8 +50,8 @@ def _shared_gpus(cluster: Cluster) -> Iterator[Finding]:
             ranks_of.setdefault(rank.gpu, []).append(rank)
     for gpu, ranks in ranks_of.items():
         if len(ranks) > 1:
-            found = f"ranks {some([str(rank.rank) for rank in ranks])} share {gpu}"
-            advice = "give each rank a GPU of its own; look at CUDA_VISIBLE_DEVICES and at hosts named twice"
+            found = f"ranks {abbreviate([str(rank.rank) for rank in ranks])} share {gpu}"
+            advice = "give each rank a GPU of its own; check CUDA_VISIBLE_DEVICES and at hosts named twice"
             yield Finding(Level.ERROR, "GPUs", ranks[0].host, found, "a GPU for each", advice)
 
 
@@ -61,26 +61,26 @@ def alike(cluster: Cluster) -> Iterator[Finding]:
     if not kinds:
         return
     name, memory = most_common(kinds)
-    for (other, its_memory), where in departing(kinds).items():
+    for (other, its_memory), where in outliers(kinds).items():
         advice = "take equal nodes (Slurm: --constraint), or plan for the slowest and smallest"
         expected = f"{name}, {memory} GiB"
-        yield Finding(Level.WARNING, "GPUs", some(where), f"{other}, {its_memory} GiB", expected, advice)
+        yield Finding(Level.WARNING, "GPUs", abbreviate(where), f"{other}, {its_memory} GiB", expected, advice)
     if len(set(kinds.values())) == 1:
-        yield Finding(Level.OK, "GPUs", hosts_in_words(len(cluster.hosts)), f"{len(kinds)} x {name}, {memory} GiB")
+        yield Finding(Level.OK, "GPUs", describe_hosts(len(cluster.hosts)), f"{len(kinds)} x {name}, {memory} GiB")
 
 
 def free_memory(cluster: Cluster) -> Iterator[Finding]:
     """Nobody else holds the GPUs' memory."""
     for host, gpu in _all(cluster):
         if gpu.free is not None and gpu.free < _FREE * gpu.memory:
-            users = f" by processes {some([str(pid) for pid in gpu.used_by])}" if gpu.used_by else ""
+            users = f" by processes {abbreviate([str(pid) for pid in gpu.used_by])}" if gpu.used_by else ""
             found = f"{size(gpu.memory - gpu.free)} of {size(gpu.memory)} in use{users}"
             advice = "end what was left there by an earlier job ('nvidia-smi' names it), or take another node"
             yield Finding(Level.WARNING, "GPU memory", _name(host, gpu), found, f"{_FREE:.0%} free", advice)
 
 
 def errors(cluster: Cluster) -> Iterator[Finding]:
-    """Memory errors; and hosts whose GPUs could not be looked into."""
+    """Memory errors; and hosts whose GPUs could not be read."""
     for host, gpu in _all(cluster):
         if gpu.ecc_uncorrected or gpu.pending_repair:
             waiting = " and a repair that waits for a reset" if gpu.pending_repair else ""
@@ -91,8 +91,8 @@ def errors(cluster: Cluster) -> Iterator[Finding]:
     if blind:
         reason = next(host.nvml for host in cluster.hosts if host.nvml and host.gpus)
         advice = "pip install 'mixmae[gpu]' there"
-        found = f"free memory, errors and throttling not looked at: {reason}"
-        yield Finding(Level.NOTE, "GPU errors", some(blind), found, advice=advice)
+        found = f"free memory, errors and throttling not checked: {reason}"
+        yield Finding(Level.NOTE, "GPU errors", abbreviate(blind), found, advice=advice)
 
 
 def speed(cluster: Cluster) -> Iterator[Finding]:
@@ -101,14 +101,14 @@ def speed(cluster: Cluster) -> Iterator[Finding]:
     for host, gpu in _all(cluster):
         where = _name(host, gpu)
         if gpu.throttled:
-            advice = "see to cooling and power of this node, or take another"
+            advice = "check cooling and power of this node, or take another"
             found = f"clock held down: {', '.join(gpu.throttled)}"
             yield Finding(Level.WARNING, "GPU speed", where, found, "full clock", advice)
         if gpu.pcie_width is not None and gpu.pcie_width[0] < gpu.pcie_width[1]:
             advice = "reseat the card, or take another node"
             lanes, expected = (f"{width} PCIe lanes" for width in gpu.pcie_width)
             yield Finding(Level.WARNING, "GPU speed", where, lanes, expected, advice)
-    for limit, hosts in departing(limits).items() if limits else ():
+    for limit, hosts in outliers(limits).items() if limits else ():
         advice = "lift the limit ('nvidia-smi --reset-gpu-clocks'), or take equal nodes"
         expected = f"{most_common(limits)} MHz"
-        yield Finding(Level.WARNING, "GPU speed", some(hosts), f"clock limit {limit} MHz", expected, advice)
+        yield Finding(Level.WARNING, "GPU speed", abbreviate(hosts), f"clock limit {limit} MHz", expected, advice)

@@ -5,11 +5,11 @@ from functools import reduce
 from operator import or_
 
 from mixmae.monitoring.watch.text import size
-from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.checks.compare import describe_hosts
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import HostFacts
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _CLOCK_WARNING, _CLOCK_ERROR = 1.0, 300.0
 """Seconds: logs and alerts are confused from the first on; Slurm's authentication and S3 refuse beyond the second."""
@@ -29,7 +29,7 @@ def clocks(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(level, "clock", clock.host, found, f"within {_CLOCK_WARNING:g} s", advice)
     if cluster.clocks and not off:
         widest = max(abs(clock.ahead) + clock.uncertainty for clock in cluster.clocks)
-        where = hosts_in_words(len(cluster.clocks) + 1)
+        where = describe_hosts(len(cluster.clocks) + 1)
         yield Finding(Level.OK, "clock", where, f"within {widest * 1000:.2g} ms of the main rank's host")
 
 
@@ -49,7 +49,7 @@ def cores(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(level, "cores", host.host, found, f"{count * (1 + workers)}", advice)
     if not short and cluster.hosts:
         least = min(_cores(cluster, host) for host in cluster.hosts)
-        yield Finding(Level.OK, "cores", hosts_in_words(len(cluster.hosts)), f"at least {least}")
+        yield Finding(Level.OK, "cores", describe_hosts(len(cluster.hosts)), f"at least {least}")
 
 
 def _cores(cluster: Cluster, host: HostFacts) -> int:
@@ -71,7 +71,7 @@ def memory(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(Level.WARNING, "memory", host.host, found, f"{size(needed)} for {count} ranks", advice)
     if not low and cluster.hosts:
         least = min(host.memory_available for host in cluster.hosts)
-        yield Finding(Level.OK, "memory", hosts_in_words(len(cluster.hosts)), f"at least {size(least)} available")
+        yield Finding(Level.OK, "memory", describe_hosts(len(cluster.hosts)), f"at least {size(least)} available")
 
 
 def _copied_states(cluster: Cluster) -> int:
@@ -91,7 +91,7 @@ def open_files(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(Level.WARNING, "ulimit -n", host.host, found, f"{needed}", advice)
     if not low and cluster.hosts:
         least = min(host.open_files for host in cluster.hosts)
-        yield Finding(Level.OK, "ulimit -n", hosts_in_words(len(cluster.hosts)), f"at least {least}")
+        yield Finding(Level.OK, "ulimit -n", describe_hosts(len(cluster.hosts)), f"at least {least}")
 
 
 def locked_memory(cluster: Cluster) -> Iterator[Finding]:
@@ -99,7 +99,7 @@ def locked_memory(cluster: Cluster) -> Iterator[Finding]:
     low = [host.host for host in cluster.hosts if host.fabric is not None and host.locked_memory >= 0]
     if low:
         advice = "'ulimit -l unlimited' for whoever starts ranks there (memlock in limits.conf, LimitMEMLOCK of slurmd)"
-        yield Finding(Level.WARNING, "ulimit -l", some(low), "locked memory is limited", "unlimited", advice)
+        yield Finding(Level.WARNING, "ulimit -l", abbreviate(low), "locked memory is limited", "unlimited", advice)
 
 
 def shared_memory(cluster: Cluster) -> Iterator[Finding]:
@@ -122,15 +122,15 @@ def shared_memory(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(Level.NOTE, "/dev/shm", host.host, found, "nothing", advice)
     if not short and cluster.hosts:
         least = min(host.shm.free for host in cluster.hosts if host.shm is not None)
-        yield Finding(Level.OK, "/dev/shm", hosts_in_words(len(cluster.hosts)), f"at least {size(least)} free")
+        yield Finding(Level.OK, "/dev/shm", describe_hosts(len(cluster.hosts)), f"at least {size(least)} free")
 
 
 def _batches_ahead(cluster: Cluster) -> int:
     """Bytes of the batches that a rank's workers hold ready."""
     if cluster.recipe is None:
         return 0
-    data, model = cluster.recipe.data, cluster.recipe.model
-    pixels = 3 * model.img_size * model.img_size
+    data, side = cluster.recipe.data, cluster.recipe.encoder.img_size
+    pixels = 3 * side * side
     return data.num_workers * data.prefetch_factor * cluster.recipe.train.micro_batch * pixels
 
 
@@ -140,4 +140,4 @@ def exporter_port(cluster: Cluster) -> Iterator[Finding]:
     if taken and cluster.recipe is not None:
         found = f"port {cluster.recipe.monitoring.port} is taken"
         advice = "metrics get the next free port, which the run directory names; monitoring.port chooses another"
-        yield Finding(Level.NOTE, "metrics port", some(taken), found, "free", advice)
+        yield Finding(Level.NOTE, "metrics port", abbreviate(taken), found, "free", advice)

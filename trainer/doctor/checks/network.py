@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from ipaddress import ip_address
 
-from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.checks.compare import describe_hosts
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import HostFacts, Network, Reduction
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _CHOSEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ENOUGH = 0.5
@@ -23,7 +23,7 @@ def own_names(cluster: Cluster) -> Iterator[Finding]:
             continue
         loopback = [address for address in host.own_addresses if ip_address(address.partition("%")[0]).is_loopback]
         if loopback or not host.own_addresses:
-            found = f"its own name resolves to {some(loopback) or 'nothing'}"
+            found = f"its own name resolves to {abbreviate(loopback) or 'nothing'}"
             name = host.interface.name if host.interface is not None else "its interface"
             advice = f"give it its real address in /etc/hosts there, or set {_CHOSEN[backend == 'nccl']}={name}"
             yield Finding(Level.WARNING, "host name", host.host, found, host.listens_at[0], advice)
@@ -38,7 +38,7 @@ def neighbours(cluster: Cluster) -> Iterator[Finding]:
         advice = "open the hosts' firewalls to each other (TCP, all ports above 1023), and check routes"
         yield Finding(Level.ERROR, "ports", names[probe.rank], found, "an answer", advice)
     if len(cluster.probes) > 1 and not failed:
-        yield Finding(Level.OK, "ports", hosts_in_words(len(cluster.probes)), "each host reaches the next one")
+        yield Finding(Level.OK, "ports", describe_hosts(len(cluster.probes)), "each host reaches the next one")
 
 
 def all_reduce(cluster: Cluster) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def all_reduce(cluster: Cluster) -> Iterator[Finding]:
     network = cluster.network
     if network is None:
         return
-    where = f"{cluster.world_size} ranks on {hosts_in_words(len(cluster.hosts)).removeprefix('all ')}"
+    where = f"{cluster.world_size} ranks on {describe_hosts(len(cluster.hosts)).removeprefix('all ')}"
     if network.failure:
         advice = f"choose the interface with {network.backend.upper()}_SOCKET_IFNAME"
         advice += ", and run again with NCCL_DEBUG=INFO" if network.backend == "nccl" else "; check host names, ports"

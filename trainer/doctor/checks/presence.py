@@ -1,33 +1,33 @@
-"""Is everybody there, and does the recipe fit them?"""
+"""Are all ranks present, and does the recipe fit them?"""
 
 from collections import Counter
 from collections.abc import Iterator
 
-from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.checks.compare import describe_hosts
 from mixmae.trainer.doctor.cluster import Cluster
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 
 def ranks(cluster: Cluster) -> Iterator[Finding]:
     """As many ranks as were asked for, started and arrived."""
-    asked = cluster.asked or cluster.world_size
-    where = hosts_in_words(len(cluster.hosts))
-    if cluster.world_size != asked:
+    expected_ranks = cluster.expected_ranks or cluster.world_size
+    where = describe_hosts(len(cluster.hosts))
+    if cluster.world_size != expected_ranks:
         advice = "correct the hostfile, --nodes or --gpus-per-node; a run of another size is never started"
-        yield Finding(Level.ERROR, "ranks", where, f"{cluster.world_size} started", f"{asked}", advice)
+        yield Finding(Level.ERROR, "ranks", where, f"{cluster.world_size} started", f"{expected_ranks}", advice)
     here = {rank.rank for rank in cluster.ranks}
     absent = [str(rank) for rank in range(cluster.world_size) if rank not in here]
     if absent:
-        found = f"{len(absent)} of {cluster.world_size} did not report: {some(absent)}"
-        advice = "look at these ranks' output, and whether their hosts reach the main rank's address"
+        found = f"{len(absent)} of {cluster.world_size} did not report: {abbreviate(absent)}"
+        advice = "check these ranks' output, and whether their hosts reach the main rank's address"
         yield Finding(Level.ERROR, "ranks", where, found, f"{cluster.world_size} ranks", advice)
-    elif cluster.world_size == asked:
-        yield Finding(Level.OK, "ranks", where, f"{asked} arrived: {_by_host(cluster)}")
+    elif cluster.world_size == expected_ranks:
+        yield Finding(Level.OK, "ranks", where, f"{expected_ranks} arrived: {_by_host(cluster)}")
 
 
 def _by_host(cluster: Cluster) -> str:
     counts = Counter(rank.host for rank in cluster.ranks)
-    return some([f"{count} on {host}" for host, count in counts.items()])
+    return abbreviate([f"{count} on {host}" for host, count in counts.items()])
 
 
 def hosts_once(cluster: Cluster) -> Iterator[Finding]:
@@ -44,16 +44,16 @@ def hosts_once(cluster: Cluster) -> Iterator[Finding]:
 
 
 def answers(cluster: Cluster) -> Iterator[Finding]:
-    """Hosts that arrived and then fell silent."""
+    """Hosts that arrived and then stopped answering."""
     for host in cluster.hosts:
-        if host.rank in cluster.lost:
-            advice = "look at its file systems ('df', 'dmesg'): a hung mount stops whoever reads it"
+        if host.rank in cluster.unresponsive:
+            advice = "check its file systems ('df', 'dmesg'): a hung mount stops whoever reads it"
             yield Finding(Level.ERROR, "host", host.host, "stopped answering during the checks", "an answer", advice)
 
 
-def ended(cluster: Cluster) -> Iterator[Finding]:
+def interrupted(cluster: Cluster) -> Iterator[Finding]:
     """Whether the launcher cut all this short."""
-    if cluster.ended:
+    if cluster.interrupted:
         advice = "another rank failed: the launcher's output says which, and why"
         yield Finding(Level.ERROR, "checks", "main rank", "ended by the launcher", "to reach their end", advice)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from mixmae.monitoring.watch.text import duration, size
-from mixmae.trainer.doctor.checks.among import hosts_in_words
+from mixmae.trainer.doctor.checks.compare import describe_hosts
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import RunDirFacts
 from mixmae.trainer.doctor.protocol.findings import Finding, Level
@@ -23,7 +23,7 @@ def checkpoint_bytes(cluster: Cluster) -> int | None:
     return int(cluster.recipe_facts.parameters * _BYTES_PER_PARAMETER * _MARGIN)
 
 
-def _looked(cluster: Cluster) -> list[tuple[str, RunDirFacts]]:
+def _probed(cluster: Cluster) -> list[tuple[str, RunDirFacts]]:
     """Hosts and what they see; the main rank's first."""
     names = {host.rank: host.host for host in cluster.hosts}
     return [(names[probe.rank], probe.run_dir) for probe in cluster.probes if probe.run_dir is not None]
@@ -31,11 +31,11 @@ def _looked(cluster: Cluster) -> list[tuple[str, RunDirFacts]]:
 
 def shared(cluster: Cluster) -> Iterator[Finding]:
     """What one host writes, the others read."""
-    looked = _looked(cluster)
-    if cluster.recipe is None or not looked:
+    probed = _probed(cluster)
+    if cluster.recipe is None or not probed:
         return
     run_dir, apart = cluster.recipe.run_dir, False
-    for host, facts in looked:
+    for host, facts in probed:
         if facts.saw and (facts.seen or facts.problem):
             continue
         apart = True
@@ -44,24 +44,24 @@ def shared(cluster: Cluster) -> Iterator[Finding]:
         advice = f"put run_dir={run_dir} on a file system that all hosts mount at the same path"
         yield Finding(Level.ERROR, "run directory", host, found, "one directory on all hosts", advice)
     if not apart:
-        _, main = looked[0]
+        _, main = probed[0]
         found = f"{main.resolved} ({main.filesystem}) is one directory"
-        yield Finding(Level.OK, "run directory", hosts_in_words(len(looked)), found)
-    if any(facts.filesystem in _IN_MEMORY for _, facts in looked):
+        yield Finding(Level.OK, "run directory", describe_hosts(len(probed)), found)
+    if any(facts.filesystem in _IN_MEMORY for _, facts in probed):
         advice = "what stands there is lost when the host restarts; name a run_dir on a disk"
-        yield Finding(Level.WARNING, "run directory", looked[0][0], f"{run_dir} is in memory", "a disk", advice)
+        yield Finding(Level.WARNING, "run directory", probed[0][0], f"{run_dir} is in memory", "a disk", advice)
 
 
 def space(cluster: Cluster) -> Iterator[Finding]:
     """Free space for all checkpoints that are kept, and for the one that is being written."""
     one = checkpoint_bytes(cluster)
-    looked = _looked(cluster)
-    if cluster.recipe is None or cluster.recipe_facts is None or one is None or not looked:
+    probed = _probed(cluster)
+    if cluster.recipe is None or cluster.recipe_facts is None or one is None or not probed:
         return
     settings, there = cluster.recipe.checkpoint, cluster.recipe_facts.checkpoints
     kept = settings.keep + settings.keep_best + 1
     needed = max(1, kept - there) * one
-    host, facts = min(looked, key=lambda entry: entry[1].free)
+    host, facts = min(probed, key=lambda entry: entry[1].free)
     expected = f"{size(needed)} for {max(1, kept - there)} checkpoints of {size(one)}"
     if facts.free < needed:
         advice = "make room, name another run_dir, or lower checkpoint.keep"
@@ -72,16 +72,16 @@ def space(cluster: Cluster) -> Iterator[Finding]:
 
 def writing(cluster: Cluster) -> Iterator[Finding]:
     """Whether hosts can write, and how long a checkpoint takes at the rate of all of them together."""
-    looked = _looked(cluster)
-    for host, facts in looked:
+    probed = _probed(cluster)
+    for host, facts in probed:
         if facts.problem:
-            advice = "make room, raise the quota, or see to the directory's permissions"
+            advice = "make room, raise the quota, or fix the directory's permissions"
             yield Finding(Level.ERROR, "writing", host, f"{facts.resolved}: {facts.problem}", "to write there", advice)
-    timed = [facts for _, facts in looked if facts.seconds]
+    timed = [facts for _, facts in probed if facts.seconds]
     if not timed:
         return
     rate = sum(facts.wrote for facts in timed) / max(facts.seconds for facts in timed)
-    where, found = hosts_in_words(len(timed)), f"{rate / 1e6:,.0f} MB/s together"
+    where, found = describe_hosts(len(timed)), f"{rate / 1e6:,.0f} MB/s together"
     one = checkpoint_bytes(cluster)
     if one is None:
         yield Finding(Level.OK, "writing", where, found)

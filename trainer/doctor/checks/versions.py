@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from mixmae.trainer.doctor.checks.among import departing, hosts_in_words, most_common
+from mixmae.trainer.doctor.checks.compare import describe_hosts, most_common, outliers
 from mixmae.trainer.doctor.cluster import Cluster
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, some
+from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _MUST_AGREE = ("python", "torch", "deepspeed", "mixmae", "mixmae's sources", "CUDA", "NCCL", "webdataset", "machine")
 """Ranks that differ in these compute or communicate differently."""
@@ -17,14 +17,16 @@ def software(cluster: Cluster) -> Iterator[Finding]:
     agreed = True
     for name in names:
         values = {host.host: host.versions.get(name, "not installed") for host in cluster.hosts}
-        for value, hosts in departing(values).items():
+        for value, hosts in outliers(values).items():
             agreed = False
             level = Level.ERROR if name in _MUST_AGREE else Level.WARNING
-            yield Finding(level, "versions", some(hosts), f"{name} {value}", most_common(values), _how_to_agree(name))
+            yield Finding(
+                level, "versions", abbreviate(hosts), f"{name} {value}", most_common(values), _how_to_agree(name)
+            )
     if agreed and cluster.hosts:
         versions = cluster.hosts[0].versions
         found = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
-        yield Finding(Level.OK, "versions", hosts_in_words(len(cluster.hosts)), found)
+        yield Finding(Level.OK, "versions", describe_hosts(len(cluster.hosts)), found)
 
 
 def _how_to_agree(name: str) -> str:
@@ -40,7 +42,7 @@ def environment(cluster: Cluster) -> Iterator[Finding]:
     names = sorted({name for host in cluster.hosts for name in host.environment})
     for name in names:
         values = {host.host: host.environment.get(name, "unset") for host in cluster.hosts}
-        for value, hosts in departing(values).items():
+        for value, hosts in outliers(values).items():
             level = Level.NOTE if name.endswith("_IFNAME") else Level.WARNING
             advice = "set it alike on all hosts, or unset it; '.deepspeed_env' or the site file carries it there"
-            yield Finding(level, "environment", some(hosts), f"{name}={value}", most_common(values), advice)
+            yield Finding(level, "environment", abbreviate(hosts), f"{name}={value}", most_common(values), advice)

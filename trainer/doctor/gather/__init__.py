@@ -1,0 +1,1 @@
+"""Gathering facts about a host; nothing is judged here."""

@@ -1,17 +1,17 @@
-"""What training says of the recipe before ranks join."""
+"""What training would say of the recipe before ranks join."""
 
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import complete
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.doctor.facts import RecipeFacts
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.tasks.registry import build_model
 
 
-def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
+def probe_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
     """The first reason for which training would refuse to start, and the model's size; no weights are made."""
     with torch.device("meta"):
         refused = ""
@@ -23,4 +23,4 @@ def look_at_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
             parameters = sum(one.numel() for one in build_model(recipe).parameters())
         except UsageError:  # the model is what is refused
             parameters = None
-    return RecipeFacts(refused, parameters, len(complete(recipe.run_dir)))
+    return RecipeFacts(refused, parameters, len(complete_checkpoints(recipe.run_dir)))

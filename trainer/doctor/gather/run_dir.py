@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from mixmae.trainer.doctor.facts import RunDirFacts
-from mixmae.trainer.doctor.protocol.folders import made
+from mixmae.trainer.doctor.protocol.folders import temporary_folder
 
 _CACHING = 5.0
 """Seconds after which a network file system shows what another host wrote."""
@@ -31,7 +31,7 @@ def probe_folder(run_dir: Path) -> Iterator[tuple[Path, str]]:
         OSError: it cannot be made or written.
     """
     folder, token = run_dir / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
-    with made(run_dir):
+    with temporary_folder(run_dir):
         try:
             folder.mkdir()
             (folder / _TOKEN).write_text(token)
@@ -40,7 +40,7 @@ def probe_folder(run_dir: Path) -> Iterator[tuple[Path, str]]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def look_at_run_dir(run_dir: Path, probe: Path, token: str, rank: int, size: int) -> RunDirFacts:
+def probe_run_dir(run_dir: Path, probe: Path, token: str, rank: int, size: int) -> RunDirFacts:
     """Whether this host shares the run directory, and how fast it writes there: `size` bytes at most."""
     saw = _until(lambda: (probe / _TOKEN).is_file() and (probe / _TOKEN).read_text() == token)
     wrote, seconds, problem = _write(probe / f"host-{rank}", size) if saw else (0, 0.0, "")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.admit import admit
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.doctor.facts import ShardFacts
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -16,7 +16,7 @@ _SHARDS = 8
 """So many shards are tried, the first and the last among them."""
 
 
-def look_at_shards(recipe: Recipe, seconds: float) -> ShardFacts:
+def probe_shards(recipe: Recipe, seconds: float) -> ShardFacts:
     """Opens the shards as a run would, and reads samples of some of them; begins none after `seconds`."""
     once = recipe.data.network.model_copy(update={"retries": 1})
     try:
@@ -24,14 +24,14 @@ def look_at_shards(recipe: Recipe, seconds: float) -> ShardFacts:
     except UsageError as error:
         return ShardFacts(refused=str(error))
     try:
-        return _look_into(index, recipe.data.max_bad_share, seconds)
+        return _look_into(index, recipe.data.max_corrupt_fraction, seconds)
     finally:
         index.store.close()
 
 
-def _look_into(index: ShardIndex, max_bad_share: float, seconds: float) -> ShardFacts:
+def _look_into(index: ShardIndex, max_corrupt_fraction: float, seconds: float) -> ShardFacts:
     try:
-        note = admit(index, max_bad_share) or ""
+        note = require_usable(index, max_corrupt_fraction) or ""
     except UsageError as error:
         return ShardFacts(index.fingerprint, len(index), refused=str(error))
     tried, read, unreadable = 0, 0, []

@@ -1,4 +1,4 @@
-"""What a look at a cluster found: one line each, as a table, as JSON and as an exit code. No torch."""
+"""The findings of the checks: one line each, as a table, as JSON and as an exit code. No torch."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ class Finding:
     """One line.
 
     Attributes:
-        check: what was looked at.
+        check: what was checked.
         where: host, rank, file, or how many hosts.
         found: the value.
         expected: what it should have been; empty where there is no such thing.
@@ -55,7 +55,7 @@ class Finding:
         assert self.level < Level.WARNING or self.advice, self
 
     def line(self) -> str:
-        """In words."""
+        """As one line of text."""
         expected = f", expected {self.expected}" if self.expected else ""
         advice = f"; {self.advice}" if self.advice else ""
         return f"{self.level}: {self.check}: {self.where}: {self.found}{expected}{advice}"
@@ -83,8 +83,8 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return FAILED if any(finding.level is Level.ERROR for finding in findings) else FINISHED
 
 
-def verdict(findings: Sequence[Finding]) -> str:
-    """The last line."""
+def summary_line(findings: Sequence[Finding]) -> str:
+    """The last line of a report."""
     counts = {level: sum(finding.level is level for finding in findings) for level in Level}
     named = [f"{counts[level]} {level}{'s'[: counts[level] != 1]}" for level in (Level.ERROR, Level.WARNING)]
     state = "not ready" if counts[Level.ERROR] else "ready"
@@ -110,19 +110,19 @@ def print_findings(findings: Sequence[Finding], console: Console, least: Level =
             console.print(Text(finding.line(), _STYLES[finding.level]))
     elif ordered:
         console.print(_table(ordered))
-    console.print(Text(verdict(findings), "bold"))
+    console.print(Text(summary_line(findings), "bold"))
 
 
 def _table(findings: Sequence[Finding]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in ("", "looked at", "where", "found", "expected", "what to do"):
-        table.add_column(name, no_wrap=name in ("", "looked at"))
+    for name in ("", "check", "where", "found", "expected", "what to do"):
+        table.add_column(name, no_wrap=name in ("", "check"))
     for finding in findings:
         cells = (finding.check, finding.where, finding.found, finding.expected, finding.advice)
         table.add_row(Text(str(finding.level), _STYLES[finding.level]), *map(Text, cells))
     return table
 
 
-def some(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """`node1, node2, node3, node4 and 60 more`."""
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""Folders for as long as they are needed. No torch."""
+"""Temporary folders. No torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """Makes a folder with its parents; removes afterwards those that were not there, unless somebody uses them by now.
+def temporary_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder with its parents; removes afterwards those that were not there, unless they are in use by then.
 
     Raises:
         OSError: it cannot be made.

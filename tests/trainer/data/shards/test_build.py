@@ -15,11 +15,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.shards import build
-from mixmae.trainer.data.shards.build import BuildInterruptedError, build_shards, cut
+from mixmae.trainer.data.shards.build import BuildInterruptedError, assign_to_shards, build_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.sources import Entry, Files, open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
@@ -103,12 +103,12 @@ def test_the_bytes_depend_on_the_arguments_alone(folder: Path, tmp_path: Path) -
 def test_shards_mix_the_classes_and_keep_to_their_size() -> None:
     drawn = random.Random(0)
     entries = [Entry(f"{n}", n, drawn.randrange(20_000), n // 500) for n in range(1000)]
-    cuts = cut(entries, 1_000_000, seed=0)
-    assert sorted(number for numbers in cuts for number in numbers) == list(range(1000))
-    assert all(0.2 < np.mean([entries[n].label for n in numbers]) < 0.8 for numbers in cuts[:-1])
-    assert all(750_000 < sum(entries[n].size for n in numbers) < 1_000_000 for numbers in cuts[:-1])
-    assert cut(entries, 1_000_000, seed=0) == cuts != cut(entries, 1_000_000, seed=1)
-    assert [len(numbers) for numbers in cut(entries[:3], 10, seed=0)] == [1, 1, 1]
+    shards = assign_to_shards(entries, 1_000_000, seed=0)
+    assert sorted(number for numbers in shards for number in numbers) == list(range(1000))
+    assert all(0.2 < np.mean([entries[n].label for n in numbers]) < 0.8 for numbers in shards[:-1])
+    assert all(750_000 < sum(entries[n].size for n in numbers) < 1_000_000 for numbers in shards[:-1])
+    assert assign_to_shards(entries, 1_000_000, seed=0) == shards != assign_to_shards(entries, 1_000_000, seed=1)
+    assert [len(numbers) for numbers in assign_to_shards(entries[:3], 10, seed=0)] == [1, 1, 1]
 
 
 def test_what_cannot_be_used_is_left_out_and_named(
@@ -120,7 +120,7 @@ def test_what_cannot_be_used_is_left_out_and_named(
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{name}.jpg").write_bytes(content)
     assert main(["build", str(tmp_path / "images"), str(tmp_path / "out"), "--shard-size", "1", "--jobs", "1"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "out" / "left-out.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert {line["key"]: line["reason"] for line in lines} == {
         "cut": "damaged",
         "empty": "empty",
@@ -129,8 +129,8 @@ def test_what_cannot_be_used_is_left_out_and_named(
     assert {line["source"] for line in lines} == {str(tmp_path / f"images/{n}.jpg") for n in ("cut", "empty", "text")}
     assert list(by_webdataset(open_index(tmp_path / "out"))) == ["whole"]
     told = capsys.readouterr().out
-    assert "left out 1 " in told
-    assert str(tmp_path / "out" / "left-out.jsonl") in told
+    assert "skipped 1 " in told
+    assert str(tmp_path / "out" / "skipped.jsonl") in told
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
@@ -193,14 +193,14 @@ def records(partial: Path) -> dict[str, int]:
 
 def test_an_unreadable_image_ends_the_build_which_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = Synthetic(40, 32, 0)
-    last = cut(source.entries, 20_000, 0)[-1][-1]
+    last = assign_to_shards(source.entries, 20_000, 0)[-1][-1]
     with pytest.raises(UsageError, match=f"cannot read synthetic image {last} .* the same command continues"):
         build_shards(Breaking(PermissionError("locked"), last), tmp_path / "out", 20_000, 0, 1)
     before = records(tmp_path / "out.partial")
     assert before
     assert not (tmp_path / "out").exists()
     index = build_shards(source, tmp_path / "out", 20_000, 0, 1).index
-    assert f"continuing: {len(before)} of {len(index.shards)} shards are there" in capsys.readouterr().err
+    assert f"continuing: {len(before)} of {len(index.shards)} shards are written already" in capsys.readouterr().err
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
     assert index.fingerprint == build_shards(source, tmp_path / "at once", 20_000, 0, 1).index.fingerprint
 
@@ -208,7 +208,13 @@ def test_an_unreadable_image_ends_the_build_which_continues(tmp_path: Path, caps
 def test_a_finished_shard_that_was_cut_since_is_written_again(tmp_path: Path) -> None:
     source = Synthetic(40, 32, 0)
     with pytest.raises(UsageError, match="cannot read"):
-        build_shards(Breaking(OSError("gone"), cut(source.entries, 20_000, 0)[-1][-1]), tmp_path / "out", 20_000, 0, 1)
+        build_shards(
+            Breaking(OSError("gone"), assign_to_shards(source.entries, 20_000, 0)[-1][-1]),
+            tmp_path / "out",
+            20_000,
+            0,
+            1,
+        )
     os.truncate(tmp_path / "out.partial" / "000000.tar", 1000)
     index = build_shards(source, tmp_path / "out", 20_000, 0, 1).index
     assert index.shard_sizes().tolist() == [shard.bytes for shard in index.shards]
@@ -247,7 +253,7 @@ def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
             build_shards(Synthetic(4, 32, 0), tmp_path / "out", 20_000, 0, 1)
             return super().read(entry)
 
-    with pytest.raises(UsageError, match="another build is at work"):
+    with pytest.raises(UsageError, match="another build is running"):
         build_shards(Nested(4, 32, 0), tmp_path / "out", 20_000, 0, 1)
 
 
@@ -325,7 +331,7 @@ def _built_when_free(out: Path) -> ShardIndex:
 )
 def test_wrong_calls_are_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert run_in_words(main, [a.format(empty=tmp_path / "empty") for a in argv]) == 2
+    assert run_cli(main, [a.format(empty=tmp_path / "empty") for a in argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1

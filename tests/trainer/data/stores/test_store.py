@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.stores.opening import open_store
+from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.pipe import PipeStore
 from mixmae.trainer.data.stores.remote import RemoteStore
 from mixmae.trainer.data.stores.store import LocalStore, Store
@@ -447,7 +447,7 @@ def test_a_name_is_no_part_of_the_command(tmp_path: Path) -> None:
     ("command", "kind", "message"),
     [
         ("echo first >&2; echo no such key {} >&2; exit 3", OSError, r"a\.tar.* ended with code 3: no such key a\.tar"),
-        ("exit 4 # {}", OSError, "ended with code 4: it said nothing"),
+        ("exit 4 # {}", OSError, "ended with code 4: it printed nothing"),
         ("sleep 60 # {}", TimeoutError, r"sleep 60 # a\.tar.*: no output within 0\.2 s"),
         ("exec >&-; sleep 60 # {}", TimeoutError, r"no output within 0\.2 s"),
     ],

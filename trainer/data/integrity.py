@@ -1,0 +1,71 @@
+"""Checks of a run's shards before it starts: are they all there, and are enough of their samples usable?"""
+
+from collections import Counter
+
+import numpy as np
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.faults import Reason, describe, first_names
+from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
+
+
+def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None:
+    """Accepts a directory with at most the allowed fraction of unusable samples.
+
+    The sizes of shards on a file system are checked too; of remote shards only reading tells.
+
+    Returns:
+        a sentence about what will be replaced, if anything.
+
+    Raises:
+        UsageError: too many samples are unusable, or in shards that are missing or cut short.
+    """
+    rows = index.samples
+    unusable = rows["state"] >= min(Reason)
+    missing = np.zeros(len(rows), dtype=bool)
+    parts = []
+    if index.store.directory is not None:
+        sizes = index.shard_sizes()
+        missing = rows["offset"] + rows["size"] > sizes[rows["shard"]]
+        for number in np.unique(rows["shard"][missing]):
+            shard, size = index.shards[number], sizes[number]
+            parts.append(f"{shard.name} ({'missing' if size < 0 else f'{size} bytes, {shard.bytes} when indexed'})")
+    total = int((unusable | missing).sum())
+    if not total:
+        return None
+    states, counts = np.unique(rows["state"][unusable], return_counts=True)
+    if len(states):
+        reasons = Counter({Reason(state): int(count) for state, count in zip(states, counts, strict=True)})
+        parts.append(f"{describe(reasons)} when indexed")
+    found = f"{total} of {len(index)} samples in {index.store.location} cannot be used: {first_names(parts)}"
+    if total > max_corrupt_fraction * len(index):
+        raise UsageError(
+            f"{found}; more than data.max_corrupt_fraction={max_corrupt_fraction} allows: see 'mixmae shards check "
+            f"{index.store.location}', restore the shards, or raise that limit"
+        )
+    return f"{found}; they will be replaced by other samples"
+
+
+def require_labels(index: ShardIndex, purpose: str) -> int:
+    """The number of classes of a directory in which every usable sample is labelled.
+
+    Args:
+        purpose: what needs the labels, for the message: `finetuning`.
+
+    Raises:
+        UsageError: samples are unlabelled, or their labels are no class.
+    """
+    rows = index.samples
+    usable = rows["state"] < min(Reason)
+    wanting = np.flatnonzero(usable & (rows["label"] < 0))
+    if len(wanting):
+        invalid = int((rows["label"][wanting] == INVALID_LABEL).sum())
+        kinds = [f"{len(wanting) - invalid} unlabelled"] if invalid < len(wanting) else []
+        kinds += [f"{invalid} with a label that is no class"] if invalid else []
+        names = first_names([index.name_of(int(sample)) for sample in wanting[:3]], count=len(wanting))
+        raise UsageError(
+            f"{purpose} needs a label for every image, but of {int(usable.sum())} usable ones in "
+            f"{index.store.location} {' and '.join(kinds)}: {names}; label them and index the shards again, or build "
+            "shards without them"
+        )
+    return len(index.classes) or int(rows["label"].max()) + 1

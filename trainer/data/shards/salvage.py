@@ -1,0 +1,127 @@
+"""Recovering the intact samples of a damaged shard: those that have an image and, where others have one, a label.
+
+An index tells which images are unchanged and what their labels were, and it locates images whose names are lost.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from mixmae.trainer.data.decode import inspect_image
+from mixmae.trainer.data.faults import Reason
+from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
+from mixmae.trainer.data.shards.check import name_at
+from mixmae.trainer.data.shards.files import ShardBytes
+from mixmae.trainer.data.shards.labels import LabelCodes
+from mixmae.trainer.data.shards.members import Member
+from mixmae.trainer.data.shards.scan import LABEL, encode_label, group, images_of, label_of
+
+_SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+
+
+class LostSample(NamedTuple):
+    """A sample that cannot be recovered."""
+
+    shard: str
+    sample: str
+    reason: str
+
+
+class Salvage:
+    """Collects the intact samples of one shard."""
+
+    def __init__(self, shard: str, content: ShardBytes, classes: Sequence[str], indexed: Table) -> None:
+        """
+        Args:
+            content: the tar's bytes.
+            classes: names of the labels 0, 1, ... as far as they are known.
+            indexed: the shard's rows in the index, of usable samples.
+        """
+        self.samples: dict[str, dict[str, bytes]] = {}
+        """Files by extension, by key."""
+        self.states: dict[int, int] = {}
+        """How images decode, by their hashes."""
+        self.lost: list[LostSample] = []
+        self.lost_labels: list[LostSample] = []
+        """Samples that are kept without their labels."""
+        self._shard, self._content, self._classes = shard, content, classes
+        self._rows = {(int(row["offset"]), int(row["size"])): row for row in indexed}
+
+    def collect(self, found: Sequence[Member], is_damaged: bool) -> None:
+        """Collects what is intact among the members that were found.
+
+        Args:
+            is_damaged: whether members may be missing: then a sample without a label, among others with one, lost it.
+        """
+        groups = group(found)
+        has_labels = is_damaged and any(LABEL in files for files in groups.values())
+        for key, files in groups.items():
+            self._collect_sample(key, files, has_labels)
+        self._collect_unnamed({(member.offset, member.size) for member in found})
+
+    def _collect_sample(self, key: str, files: dict[str, Member], has_labels: bool) -> None:
+        images = images_of(files)
+        if not images:
+            for extension in files:
+                self._lose(f"{key}.{extension}", Reason.MISSING.label)
+        intact = [image for image in images if self._is_intact(f"{key}.{image.extension}", image)]
+        if not intact:
+            return
+        used = {image.extension for image in images}
+        sample = {image.extension: self._bytes(image) for image in intact}
+        for image in intact:
+            file = label_of(files, image)
+            name = file.extension if file is not None else LABEL
+            used.add(name)
+            label = self._label(image, file)
+            if label is not None:
+                sample[name] = label
+            elif file is not None or has_labels:
+                reason = "label that is no class" if file is not None else "label lost"
+                self.lost_labels.append(LostSample(self._shard, f"{key}.{image.extension}", reason))
+        others = {extension: self._bytes(file) for extension, file in files.items() if extension not in (*used, "")}
+        self.samples[key] = others | sample
+
+    def _is_intact(self, name: str, file: Member) -> bool:
+        image = self._bytes(file)
+        image_hash, state = xxhash.xxh3_64_intdigest(image), inspect_image(image)
+        row = self._rows.get((file.offset, file.size))
+        if state >= min(Reason):
+            self._lose(name, Reason(state).label)
+        elif row is not None and row["hash"] != image_hash:
+            self._lose(name, "other bytes than were indexed")
+        else:
+            self.states[image_hash] = state
+            return True
+        return False
+
+    def _label(self, image: Member, file: Member | None) -> bytes | None:
+        """The label's text: the indexed one, or that of the tar if it is one; None without."""
+        row = self._rows.get((image.offset, image.size))
+        if row is not None and row["label"] > UNLABELLED:
+            return b"%d" % row["label"]
+        if file is None or encode_label(file, self._content, LabelCodes(self._classes)) == INVALID_LABEL:
+            return None
+        return self._bytes(file)
+
+    def _collect_unnamed(self, named: set[tuple[int, int]]) -> None:
+        """Recovers intact images of the index whose tar header is damaged."""
+        for (offset, size), row in self._rows.items():
+            if (offset, size) in named:
+                continue
+            image = self._content[offset : offset + size]
+            extension = next((name for start, name in _SIGNATURES.items() if image.startswith(start)), None)
+            if xxhash.xxh3_64_intdigest(image) != row["hash"] or extension is None:
+                self._lose(name_at(self._content, offset), "not found")
+                continue
+            label = {LABEL: b"%d" % row["label"]} if row["label"] >= 0 else {}
+            self.samples[f"{Path(self._shard).stem}-{offset}"] = {extension: image, **label}
+            self.states[int(row["hash"])] = int(row["state"])
+
+    def _bytes(self, file: Member) -> bytes:
+        return self._content[file.offset : file.offset + file.size]
+
+    def _lose(self, sample: str, reason: str) -> None:
+        self.lost.append(LostSample(self._shard, sample, reason))

@@ -1,0 +1,107 @@
+"""What every rank does: report facts, probe the host (its first rank), and measure the network together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from mixmae.trainer.doctor.facts import HostFacts, Pair, Plan, ProbeFacts, RankFacts, Reduction
+from mixmae.trainer.doctor.gather.bandwidth import measure_reductions, measure_ring
+from mixmae.trainer.doctor.gather.host import host_facts, rank_facts
+from mixmae.trainer.doctor.gather.network import Listener, address_towards, why_unreachable
+from mixmae.trainer.doctor.gather.run_dir import probe_run_dir
+from mixmae.trainer.doctor.gather.shards import probe_shards
+from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS, MessageStore
+from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+
+MEASURING_SECONDS = 90.0
+"""Seconds in which an all-reduce has to be measured: a broken network never ends by itself."""
+
+
+@dataclass(frozen=True)
+class ProbeLimits:
+    """How much the probes write, read and send.
+
+    Attributes:
+        write: bytes that each host writes into the run directory.
+        read: seconds after which no further sample is read.
+        reduce: bytes of the all-reduces, by backend.
+    """
+
+    write: int
+    read: float
+    reduce: Mapping[str, tuple[int, ...]]
+
+
+_MIB = 1 << 20
+FULL = ProbeLimits(64 * _MIB, 10.0, {"gloo": (_MIB, 4 * _MIB, 16 * _MIB), "nccl": (_MIB, 16 * _MIB, 256 * _MIB)})
+SHORT = ProbeLimits(4 * _MIB, 2.0, {"gloo": (4 * _MIB,), "nccl": (64 * _MIB,)})
+
+
+def report_facts(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, listener: Listener) -> None:
+    """Publishes this rank's facts; a host's first rank also those of its host."""
+    messages.publish(f"rank/{ranks.rank}", rank_facts(ranks), RankFacts)
+    if ranks.local_rank == 0:
+        port = recipe.monitoring.port if recipe is not None and recipe.monitoring.enabled else None
+        messages.publish(f"host/{ranks.rank}", host_facts(ranks, port, listener.at), HostFacts)
+
+
+def probe_host(ranks: Ranks, recipe: Recipe | None, plan: Plan, limits: ProbeLimits) -> ProbeFacts:
+    """Probes a host: its neighbour, the run directory, the shards; for its first rank."""
+    neighbour = plan.next_to(ranks.rank)
+    name, unreachable = (neighbour[0], why_unreachable(*neighbour[1:])) if neighbour is not None else ("", "")
+    run_dir = shards = None
+    if recipe is not None:
+        shards = probe_shards(recipe, limits.read)
+        if plan.folder is not None:
+            run_dir = probe_run_dir(recipe.run_dir, plan.folder, plan.token, ranks.rank, limits.write)
+    return ProbeFacts(ranks.rank, name, unreachable, run_dir, shards)
+
+
+def measure(ranks: Ranks, sizes: Sequence[int]) -> tuple[Reduction, ...]:
+    """Joins the process group as training does, and times all-reduces; a collective call."""
+    distributed.join(ranks)
+    return measure_reductions(ranks, sizes)
+
+
+def measure_pairs(ranks: Ranks, members: Sequence[int], names: Mapping[int, str]) -> tuple[Pair, ...]:
+    """Rates between neighbours; on the main rank those of all pairs, elsewhere nothing. A collective call."""
+    mine = measure_ring(ranks, members)
+    everybody: list[dict[tuple[int, int], float] | None] | None = [None] * ranks.world_size if ranks.is_main else None
+    dist.gather_object(mine, everybody)
+    found = [pair for rates in everybody or () if rates is not None for pair in rates.items()]
+    return tuple(Pair(names[first], names[second], rate) for (first, second), rate in found)
+
+
+def leave_process_group(success: bool) -> None:
+    """Leaves the process group, if there is one and every rank got here."""
+    if success and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def follow(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, limits: ProbeLimits) -> None:
+    """The doctor on a rank that is not the main one.
+
+    Raises:
+        NoAnswerError, torch.distributed.DistError: the main rank ended early.
+    """
+    with Listener(address_towards(ranks.master_addr)) as listener:
+        report_facts(messages, ranks, recipe, listener)
+        plan = messages.receive("plan", Plan, 2 * ARRIVAL_SECONDS)
+        if ranks.rank in (host[0] for host in plan.hosts):
+            messages.answer_clock(ranks.rank)
+            messages.publish(f"probe/{ranks.rank}", probe_host(ranks, recipe, plan, limits), ProbeFacts)
+        sizes = messages.receive("sizes", tuple[int, ...], 2 * ARRIVAL_SECONDS)
+    try:
+        if sizes:
+            measure(ranks, sizes)
+            if members := messages.receive("ring", tuple[int, ...], MEASURING_SECONDS):
+                measure_pairs(ranks, members, {})
+            leave_process_group(success=True)
+    except RuntimeError as error:  # of the network: the main rank reports it, and says when all is over
+        messages.publish(f"failure/{ranks.rank}", str(error).splitlines()[0], str)
+    messages.receive("over", bool, MEASURING_SECONDS)
+    messages.publish(f"bye/{ranks.rank}", True, bool)
