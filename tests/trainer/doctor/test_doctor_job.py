@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,9 @@ from mixmae.base.run_directory import newest_checkpoint
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import HostFacts
 from mixmae.trainer.doctor.gather.recipe import probe_recipe
+from mixmae.trainer.doctor.message_store import MessageStore
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
@@ -117,23 +117,13 @@ def test_fewer_ranks_than_asked_and_a_recipe_that_does_not_fit(recipe: Path) -> 
 def test_a_launcher_that_ends_all_ranks_is_told_who_is_missing(recipe: Path) -> None:
     port = free_port()
     (main,) = start([str(recipe), "--jsonl"], started=1, port=port)
-    wait_until_heard(port)
+    here = MessageStore(Ranks(1, 2, 1, "127.0.0.1", port))
+    here.receive("host/0", HostFacts, SECONDS)  # the main rank itself has arrived
     main.send_signal(signal.SIGTERM)
     output, errors, codes = finish([main])
     assert codes == [1], errors
     wrong = [finding.found for finding in findings_in(output) if finding.level is Level.ERROR]
     assert wrong == ["1 of 2 did not report: 1", "ended by the launcher"]
-
-
-def wait_until_heard(port: int) -> None:
-    """Waits until the main rank listens for the others."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing listens on port {port}")
 
 
 def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Path) -> None:
