@@ -1,4 +1,4 @@
-"""Processes that start warm: forked from one that has imported torch, DeepSpeed and the trainer, once."""
+"""Processes that start warm: forked from one that has imported torch, DeepSpeed and the trainer once."""
 
 import multiprocessing
 import os
@@ -6,12 +6,20 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PRELOADED = ["deepspeed", "torch.utils.tensorboard", "mixmae.trainer.run.lifecycle", "tests.helpers", "hypothesis"]
+PRELOADED = [
+    "deepspeed",
+    "torch.utils.tensorboard",
+    "mixmae.trainer.run.lifecycle",
+    "tests.helpers",
+    "hypothesis",
+]
+ROOT = Path(__file__).parents[1]
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells a rank."""
 
@@ -22,32 +30,57 @@ def start_method() -> str:
     return "spawn" if torch.cuda.is_available() else "forkserver"
 
 
-def run_module(module: str, *argv: str, timeout: float = 300, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """What `python -m module argv...` did in an environment without a launcher's variables, one thread each.
+class WarmProcess:
+    """`python -m module argv...` or `python script argv...` with one thread, and as much of Popen as tests need."""
 
-    Raises:
-        subprocess.TimeoutExpired: it took too long, and was killed.
-    """
-    clean = {key: value for key, value in os.environ.items() if key not in PLACE}
-    with tempfile.TemporaryDirectory(prefix="run-module-") as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        arguments = (module, argv, {**clean, **environment}, out, err)
+    def __init__(self, program: str, *argv: str, env: Mapping[str, str]) -> None:
+        self.args = [program, *argv]
+        self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+        self._outputs = [Path(self._folder.name) / name for name in ("out", "err")]
+        for file in self._outputs:
+            file.touch()
         context: Any = multiprocessing.get_context(start_method())
-        process = context.Process(target=_run_module, args=arguments)
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired([module, *argv], timeout, out.read_text(), err.read_text())
-        return subprocess.CompletedProcess([module, *argv], process.exitcode, out.read_text(), err.read_text())
+        self._process = context.Process(target=_run, args=(program, argv, dict(env), self._outputs))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it wrote, once it has ended; raises TimeoutExpired if it has not in time."""
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        out, err = (file.read_text() for file in self._outputs)
+        return out, err
 
 
-def _run_module(module: str, argv: tuple[str, ...], environment: dict[str, str], out: Path, err: Path) -> None:
-    for stream, file in ((sys.stdout, out), (sys.stderr, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+def run_module(module: str, *argv: str, timeout: float = 300, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What `python -m module argv...` did, in an environment that no launcher made."""
+    clean = {key: value for key, value in os.environ.items() if key not in PLACE}
+    process = WarmProcess(module, *argv, env={**clean, **environment})
+    try:
+        out, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
+
+
+def _run(program: str, argv: tuple[str, ...], environment: dict[str, str], outputs: list[Path]) -> None:
+    for stream, file in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY), stream.fileno())
+    os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv[1:] = argv
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    run = runpy.run_path if program.endswith(".py") else runpy.run_module
+    run(program, run_name="__main__")

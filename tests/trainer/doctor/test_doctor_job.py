@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,15 @@ from mixmae.base.run_directory import newest_checkpoint
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
+from mixmae.trainer.doctor.facts import HostFacts
 from mixmae.trainer.doctor.gather.recipe import probe_recipe
+from mixmae.trainer.doctor.message_store import MessageStore
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import ROOT
 from tests.trainer.doctor.recipes import write_recipe
-from tests.warm import run_module
+from tests.warm import WarmProcess, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -44,24 +44,14 @@ def start(
     started: int = 2,
     world_size: int = 2,
     port: int | None = None,
-    command: tuple[str, ...] = ("-m", "mixmae.trainer.doctor"),
-) -> "list[subprocess.Popen[str]]":
+    program: str = "mixmae.trainer.doctor",
+) -> list[WarmProcess]:
     """Starts the first `started` ranks."""
     port = port or free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *command, *argv],
-            env=environment(rank, world_size, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(started)
-    ]
+    return [WarmProcess(program, *argv, env=environment(rank, world_size, port)) for rank in range(started)]
 
 
-def finish(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str, list[int]]:
+def finish(ranks: list[WarmProcess]) -> tuple[str, str, list[int | None]]:
     """What the main rank wrote, and all exit codes."""
     try:
         outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
@@ -127,23 +117,13 @@ def test_fewer_ranks_than_asked_and_a_recipe_that_does_not_fit(recipe: Path) -> 
 def test_a_launcher_that_ends_all_ranks_is_told_who_is_missing(recipe: Path) -> None:
     port = free_port()
     (main,) = start([str(recipe), "--jsonl"], started=1, port=port)
-    wait_until_heard(port)
+    here = MessageStore(Ranks(1, 2, 1, "127.0.0.1", port))
+    here.receive("host/0", HostFacts, SECONDS)  # the main rank itself has arrived
     main.send_signal(signal.SIGTERM)
     output, errors, codes = finish([main])
     assert codes == [1], errors
     wrong = [finding.found for finding in findings_in(output) if finding.level is Level.ERROR]
     assert wrong == ["1 of 2 did not report: 1", "ended by the launcher"]
-
-
-def wait_until_heard(port: int) -> None:
-    """Waits until the main rank listens for the others."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing listens on port {port}")
 
 
 def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Path) -> None:
@@ -157,7 +137,7 @@ def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Pa
         "    follower.measure = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
-    output, errors = output_of_main(start([str(recipe), "--jsonl"], command=(str(script),)))
+    output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
     wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
     assert [(finding.check, finding.found) for finding in wrong] == [
         ("all-reduce", "gloo: nothing came back for 5 s")
@@ -176,13 +156,13 @@ def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> N
         "    follower.probe_host = lambda *_: time.sleep(600)\n"
         "distributed.leave(__main__.main(sys.argv[1:]))\n"
     )
-    output, errors = output_of_main(start([str(recipe), "--jsonl"], command=(str(script),)))
+    output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
     wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
     assert ("host", "stopped answering during the checks") in [(one.check, one.found) for one in wrong], errors
     assert "all-reduce" not in {finding.check for finding in findings_in(output)}
 
 
-def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
+def output_of_main(ranks: list[WarmProcess]) -> tuple[str, str]:
     """What the main rank wrote; the others, which may hang, are killed."""
     try:
         output, errors = ranks[0].communicate(timeout=SECONDS)
