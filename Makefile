@@ -71,13 +71,11 @@ wheels: $(VENV)/.installed
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock \
 		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers wrapt
 
-# Installs nothing from outside: into an environment over the machine's own packages, from wheels/. Only files with tests
-# for a GPU are collected, since others need packages that are not there.
+# Installs nothing from outside: beside the machine's own packages, from wheels/. Not into a virtual environment: one
+# made from another does not see what is in that.
 bench-gpu:
-	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	.venv-gpu/bin/pip install --quiet --no-index --no-deps wheels/*.whl
-	.venv-gpu/bin/python -m pytest -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests/models tests/trainer)
-	.venv-gpu/bin/python -m mixmae.trainer.benchmarks.gpu
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu-packages wheels/*.whl
+	PYTHONPATH=.gpu-packages:. $(PYTHON) -m mixmae.trainer.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""A rank's sign of life: which phase it is in, and, every second, that it still runs.
+"""A rank's heartbeat: which phase it is in, and, every second, that it still runs.
 
 The launcher reads it from a small file, whose times are of the monotonic clock that all processes of a machine share;
 listeners, such as the metrics, are called at each tick.
@@ -15,7 +15,7 @@ from pathlib import Path
 from mixmae.base.phases import PHASES
 
 HEARTBEAT = "MIXMAE_HEARTBEAT"
-"""The environment variable with the file's path; unset where nobody reads."""
+"""The environment variable with the file's path; unset if nobody reads it."""
 _LAYOUT = struct.Struct("<qqdd")
 
 
@@ -37,16 +37,16 @@ class Beat:
 
 
 class Heartbeat:
-    """The writing side: costs a step a few memory writes, and ticks in a thread of its own.
+    """The writer: a few memory writes a step, and a thread that ticks.
 
-    A stopped process, or an interpreter that hangs without releasing its lock, ticks no more.
+    A stopped process, or an interpreter that hangs without releasing its lock, stops ticking.
     """
 
     def __init__(self, file: Path | None = None, interval: float = 1.0) -> None:
-        """Begins to tick.
+        """Starts ticking.
 
         Args:
-            file: where the launcher reads; None where there is none.
+            file: read by the rank's supervisor; None without one.
             interval: seconds between two ticks.
 
         Raises:
@@ -62,20 +62,20 @@ class Heartbeat:
         self._thread.start()
 
     def set_phase(self, phase: str, step: int | None = None) -> None:
-        """The rank comes to one of `PHASES`, having done so many steps, if that changed."""
+        """Records that the rank enters one of `PHASES`, and its steps so far if they changed."""
         if step is not None:
             self._step = step
         if self._map is not None:
             struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(phase), time.monotonic())
 
     def add_listener(self, listener: Callable[[], None]) -> None:
-        """Calls something now, in this thread, and then at every tick."""
+        """Calls `listener` now, in this thread, and then at every tick."""
         listener()
         with self._lock:
             self._listeners.append(listener)
 
     def remove_listener(self, listener: Callable[[], None]) -> None:
-        """Returns when it is not being called, and will not be again."""
+        """Returns once `listener` is not being called, and will not be again."""
         with self._lock:
             self._listeners.remove(listener)
 
@@ -99,7 +99,7 @@ def _mapped(file: Path) -> mmap.mmap:
 
 
 def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat:
-    """This process's heartbeat, in a file if whoever started it reads one.
+    """Starts this process's heartbeat, in a file if the environment names one.
 
     Raises:
         OSError: the file cannot be written.

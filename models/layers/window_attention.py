@@ -69,8 +69,11 @@ class WindowAttention(nn.Module):
 
     def _position_bias(self, problems: Problems) -> Tensor:
         """[1 or num, h, size, size]."""
-        # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs.
-        bias = self.relative_position_bias_table.t().index_select(1, problems.pairs.flatten())
+        # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs. From fp32: the
+        # gradient sums hundreds of pairs into an entry, one by one.
+        table = self.relative_position_bias_table
+        wide = table.to(torch.promote_types(table.dtype, torch.float32))
+        bias = wide.t().index_select(1, problems.pairs.flatten()).to(table.dtype)
         return bias.view(-1, len(problems.pairs), problems.size, problems.size).transpose(0, 1)
 
 

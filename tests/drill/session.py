@@ -18,9 +18,9 @@ class Outcome:
 
     Attributes:
         done: what was done to it, and when.
-        how: how it went on.
-        ended: seconds from the fault to the end of the start that it hit, as its user saw it; None where it went on or
-            was started again by itself.
+        how: how it continued.
+        ended: seconds from the fault to the end of the start that it hit, as its user saw it; None if it
+            continued or was restarted by itself.
         training: seconds from the fault until another start trained; None where none had to.
         problems: what does not hold; empty where all is as it must be.
     """
@@ -91,7 +91,7 @@ def _how(run: Run) -> str:
     restarts = len(run.restarts())
     fallback = any(record["event"] == "fallback" for record in run.events())
     if run.starts == 1 and restarts == 0:
-        return "went on"
+        return "continued"
     again = [f"{restarts} time{'s'[: restarts > 1]} by itself"] if restarts else []
     again += [f"{run.starts - 1} time{'s'[: run.starts > 2]} by its user"] if run.starts > 1 else []
-    return f"started again {' and '.join(again)}{', saying why not from the newest checkpoint' if fallback else ''}"
+    return f"restarted {' and '.join(again)}{', saying why not from the newest checkpoint' if fallback else ''}"

@@ -46,7 +46,7 @@ def test_a_run_comes_through(rig: Rig, name: str, backend: str) -> None:
     (fault,) = (fault for fault in all_faults() if fault.name == name)
     outcome = play(rig, fault, backend, "short", stage=2)
     assert not outcome.problems
-    assert outcome.training is not None or outcome.how == "went on"
+    assert outcome.training is not None or outcome.how == "continued"
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def _in_words(result: dict[str, Any]) -> str:
 def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     """Seconds of saves of each kind, taking turns."""
     ranks = Ranks(master_port=free_port())
-    distributed.join(ranks)
+    distributed.join(ranks, recipe.launch.stuck_seconds)
     engine = build_engine(build_model(recipe), recipe, ranks)
     _fill_moments(engine)
     beside = recipe.run_dir / "beside"

@@ -94,7 +94,7 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """
     ranks, stop = Ranks(master_port=free_port()), StopRequest()
     job = check(recipe, ranks)
-    distributed.join(ranks)
+    distributed.join(ranks, recipe.launch.stuck_seconds)
     heartbeat = Heartbeat(recipe.run_dir.with_name("heartbeat"))
     run = prepare(job, ranks, stop, heartbeat)
     clean = False

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ class Progress:
         loss: mean loss at the last logged step; None before the first, or if it was not finite.
         state: the run's counters.
         position: of the data.
+        metrics: figures of the task's last evaluation, by name; finite ones.
     """
 
     step: int
@@ -42,9 +43,14 @@ class Progress:
     loss: float | None
     state: Mapping[str, int]
     position: Mapping[str, Any]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def metric(self, name: str) -> float | None:
+        """The logged loss, or one of `metrics`; None where it is not known."""
+        return self.loss if name == "loss" else self.metrics.get(name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest(Progress):
     """What a checkpoint says of itself.
 

@@ -28,11 +28,18 @@ def kept(checkpoints: Sequence[Path], settings: Checkpoint) -> set[Path]:
     if settings.keep_every is None and settings.keep_best == 0:
         return keep
     manifests = {checkpoint: manifest for checkpoint in checkpoints if (manifest := _manifest(checkpoint))}
-    losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
-    keep |= set(sorted(losses, key=lambda path: losses[path])[: settings.keep_best])
+    keep |= set(_best_first(manifests, settings)[: settings.keep_best])
     if settings.keep_every is not None:
         keep |= {path for path, count in _periods(manifests, settings).items() if count}
     return keep
+
+
+def _best_first(manifests: dict[Path, Manifest], settings: Checkpoint) -> list[Path]:
+    """Checkpoints with a value of `best_metric`; of equal ones the older first."""
+    values = {path: manifest.metric(settings.best_metric) for path, manifest in manifests.items()}
+    known = {path: value for path, value in values.items() if value is not None}
+    sign = 1 if settings.best_mode == "min" else -1
+    return sorted(known, key=lambda path: sign * known[path])
 
 
 def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path, int]:

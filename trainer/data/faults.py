@@ -129,5 +129,13 @@ def describe(counts: Counter[Reason]) -> str:
     return ", ".join(f"{count} {reason.label}" for reason, count in counts.most_common())
 
 
-def first_names(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def first_names(names: Sequence[str], shown: int = 3, count: int | None = None) -> str:
+    """`a, b, c and 5 more`; `count` names in all where `names` holds the first ones only."""
+    count = len(names) if count is None else count
+    more = f" and {count - shown} more" if count > shown else ""
+    return ", ".join(map(printable, names[:shown])) + more
+
+
+def printable(name: str) -> str:
+    """A file's name for a terminal, which its control characters could otherwise command."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

@@ -29,8 +29,12 @@ FORMAT = 2
 SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("hash", "<u8"), ("state", "u1")]
 )
-"""One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class or -1, their
-XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a `faults.Reason`."""
+"""One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class (or
+`UNLABELLED`, `INVALID_LABEL`), their XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a
+`faults.Reason`."""
+UNLABELLED = -1
+INVALID_LABEL = -2
+"""There is a label, but it is neither a class number nor a class name."""
 Table = npt.NDArray[Any]
 
 

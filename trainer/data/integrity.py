@@ -6,7 +6,7 @@ import numpy as np
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, describe, first_names
-from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
 
 
 def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None:
@@ -44,3 +44,28 @@ def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None
             f"{index.store.location}', restore the shards, or raise that limit"
         )
     return f"{found}; they will be replaced by other samples"
+
+
+def require_labels(index: ShardIndex, purpose: str) -> int:
+    """The number of classes of a directory in which every usable sample is labelled.
+
+    Args:
+        purpose: what needs the labels, for the message: `finetuning`.
+
+    Raises:
+        UsageError: samples are unlabelled, or their labels are no class.
+    """
+    rows = index.samples
+    usable = rows["state"] < min(Reason)
+    wanting = np.flatnonzero(usable & (rows["label"] < 0))
+    if len(wanting):
+        invalid = int((rows["label"][wanting] == INVALID_LABEL).sum())
+        kinds = [f"{len(wanting) - invalid} unlabelled"] if invalid < len(wanting) else []
+        kinds += [f"{invalid} with a label that is no class"] if invalid else []
+        names = first_names([index.name_of(int(sample)) for sample in wanting[:3]], count=len(wanting))
+        raise UsageError(
+            f"{purpose} needs a label for every image, but of {int(usable.sum())} usable ones in "
+            f"{index.store.location} {' and '.join(kinds)}: {names}; label them and index the shards again, or build "
+            "shards without them"
+        )
+    return len(index.classes) or int(rows["label"].max()) + 1

@@ -282,8 +282,10 @@ class Stream:
 
     @property
     def ready(self) -> int:
-        """Micro-batches that are loaded and not yet taken."""
-        finished = getattr(self._batches, "_worker_result_queue", None)  # torch has no public name for it
+        """Micro-batches that workers have finished, pinned where there is a GPU, and nobody has taken."""
+        # Torch tells it nowhere else. A thread that pins empties the workers' own queue at once into this one, which is
+        # the workers' where nothing is pinned.
+        finished = getattr(self._batches, "_data_queue", None)
         return finished.qsize() if finished is not None else 0
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, hear
             process group is joined and a GPU touched.
     """
     job = check(recipe, ranks)
-    distributed.join(ranks)
+    distributed.join(ranks, recipe.launch.stuck_seconds)
     run = prepare(job, ranks, stop, heartbeat)
     clean = False
     try:

@@ -1,5 +1,6 @@
 """A small module with a frozen part and batch statistics, and what trains, saves and resumes it without a run."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.manifest import Progress
 from mixmae.trainer.checkpoints.resume import resume
 from mixmae.trainer.checkpoints.saver import Saver
@@ -19,7 +21,7 @@ from mixmae.trainer.recipe.schema import Recipe
 GLOBAL_BATCH, MICRO_BATCH, WEIGHT_DECAY, CLIP_GRAD = 16, 4, 0.05, 0.5
 
 
-class Small(nn.Module):
+class Small(Trainable):
     """Sizes are odd, so that ranks' shares end within parameters."""
 
     def __init__(self, frozen: bool = True, affine: bool = False) -> None:
@@ -30,11 +32,19 @@ class Small(nn.Module):
         self.head = nn.Linear(9, 3)
         self.register_buffer("constant", torch.ones(3), persistent=False)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *inputs: Tensor) -> Tensor:
+        """Of vectors in place of images, and labels."""
+        (labels,) = inputs
         dtype = self.stem.weight.dtype
-        x = self.body(F.gelu(self.stem(x.to(dtype))))
+        x = self.body(F.gelu(self.stem(images.to(dtype))))
         logits = self.head(F.gelu(self.norm(x.float())).to(dtype))
         return F.cross_entropy(logits.float() * self.constant, labels)
+
+    def block_groups(self) -> dict[str, list[nn.Module]]:
+        return {}
+
+    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
+        assert not groups
 
 
 def batch_at(step: int, micro_batch: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +78,7 @@ class Job:
 
 
 def train(ranks: Ranks, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Does one job behind the other; returns for each where it began and the groups' learning rates at each step."""
+    """Does the jobs in order; returns for each its first step, and the groups' learning rates at each step."""
     return [_train(ranks, job) for job in jobs]
 
 

@@ -38,7 +38,7 @@ def test_the_mean_over_ranks_is_exact_where_they_agree(tmp_path: Path) -> None:
     ]
     found = mean_buffers(write(tmp_path, *of_ranks))
     assert torch.equal(found["same"], same)
-    assert (float(found["mean"]), int(found["count"]), found["flags"].tolist()) == (3.0, 9, [True, False])
+    assert (found["mean"].item(), found["count"].item(), found["flags"].tolist()) == (3.0, 9, [True, False])
     assert {name: value.dtype for name, value in found.items()} == {
         name: value.dtype for name, value in of_ranks[0].items()
     }

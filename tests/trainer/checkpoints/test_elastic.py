@@ -60,7 +60,7 @@ def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recip
 
 
 def train(ranks: Ranks, recipes: list[tuple[Recipe, int]]) -> list[int]:
-    """Trains each recipe from where it stands until a step; returns where each began."""
+    """Trains each recipe from its newest checkpoint until a step; returns where each began."""
     began = []
     for recipe, until in recipes:
         run = prepare(check(recipe, ranks), ranks)
@@ -73,7 +73,7 @@ def train(ranks: Ranks, recipes: list[tuple[Recipe, int]]) -> list[int]:
 
 
 class StopAt:
-    """Asks a run to stop so that it does right after a step: what is wished then is agreed on one step later."""
+    """Asks a run to stop so that it does right after a step: ranks agree on it one step later."""
 
     def __init__(self, run: Any, step: int) -> None:
         self.run, self.step = run, step

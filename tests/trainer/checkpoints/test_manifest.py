@@ -1,6 +1,7 @@
 """Manifests say when anything about a checkpoint is not what was written."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from mixmae.trainer.checkpoints.manifest import MANIFEST, DamagedError, FileReco
 CONTENT = bytes(range(256)) * 40
 
 
-def manifest(step: int, files: dict[str, FileRecord], loss: float | None = 0.5) -> Manifest:
+def manifest(
+    step: int, files: dict[str, FileRecord], loss: float | None = 0.5, metrics: Mapping[str, float] = {}
+) -> Manifest:
     return Manifest(
         step=step,
         epoch=step / 10,
         loss=loss,
         state={"step": step, "samples": 8 * step},
         position={"seed": 0, "samples": 8 * step, "fingerprint": "f"},
+        metrics=dict(metrics),
         world_size=1,
         zero_stage=1,
         recipe={"seed": 0},
@@ -31,12 +35,12 @@ def manifest(step: int, files: dict[str, FileRecord], loss: float | None = 0.5) 
     )
 
 
-def make(run_dir: Path, step: int, loss: float | None = 0.5) -> Path:
+def make(run_dir: Path, step: int, loss: float | None = 0.5, metrics: Mapping[str, float] = {}) -> Path:
     folder = run_dir / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(CONTENT)
     written = FileRecord(len(CONTENT), xxhash.xxh3_128_hexdigest(CONTENT))
-    manifest(step, {"rank-00000.safetensors": written}, loss).write(folder)
+    manifest(step, {"rank-00000.safetensors": written}, loss, metrics).write(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Saves while training goes on; what is damaged is stepped over, what cannot be written costs nothing (two ranks)."""
+"""Saves while training goes on; damaged checkpoints are skipped, and failed saves cost no other (two ranks)."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
     )
 
 
-def fit_in_words(run: Run) -> str:
+def fit_to_message(run: Run) -> str:
     """Trains to the end; returns the message of what ended it earlier, if anything did."""
     try:
         fit(run)
@@ -60,7 +60,7 @@ def train(ranks: Ranks, recipe: Recipe) -> str:
         run = prepare(check(recipe, ranks), ranks)
     except NoIntactCheckpointError as error:
         return str(error)
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     run.reporter.close()
     run.engine.destroy()
     return message
@@ -113,7 +113,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
 
 
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
-def test_damaged_checkpoints_are_stepped_over(
+def test_damaged_checkpoints_are_skipped(
     whole: Path, shards: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     copy = tmp_path / "run"
@@ -262,7 +262,7 @@ def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_s
         return fetch(images)
 
     run.to_device = limited  # type: ignore[assignment]
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     run.reporter.close()
     run.engine.destroy()
@@ -315,13 +315,13 @@ def train_with_a_broken_claim(ranks: Ranks, recipe: Recipe) -> str:
     run = prepare(check(recipe, ranks), ranks)
     if ranks.is_main:
         (recipe.run_dir / "claimed.json").write_text("")
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     run.reporter.close()
     run.engine.destroy()
     return message
 
 
-def test_whatever_ends_a_save_is_told(shards: Path, tmp_path: Path) -> None:
+def test_whatever_ends_a_save_is_reported(shards: Path, tmp_path: Path) -> None:
     """Also what nobody thought of, in a thread that nobody waits for: no run ends as if all were saved."""
     recipe = recipe_for(shards, tmp_path / "run")
     for message in run_ranks(train_with_a_broken_claim, 2, recipe):
@@ -350,7 +350,7 @@ def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
         return fetch(images)
 
     run.to_device = interfere  # type: ignore[assignment]
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     run.reporter.close()
     run.engine.destroy()
     return message

@@ -30,6 +30,8 @@ from tests.trainer.checkpoints.small import (
     train,
 )
 
+pytestmark = pytest.mark.distributed
+
 SGD = OptimizerChoice(torch.optim.SGD, {"momentum": 0.9})
 KINDS: dict[str, tuple[int, str, OptimizerChoice | None]] = {
     **{

@@ -21,7 +21,7 @@ from PIL import Image
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, TooManyFaultsError
 from mixmae.trainer.data.index import ShardIndex, open_index
-from mixmae.trainer.data.integrity import require_usable
+from mixmae.trainer.data.integrity import require_labels, require_usable
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks
@@ -130,9 +130,6 @@ WRONG_IN_THE_SHARD: dict[str, tuple[Members, Reason]] = {
     "webp cut in the middle": ([("x.webp", picture(99, "WEBP")[:300])], Reason.DAMAGED),
     "png that unpacks to gigapixels": ([("x.png", png_with((60_000, 60_000)))], Reason.TOO_LARGE),
     "jpeg that claims gigapixels": ([("x.jpg", jpeg_saying(60_000, 60_000))], Reason.TOO_LARGE),
-    "label outside the range": ([("x.jpg", picture(99)), ("x.cls", b"3")], Reason.BAD_LABEL),
-    "negative label": ([("x.jpg", picture(99)), ("x.cls", b"-2")], Reason.BAD_LABEL),
-    "label that is no number": ([("x.jpg", picture(99)), ("x.cls", b"cat")], Reason.BAD_LABEL),
 }
 
 
@@ -437,3 +434,21 @@ def test_an_index_whose_parts_do_not_belong_together_is_refused(tmp_path: Path) 
     (other / "samples.npy").replace(one / "samples.npy")
     with pytest.raises(UsageError, match="do not belong together"):
         open_index(one)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (b"", r"finetuning needs a label .* of 40 usable ones in .* 1 unlabelled: b\.tar: x\.jpg; label them"),
+        (b"7", r"1 with a label that is no class: b\.tar: x\.jpg"),
+        (b"class 2", None),
+    ],
+)
+def test_a_task_that_needs_labels_says_what_is_missing(label: bytes, message: str | None, tmp_path: Path) -> None:
+    index = open_index(directory(tmp_path / "shards", [("x.jpg", picture(99)), ("x.cls", label)]))
+    assert require_usable(index, 0.0) is None
+    if message is None:
+        assert require_labels(index, "finetuning") == 3
+    else:
+        with pytest.raises(UsageError, match=message):
+            require_labels(index, "finetuning")

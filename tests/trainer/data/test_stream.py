@@ -2,12 +2,14 @@ import gc
 import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,3 +261,27 @@ def test_each_byte_crosses_the_network_once_an_epoch(tmp_path: Path) -> None:
 
     assert sent(0, steps) <= 1.05 * total
     assert sent(steps // 2, steps) <= total * (steps - steps // 2) / steps + windows
+
+
+def test_what_a_pinning_thread_has_taken_is_ready_too(shards: Path) -> None:
+    """As on a GPU, where a thread of torch empties the workers' queue at once and fills another."""
+    index = open_index(shards)
+    stream = Stream(recipe_for(shards), Ranks(), index, Position(0, 0, index.fingerprint))
+    workers: queue.Queue[int] = queue.Queue()
+    pinned: queue.Queue[int] = queue.Queue()
+    for number in range(3):
+        pinned.put(number)
+    stream._batches = SimpleNamespace(_worker_result_queue=workers, _data_queue=pinned)
+    assert stream.ready == 3
+    stream.close()
+
+
+@pytest.mark.gpu
+def test_pinned_batches_that_nobody_took_are_ready(shards: Path) -> None:
+    index = open_index(shards)
+    with Stream(recipe_for(shards, workers=2), Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
+        assert next(stream).images.is_pinned()
+        deadline = time.monotonic() + 30
+        while not stream.ready and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert stream.ready

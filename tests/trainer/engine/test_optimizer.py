@@ -11,24 +11,33 @@ from mixmae.trainer.engine.guard import Guarded
 from mixmae.trainer.engine.lars import LARS
 from mixmae.trainer.engine.optimizer import build_optimizer, lars
 from tests.helpers import tiny_recipe
+from tests.trainer.checkpoints.small import Small
+
+
+class Exempting(Small):
+    def no_weight_decay(self) -> set[str]:
+        return {"body"}
 
 
 def test_adamw_is_the_default_and_guarded_where_deepspeed_does_not_do_it() -> None:
-    model = nn.Linear(3, 2)
+    model = Exempting()
     changes: dict[str, Any] = {"optim.betas": [0.8, 0.9], "optim.clip_grad": 0.7}
     for stage in range(4):
         optimizer = build_optimizer(tiny_recipe(**changes, **{"train.zero_stage": stage}), model)
         assert isinstance(optimizer, torch.optim.AdamW)
         assert isinstance(optimizer, Guarded) == (stage == 0)
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+        assert [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [
+            (0.05, 1),
+            (0.0, 2),
+        ]
         assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
 def test_lars_is_refused_where_parameters_are_split() -> None:
     for stage in (1, 2, 3):
         with pytest.raises(UsageError, match=f"zero_stage={stage} splits parameters .* LARS .* set train.zero_stage=0"):
-            build_optimizer(tiny_recipe(**{"train.zero_stage": stage}), nn.Linear(3, 2), lars())
-    optimizer = build_optimizer(tiny_recipe(**{"train.zero_stage": 0}), nn.Linear(3, 2), lars(), lambda _: 0.5)
+            build_optimizer(tiny_recipe(**{"train.zero_stage": stage}), Small(), lars())
+    optimizer = build_optimizer(tiny_recipe(**{"train.zero_stage": 0}), Small(), lars(), lambda _: 0.5)
     assert isinstance(optimizer, LARS)
     assert isinstance(optimizer, Guarded)
     assert [group["lr_scale"] for group in optimizer.param_groups] == [0.5, 0.5]

@@ -30,12 +30,12 @@ from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.shards.files import SKIPPED
 from mixmae.trainer.data.shards.indexing import save_index
-from mixmae.trainer.data.shards.scan import scan_shard
+from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
 from mixmae.trainer.data.shards.sources import Entry, Source
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
-SKIPPED = "skipped.jsonl"
 _NOTES, _PLAN = ".build", "plan.json"
 _BLOCK, _RECORD = 512, 10_240
 """Bytes: a tar's members fill whole blocks, the tar whole records."""
@@ -256,8 +256,8 @@ def _write_shard(plan: _BuildPlan, number: int) -> _BuiltShard:
     else:
         publish(partial, file)
         # The tar is read back, but its images were already decoded above.
-        scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(plan.source.classes))
-        done = _BuiltShard(*scanned, skipped, unchanged)
+        scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], plan.source.classes)
+        done = _BuiltShard(scanned.shard, scanned.table, skipped, unchanged)
     _write_record(plan.record(number), done)
     return done
 
@@ -294,7 +294,7 @@ def _with_restarts(content: bytes) -> bytes | None:
 def _finish(plan: _BuildPlan, done: list[_BuiltShard], out: Path) -> BuildResult:
     """Writes the index and renames the directory to `out`."""
     skipped = [image for shard in done for image in shard.skipped]
-    scanned = [(built.shard, built.table) for built in done if built.shard is not None]
+    scanned = [ScannedShard(built.shard, built.table) for built in done if built.shard is not None]
     if not scanned:
         shutil.rmtree(plan.folder)
         raise UsageError(

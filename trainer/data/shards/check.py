@@ -1,6 +1,5 @@
 """Verifying shards against their index, their tar structure and their images, in parallel."""
 
-import hashlib
 import tarfile
 import time
 from collections import Counter
@@ -17,11 +16,14 @@ from tqdm import tqdm
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.decode import inspect_image
-from mixmae.trainer.data.faults import PILLOW, Reason
-from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.faults import PILLOW, Reason, first_names
+from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
-from mixmae.trainer.data.shards.scan import DamagedTarError, Member, mapped, members, recover_members, tabulate
+from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
+from mixmae.trainer.data.shards.scan import SampleTable, checksum
 from mixmae.trainer.data.shards.sources import class_names
+from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
@@ -30,7 +32,9 @@ class ShardInspection(NamedTuple):
 
     shard: Shard
     table: Table
-    """Rows of `scan.SAMPLE`, also of what can be found in a damaged tar."""
+    """Rows of `index.SAMPLE`, also of what can be found in a damaged tar; labels as `LabelCodes` gives them."""
+    class_names: list[str]
+    """Those that the table's label codes stand for."""
     names: str
     """Of the rows, separated by NUL: millions of them are held."""
     keys: npt.NDArray[np.uint64]
@@ -63,7 +67,7 @@ class Expected:
         rows = {shard.name: (shard, table) for shard, table in zip(index.shards, tables, strict=True)}
         return cls(directory, list(index.classes), rows)
 
-    def rows(self, shard: str, content: Any) -> Table:
+    def rows(self, shard: str, content: ShardBytes) -> Table:
         """The index rows of a shard's usable samples; none if the file was replaced by another shard.
 
         It still is the indexed one, however damaged, if at least half of its images that fit into the file are
@@ -89,7 +93,8 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     started = time.monotonic()
     if not directory.is_dir():
         raise UsageError(f"shard directory {directory} does not exist")
-    files = sorted(directory.glob("*.tar"))
+    unused = Unused()
+    files = shard_files(directory, unused)
     index, findings = _open(directory)
     if not files and index is None:
         raise UsageError(f"{directory} holds no .tar files")
@@ -98,7 +103,8 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     if index is not None:
         findings += [Finding(Kind.SHARD_GONE, name) for name in expected.shards if name not in set(names)]
         findings += [Finding(Kind.SHARD_UNKNOWN, name) for name in names if name not in expected.shards]
-    size = sum(file.stat().st_size for file in files)
+    findings += _unused(str(directory), unused)
+    size = total_size(files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="check", disable=None) as bar:
         inspections = run_jobs(_inspect, expected, names, jobs, bar)
     findings += [finding for one in inspections for finding in one.findings]
@@ -120,16 +126,17 @@ def _inspect(expected: Expected, name: str) -> ShardInspection:
     """Inspects one shard; runs in a worker process."""
     file = expected.directory / name
     try:
-        with mapped(file) as content:
+        with shard_bytes(file) as content:
             return _inspect_content(expected, file, content)
     except OSError as error:
         nothing = Shard(name, 0, 0, "")
         finding = Finding(Kind.SHARD_UNREADABLE, name, detail=str(error))
-        return ShardInspection(nothing, np.array([], dtype=SAMPLE), "", np.array([], dtype=np.uint64), [finding])
+        return ShardInspection(nothing, np.array([], dtype=SAMPLE), [], "", np.array([], dtype=np.uint64), [finding])
 
 
-def _inspect_content(expected: Expected, file: Path, content: Any) -> ShardInspection:
-    found, fault = find_members(file)
+def _inspect_content(expected: Expected, file: Path, content: ShardBytes) -> ShardInspection:
+    unused = Unused()
+    found, fault = find_members(file, unused)
     seen = 0
 
     def inspect(image: bytes) -> int:
@@ -138,13 +145,13 @@ def _inspect_content(expected: Expected, file: Path, content: Any) -> ShardInspe
         advance(len(image))
         return inspect_image(image)
 
-    table = tabulate(found, content, inspect, len(expected.classes))
-    advance(len(content) - seen)
-    shard = Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest())
-    files = {member.offset: member for member in found}
-    rows = [files[int(row["offset"])] for row in table]
-    names = [f"{member.key}.{member.extension}" for member in rows]
-    findings = []
+    samples = SampleTable(found, content, inspect, expected.classes)
+    samples.count_unused(unused)
+    table = samples.table
+    advance(max(0, len(content) - seen))
+    shard = Shard(file.name, len(table), len(content), checksum(content))
+    names = [member.name for member in samples.members]
+    findings = list(_unused(file.name, unused))
     if fault is not None:
         findings.append(Finding(Kind.TAR, file.name, detail=f"{fault}; {len(found)} whole members can be found"))
     if file.name in expected.shards:
@@ -152,16 +159,36 @@ def _inspect_content(expected: Expected, file: Path, content: Any) -> ShardInspe
         findings += _against_index(shard, table, names, expected.rows(file.name, content), content)
     findings += _keys_twice(file.name, found)
     findings += _states(file.name, table, names, content)
-    keys = np.array([_hash(member.key) for member in rows], np.uint64)
-    return ShardInspection(shard, table, "\0".join(names), np.unique(keys), findings)
+    keys = np.array([_hash(member.key) for member in samples.members], np.uint64)
+    return ShardInspection(shard, table, samples.class_names, "\0".join(names), np.unique(keys), findings)
 
 
-def find_members(file: Path) -> tuple[list[Member], DamagedTarError | None]:
-    """A tar's members, and what is wrong with it; of a damaged tar the intact members."""
+def _unused(where: str, unused: Unused) -> Iterator[Finding]:
+    for reason, count in unused.counts.items():
+        yield Finding(
+            Kind.UNUSED, where, detail=f"{count} {reason}: {first_names(unused.examples[reason], count=count)}"
+        )
+    for name, reason in unused.unreadable:
+        yield Finding(Kind.MEMBER_UNREADABLE, where, name, reason)
+
+
+def find_members(file: Path, unused: Unused | None = None) -> tuple[list[Member], DamagedTarError | None]:
+    """A tar's members, and what is wrong with it; of a damaged tar the intact members.
+
+    Args:
+        unused: counts the tar's other files.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    unused = unused if unused is not None else Unused()
+    found = Unused()
     try:
-        return list(members(file)), None
+        whole = members(file, found)
     except DamagedTarError as error:
-        return recover_members(file), error
+        return recover_members(file, unused), error
+    unused.merge(found)
+    return whole, None
 
 
 def _file_changes(shard: Shard, before: Shard) -> Iterator[Finding]:
@@ -171,21 +198,26 @@ def _file_changes(shard: Shard, before: Shard) -> Iterator[Finding]:
         yield Finding(Kind.SHARD_CHANGED, shard.name, detail=f"checksum {shard.sha256[:12]}, {before.sha256[:12]} then")
 
 
-def _against_index(shard: Shard, table: Table, names: Sequence[str], rows: Table, content: Any) -> Iterator[Finding]:
+def _against_index(
+    shard: Shard, table: Table, names: Sequence[str], rows: Table, content: ShardBytes
+) -> Iterator[Finding]:
     """Compares the shard's samples with its index rows."""
-    here = {(int(row["offset"]), int(row["size"])): (row, name) for row, name in zip(table, names, strict=True)}
+    here: dict[tuple[int, int], list[tuple[Any, str]]] = {}
+    for row, name in zip(table, names, strict=True):  # two rows of one image where the tar has links
+        here.setdefault((int(row["offset"]), int(row["size"])), []).append((row, name))
     for row in rows:
         offset = int(row["offset"])
-        now, name = here.get((offset, int(row["size"])), (None, ""))
+        left = here.get((offset, int(row["size"])))
+        now, name = left.pop(0) if left else (None, "")
         if now is None:
             yield Finding(Kind.IMAGE_LOST, shard.name, name_at(content, offset))
         elif now["state"] < min(Reason) and now["hash"] != row["hash"]:
             yield Finding(Kind.IMAGE_CHANGED, shard.name, name)
-        elif now["state"] < min(Reason) and now["label"] != row["label"]:
+        elif now["state"] < min(Reason) and now["label"] not in (row["label"], INVALID_LABEL):
             yield Finding(Kind.LABEL_CHANGED, shard.name, name, f"{now['label']}, {row['label']} when indexed")
 
 
-def name_at(content: Any, offset: int) -> str:
+def name_at(content: ShardBytes, offset: int) -> str:
     """A member's name from its header, or its offset where the header is lost."""
     try:
         return tarfile.TarInfo.frombuf(content[offset - tarfile.BLOCKSIZE : offset], "utf-8", "replace").name
@@ -199,10 +231,12 @@ def _keys_twice(shard: str, found: Sequence[Member]) -> Iterator[Finding]:
             yield Finding(Kind.KEY_TWICE, shard, f"{key}.{extension}", f"{count} times")
 
 
-def _states(shard: str, table: Table, names: Sequence[str], content: Any) -> Iterator[Finding]:
+def _states(shard: str, table: Table, names: Sequence[str], content: ShardBytes) -> Iterator[Finding]:
     for row, name in zip(table, names, strict=True):
         if row["state"] >= min(Reason):
             yield Finding(kind_of(Reason(row["state"])), shard, name)
+        elif row["label"] == INVALID_LABEL:
+            yield Finding(Kind.BAD_LABEL, shard, name)
         elif row["state"] == PILLOW:
             image = content[row["offset"] : row["offset"] + row["size"]]
             if jpeg.is_jpeg(image) and not _is_cmyk(image):

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, describe, first_names
-from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.shards.build import SKIPPED, BuildResult, build_shards, count_reasons
+from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, ShardIndex
+from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_reasons
 from mixmae.trainer.data.shards.check import check_shards
+from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
 from mixmae.trainer.data.shards.indexing import write_index
-from mixmae.trainer.data.shards.repair import RECORD, RepairResult, repair
+from mixmae.trainer.data.shards.repair import RepairResult, repair
 from mixmae.trainer.data.shards.sources import class_names, is_url, open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
+from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.recipe.arguments import at_least
 from mixmae.trainer.recipe.units import parse_size
 
@@ -101,9 +104,30 @@ def _index(args: argparse.Namespace) -> int:
     directory = _local(args.directory)
     if not directory.is_dir():
         raise UsageError(f"{directory} does not exist")
-    index = write_index(directory, class_names(directory), args.jobs)
-    print("\n".join([_describe(index), *_describe_unusable(index)]))
+    unused = Unused()
+    index = write_index(directory, class_names(directory), args.jobs, unused)
+    print("\n".join([_describe(index), *_describe_labels(index), *unused.lines(), *_describe_unusable(index)]))
     return 0
+
+
+def _describe_labels(index: ShardIndex) -> list[str]:
+    """Images without a class where others have one, and labels that are no class."""
+    labels = index.samples["label"]
+    invalid, unlabelled = np.flatnonzero(labels == INVALID_LABEL), int((labels == UNLABELLED).sum())
+    lines = []
+    if unlabelled and (labels >= 0).any():
+        lines.append(f"unlabelled: {unlabelled} of {len(labels)} images")
+    if len(invalid):
+        known = f"0 to {len(index.classes) - 1} or the name of a class" if index.classes else "0 or more, or a name"
+        lines.append(
+            f"unlabelled: {len(invalid)} images with a label that is no class (expected {known}): "
+            f"{_names(index, invalid)}"
+        )
+    return lines
+
+
+def _names(index: ShardIndex, samples: npt.NDArray[np.int64]) -> str:
+    return first_names([index.name_of(int(sample)) for sample in samples[:3]], count=len(samples))
 
 
 def _describe_unusable(index: ShardIndex) -> list[str]:
@@ -112,9 +136,7 @@ def _describe_unusable(index: ShardIndex) -> list[str]:
     if not len(unusable):
         return []
     counts = Counter(Reason(state) for state in states[unusable])
-    names = ", ".join(index.name_of(int(sample)) for sample in unusable[:3])
-    more = f" and {len(unusable) - 3} more" if len(unusable) > 3 else ""
-    return [f"{len(unusable)} samples cannot be used ({describe(counts)}): {names}{more}"]
+    return [f"{len(unusable)} samples cannot be used ({describe(counts)}): {_names(index, unusable)}"]
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -134,11 +156,12 @@ def _check(args: argparse.Namespace) -> int:
 def _describe_repair(repaired: RepairResult, directory: Path) -> list[str]:
     lines = []
     for one in repaired.rewritten:
-        kept = f"rewritten with {one.shard.samples} samples" if one.shard else "nothing could be recovered"
-        lines.append(f"{one.name}: {kept}, {len(one.lost)} lost; the damaged file is {one.original} now")
+        kept = f"rewritten with {one.scanned.shard.samples} samples" if one.scanned else "nothing could be recovered"
+        labels = f", {len(one.lost_labels)} without their labels" if one.lost_labels else ""
+        lines.append(f"{one.name}: {kept}{labels}, {len(one.lost)} lost; the damaged file is {one.original} now")
     if repaired.lost:
         names = first_names([f"{lost.shard}: {lost.sample} ({lost.reason})" for lost in repaired.lost], 10)
-        lines.append(f"lost: {names}; all of them in {directory / RECORD}")
+        lines.append(f"lost: {names}; all of them in {directory / REPAIRS}")
     lines.append(f"indexed again: {_describe(repaired.index)}")
     lines.append("sound now; a run that was started on this directory will refuse to continue, since its data changed")
     return lines

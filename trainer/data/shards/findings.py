@@ -28,7 +28,9 @@ class Kind(Enum):
     DAMAGED = "damaged image", "rewrite"
     NOT_AN_IMAGE = "not an image", "rewrite"
     TOO_LARGE = "too large image", "rewrite"
-    BAD_LABEL = "bad label", "rewrite"
+    BAD_LABEL = "label that is no class", "rewrite"
+    MEMBER_UNREADABLE = "member without content", "rewrite"
+    UNUSED = "not used", None
     KEY_IN_SHARDS = "key in several shards", None
     SAME_IMAGE = "same image twice", None
     WARNING = "JPEG decoded with a warning", None

@@ -10,30 +10,41 @@ from tqdm import tqdm
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, replacing
 from mixmae.trainer.data.decode import inspect_image
-from mixmae.trainer.data.index import FORMAT, INDEX, SAMPLES, Shard, ShardIndex, Table, fingerprint_of, open_index
-from mixmae.trainer.data.shards.scan import DamagedTarError, scan_shard
+from mixmae.trainer.data.index import FORMAT, INDEX, SAMPLES, ShardIndex, fingerprint_of, open_index
+from mixmae.trainer.data.shards.files import shard_files, total_size
+from mixmae.trainer.data.shards.labels import resolve_names
+from mixmae.trainer.data.shards.members import DamagedTarError
+from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
+from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
-def write_index(directory: Path, classes: Sequence[str] = (), jobs: int = 1) -> ShardIndex:
+def write_index(
+    directory: Path, classes: Sequence[str] = (), jobs: int = 1, unused: Unused | None = None
+) -> ShardIndex:
     """Reads every shard of a directory once, decodes every image, and writes the index.
 
     Args:
-        classes: names of the labels 0, 1, ...
+        classes: names of the labels 0, 1, ... as far as they are known; labels that are names add to them.
+        unused: counts the files that no sample uses.
 
     Raises:
-        UsageError: no shards, or one that is not a whole tar.
+        UsageError: no shards, or one that is not a whole tar or cannot be read.
     """
-    files = sorted(directory.glob("*.tar"))
+    unused = unused if unused is not None else Unused()
+    files = shard_files(directory, unused)
     if not files:
         raise UsageError(f"{directory} holds no .tar files")
-    size = sum(file.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="index", disable=None) as bar:
-        scanned = run_jobs(_scan, len(classes), files, jobs, bar)
+    with tqdm(total=total_size(files), unit="B", unit_scale=True, desc="index", disable=None) as bar:
+        scanned = run_jobs(_scan, classes, files, jobs, bar)
+    for one in scanned:
+        unused.merge(one.unused or Unused())
+    if not any(one.shard.samples for one in scanned):
+        raise UsageError("; ".join([f"the shards in {directory} hold no images", *unused.lines()]))
     return save_index(directory, scanned, classes)
 
 
-def _scan(classes: int, file: Path) -> tuple[Shard, Table]:
+def _scan(classes: Sequence[str], file: Path) -> ScannedShard:
     def inspect(image: bytes) -> int:
         advance(len(image))
         return inspect_image(image)
@@ -44,18 +55,22 @@ def _scan(classes: int, file: Path) -> tuple[Shard, Table]:
         raise UsageError(
             f"{file} is not a whole, uncompressed tar: {error}; see 'mixmae shards check {file.parent}'"
         ) from error
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error}; see 'mixmae shards check {file.parent}'") from error
 
 
-def save_index(directory: Path, scanned: Sequence[tuple[Shard, Table]], classes: Sequence[str]) -> ShardIndex:
-    """Writes the index of scanned shards."""
-    shards = [shard for shard, _ in scanned]
-    for number, (_, table) in enumerate(scanned):
+def save_index(directory: Path, scanned: Sequence[ScannedShard], classes: Sequence[str]) -> ShardIndex:
+    """Writes the index of scanned shards, whose class names it turns into numbers."""
+    shards = [one.shard for one in scanned]
+    tables = [one.table for one in scanned]
+    for number, table in enumerate(tables):
         table["shard"] = number
-    samples = np.concatenate([table for _, table in scanned])
+    classes = resolve_names(tables, [one.class_names for one in scanned], classes)
+    samples = np.concatenate(tables)
     content = {
         "format": FORMAT,
         "fingerprint": fingerprint_of(shards, classes, samples),
-        "classes": list(classes),
+        "classes": classes,
         "shards": [shard._asdict() for shard in shards],
     }
     with replacing(directory / SAMPLES) as partial, partial.open("wb") as stream:

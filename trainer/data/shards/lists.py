@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.data.index import UNLABELLED
 
 _COLUMNS = ("path", "label")
 _MOST = 2**31
@@ -18,7 +19,7 @@ class Item(NamedTuple):
     line: int
     path: str
     label: int
-    """-1: none."""
+    """`UNLABELLED` without one."""
 
 
 class _Line(NamedTuple):
@@ -30,8 +31,8 @@ class _Line(NamedTuple):
 def read_list(file: Path) -> tuple[list[Item], list[str]]:
     """The lines of a list, and its class names.
 
-    Labels that are whole numbers are taken as they are and have no names; other labels are class names, of which the
-    sorted ones become 0, 1, ...
+    Labels that are whole numbers are taken as they are and have no names; other labels are class names, which become
+    0, 1, ... in sorted order. A line without a label, or with -1, is unlabelled.
 
     Raises:
         UsageError: a line that cannot be read, an unknown column, no lines, or labels of several kinds.
@@ -94,25 +95,23 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
 
 def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]]:
     """Labels as numbers, and the names of the numbers."""
-    kinds = ["no label" if line.label is None else "a number" if _is_number(line.label) else "a name" for line in lines]
-    for line, kind in zip(lines, kinds, strict=True):
+    labelled = [line for line in lines if line.label not in (None, str(UNLABELLED))]
+    kinds = ["a number" if _is_number(str(line.label)) else "a name" for line in labelled]
+    for line, kind in zip(labelled, kinds, strict=True):
         if kind != kinds[0]:
-            shown = f" ({line.label})" if line.label else ""
             raise UsageError(
-                f"{file}, line {line.number} has {kind}{shown}, line {lines[0].number} has {kinds[0]}; "
-                "label all lines by numbers or all by names, or none"
+                f"{file}, line {line.number} has {kind} ({line.label}), line {labelled[0].number} has {kinds[0]}; "
+                "label all lines by numbers or all by names"
             )
-    if kinds[0] == "no label":
-        return [-1] * len(lines), []
-    texts = [line.label or "" for line in lines]
-    if kinds[0] == "a name":
-        classes = sorted(set(texts))
+    if kinds[:1] == ["a name"]:
+        classes = sorted({str(line.label) for line in labelled})
         numbers = {name: number for number, name in enumerate(classes)}
-        return [numbers[text] for text in texts], classes
-    for line, text in zip(lines, texts, strict=True):
+        return [UNLABELLED if line.label is None else numbers.get(line.label, UNLABELLED) for line in lines], classes
+    for line in labelled:
+        text = str(line.label)
         if not (text.isascii() and text.isdigit()) or int(text) >= _MOST:
-            raise UsageError(f"{file}, line {line.number}: label {text}; expected a whole number, 0 or more")
-    return [int(text) for text in texts], []
+            raise UsageError(f"{file}, line {line.number}: label {text}; expected a whole number, 0 or more, or -1")
+    return [UNLABELLED if line.label is None else int(line.label) for line in lines], []
 
 
 def _is_number(text: str) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import webdataset
 import xxhash
 from tqdm import tqdm
@@ -16,15 +15,16 @@ from tqdm import tqdm
 from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 from mixmae.base.files import replacing
-from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
+from mixmae.trainer.data.shards.files import REPAIRS, open_regular, shard_bytes
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.indexing import save_index
 from mixmae.trainer.data.shards.salvage import LostSample, Salvage
-from mixmae.trainer.data.shards.scan import mapped, scan_shard
+from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
+from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
-RECORD = "repair.jsonl"
 _GZIP = b"\x1f\x8b"
 
 
@@ -32,12 +32,13 @@ class RewrittenShard(NamedTuple):
     """A damaged shard after its repair."""
 
     name: str
-    shard: Shard | None
-    """None: nothing in it could be saved."""
-    table: Table
+    scanned: ScannedShard | None
+    """None: nothing in it could be recovered."""
     original: str
     """Name of the damaged file now."""
     lost: list[LostSample]
+    lost_labels: list[LostSample]
+    """Samples that are kept without their labels."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class RepairResult:
 
     @property
     def lost(self) -> list[LostSample]:
-        return [lost for one in self.rewritten for lost in one.lost]
+        return [lost for one in self.rewritten for lost in (*one.lost, *one.lost_labels)]
 
 
 def repair(checked: CheckResult, jobs: int) -> RepairResult:
@@ -71,7 +72,7 @@ def repair(checked: CheckResult, jobs: int) -> RepairResult:
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="repair", disable=None) as bar:
             rewritten = run_jobs(_rewrite, expected, damaged, jobs, bar)
-        _append_to_record(expected.directory / RECORD, rewritten)
+        _append_to_record(expected.directory / REPAIRS, rewritten)
         scanned = _scanned(checked.inspections, rewritten)
         if not scanned:
             raise UsageError(f"nothing could be saved; what was in {expected.directory} has names that end in .damaged")
@@ -80,34 +81,37 @@ def repair(checked: CheckResult, jobs: int) -> RepairResult:
         raise UsageError(f"cannot write in {expected.directory} ({error}); fix that, and repair again") from error
 
 
-def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[RewrittenShard]) -> list[tuple[Shard, Table]]:
-    new = {one.name: (one.shard, one.table) for one in rewritten}
-    now = [new.get(one.shard.name, (one.shard, one.table)) for one in inspections]
-    return [(shard, table) for shard, table in now if shard is not None]
+def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[RewrittenShard]) -> list[ScannedShard]:
+    new = {one.name: one.scanned for one in rewritten}
+    now = [new.get(one.shard.name, ScannedShard(one.shard, one.table, one.class_names)) for one in inspections]
+    return [scanned for scanned in now if scanned is not None]
 
 
 def _append_to_record(file: Path, rewritten: Sequence[RewrittenShard]) -> None:
     for one in rewritten:
-        kept = one.shard.samples if one.shard else 0
-        line = {"shard": one.name, "kept": kept, "lost": len(one.lost), "original": one.original}
-        jsonl.append(file, line, *(lost._asdict() for lost in one.lost))
+        kept = one.scanned.shard.samples if one.scanned else 0
+        counts = {"kept": kept, "lost": len(one.lost), "lost_labels": len(one.lost_labels)}
+        line = {"shard": one.name, **counts, "original": one.original}
+        jsonl.append(file, line, *(lost._asdict() for lost in (*one.lost, *one.lost_labels)))
 
 
 def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     """Rewrites one shard; runs in a worker process."""
     file = expected.directory / name
     unpacked = _unpack(file)
-    found, fault = find_members(unpacked)
-    with mapped(unpacked) as content:
-        salvaged = Salvage(name, content, len(expected.classes), expected.rows(name, content))
+    unused = Unused()
+    found, fault = find_members(unpacked, unused)
+    with shard_bytes(unpacked) as content:
+        salvaged = Salvage(name, content, expected.classes, expected.rows(name, content))
         salvaged.collect(found, is_damaged=fault is not None)
+    lost = [*salvaged.lost, *(LostSample(name, member, reason) for member, reason in unused.unreadable)]
     advance(file.stat().st_size)
     if unpacked != file:
         unpacked.unlink()
     original = _free_name(file)
     if not salvaged.samples:
         file.rename(original)
-        return RewrittenShard(name, None, np.array([], dtype=SAMPLE), original.name, salvaged.lost)
+        return RewrittenShard(name, None, original.name, lost, salvaged.lost_labels)
     with replacing(file) as partial:
         with (
             partial.open("wb") as stream,
@@ -116,14 +120,15 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
             for key, files in salvaged.samples.items():
                 tar.write({"__key__": key, **files})
         states = salvaged.states
-        shard, table = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], len(expected.classes))
+        scanned = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], expected.classes)
         os.link(file, original)  # at every moment one of the two has the name
-    return RewrittenShard(name, shard._replace(name=name), table, original.name, salvaged.lost)
+    scanned = scanned._replace(shard=scanned.shard._replace(name=name))
+    return RewrittenShard(name, scanned, original.name, lost, salvaged.lost_labels)
 
 
 def _unpack(file: Path) -> Path:
     """The file, or of a gzip-compressed one a temporary copy with as much as can be unpacked."""
-    with file.open("rb") as packed:
+    with open_regular(file) as packed:
         if packed.read(2) != _GZIP:
             return file
         packed.seek(0)

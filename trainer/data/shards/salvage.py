@@ -5,18 +5,20 @@ An index tells which images are unchanged and what their labels were, and it loc
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import xxhash
 
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import Reason
-from mixmae.trainer.data.index import Table
+from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
 from mixmae.trainer.data.shards.check import name_at
-from mixmae.trainer.data.shards.scan import IMAGE_EXTENSIONS, Member, group, parse_label
+from mixmae.trainer.data.shards.files import ShardBytes
+from mixmae.trainer.data.shards.labels import LabelCodes
+from mixmae.trainer.data.shards.members import Member
+from mixmae.trainer.data.shards.scan import LABEL, encode_label, group, images_of, label_of
 
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
-_LABEL = "cls"
 
 
 class LostSample(NamedTuple):
@@ -30,11 +32,11 @@ class LostSample(NamedTuple):
 class Salvage:
     """Collects the intact samples of one shard."""
 
-    def __init__(self, shard: str, content: Any, classes: int, indexed: Table) -> None:
+    def __init__(self, shard: str, content: ShardBytes, classes: Sequence[str], indexed: Table) -> None:
         """
         Args:
             content: the tar's bytes.
-            classes: number of known classes; 0: any label is fine.
+            classes: names of the labels 0, 1, ... as far as they are known.
             indexed: the shard's rows in the index, of usable samples.
         """
         self.samples: dict[str, dict[str, bytes]] = {}
@@ -42,6 +44,8 @@ class Salvage:
         self.states: dict[int, int] = {}
         """How images decode, by their hashes."""
         self.lost: list[LostSample] = []
+        self.lost_labels: list[LostSample] = []
+        """Samples that are kept without their labels."""
         self._shard, self._content, self._classes = shard, content, classes
         self._rows = {(int(row["offset"]), int(row["size"])): row for row in indexed}
 
@@ -52,27 +56,33 @@ class Salvage:
             is_damaged: whether members may be missing: then a sample without a label, among others with one, lost it.
         """
         groups = group(found)
-        needs_label = is_damaged and any(_LABEL in files for files in groups.values())
+        has_labels = is_damaged and any(LABEL in files for files in groups.values())
         for key, files in groups.items():
-            self._collect_sample(key, files, needs_label)
+            self._collect_sample(key, files, has_labels)
         self._collect_unnamed({(member.offset, member.size) for member in found})
 
-    def _collect_sample(self, key: str, files: dict[str, Member], needs_label: bool) -> None:
-        images = {extension: file for extension, file in files.items() if extension in IMAGE_EXTENSIONS}
+    def _collect_sample(self, key: str, files: dict[str, Member], has_labels: bool) -> None:
+        images = images_of(files)
         if not images:
-            self._lose(f"{key}.{next(iter(files))}", Reason.MISSING.label)
-        whole = {extension: file for extension, file in images.items() if self._is_intact(f"{key}.{extension}", file)}
-        if not whole:
+            for extension in files:
+                self._lose(f"{key}.{extension}", Reason.MISSING.label)
+        intact = [image for image in images if self._is_intact(f"{key}.{image.extension}", image)]
+        if not intact:
             return
-        label = self._label([(file.offset, file.size) for file in whole.values()], files.get(_LABEL))
-        if label is None and (needs_label or _LABEL in files):
-            reason = Reason.BAD_LABEL.label if _LABEL in files else "label lost"
-            for extension in whole:
-                self._lose(f"{key}.{extension}", reason)
-            return
-        others = {extension: file for extension, file in files.items() if extension not in (*images, _LABEL, "")}
-        sample = {extension: self._bytes(file) for extension, file in (whole | others).items()}
-        self.samples[key] = sample if label is None else {**sample, _LABEL: label}
+        used = {image.extension for image in images}
+        sample = {image.extension: self._bytes(image) for image in intact}
+        for image in intact:
+            file = label_of(files, image)
+            name = file.extension if file is not None else LABEL
+            used.add(name)
+            label = self._label(image, file)
+            if label is not None:
+                sample[name] = label
+            elif file is not None or has_labels:
+                reason = "label that is no class" if file is not None else "label lost"
+                self.lost_labels.append(LostSample(self._shard, f"{key}.{image.extension}", reason))
+        others = {extension: self._bytes(file) for extension, file in files.items() if extension not in (*used, "")}
+        self.samples[key] = others | sample
 
     def _is_intact(self, name: str, file: Member) -> bool:
         image = self._bytes(file)
@@ -87,12 +97,12 @@ class Salvage:
             return True
         return False
 
-    def _label(self, ranges: list[tuple[int, int]], file: Member | None) -> bytes | None:
-        """The label's text: the indexed one, or that of the tar if it is one."""
-        for position in ranges:
-            if position in self._rows and self._rows[position]["label"] >= 0:
-                return b"%d" % self._rows[position]["label"]
-        if file is None or parse_label(self._bytes(file), self._classes) is None:
+    def _label(self, image: Member, file: Member | None) -> bytes | None:
+        """The label's text: the indexed one, or that of the tar if it is one; None without."""
+        row = self._rows.get((image.offset, image.size))
+        if row is not None and row["label"] > UNLABELLED:
+            return b"%d" % row["label"]
+        if file is None or encode_label(file, self._content, LabelCodes(self._classes)) == INVALID_LABEL:
             return None
         return self._bytes(file)
 
@@ -106,12 +116,12 @@ class Salvage:
             if xxhash.xxh3_64_intdigest(image) != row["hash"] or extension is None:
                 self._lose(name_at(self._content, offset), "not found")
                 continue
-            label = {_LABEL: b"%d" % row["label"]} if row["label"] >= 0 else {}
+            label = {LABEL: b"%d" % row["label"]} if row["label"] >= 0 else {}
             self.samples[f"{Path(self._shard).stem}-{offset}"] = {extension: image, **label}
             self.states[int(row["hash"])] = int(row["state"])
 
     def _bytes(self, file: Member) -> bytes:
-        return bytes(self._content[file.offset : file.offset + file.size])
+        return self._content[file.offset : file.offset + file.size]
 
     def _lose(self, sample: str, reason: str) -> None:
         self.lost.append(LostSample(self._shard, sample, reason))

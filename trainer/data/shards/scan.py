@@ -1,149 +1,156 @@
-"""A shard's tar file as a table of samples; also one that is damaged."""
+"""A shard's tar file as a table of samples."""
 
 import hashlib
-import mmap
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from webdataset.tariterators import base_plus_ext
 
 from mixmae.trainer.data.faults import Reason
-from mixmae.trainer.data.index import SAMPLE, Shard, Table
+from mixmae.trainer.data.index import SAMPLE, UNLABELLED, Shard, Table
+from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes
+from mixmae.trainer.data.shards.labels import LabelCodes
+from mixmae.trainer.data.shards.members import DamagedTarError, Member, members
+from mixmae.trainer.data.shards.unused import Unused
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BLOCK = 512
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
+"""A sample's images. Where it has none of these, `images_of` also takes other formats and compound extensions."""
+ALL_IMAGE_EXTENSIONS = (*IMAGE_EXTENSIONS, "jfif", "jpe", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+LABEL = "cls"
+MAX_FILE_BYTES = 2**31 - 1
+"""What the index can say of an image's size."""
 
 
-class DamagedTarError(ValueError):
-    """A tar whose members cannot all be found; says at which byte."""
+class ScannedShard(NamedTuple):
+    """One shard as the index will have it."""
+
+    shard: Shard
+    table: Table
+    """With shard number 0, and labels as `LabelCodes` gives them."""
+    class_names: Sequence[str] = ()
+    """Those that the table's label codes stand for."""
+    unused: Unused | None = None
 
 
-class Member(NamedTuple):
-    """A file in a tar."""
-
-    key: str
-    extension: str
-    offset: int
-    size: int
-
-
-def scan_shard(file: Path, inspect_image: Callable[[bytes], int], classes: int = 0) -> tuple[Shard, Table]:
-    """Counts, checksums and the table (with shard number 0) of one shard.
+def scan_shard(file: Path, inspect: Callable[[bytes], int], classes: Sequence[str] = ()) -> ScannedShard:
+    """Counts, checksums and the sample table of one shard.
 
     Args:
-        judge: says how an image's bytes decode (`decode.judge`).
-        classes: number of known classes; labels outside of them make a sample unusable. 0: any label is fine.
+        inspect: says how an image's bytes decode (`decode.inspect_image`).
+        classes: names of the labels 0, 1, ... as far as they are known.
 
     Raises:
         DamagedTarError: not an uncompressed tar, or one whose members cannot all be found.
+        OSError: it cannot be read, is not a regular file, or is truncated meanwhile.
     """
-    if not file.stat().st_size:
-        raise DamagedTarError("it is empty")
-    with mapped(file) as content:
-        table = tabulate(list(members(file)), content, inspect_image, classes)
-        return Shard(file.name, len(table), len(content), hashlib.sha256(content).hexdigest()), table
+    unused = Unused()
+    with shard_bytes(file) as content:
+        if not len(content):
+            raise DamagedTarError("it is empty")
+        samples = SampleTable(members(file, unused), content, inspect, classes)
+        samples.count_unused(unused)
+        shard = Shard(file.name, len(samples.table), len(content), checksum(content))
+        return ScannedShard(shard, samples.table, samples.class_names, unused)
 
 
-@contextmanager
-def mapped(file: Path) -> Iterator[Any]:
-    """A file's bytes, memory-mapped."""
-    with file.open("rb") as stream:
-        if file.stat().st_size == 0:  # which mmap does not take
-            yield b""
-            return
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield content
+def checksum(content: ShardBytes) -> str:
+    digest = hashlib.sha256()
+    for block in content.blocks():
+        digest.update(block)
+    return digest.hexdigest()
 
 
-def members(file: Path) -> Iterable[Member]:
-    """The files of a tar that belong to samples, in order.
+class SampleTable:
+    """The table of a tar's samples, in the order in which their images stand, with the name of each row's member."""
 
-    Raises:
-        DamagedTarError: the tar ends early, or a header is damaged: tarfile alone would silently stop there.
+    def __init__(
+        self,
+        found: Sequence[Member],
+        content: ShardBytes,
+        inspect: Callable[[bytes], int] | None,
+        classes: Sequence[str],
+    ) -> None:
+        """
+        Args:
+            inspect: says how an image's bytes decode. None: images are not read, and have neither state nor hash.
+            classes: names of the labels 0, 1, ... as far as they are known.
+        """
+        labels = LabelCodes(classes)
+        self._groups = group(found)
+        rows: list[tuple[tuple[int, int, int, int, int, int], Member]] = []
+        for files in self._groups.values():
+            images = images_of(files)
+            for image in images:
+                label = encode_label(label_of(files, image), content, labels)
+                rows.append(((0, *_inspect_member(image, label, content, inspect)), image))
+            if not images:
+                first = next(iter(files.values()))
+                label = max(UNLABELLED, encode_label(files.get(LABEL), content, labels))
+                rows.append(((0, first.offset, 0, label, 0, Reason.MISSING), first))
+        rows.sort(key=lambda row: row[0][1])
+        self.table = np.array([row for row, _ in rows], dtype=SAMPLE)
+        self.members = [member for _, member in rows]
+        self.class_names = labels.names
+
+    def count_unused(self, unused: Unused) -> None:
+        """Counts the members that are neither image nor label."""
+        for files in self._groups.values():
+            used = images_of(files)
+            labels = [label_of(files, image) for image in used] or [files.get(LABEL)]
+            for member in files.values():
+                if member in used or member in labels:
+                    continue
+                kind = member.extension.rpartition(".")[2]
+                if kind in ALL_IMAGE_EXTENSIONS:
+                    reason = f"images of samples that have a .{used[0].extension} already"
+                elif not used:
+                    reason = f".{kind} files of samples without an image ({_readable()})"
+                else:
+                    reason = f".{kind} files"
+                unused.add(reason, member.name)
+
+
+def _readable() -> str:
+    return ", ".join(f".{extension}" for extension in ALL_IMAGE_EXTENSIONS)
+
+
+def _inspect_member(
+    image: Member, label: int, content: ShardBytes, inspect: Callable[[bytes], int] | None
+) -> tuple[int, int, int, int, int]:
+    """A row without its shard number."""
+    if image.size > MAX_FILE_BYTES:  # and is not read, so that it cannot exhaust memory
+        return image.offset, 0, label, 0, Reason.TOO_LARGE
+    if inspect is None:
+        return image.offset, image.size, label, 0, 0
+    encoded = content[image.offset : image.offset + image.size]
+    return image.offset, image.size, label, xxhash.xxh3_64_intdigest(encoded), inspect(encoded)
+
+
+def images_of(files: dict[str, Member]) -> list[Member]:
+    """A sample's images, by extension.
+
+    The usual formats come first: beside a `.jpg` a `.seg.png` is no image of the sample. Only a sample without any of
+    them is searched for other formats and for compound extensions, as names with dots give them (`0001.input.jpg`).
     """
-    try:
-        with tarfile.open(file, "r:") as tar:
-            for info in tar:
-                yield from _member(info)
-            end = tar.offset
-    except (OSError, tarfile.TarError) as error:
-        with file.open("rb") as stream:
-            compression = _COMPRESSIONS.get(stream.read(2))
-        raise DamagedTarError(f"it is compressed with {compression}" if compression else str(error)) from error
-    with file.open("rb") as stream:
-        stream.seek(end)
-        rest = stream.read()
-    if rest.count(0) != len(rest):
-        raise DamagedTarError(f"no valid header at byte {end}")
-    if len(rest) < 2 * _BLOCK:
-        raise DamagedTarError(f"it ends at byte {end} without the mark that ends a tar; it may have been cut there")
+    usual = [member for extension, member in files.items() if extension in IMAGE_EXTENSIONS]
+    if usual:
+        return usual
+    return [member for extension, member in files.items() if extension.rpartition(".")[2] in ALL_IMAGE_EXTENSIONS]
 
 
-def recover_members(file: Path) -> list[Member]:
-    """The intact members that can be found in a tar, whatever is damaged between them."""
-    size, at = file.stat().st_size, 0
-    found: list[Member] = []
-    with file.open("rb") as stream:
-        while at < size:
-            stream.seek(at)
-            try:
-                with tarfile.open(fileobj=stream, mode="r:", ignore_zeros=True) as tar:
-                    for info in tar:
-                        found += [member for member in _member(info) if member.offset + member.size <= size]
-                        at = info.offset_data
-                return found
-            except tarfile.TarError:
-                at += _BLOCK  # a damaged extended header: continue behind it
-    return found
+def label_of(files: dict[str, Member], image: Member) -> Member | None:
+    """The file with an image's label: `0001.v2.cls` for `0001.v2.jpg` if there is one, else the sample's `.cls`."""
+    prefix, dot, _ = image.extension.rpartition(".")
+    return files.get(f"{prefix}{dot}{LABEL}", files.get(LABEL))
 
 
-def _member(info: tarfile.TarInfo) -> Iterable[Member]:
-    key, extension = base_plus_ext(info.name)
-    # As webdataset: a name without a dot is no part of a sample, __name__ is about the shard.
-    about_shard = "/" not in info.name and info.name.startswith("__") and info.name.endswith("__")
-    if info.isfile() and key and not about_shard:
-        yield Member(key, extension.lower(), info.offset_data, info.size)
-
-
-def tabulate(files: Sequence[Member], content: Any, inspect_image: Callable[[bytes], int], classes: int = 0) -> Table:
-    """The sample table of a tar's members, in the order in which the images stand."""
-    rows = []
-    for members_of in group(files).values():
-        label = label_of(members_of, content, classes)
-        images = [member for member in members_of.values() if member.extension in IMAGE_EXTENSIONS]
-        known = -1 if label is None else label
-        for member in images:
-            image = content[member.offset : member.offset + member.size]
-            state = Reason.BAD_LABEL if label is None else inspect_image(image)
-            rows.append((0, member.offset, member.size, known, xxhash.xxh3_64_intdigest(image), state))
-        if not images:
-            rows.append((0, next(iter(members_of.values())).offset, 0, known, 0, Reason.MISSING))
-    return np.array(sorted(rows, key=itemgetter(1)), dtype=SAMPLE)
-
-
-def label_of(files: dict[str, Member], content: Any, classes: int) -> int | None:
-    """A sample's class, -1 without one, None where its label is invalid."""
-    if "cls" not in files:
-        return -1
-    member = files["cls"]
-    return parse_label(content[member.offset : member.offset + member.size], classes)
-
-
-def parse_label(text: bytes, classes: int) -> int | None:
-    """A class number, or None where the text is not one."""
-    try:
-        label = int(text)
-    except ValueError:
-        return None
-    in_range = 0 <= label < (classes or 2**31)
-    return label if in_range else None
+def encode_label(member: Member | None, content: ShardBytes, labels: LabelCodes) -> int:
+    """A label as `LabelCodes.encode` gives it; UNLABELLED without a file."""
+    if member is None:
+        return UNLABELLED
+    return labels.encode(content[member.offset : member.offset + min(member.size, 2**16)])
 
 
 def group(found: Sequence[Member]) -> dict[str, dict[str, Member]]:

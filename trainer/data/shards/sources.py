@@ -10,13 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
-from mixmae.trainer.data.index import INDEX
+from mixmae.trainer.data.index import INDEX, INVALID_LABEL, UNLABELLED
+from mixmae.trainer.data.shards.files import shard_bytes, shard_files
+from mixmae.trainer.data.shards.image_folders import extension_of, find_images
+from mixmae.trainer.data.shards.labels import resolve_names
 from mixmae.trainer.data.shards.lists import read_list
-from mixmae.trainer.data.shards.scan import IMAGE_EXTENSIONS, DamagedTarError, group, label_of, mapped, members
+from mixmae.trainer.data.shards.members import DamagedTarError, Member, members
+from mixmae.trainer.data.shards.scan import ALL_IMAGE_EXTENSIONS, SampleTable
+from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -66,7 +72,7 @@ class Files(Source):
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
         file = self.root / entry.reference
-        return _extension(file), file.read_bytes()
+        return extension_of(file), file.read_bytes()
 
     def locate(self, entry: Entry) -> str:
         return str(self.root / entry.reference)
@@ -125,60 +131,28 @@ def is_url(location: str) -> bool:
 
 
 def open_folder(root: Path) -> Files:
-    """Images in a folder, or in one folder for each class.
+    """Images in a folder, or in one folder for each class. Says on standard error what it does not use.
 
     Raises:
         UsageError: as `find_images`.
     """
-    classes, images = find_images(root)
-    paths = [str(file.relative_to(root)) for file, _ in images]
+    found = find_images(root)
+    paths = [str(file.relative_to(root)) for file, _ in found.images]
     keys = unique(map(key_of, paths))
     entries = [
         Entry(key, path, file.stat().st_size, label)
-        for key, path, (file, label) in zip(keys, paths, images, strict=True)
+        for key, path, (file, label) in zip(keys, paths, found.images, strict=True)
     ]
-    return Files(root, entries, classes)
+    _report(found.unused)
+    beside = [path for path, (_, label) in zip(paths, found.images, strict=True) if label == UNLABELLED]
+    if found.classes and beside:
+        print(f"unlabelled: {len(beside)} images beside class folders: {first_names(beside)}", file=sys.stderr)
+    return Files(root, entries, found.classes)
 
 
-def find_images(source: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names and (file, label) of a folder of class folders; of a folder of images: no classes, label -1.
-
-    Raises:
-        UsageError: no such folder, no images in it, or images beside class folders.
-    """
-    if not source.is_dir():
-        raise UsageError(
-            f"{source} does not exist; expected a folder of images, of one folder for each class, or of shards, "
-            "or a list of images: .csv or .jsonl"
-        )
-    files = [file for file in sorted(source.rglob("*")) if file.is_file() and not _is_junk(file.relative_to(source))]
-    flat = [(file, -1) for file in files if _is_image(file) and file.parent == source]
-    inside = [file for file in files if _is_image(file) and file.parent != source]
-    classes = sorted({file.relative_to(source).parts[0] for file in inside})
-    numbers = {name: number for number, name in enumerate(classes)}
-    images = [(file, numbers[file.relative_to(source).parts[0]]) for file in inside]
-    passed = Counter(file.suffix or file.name for file in files if not _is_image(file))
-    if passed:
-        kinds = first_names([f"{count} {kind}" for kind, count in passed.most_common()])
-        print(f"{passed.total()} files are no {', '.join(IMAGE_EXTENSIONS)} and stay behind: {kinds}", file=sys.stderr)
-    if not images and not flat:
-        raise UsageError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), alone or in class folders")
-    if images and flat:
-        raise UsageError(f"{source} holds images, such as {flat[0][0].name}, beside class folders; move them into one")
-    return (classes, images) if images else ([], flat)
-
-
-def _is_junk(path: Path) -> bool:
-    """Whether a path lies in a hidden folder, or one that archivers and notebooks leave."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def _is_image(file: Path) -> bool:
-    return _extension(file) in IMAGE_EXTENSIONS and file.is_file()
-
-
-def _extension(file: Path) -> str:
-    return file.suffix.lower().removeprefix(".")
+def _report(unused: Unused) -> None:
+    for line in unused.lines():
+        print(line, file=sys.stderr)
 
 
 def open_list(file: Path) -> Files:
@@ -194,9 +168,10 @@ def open_list(file: Path) -> Files:
     for key, item in zip(keys, items, strict=True):
         image = root / item.path
         if not image.is_file():
-            raise UsageError(f"{file}, line {item.line}: {image} does not exist")
-        if _extension(image) not in IMAGE_EXTENSIONS:
-            raise UsageError(f"{file}, line {item.line}: {item.path} is no {', '.join(IMAGE_EXTENSIONS)} file")
+            why = "is not a regular file" if image.exists() else "does not exist"
+            raise UsageError(f"{file}, line {item.line}: {image} {why}")
+        if extension_of(image) not in ALL_IMAGE_EXTENSIONS:
+            raise UsageError(f"{file}, line {item.line}: {item.path} is no {', '.join(ALL_IMAGE_EXTENSIONS)} file")
         entries.append(Entry(key, item.path, image.stat().st_size, item.label))
     return Files(root, entries, classes)
 
@@ -223,50 +198,74 @@ def key_of(path: str) -> str:
 
 
 def open_shards(root: Path, jobs: int) -> Shards:
-    """The samples of a directory's shards: images and labels. Says on standard error what other members it passes over.
+    """The samples of a directory's shards: images and labels. Says on standard error what it does not use.
 
     Raises:
-        UsageError: a shard that is not a whole tar, or no samples.
+        UsageError: a shard that is not a whole tar or cannot be read, or no samples.
     """
+    unused = Unused()
+    files = shard_files(root, unused)
     classes = class_names(root)
-    listed, others = [], Counter[str]()
-    files = sorted(root.glob("*.tar"))
     with tqdm(total=len(files), unit="shard", desc="list", disable=None) as bar:
-        for entries, passed in run_jobs(_list_shard, len(classes), files, jobs, bar):
-            listed += entries
-            others += passed
-    if not listed:
+        listed = run_jobs(_list_shard, classes, files, jobs, bar)
+    if not any(one.entries for one in listed):
         raise UsageError(f"the shards in {root} hold no samples")
-    if others:
-        kinds = first_names([f".{extension}" for extension, _ in others.most_common()])
-        print(f"{others.total()} members that are neither image nor label stay behind: {kinds}", file=sys.stderr)
-    keys = unique(entry.key for entry in listed)
-    return Shards(root, [entry._replace(key=key) for key, entry in zip(keys, listed, strict=True)], classes)
+    for one in listed:
+        unused.merge(one.unused)
+    _report(unused)
+    tables = [np.array([(entry.label,) for entry in one.entries], dtype=[("label", "<i4")]) for one in listed]
+    classes = resolve_names(tables, [one.class_names for one in listed], classes)
+    labels = [int(label) for table in tables for label in table["label"]]
+    entries = [entry for one in listed for entry in one.entries]
+    if invalid := [entry.key for entry, label in zip(entries, labels, strict=True) if label == INVALID_LABEL]:
+        print(
+            f"unlabelled: {len(invalid)} images with a label that is no class: {first_names(invalid)}", file=sys.stderr
+        )
+    keys = unique(entry.key for entry in entries)
+    return Shards(
+        root,
+        [
+            entry._replace(key=key, label=max(label, UNLABELLED))
+            for entry, key, label in zip(entries, keys, labels, strict=True)
+        ],
+        classes,
+    )
 
 
-def _list_shard(classes: int, file: Path) -> tuple[list[Entry], Counter[str]]:
-    """A shard's samples, and its members that are neither image nor label, by extension."""
+class _ListedShard(NamedTuple):
+    entries: list[Entry]
+    """Labels as `LabelCodes` gives them."""
+    class_names: list[str]
+    unused: Unused
+
+
+def _list_shard(classes: list[str], file: Path) -> _ListedShard:
+    """A shard's samples; runs in a worker process."""
+    unused = Unused()
     try:
-        found = list(members(file))
+        with shard_bytes(file) as content:
+            samples = SampleTable(members(file, unused), content, None, classes)
     except DamagedTarError as error:
         raise UsageError(
             f"{file} is not a whole, uncompressed tar: {error}; 'mixmae shards check {file.parent} --repair' rewrites "
             "it with the samples that can be recovered"
         ) from error
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error}") from error
+    samples.count_unused(unused)
     advance()
     entries = []
-    with mapped(file) as content:
-        for key, files in group(found).items():
-            label = label_of(files, content, classes)
-            known = -1 if label is None else label
-            images = [member for member in files.values() if member.extension in IMAGE_EXTENSIONS]
-            for image in images:
-                fault = Reason.BAD_LABEL.value if label is None else None
-                entries.append(Entry(key, (file.name, image.offset, image.extension, fault), image.size, known))
-            if not images:
-                first = next(iter(files.values()))
-                entries.append(Entry(key, (file.name, first.offset, first.extension, Reason.MISSING.value), 0, -1))
-    return entries, Counter(m.extension for m in found if m.extension not in (*IMAGE_EXTENSIONS, "cls"))
+    for row, member in zip(samples.table, samples.members, strict=True):
+        unusable = int(row["state"]) if row["state"] >= min(Reason) else None
+        reference = (file.name, int(row["offset"]), member.extension.rpartition(".")[2], unusable)
+        entries.append(Entry(_sample_key(member), reference, int(row["size"]), int(row["label"])))
+    return _ListedShard(entries, samples.class_names, unused)
+
+
+def _sample_key(member: Member) -> str:
+    """The key of an image in new shards: one whose extension is compound keeps that part of its name."""
+    prefix = member.extension.rpartition(".")[0]
+    return f"{member.key}_{prefix.replace('.', '_')}" if prefix else member.key
 
 
 def class_names(directory: Path) -> list[str]:

@@ -18,7 +18,7 @@ from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.indexing import write_index
-from mixmae.trainer.data.shards.scan import members
+from mixmae.trainer.data.shards.members import members
 from tests.helpers import tar_of
 
 SECOND = "000001.tar"
@@ -132,7 +132,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], dict[Kind, int], int]] = {
         -1,
     ),
     "another label": (lambda file: relabel(file, *third(file, "cls")), {Kind.LABEL_CHANGED: 1}, 0),
-    "no number for a label": (lambda file: overwrite(file, third(file, "cls")[0], b"x"), {Kind.BAD_LABEL: 1}, 0),
+    "no class for a label": (lambda file: overwrite(file, third(file, "cls")[0], b"\xff"), {Kind.BAD_LABEL: 1}, 0),
     "compressed": (compress, {Kind.TAR: 1}, 0),
 }
 
@@ -212,9 +212,8 @@ ONE, TWO, THREE = (some_jpeg(seed) for seed in range(3))
         ({"a.jpg": ONE, "b.jpg": b"no image"}, {Kind.NOT_AN_IMAGE: 1}, {"a"}),
         ({"a.jpg": ONE, "b.jpg": TWO[:-200]}, {Kind.DAMAGED: 1}, {"a"}),
         ({"a.jpg": ONE, "b.cls": b"1", "b.json": b"{}"}, {Kind.MISSING: 1}, {"a"}),
-        ({"a.jpg": ONE, "a.cls": b"1", "b.jpg": TWO, "b.cls": b"two"}, {Kind.BAD_LABEL: 1}, {"a"}),
-        ({"a.jpg": ONE, "a.cls": b"1", "b.jpg": TWO, "b.cls": b"2"}, {Kind.BAD_LABEL: 1}, {"a"}),
-        ({"a.jpg": ONE, "a.cls": b"1", "b.jpg": TWO, "b.cls": b"-1"}, {Kind.BAD_LABEL: 1}, {"a"}),
+        ({"a.jpg": ONE, "a.cls": b"1", "b.jpg": TWO, "b.cls": b"2"}, {Kind.BAD_LABEL: 1}, {"a", "b"}),
+        ({"a.jpg": ONE, "a.cls": b"1", "b.jpg": TWO, "b.cls": b"\xff"}, {Kind.BAD_LABEL: 1}, {"a", "b"}),
     ],
 )
 def test_samples_that_cannot_be_used(
@@ -222,14 +221,14 @@ def test_samples_that_cannot_be_used(
 ) -> None:
     foreign(tmp_path, {**files, "a.txt": b"kept"})
     (tmp_path / "index.json").write_text(json.dumps({"format": 1, "classes": ["x", "y"]}))
-    assert found(tmp_path) == {Kind.INDEX: 1, **expected}
+    assert found(tmp_path) == {Kind.INDEX: 1, Kind.UNUSED: 1 + ("b.json" in files), **expected}
     assert main(["check", str(tmp_path), "--repair", "--jobs", "1"]) == 0
     index = open_index(tmp_path)
     assert index.classes == ("x", "y")
     samples = list(webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False))
     assert {s["__key__"] for s in samples} == left
     assert (samples[0]["jpg"], samples[0]["txt"], samples[0].get("cls")) == (ONE, b"kept", files.get("a.cls"))
-    assert found(tmp_path) == {}
+    assert found(tmp_path) == {Kind.UNUSED: 1}
 
 
 def test_a_lost_label_is_not_taken_for_none(tmp_path: Path) -> None:
@@ -238,8 +237,10 @@ def test_a_lost_label_is_not_taken_for_none(tmp_path: Path) -> None:
     flip(file, places(file)["b.cls"][0] - 512)
     assert found(tmp_path) == {Kind.INDEX: 1, Kind.TAR: 1}
     assert main(["check", str(tmp_path), "--repair", "--jobs", "1"]) == 0
-    assert set(samples_of(open_index(tmp_path))) == {"a", "c"}
-    assert json.loads((tmp_path / "repair.jsonl").read_text().splitlines()[1])["reason"] == "label lost"
+    assert samples_of(open_index(tmp_path)) == {"a": (ONE, 1), "b": (TWO, -1), "c": (THREE, 0)}
+    head, line = map(json.loads, (tmp_path / "repair.jsonl").read_text().splitlines())
+    assert (head["kept"], head["lost"], head["lost_labels"]) == (3, 0, 1)
+    assert line == {"shard": "0.tar", "sample": "b.jpg", "reason": "label lost"}
 
 
 def test_a_key_twice_in_a_shard_becomes_two_keys(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.trainer.data.faults import JPEG, PILLOW, Reason
-from mixmae.trainer.data.shards.scan import DamagedTarError, Member, members, parse_label, recover_members, scan_shard
+from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED
+from mixmae.trainer.data.shards.labels import LabelCodes
+from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
+from mixmae.trainer.data.shards.scan import scan_shard
 from tests.helpers import tar_of
 
 FILES = {
@@ -68,9 +71,9 @@ def test_tables_hold_one_row_a_sample(tmp_path: Path) -> None:
         "d.cls": b"0",
         "e.webp": b"",
     }
-    file = write(tmp_path, tar_of(files | {"f.png": b"F", "f.cls": b"7", "g.png": b"G", "g.cls": b"x"}))
-    states = {b"A": JPEG, b"B": PILLOW, b"C": JPEG, b"": Reason.EMPTY}
-    shard, table = scan_shard(file, states.__getitem__, classes=3)
+    file = write(tmp_path, tar_of(files | {"f.png": b"F", "f.cls": b"7", "g.png": b"G", "g.cls": b"w"}))
+    states = {b"A": JPEG, b"B": PILLOW, b"C": JPEG, b"": Reason.EMPTY, b"F": JPEG, b"G": PILLOW}
+    shard, table, names, _ = scan_shard(file, states.__getitem__, classes=("x", "y", "z"))
     content = file.read_bytes()
     assert shard == ("0.tar", 7, len(content), hashlib.sha256(content).hexdigest())
     assert [content[row["offset"] : row["offset"] + row["size"]] for row in table] == [
@@ -82,19 +85,35 @@ def test_tables_hold_one_row_a_sample(tmp_path: Path) -> None:
         b"F",
         b"G",
     ]
-    assert table["label"].tolist() == [2, 1, -1, 0, -1, -1, -1]
+    assert table["label"].tolist() == [2, 1, -1, 0, -1, INVALID_LABEL, INVALID_LABEL - 1]
+    assert names == ["w"]
     assert table["state"].tolist() == [
-        JPEG, PILLOW, JPEG, Reason.MISSING, Reason.EMPTY, Reason.BAD_LABEL, Reason.BAD_LABEL
+        JPEG, PILLOW, JPEG, Reason.MISSING, Reason.EMPTY, JPEG, PILLOW
     ]  # fmt: skip
     assert table["hash"][0] == xxhash.xxh3_64_intdigest(b"A")
 
 
 @pytest.mark.parametrize(
     ("text", "classes", "label"),
-    [(b"3", 0, 3), (b"3", 3, None), (b"-1", 0, None), (b"2147483648", 0, None), (b"", 0, None), (b"1.0", 0, None)],
+    [
+        (b"3", [], 3),
+        (b" 3\n", [], 3),
+        (b"3", ["a", "b", "c"], INVALID_LABEL),
+        (b"b\n", ["a", "b", "c"], 1),
+        (b"-1", [], UNLABELLED),
+        (b"", [], UNLABELLED),
+        (b" \n", [], UNLABELLED),
+        (b"-2", [], INVALID_LABEL),
+        (b"2147483648", [], INVALID_LABEL),
+        (b"1.0", [], INVALID_LABEL),
+        (b"\xff\xfe", [], INVALID_LABEL),
+        (b"two\nlines", [], INVALID_LABEL),
+        (b"x" * 1000, [], INVALID_LABEL),
+        ("größe".encode(), [], INVALID_LABEL - 1),
+    ],
 )
-def test_labels_are_class_numbers(text: bytes, classes: int, label: int | None) -> None:
-    assert parse_label(text, classes) == label
+def test_labels_are_numbers_or_names(text: bytes, classes: list[str], label: int) -> None:
+    assert LabelCodes(classes).encode(text) == label
 
 
 @pytest.mark.parametrize(
@@ -120,7 +139,7 @@ def test_damaged_tars_are_found(damage: object, message: str, tmp_path: Path) ->
 
 
 def test_an_empty_tar_is_whole(tmp_path: Path) -> None:
-    shard, table = scan_shard(write(tmp_path, tar_of({})), lambda image: JPEG)
+    shard, table, *_ = scan_shard(write(tmp_path, tar_of({})), lambda image: JPEG)
     assert (shard.samples, len(table)) == (0, 0)
 
 

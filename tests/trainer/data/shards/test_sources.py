@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -7,8 +8,9 @@ import pytest
 from PIL import Image
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.faults import UnusableError
+from mixmae.trainer.data.faults import PILLOW, UnusableError
 from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.sources import Source, open_source, unique
 from tests.helpers import tar_of
 
@@ -35,7 +37,11 @@ def test_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     source = open_source(str(tmp_path))
     assert source.classes == ["a cat", "dog", "v1.0"]
     assert labels(source) == {"a cat/x/1_v2": 0, "a cat/x/1_v2-2": 0, "dog/1": 1, "v1.0/k__x": 2}
-    assert "1 files are no jpg, jpeg, png, webp and stay behind: 1 .txt" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines() == [
+        "not used: 3 hidden files or folders: __MACOSX, ._1.png, .ipynb_checkpoints",
+        "not used: 1 .txt files: empty/notes.txt",
+        "not used: 1 folders without images: empty",
+    ]
     for entry in source.entries:
         extension, content = source.read(entry)
         assert content == Path(source.locate(entry)).read_bytes()
@@ -70,6 +76,8 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         ("l.csv", '\ufefflabel,path\r\ncat,x/1.png\r\n"a, dog",x/2.png\r\n', {"x/1": 1, "x/2": 0}, ["a, dog", "cat"]),
         ("l.csv", "path\nx/1.png\nx/1.png\n", {"x/1": -1, "x/1-2": -1}, []),
         ("l.CSV", "path,label\nx/1.png,\n", {"x/1": -1}, []),
+        ("l.csv", "path,label\nx/1.png,\nx/2.png,7\n", {"x/1": -1, "x/2": 7}, []),
+        ("l.csv", "path,label\nx/1.png,cat\nx/2.png,-1\n", {"x/1": 0, "x/2": -1}, ["cat"]),
         ("l.jsonl", '{"path": "x/1.png", "label": 2}\n\n{"label": "0", "path": "x/2.png"}', {"x/1": 2, "x/2": 0}, []),
         (
             "l.jsonl",
@@ -113,11 +121,11 @@ def test_lists_may_name_absolute_paths(tmp_path: Path) -> None:
         ("l.csv", "path,label\n,1\n", "line 2: path ''"),
         ("l.csv", 'path\n"x/1.png\n', "line 2: unexpected end"),
         ("l.csv", "path,label\nx/1.png,1\nx/2.png,1\n", r"line 3: .*2\.png does not exist"),
-        ("l.csv", "path,label\nx/1.png,1\nx/1.png,-1\n", "line 3: label -1; expected a whole number, 0 or more"),
+        ("l.csv", "path,label\nx/1.png,1\nx/1.png,-2\n", "line 3: label -2; expected a whole number, 0 or more, or -1"),
         ("l.csv", "path,label\nx/1.png,1.5\n", r"line 2: label 1\.5"),
         ("l.csv", "path,label\nx/1.png,2147483648\n", "line 2: label 2147483648"),
         ("l.csv", "path,label\nx/1.png,1\nx/1.png,cat\n", "line 3 has a name \\(cat\\), line 2 has a number"),
-        ("l.csv", "path,label\nx/1.png,1\nx/1.png,\n", "line 3 has no label, line 2 has a number"),
+        ("l.csv", "path\nx\n", "line 2: .*/x is not a regular file"),
         ("l.csv", "path\nnotes.txt\n", "line 2: notes.txt is no jpg"),
         ("l.jsonl", "\n\n", "lists no images"),
         ("l.jsonl", '{"path": "x/1.png"}\n{', "line 2: not JSON"),
@@ -177,12 +185,14 @@ def test_faults_of_shards_are_found_when_their_samples_are_read(
             found[entry.key] = (entry.label, error.reason.label)
     assert found == {
         "a": (0, "A"),
-        "b": (-1, "bad label"),
-        "c": (-1, "missing"),
+        "b": (-1, "B"),
+        "c": (1, "missing"),
         "d": (-1, ""),
         "a-2": (-1, "C"),
     }
-    assert capsys.readouterr().err == "1 members that are neither image nor label stay behind: .json\n"
+    unused, unlabelled = capsys.readouterr().err.splitlines()
+    assert unused.startswith("not used: 1 .json files of samples without an image (.jpg, ")
+    assert unlabelled == "unlabelled: 1 images with a label that is no class: b"
 
 
 def test_damaged_shards_are_no_source(shards: Path, tmp_path: Path) -> None:
@@ -194,18 +204,70 @@ def test_damaged_shards_are_no_source(shards: Path, tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["nothing", "empty", "mixed", "url", "pipe"])
+@pytest.mark.parametrize("kind", ["nothing", "empty", "url", "pipe"])
 def test_what_is_no_source_is_explained(kind: str, tmp_path: Path) -> None:
     messages = {
         "nothing": "does not exist; expected a folder",
         "empty": "holds no images",
-        "mixed": "beside class folders",
         "url": "is a URL",
         "pipe": "is a URL",
     }
-    if kind == "mixed":
-        add_image(tmp_path / "1.png")
-        add_image(tmp_path / "cat" / "1.png")
     location = {"nothing": str(tmp_path / "x"), "url": "s3://bucket/x", "pipe": "pipe:cat {}"}.get(kind, str(tmp_path))
     with pytest.raises(UsageError, match=messages[kind]):
         open_source(location)
+
+
+def test_images_beside_class_folders_are_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("1.png", "cat/1.png", "dog/1.png"):
+        add_image(tmp_path / name)
+    source = open_source(str(tmp_path))
+    assert (labels(source), source.classes) == ({"1": -1, "cat/1": 0, "dog/1": 1}, ["cat", "dog"])
+    assert capsys.readouterr().err == "unlabelled: 1 images beside class folders: 1.png\n"
+
+
+def test_links_in_folders_are_followed_and_circles_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "set"
+    for name in ("real/cat/1.jpg", "real/cat/sub/2.jpg", "set/dog/3.jpg", "elsewhere/4.jpg"):
+        add_image(tmp_path / name)
+    (root / "cat").symlink_to(tmp_path / "real" / "cat")
+    (root / "dog" / "4.jpg").symlink_to(tmp_path / "elsewhere" / "4.jpg")
+    (root / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "dog" / "round").symlink_to(root)
+    (tmp_path / "real" / "cat" / "back").symlink_to(tmp_path / "real" / "cat")
+    os.mkfifo(root / "dog" / "5.jpg")
+    source = open_source(str(root))
+    assert labels(source) == {"cat/1": 0, "cat/sub/2": 0, "dog/3": 1, "dog/4": 1}
+    assert capsys.readouterr().err.splitlines() == [
+        "not used: 2 links back to a folder that they lie in: back, round",
+        "not used: 1 entries that are neither files nor folders: dog/5.jpg",
+        "cannot be read: 1 links to nothing: dog/gone.jpg",
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_image(tmp_path / "cat" / "1.png")
+    add_image(tmp_path / "dog" / "1.png")
+    scan = os.scandir
+
+    def refuse(folder: Path) -> object:
+        if folder.name == "dog":
+            raise PermissionError(13, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"cannot list the images in .*dog: Permission denied"):
+        open_source(str(tmp_path))
+
+
+def test_other_formats_and_odd_extensions_become_samples(tmp_path: Path) -> None:
+    names = ("a.jfif", "b.jpeg.jpg", "c.GIF", "d.tif", "e.TIFF", "f.bmp", "g.jpe", "h.input.png", "i.ppm")
+    formats = {"jfif": "JPEG", "jpe": "JPEG", "jpg": "JPEG", "tif": "TIFF"}
+    (tmp_path / "set").mkdir()
+    for name in names:
+        extension = name.rpartition(".")[2].lower()
+        Image.new("RGB", (20, 10)).save(tmp_path / "set" / name, formats.get(extension, extension.upper()))
+    index = build_shards(open_source(str(tmp_path / "set")), tmp_path / "out", 10**6, 0, 1).index
+    assert len(index) == len(names)
+    assert (index.samples["state"] <= PILLOW).all()
+    again = build_shards(open_source(str(tmp_path / "out")), tmp_path / "again", 10**6, 0, 1).index
+    assert sorted(again.samples["hash"]) == sorted(index.samples["hash"])

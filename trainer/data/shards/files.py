@@ -1,0 +1,92 @@
+"""The files of a shard directory, opened so that neither a FIFO nor a file that shrinks stops a reader."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mixmae.trainer.data.index import INDEX, SAMPLES
+from mixmae.trainer.data.shards.unused import Unused
+
+SKIPPED, REPAIRS = "skipped.jsonl", "repair.jsonl"
+_OWN_FILES = (INDEX, SAMPLES, SKIPPED, REPAIRS, "left-out.jsonl")
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:
+    """What is called `*.tar` in a directory, sorted; counts everything else but the project's own files as unused."""
+    entries = sorted(directory.iterdir())
+    for entry in entries if unused is not None else ():
+        name = entry.name
+        if entry.suffix == ".tar" or name in _OWN_FILES or name.startswith(".") or ".tar.damaged" in name:
+            continue
+        if entry.is_dir():
+            unused.add("subdirectories of the shard directory", name)  # type: ignore[union-attr]
+        else:
+            unused.add("files of the shard directory that are not called *.tar", name)  # type: ignore[union-attr]
+    return [entry for entry in entries if entry.suffix == ".tar" and not entry.name.startswith(".")]
+
+
+def total_size(files: list[Path]) -> int:
+    """Bytes of all files together; 0 for one that is not there."""
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Opens a file for reading, without waiting for a FIFO's writer.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise OSError(f"{file} is {_KINDS.get(kind, 'not a regular file')}, expected a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+class ShardBytes:
+    """A file's bytes, read by slices. A memory map would kill the process if the file were truncated meanwhile."""
+
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self._file, self._stream = file, stream
+        self._size = os.fstat(stream.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        """
+        Raises:
+            OSError: the file was truncated since it was opened, or cannot be read.
+        """
+        start, end, _ = part.indices(self._size)
+        parts = []
+        while start < end:
+            found = os.pread(self._stream.fileno(), end - start, start)
+            if not found:
+                raise OSError(f"{self._file} was truncated at byte {start} while it was read")
+            parts.append(found)
+            start += len(found)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def blocks(self, size: int = 2**20) -> Iterator[bytes]:
+        """The whole file, in blocks."""
+        for start in range(0, self._size, size):
+            yield self[start : start + size]
+
+
+@contextmanager
+def shard_bytes(file: Path) -> Iterator[ShardBytes]:
+    """Opens a shard's bytes. Raises OSError as `open_regular`."""
+    with open_regular(file) as stream:
+        yield ShardBytes(file, stream)

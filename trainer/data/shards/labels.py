@@ -1,0 +1,81 @@
+"""Labels of samples: class numbers, class names, or none. They never decide whether an image can be used."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
+
+_FIRST_NAME = INVALID_LABEL - 1
+"""Code of the first class name of a shard; those of its further names are below it."""
+_NUMBER = re.compile(r"[+-]?[0-9.]+")
+_LONGEST_NAME = 200
+
+
+class LabelCodes:
+    """Numbers labels as the index does, and class names by codes of their own until those of all shards are known."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        """
+        Args:
+            classes: names of the labels 0, 1, ... as far as they are known; numbers outside of them are invalid. None
+                are known: any number is fine.
+        """
+        self._numbers = {name: number for number, name in enumerate(classes)}
+        self._bound = len(classes) or 2**31
+        self._codes: dict[str, int] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Class names that are not known, in the order of their codes."""
+        return list(self._codes)
+
+    def encode(self, text: bytes) -> int:
+        """A label: its number, UNLABELLED for an empty text or -1, INVALID_LABEL, or the code of a class name."""
+        try:
+            number = int(text)
+        except ValueError:
+            return self._encode_name(text)
+        if number == UNLABELLED or 0 <= number < self._bound:
+            return number
+        return INVALID_LABEL
+
+    def _encode_name(self, text: bytes) -> int:
+        try:
+            name = text.decode().strip()
+        except UnicodeDecodeError:
+            return INVALID_LABEL
+        if not name:
+            return UNLABELLED
+        if name in self._numbers:
+            return self._numbers[name]
+        if not name.isprintable() or len(name) > _LONGEST_NAME or _NUMBER.fullmatch(name):
+            return INVALID_LABEL
+        return self._codes.setdefault(name, _FIRST_NAME - len(self._codes))
+
+
+def resolve_names(tables: Sequence[Table], names: Sequence[Sequence[str]], classes: Sequence[str]) -> list[str]:
+    """Replaces the codes of class names in tables by class numbers, in place; returns all class names.
+
+    New names get the numbers after those of `classes`, sorted. Where other labels are numbers and no classes are known,
+    names are invalid: nothing says which numbers they are.
+
+    Args:
+        names: for each table the names that its codes stand for.
+    """
+    new = sorted({name for of_table in names for name in of_table} - set(classes))
+    if not new:
+        return list(classes)
+    if not classes and any((table["label"] >= 0).any() for table in tables):
+        for table in tables:
+            table["label"][table["label"] <= _FIRST_NAME] = INVALID_LABEL
+        return []
+    resolved = [*classes, *new]
+    numbers = {name: number for number, name in enumerate(resolved)}
+    for table, of_table in zip(tables, names, strict=True):
+        codes = table["label"] <= _FIRST_NAME
+        table["label"][codes] = np.array([numbers[name] for name in of_table], dtype="<i4")[
+            _FIRST_NAME - table["label"][codes]
+        ]
+    return resolved

@@ -1,0 +1,46 @@
+"""What a source holds and its samples do not use: counted by reason and named, never passed over in silence."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mixmae.trainer.data.faults import first_names
+
+_EXAMPLES = 3
+
+
+@dataclass
+class Unused:
+    """Counts files that no sample uses. Instances of several processes are merged."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Files by reason, such as `.json files`, that are left out on purpose."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first names of each reason in `counts`."""
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    """Name and reason of each file whose content is not there although its name is."""
+
+    def add(self, reason: str, name: str) -> None:
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(name)
+
+    def add_unreadable(self, reason: str, name: str) -> None:
+        self.unreadable.append((name, reason))
+
+    def merge(self, other: "Unused") -> None:
+        for reason, names in other.examples.items():
+            mine = self.examples.setdefault(reason, [])
+            mine += names[: _EXAMPLES - len(mine)]
+        self.counts.update(other.counts)
+        self.unreadable += other.unreadable
+
+    def lines(self) -> Iterator[str]:
+        """A line for each reason: how many, why, and the first names."""
+        for reason, count in self.counts.most_common():
+            yield f"not used: {count} {reason}: {first_names(self.examples[reason], count=count)}"
+        reasons = Counter(reason for _, reason in self.unreadable)
+        for reason, count in reasons.most_common():
+            names = [name for name, why in self.unreadable if why == reason]
+            yield f"cannot be read: {count} {reason}: {first_names(names)}"
