@@ -32,13 +32,15 @@ class Prometheus:
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self.alerting_since = 0.0
+        """When the rule's alerts were first seen to fire."""
 
     def ask(self, path: str, **parameters: Any) -> Any:
         with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}") as answer:
             return json.load(answer)["data"]
 
-    def query(self, expr: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.ask("query", query=expr)["result"]
+    def query(self, expr: str, at: float | None = None) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("query", query=expr, **({} if at is None else {"time": at}))["result"]
         return found
 
     def query_range(self, expr: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
@@ -64,6 +66,7 @@ def prometheus(
         asked = stack.enter_context(_server(folder))
         wait_until(lambda: [t["health"] for t in asked.ask("targets")["activeTargets"]] == ["up"] * nodes)
         wait_until(lambda: len(asked.query('ALERTS{alertstate="firing"}')) >= len(live))
+        asked.alerting_since = time.time()
         yield asked
 
 
