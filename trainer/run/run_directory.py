@@ -53,11 +53,11 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     if file.is_file():
         require_same_recipe(recipe, yaml.safe_load(file.read_text()), recipe.run_dir)
     if shards.is_file():
-        earlier = json.loads(shards.read_text())
-        if earlier["fingerprint"] != index.fingerprint:
+        difference = index.difference_from_listing(shards)
+        if difference is not None:
             raise UsageError(
                 f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
-                f"{index.first_difference(earlier)}; restore the shards or name another run_dir"
+                f"{difference}; restore the shards or name another run_dir"
             )
 
 
