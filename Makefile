@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-slow drill check dashboards performance wheels bench-gpu clean
+.PHONY: install demo test test-distributed test-services test-slow drill check dashboards performance wheels bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -25,9 +25,22 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/mixmae demo
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+# Tests come in tiers, told apart by pytest's markers (pyproject.toml); a process for each core, a file at a time.
+TIER := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --timeout 900 -m
 
+# Whatever proves numbers and data: no test of these starts several ranks, or needs a program of a Debian package.
+test: $(VENV)/.installed-test
+	$(TIER) "not distributed and not services and not slow"
+
+# Several gloo ranks, and launches on this machine.
+test-distributed: $(VENV)/.installed-test
+	$(TIER) "distributed and not services and not slow"
+
+# As root, with what .ci/run installs: Slurm, sshd, Prometheus, Alertmanager, a browser. What is missing is named.
+test-services: $(VENV)/.installed-test
+	$(TIER) "services and not slow"
+
+# Minutes each: the demo over seeds, Swin-H, faults watched by Prometheus.
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
 
@@ -56,15 +69,13 @@ wheels: $(VENV)/.installed
 	$(BIN)/pip download --dest wheels --only-binary :all: --no-deps --python-version $(WHEELS_PYTHON) \
 		--constraint constraints.txt webdataset simplejpeg xxhash braceexpand hjson py-cpuinfo einops msgpack \
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock \
-		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers
+		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers wrapt
 
-# Installs nothing from outside: into an environment over the machine's own packages, from wheels/. Only files with tests
-# for a GPU are collected, since others need packages that are not there.
+# Installs nothing from outside: beside the machine's own packages, from wheels/. Not into a virtual environment: one
+# made from another does not see what is in that.
 bench-gpu:
-	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	.venv-gpu/bin/pip install --quiet --no-index --no-deps wheels/*.whl
-	.venv-gpu/bin/python -m pytest -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests/models tests/trainer)
-	.venv-gpu/bin/python -m mixmae.trainer.benchmarks.gpu
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu-packages wheels/*.whl
+	PYTHONPATH=.gpu-packages:. $(PYTHON) -m mixmae.trainer.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Starting runs: the command line, backends that start ranks, preflight checks, supervision of ranks."""

@@ -4,10 +4,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 
 COMMANDS = {
     "launch": ("mixmae.launch.commands.launch", "start a pretraining run: on this machine, on hosts, or under Slurm"),
+    "recipes": ("mixmae.launch.commands.recipes", "list the recipes that ship; recipes show NAME prints one"),
     "doctor": (
         "mixmae.launch.commands.doctor",
         "check hosts, network, shards and run directory, from here and from all ranks",
@@ -27,7 +28,10 @@ COMMANDS = {
         "mixmae.trainer.benchmarks.cli",
         "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, scrape",
     ),
-    "demo": ("mixmae.launch.commands.demo", "the whole way on a procedural corpus, in minutes, on a CPU"),
+    "demo": (
+        "mixmae.launch.commands.demo",
+        "build shards, train, export and probe: minutes on a CPU",
+    ),
 }
 
 _HEAD = """usage: mixmae COMMAND ...
@@ -51,7 +55,7 @@ def main() -> int:
     if command not in COMMANDS:
         print(f"mixmae: error: no command {command!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run_in_words(lambda argv: _run(command, argv), rest)
+    return run_cli(lambda argv: _run(command, argv), rest)
 
 
 def _run(command: str, argv: Sequence[str]) -> int:

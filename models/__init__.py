@@ -1,6 +1,7 @@
-"""What is learned: mixing, encoders, decoder and loss. Importing it registers the encoders with timm."""
+"""What is learned: encoders, methods and their parts. Importing it registers the encoders with timm."""
 
+from mixmae.models.encoders import swin
 from mixmae.models.encoders.registry import create_encoder
 from mixmae.models.methods.mixmae import MixMAE
 
-__all__ = ["MixMAE", "create_encoder"]
+__all__ = ["MixMAE", "create_encoder", "swin"]

@@ -1,4 +1,4 @@
-"""The one list of metrics: the exporter, the dashboards, the rules and the table in docs/metrics.md are made from it.
+"""The list of all metrics, from which the exporter and docs/metrics.md are made and dashboards and rules checked.
 
 Names have base units and `_total` where they count. Prometheus adds the labels of the target: `job`, `run`, `node`.
 """
@@ -19,7 +19,7 @@ class Kind(StrEnum):
 
 
 class Source(StrEnum):
-    """Who knows a value, and so how many series there are."""
+    """Which process exports a metric, and so how many series there are."""
 
     RANK = "rank"
     """Every rank its own: labelled by rank."""
@@ -36,10 +36,10 @@ class Metric(NamedTuple):
     source: Source
     help: str
     labels: tuple[str, ...] = ()
-    """Beside `rank` of what every rank knows."""
+    """Beside `rank`, which every metric of a rank has."""
     unit: str = ""
     states: tuple[str, ...] = ()
-    """Values of its one label, of which one holds: 1 for that, 0 for the others."""
+    """A state set: values of its one label, 1 for the present one and 0 for the others."""
 
     @property
     def full_name(self) -> str:
@@ -54,9 +54,9 @@ class Metric(NamedTuple):
 STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Seconds. Powers of ten in thirds: any step time falls into a bucket at most 2.5 times as wide as its lower end."""
 RESULTS = ("found", "fetched")
-"""What becomes of a wanted block: it is in the node's cache, or comes over the network."""
+"""A block is found in the node's cache, or fetched over the network."""
 ENDS = ("preempted", "failed", "killed", "finished")
-"""How an attempt at a run can end; one that did not say how was killed."""
+"""How an attempt at a run can end; one without a record of its end was killed."""
 
 _C, _G, _H = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
 _R, _M, _N = Source.RANK, Source.MAIN, Source.NODE
@@ -69,10 +69,10 @@ METRICS = (
     Metric("step", _G, _R, "Optimizer step of the run that this rank finished last"),
     Metric("alive_timestamp_seconds", _G, _R, "When this rank's process last ran, whatever it waits for",
            unit="seconds"),
-    Metric("rank_part", _G, _R, "Whether this rank is at a part of a step: 1 for the one that it is at", ("part",),
+    Metric("rank_part", _G, _R, "Phase that this rank is in: 1 for that one, 0 for the others", ("part",),
            states=PHASES),
-    Metric("parts_total", _C, _R, "Parts of steps that this rank came to since its process started: all ranks come"
-           " to the same ones"),
+    Metric("parts_total", _C, _R, "Phases of steps that this rank began since its process started; all ranks begin"
+           " the same ones"),
     Metric("world_size", _G, _M, "Ranks of the run"),
     Metric("target_steps", _G, _M, "Optimizer steps of the whole run"),
     Metric("epoch", _G, _M, "Epochs of data seen, with the position in the present one as a fraction"),
@@ -85,7 +85,7 @@ METRICS = (
            ("reason",)),
     # speed
     Metric("step_seconds", _H, _R, "Time from the end of one step to the end of the next", unit="seconds"),
-    Metric("step_part_seconds", _H, _R, "Time of the parts of a step", ("part",), "seconds"),
+    Metric("step_part_seconds", _H, _R, "Time of the phases of a step", ("part",), "seconds"),
     Metric("images_per_second", _G, _M, "Images of the whole run per second since the last logged step"),
     Metric("model_flops_per_second", _G, _M, "Operations of the model per second, without recomputation"),
     Metric("mfu_ratio", _G, _M, "Share of the devices' peak that the model's operations reach", unit="ratio"),
@@ -96,6 +96,7 @@ METRICS = (
     Metric("gradient_norm", _G, _M, "Norm of the gradient before clipping, at the last logged step"),
     Metric("learning_rate", _G, _M, "Learning rate of the last logged step"),
     Metric("weight_decay", _G, _M, "Weight decay of the parameters that have one"),
+    Metric("evaluation", _G, _M, "What the task measured at its last evaluation", ("metric",)),
     Metric("skipped_steps_total", _C, _M, "Steps that this process skipped because a loss or gradient was not finite"),
     # memory
     Metric("device_memory_allocated_bytes", _G, _R, "Memory of the device in use", unit="bytes"),
@@ -122,7 +123,7 @@ METRICS = (
     Metric("node_memory_total_bytes", _G, _N, "Host memory", unit="bytes"),
     Metric("run_dir_free_bytes", _G, _N, "Free space where the run directory is", unit="bytes"),
     Metric("run_dir_size_bytes", _G, _N, "Size of the file system of the run directory", unit="bytes"),
-    Metric("shm_free_bytes", _G, _N, "Free shared memory, through which workers hand over batches", unit="bytes"),
+    Metric("shm_free_bytes", _G, _N, "Free shared memory, through which data workers pass batches", unit="bytes"),
     Metric("gpu_utilization_ratio", _G, _N, "Share of time in which the GPU computed", ("gpu",), "ratio"),
     Metric("gpu_power_watts", _G, _N, "Power that the GPU draws", ("gpu",), "watts"),
     Metric("gpu_temperature_celsius", _G, _N, "Temperature of the GPU", ("gpu",), "celsius"),

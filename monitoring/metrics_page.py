@@ -11,10 +11,10 @@ from mixmae.monitoring.metrics import ENDS, METRICS, PREFIX, RESULTS, STEP_BUCKE
 
 GROUPS = {
     Source.RANK: ("Of every rank", "Labelled by `rank`.", "per rank"),
-    Source.MAIN: ("Of the run", "Told by the main rank alone: one of each run.", "per run"),
-    Source.NODE: ("Of every node", "Told by the exporter of each node.", "per node"),
+    Source.MAIN: ("Of the run", "Exported by the main rank alone: one of each run.", "per run"),
+    Source.NODE: ("Of every node", "Exported once per node.", "per node"),
 }
-OPERATIONS, REASONS = 6, 12
+OPERATIONS, REASONS, EVALUATION_METRICS = 6, 12, 16
 VALUES = {
     "step_part_seconds": len(STEP_PHASES),
     "rank_part": len(PHASES),
@@ -23,6 +23,7 @@ VALUES = {
     "communication_bytes_total": OPERATIONS,
     "communication_seconds_total": OPERATIONS,
     "replaced_samples_total": REASONS,
+    "evaluation": EVALUATION_METRICS,
 }
 """At most so many values of a metric's label, whatever the size of the run."""
 PER_HISTOGRAM = len(STEP_BUCKETS) + 3
@@ -84,16 +85,16 @@ def _total() -> str:
     return f"""    series <= {of[Source.MAIN]} + {of[Source.NODE]} x nodes + {of[Source.RANK]} x ranks
 
 with {GPUS} GPUs a node: {sizes}. Counted are
-{len(STEP_PHASES)} parts of a step, {REASONS} reasons and {OPERATIONS} operations; only reasons and
-operations that occurred have series.
+{len(STEP_PHASES)} phases of a step, {REASONS} reasons, {OPERATIONS} operations and {EVALUATION_METRICS} metrics
+of an evaluation; only those that occurred have series.
 Dashboards never draw a line for each rank: they show quantiles, heatmaps and the {LINES} worst.
 """
 
 
 def _group(source: Source) -> Iterator[str]:
-    title, told, each = GROUPS[source]
+    title, exported, each = GROUPS[source]
     shown = _where_shown()
-    yield f"## {title}\n\n{told}\n"
+    yield f"## {title}\n\n{exported}\n"
     yield f"| Metric | Kind | Unit | Labels | Series {each} | Meaning | Dashboards |"
     yield "| --- | --- | --- | --- | ---: | --- | --- |"
     for metric in METRICS:

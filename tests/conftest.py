@@ -1,3 +1,4 @@
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -7,13 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
+from tests import helpers
 
 pytest_plugins = ["tests.cluster.fixtures"]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Beside the workers of pytest-xdist, which take a core each.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# A machine may be busy.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,6 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the tests and all that they start put what is temporary: processes that are killed leave it behind."""
+    multiprocessing.util.get_temp_dir()  # made before, since multiprocessing removes its own when all is over
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(folder))
@@ -35,6 +43,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "shards"
     build_shards(Synthetic(54, 72, seed=0), out, shard_bytes=60_000, seed=0, jobs=1)
     return out
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    helpers.markers = {marker.name for marker in item.iter_markers()}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

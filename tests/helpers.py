@@ -13,19 +13,30 @@ import pytest
 from mixmae.trainer.benchmarks import ranks
 from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from tests.warm import start_method
 
 ROOT = Path(__file__).parents[1]
 """Of the checkout."""
 RANKS_TIMEOUT = 600
+markers: set[str] | None = None
+"""Of the test that runs, by which it belongs to a tier; None outside of tests."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """What each rank's `function(ranks, *args)` returned; a rank that hangs fails."""
-    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT)
+    if world_size > 1:
+        is_marked("distributed", "slow")
+    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT, start_method=start_method())
+
+
+def is_marked(*names: str) -> None:
+    """Fails a test that has none of these markers, and so runs in a tier that it does not belong to."""
+    assert markers is None or markers.intersection(names), f"mark this test with pytest.mark.{names[0]}"
 
 
 def needs_jpegtran() -> None:
     """Skips a test where jpegtran is missing; fails it in CI, which installs it."""
+    is_marked("services")
     if shutil.which("jpegtran") is None:
         lacks("needs the program jpegtran: apt-get install libjpeg-turbo-progs")
 
@@ -49,15 +60,15 @@ def tar_of(files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
 def tiny_recipe(**changes: Any) -> Recipe:
     """A recipe that trains in seconds: 64 px images, four cells, a few thousand parameters. Keys are dotted paths."""
     content: dict[str, Any] = {
-        "model": {
-            "encoder": "mixmae_swin_nano",
+        "encoder": {
+            "name": "mixmae_swin_nano",
             "img_size": 64,
-            "num_images": 2,
-            "decoder_dim": 16,
-            "decoder_depth": 1,
-            "decoder_num_heads": 2,
-            "sizes": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": [4, 4, 4, 2]},
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 2, 2],
+            "window_size": [4, 4, 4, 2],
         },
+        "method": {"num_images": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
         "data": {"num_workers": 0},
         "train": {"duration": "8 steps", "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
         "optim": {"base_lr": 3e-2, "warmup": "2 steps"},

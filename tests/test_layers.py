@@ -21,7 +21,6 @@ ALLOWED = {
         "mixmae.base",
         "mixmae.trainer.recipe",
         "mixmae.trainer.doctor.protocol",
-        "mixmae.trainer.checkpoints.layout",
     ),
 }
 # What login nodes need.
@@ -31,7 +30,6 @@ WITHOUT_TORCH = (
     "mixmae.launch",
     "mixmae.trainer.recipe",
     "mixmae.trainer.doctor.protocol",
-    "mixmae.trainer.checkpoints.layout",
 )
 HEAVY = {"torch", "deepspeed", "timm", "torchvision", "fairscale", "webdataset", "numpy"}
 

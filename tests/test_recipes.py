@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmae.trainer.engine.engine import build_model, deepspeed_config
-from mixmae.trainer.engine.optimizer import build_schedule
+from mixmae.trainer.engine.engine import deepspeed_config
+from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.loading import load_recipe
+from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import ROOT
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -18,7 +19,7 @@ def test_recipe(file: Path) -> None:
     recipe = load_recipe(file)
     with torch.device("meta"):
         model = build_model(recipe)
-    assert model.grid == (recipe.model.img_size // 32,) * 2
+    assert model.grid == (recipe.encoder.img_size // 32,) * 2
     assert build_schedule(recipe, 1_281_167).total_steps > 0
     command = file.read_text().splitlines()[0]
     assert command.startswith(("# mixmae launch ", "# make "))

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 def test_what_the_demo_learned_is_worth_having(tmp_path: Path, seed: int) -> None:
     command = [sys.executable, "-m", "mixmae.launch.cli", "demo", "--out", str(tmp_path / "demo"), "--seed", str(seed)]
     subprocess.run(command, cwd=ROOT, check=True)
-    found = json.loads((tmp_path / "demo" / "probe.json").read_text())
+    found = json.loads((tmp_path / "demo" / "encoder" / "probe.json").read_text())
     assert found["pretrained"]["linear"] > found["untrained"]["linear"] + 0.2
     assert found["pretrained"]["knn"] > found["untrained"]["knn"] + 0.05
 
@@ -26,7 +26,7 @@ def test_what_the_demo_learned_is_worth_having(tmp_path: Path, seed: int) -> Non
 def test_swin_huge_takes_steps_with_fewer_pixels(shards: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "mixmae.trainer.train", "configs/pretrain/swin_huge.yaml", f"data.shards={shards}",
-         f"run_dir={tmp_path / 'run'}", "model.img_size=64", "model.sizes.window_size=[16,8,4,2]", "model.num_images=2",
+         f"run_dir={tmp_path / 'run'}", "encoder.img_size=64", "encoder.window_size=[16,8,4,2]", "method.num_images=2",
          "data.num_workers=0", "train.global_batch=2", "train.micro_batch=2", "train.duration=3 steps",
          "optim.warmup=1 step", "checkpoint.every=1000 steps", "log.every=1", "log.pictures=null"],
         cwd=ROOT, check=True,

@@ -5,30 +5,28 @@ life: what notes the one and gives the other comes first.
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import begin_heartbeat
+from mixmae.base.logs import set_up_logging
 from mixmae.base.signals import StopRequest
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae.trainer.train", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_base_w14.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted overrides, such as train.micro_batch=64"
-    )
+    add_recipe(parser)
     parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # deepspeed's launcher passes it; the environment has it too
     args = parser.parse_args(argv)
     stop = StopRequest()
+    set_up_logging()
     heartbeat = begin_heartbeat(os.environ)
     recipe = load_recipe(args.recipe, args.overrides)
 
@@ -38,15 +36,14 @@ def main(argv: Sequence[str]) -> int:
     ranks = read_ranks(os.environ)
     if args.world_size not in (None, ranks.world_size):
         raise UsageError(
-            f"{ranks.world_size} ranks were started, but --world-size={args.world_size}; look at the hostfile or the "
-            "job's size: this is no smaller run"
+            f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start: check the hostfile or "
+            "the job's size"
         )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return pretrain(recipe, ranks, stop, heartbeat)
 
 
 if __name__ == "__main__":
-    code = run_in_words(main, sys.argv[1:])
+    code = run_cli(main, sys.argv[1:])
     if "torch" in sys.modules:
         from mixmae.trainer.engine.distributed import leave
 

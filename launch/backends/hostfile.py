@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends.environment import environment_file, for_pdsh, handed_on
-from mixmae.launch.backends.hosts import Hosts
-from mixmae.launch.backends.job import Attempt, Command, Job
+from mixmae.launch.backends.hostfile_parser import HostSlots
+from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec
+from mixmae.launch.backends.remote_environment import environment_file, exported_variables, quote_for_pdsh
 from mixmae.launch.supervision.supervisor import TOKEN
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
-_CONNECT_SECONDS, _SWEEP_SECONDS = 5, 20
+_CONNECT_SECONDS, _COMMAND_SECONDS = 5, 20
 _ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-"""Ends ssh to a host that went out of reach; nothing else would, whatever becomes of the run."""
+"""Ends ssh to a host that has become unreachable; nothing else would."""
 
 
 @dataclass(frozen=True)
-class OnHosts:
+class HostfileBackend:
     """A rank for each slot of some hosts.
 
     Attributes:
-        address: at which all hosts, and this one, reach the first.
+        address: of the first host, as all hosts and this one reach it.
     """
 
-    hosts: Hosts
+    hosts: HostSlots
     address: str
     ssh_port: int | None = None
 
@@ -40,22 +40,22 @@ class OnHosts:
     def ranks(self) -> int:
         return self.hosts.ranks
 
-    def command(self, job: Job, attempt: Attempt, environment: Mapping[str, str]) -> Command:
-        """What starts the ranks.
+    def command(self, job: JobSpec, attempt: Attempt, environment: Mapping[str, str]) -> Command:
+        """The command that starts the ranks.
 
-        DeepSpeed gets a hostfile and a file of environment variables of ours, so that it starts what was read and
-        checked here, and the user's own files stay as they are.
+        DeepSpeed gets a hostfile and a file of environment variables that we write, so that it starts what was checked
+        here; the user's own files are left alone.
 
         Args:
             environment: this process's.
 
         Raises:
-            UsageError: the working directory, Python or a variable cannot be handed to a shell on other hosts.
+            UsageError: the working directory, Python or a variable cannot be passed to a shell on other hosts.
         """
         here = str(Path.cwd())
         _require_plain("working directory", here)
         _require_plain("Python", sys.executable)
-        variables = {**handed_on(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
+        variables = {**exported_variables(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [here, variables.get("PYTHONPATH")]))
         folder = attempt.folder(job.run_dir).absolute()
         hostfile, exports = folder / "hostfile", folder / "environment"
@@ -66,7 +66,7 @@ class OnHosts:
         ssh = ["--ssh_port", str(self.ssh_port)] if self.ssh_port is not None else []
         rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
         return Command(
-            [*runner, *where, *ssh, "--module", "mixmae.launch.supervision.rank", *map(for_pdsh, rank)],
+            [*runner, *where, *ssh, "--module", "mixmae.launch.supervision.rank", *map(quote_for_pdsh, rank)],
             {
                 "DS_ENV_FILE": str(exports),
                 "PDSH_SSH_ARGS_APPEND": f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {_ALIVE}",
@@ -77,19 +77,19 @@ class OnHosts:
             },
         )
 
-    def sweep(self, attempt: Attempt) -> None:
-        """Ends what a start may have left on hosts where nobody told it of the end."""
-        pattern = f"[-]-attempt {re.escape(attempt.name)}"  # which is not what it looks for in this command itself
+    def kill_leftovers(self, attempt: Attempt) -> None:
+        """Kills what a start may have left running on hosts that did not hear of its end."""
+        pattern = f"[-]-attempt {re.escape(attempt.name)}"  # the brackets keep it from matching this command itself
         ends = [f"pkill -{name} -f -- {shlex.quote(pattern)}" for name in ("TERM", "KILL")]
-        self.everywhere(f"{ends[0]}; sleep 2; {ends[1]}")
+        self.run_on_all_hosts(f"{ends[0]}; sleep 2; {ends[1]}")
 
-    def everywhere(self, command: str) -> None:
-        """Runs a short command of the shell on all hosts that answer; what it says is dropped."""
-        pdsh = ["pdsh", "-t", str(_CONNECT_SECONDS), "-u", str(_SWEEP_SECONDS), "-w", ",".join(self.hosts.slots)]
+    def run_on_all_hosts(self, command: str) -> None:
+        """Runs a short shell command on all hosts that answer; its output is dropped."""
+        pdsh = ["pdsh", "-t", str(_CONNECT_SECONDS), "-u", str(_COMMAND_SECONDS), "-w", ",".join(self.hosts.slots)]
         environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
         if self.ssh_port is not None:
             environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} -p {self.ssh_port}"
-        # Its own complaints are of hosts that are known to be down by now.
+        # Its errors are about hosts that are known to be down by now.
         subprocess.run([*pdsh, command], env=environment, capture_output=True, check=False)
 
 
@@ -99,17 +99,17 @@ def require_pdsh() -> None:
         raise UsageError("pdsh is not on PATH; --hostfile needs it (apt-get install pdsh, dnf install pdsh-rcmd-ssh)")
 
 
-def master_address(hosts: Hosts) -> str:
-    """The address at which all hosts reach the first one, as this host sees it.
+def master_address(hosts: HostSlots) -> str:
+    """The address of the first host, as this host resolves it.
 
     Raises:
-        UsageError: a name is unknown here.
+        UsageError: a name does not resolve here.
     """
     first = _resolve(hosts.first)
     others = [name for name in hosts.slots if name != hosts.first]
     if not ipaddress.ip_address(first).is_loopback or not others:
         return first
-    # This host is the first, and its name is that of its loopback interface: ask the way to the second.
+    # This host is the first, and its name is that of its loopback interface: ask for the route to the second.
     other = _resolve(others[0])
     with socket.socket(socket.AF_INET6 if ":" in other else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((other, 9))  # sends nothing
@@ -121,8 +121,8 @@ def _resolve(name: str) -> str:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise UsageError(
-            f"host {name} of the hostfile is unknown here ({error.strerror}); correct the hostfile, or give the first "
-            "host's address with --master-addr"
+            f"host {name} of the hostfile does not resolve here ({error.strerror}); correct the hostfile, or give the "
+            "first host's address with --master-addr"
         ) from error
 
 

@@ -6,37 +6,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends.job import Attempt, Command, Job
+from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec
 from mixmae.launch.supervision.supervisor import TOKEN
 
 
 @dataclass(frozen=True)
-class Local:
-    """So many ranks here, whatever hostfile this machine has."""
+class LocalBackend:
+    """A number of ranks on this machine, whatever hostfile it has."""
 
     ranks: int
     address = "127.0.0.1"
 
-    def command(self, job: Job, attempt: Attempt, environment: Mapping[str, str]) -> Command:
-        """What starts the ranks.
+    def command(self, job: JobSpec, attempt: Attempt, environment: Mapping[str, str]) -> Command:
+        """The command that starts the ranks.
 
         Args:
-            environment: this process's, for the accelerators that it may use.
+            environment: this process's; CUDA_VISIBLE_DEVICES chooses the accelerators.
 
         Raises:
-            UsageError: fewer accelerators may be used than there are to be ranks.
+            UsageError: it names fewer accelerators than ranks.
         """
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
         here = [*_devices(self.ranks, environment), "--master_port", str(attempt.port), "--no_local_rank"]
         rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
         return Command([*runner, *here, "--module", "mixmae.launch.supervision.rank", *rank], {TOKEN: attempt.secret})
 
-    def sweep(self, attempt: Attempt) -> None:
-        """Nothing: all that was started here ends with the process that started it."""
+    def kill_leftovers(self, attempt: Attempt) -> None:
+        """Nothing to do: processes here end with the one that started them."""
 
 
 def _devices(ranks: int, environment: Mapping[str, str]) -> list[str]:
-    """The runner's options; with a number of accelerators alone it would forget which ones the user chose."""
+    """The runner's options; given a number of accelerators alone it would ignore which ones the user chose."""
     chosen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if not chosen:
         return ["--num_gpus", str(ranks)]

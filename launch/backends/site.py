@@ -1,4 +1,4 @@
-"""What a cluster wants in every job: modules, variables, a container, lines for sbatch; a YAML file."""
+"""The site file, YAML: what every job on a cluster needs: modules, variables, a container, options of sbatch."""
 
 import re
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ from mixmae.trainer.recipe.loading import explain
 from mixmae.trainer.recipe.schema import Section
 
 VARIABLE = "MIXMAE_SITE"
-PLACES = (Path("~/.config/mixmae/site.yaml"), Path("/etc/mixmae/site.yaml"))
-"""Where a site file is looked for, after `--site` and the variable."""
+SEARCH_PATHS = (Path("~/.config/mixmae/site.yaml"), Path("/etc/mixmae/site.yaml"))
+"""Searched in this order, after `--site` and the variable."""
 
 
 def _one_line(text: str) -> str:
@@ -41,18 +41,18 @@ Option = Annotated[str, AfterValidator(_option)]
 
 
 class Container(Section):
-    """How ranks get into a container; one of both, or neither."""
+    """How ranks are started in a container: by one of these, or not at all."""
 
     srun: tuple[Option, ...] = ()
     """Options of srun, as enroot's pyxis has them: --container-image=..., --container-mounts=..."""
     prefix: tuple[Line, ...] = ()
-    """Words before the command: apptainer, exec, --nv, image.sif"""
+    """Prepended to the command: apptainer, exec, --nv, image.sif"""
 
 
 class Site(Section):
     partition: Line | None = None
     account: Line | None = None
-    """Both where the command line names none."""
+    """Defaults for --partition and --account."""
     qos: Line | None = None
     modules: tuple[Line, ...] = ()
     """Loaded in this order, after `module purge`."""
@@ -60,17 +60,17 @@ class Site(Section):
     """Lines of shell, after the modules."""
     environment: Mapping[Name, Line] = Field(default_factory=dict)
     sbatch: tuple[Option, ...] = ()
-    """Further options, one a line."""
+    """Further options, one per line."""
     container: Container = Container()
     python: Line | None = None
     """On the nodes, or in the container; None: the one that runs `mixmae launch`."""
 
 
 def find_site(given: Path | None, environment: Mapping[str, str]) -> Path | None:
-    """The site file: as given, else as the variable names it, else the first of the usual places that exists.
+    """The site file: as given, else as the variable names it, else the first of `SEARCH_PATHS` that exists.
 
     Raises:
-        UsageError: the one that is named does not exist.
+        UsageError: the file that is named does not exist.
     """
     named = given or (Path(environment[VARIABLE]) if environment.get(VARIABLE) else None)
     if named is not None:
@@ -78,14 +78,14 @@ def find_site(given: Path | None, environment: Mapping[str, str]) -> Path | None
             source = f"--site {named}" if given else f"{VARIABLE}={named}"
             raise UsageError(f"{source}: no such file; docs/launching.md shows one")
         return named
-    return next((place for path in PLACES if (place := path.expanduser()).is_file()), None)
+    return next((file for path in SEARCH_PATHS if (file := path.expanduser()).is_file()), None)
 
 
 def read_site(file: Path | None) -> Site:
-    """The settings of a site file; none of them without a file.
+    """The settings of a site file; all defaults without a file.
 
     Raises:
-        UsageError: it is not YAML, has an unknown key or a value of another kind.
+        UsageError: not YAML, an unknown key or a wrong value.
     """
     if file is None:
         return Site()

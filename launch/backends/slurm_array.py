@@ -1,4 +1,4 @@
-"""Slurm's array jobs: one recipe, many tasks, each with values and a run directory of its own."""
+"""Slurm array jobs: one recipe, many tasks, each with its own values and run directory."""
 
 import re
 from collections.abc import Sequence
@@ -8,17 +8,17 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
-PLACE = "{task}"
-"""In a value on the command line: the number of the array's task."""
+TASK = "{task}"
+"""In a value on the command line: the number of the array task."""
 _PART = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 _MOST = 100_000
 
 
-def tasks(array: str) -> list[int]:
-    """The numbers that `--array` names, such as `0-15%4`, `1,3,5-9:2`.
+def parse_array(array: str) -> list[int]:
+    """The task numbers of `--array`, such as `0-15%4`, `1,3,5-9:2`.
 
     Raises:
-        UsageError: it is not of this form.
+        UsageError: another form.
     """
     listed, percent, at_once = array.partition("%")
     parts = [_PART.fullmatch(part) for part in listed.split(",")]
@@ -34,21 +34,24 @@ def tasks(array: str) -> list[int]:
     return sorted(found)
 
 
-def load_array(file: Path, overrides: Sequence[str], array: str) -> tuple[Recipe, str]:
-    """The recipe of an array's first task, and the run directory with `{task}` where tasks differ.
+def load_array(file: Path, overrides: Sequence[str], array: str) -> tuple[list[Recipe], Path]:
+    """The recipes of an array's tasks, and their run directory with `{task}` where tasks differ.
 
     Raises:
         UsageError: any task's recipe is wrong, or two tasks would write into one run directory.
     """
-    numbers = tasks(array)
-    recipes = [load_recipe(file, [text.replace(PLACE, str(task)) for text in overrides]) for task in numbers]
+    numbers = parse_array(array)
+    recipes = [load_recipe(file, [text.replace(TASK, str(task)) for text in overrides]) for task in numbers]
     owners: dict[Path, int] = {}
     for task, recipe in zip(numbers, recipes, strict=True):
         other = owners.setdefault(recipe.run_dir, task)
         if other != task:
             raise UsageError(
-                f"--array {array}: tasks {other} and {task} would share run_dir={recipe.run_dir}; put {PLACE} into it, "
-                f"such as run_dir={recipe.run_dir}-{PLACE}"
+                f"--array {array}: tasks {other} and {task} would share run_dir={recipe.run_dir}; put {TASK} into it, "
+                f"such as run_dir={recipe.run_dir}-{TASK}"
             )
     named = [text.removeprefix("run_dir=") for text in overrides if text.startswith("run_dir=")]
-    return recipes[0], named[-1] if named else str(recipes[0].run_dir)
+    run_dir = Path(named[-1]) if named else recipes[0].run_dir
+    if str(run_dir).replace(TASK, str(numbers[0])) != str(recipes[0].run_dir):
+        raise UsageError(f"run_dir={run_dir}: expected a plain path with --array, without quotes of YAML")
+    return recipes, run_dir

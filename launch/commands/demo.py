@@ -1,6 +1,7 @@
 """`mixmae demo`: shards, two DeepSpeed ranks, export and probe, each by the command that a user would type."""
 
 import argparse
+import importlib.util
 import json
 import shlex
 import shutil
@@ -11,58 +12,110 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.library import find_recipe
 
-RECIPE = Path("configs/pretrain/demo.yaml")
-OWN = ("shards", "probe-shards", "run", "encoder")
+RECIPE = Path("pretrain/demo")
+MARK = ".made-by-mixmae-demo"
+"""An empty file in every folder that the demo makes. Folders without it are somebody else's, and never removed."""
+FOLDERS = ("shards", "probe-shards", "run", "encoder")
 
 
-def steps(folder: Path, recipe: Path, images: int, seed: int) -> list[list[str]]:
-    """The commands, in order; each is an argument list behind `mixmae`."""
-    shards, probe, run, encoder = (str(folder / name) for name in OWN)
+def steps(folder: Path, recipe: Path, images: int, seed: int, plots: bool) -> list[list[str]]:
+    """The commands, in order; each is an argument list behind `mixmae`.
+
+    Args:
+        plots: whether the loss curve is drawn, which needs the extra `plots`.
+    """
+    shards, probe, run, encoder = (str(folder / name) for name in FOLDERS)
     size = ["--img-size", "96", "--shard-size", "8MB"]
     return [
         ["shards", "synth", shards, "--images", str(images), *size],
         ["shards", "synth", probe, "--images", str(images // 2), "--seed", "1", *size],
         ["launch", str(recipe), "--local", "2", f"run_dir={run}", f"data.shards={shards}", f"seed={seed}"],
         ["export", run, encoder],
-        ["probe", encoder, probe, "--json", str(folder / "probe.json")],
-        ["curves", run, str(folder / "loss.png")],
+        ["probe", encoder, probe, "--json", str(_probe_result(folder))],
+        *([["curves", run, str(_loss_curve(folder))]] if plots else []),
     ]
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if not args.recipe.is_file():
-        raise UsageError(f"{args.recipe} does not exist; run this where the repository's configs/ is, or give --recipe")
-    for name in OWN:  # what an earlier demo left; nothing else in the folder is touched
-        shutil.rmtree(args.out / name, ignore_errors=True)
-    started = time.monotonic()
-    for step in steps(args.out, args.recipe, args.images, args.seed):
-        print(f"\n$ mixmae {shlex.join(step)}", flush=True)
-        code = subprocess.call([sys.executable, "-m", "mixmae.launch.cli", *step])
-        if code:
-            return code
-    print(_summary(args.out, time.monotonic() - started))
+    find_recipe(args.recipe)
+    remove_earlier(args.out)
+    started, plots = time.monotonic(), importlib.util.find_spec("matplotlib") is not None
+    try:
+        (args.out / "run").mkdir(parents=True)
+        for step in steps(args.out, args.recipe, args.images, args.seed, plots):
+            print(f"\n$ mixmae {shlex.join(step)}", flush=True)
+            code = _run(step, args.out)
+            if code:
+                return code
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: {error.strerror} ({error.filename}); name another folder") from error
+    print(_summary(args.out, time.monotonic() - started, plots))
     return 0
 
 
-def _summary(folder: Path, seconds: float) -> str:
-    found = json.loads((folder / "probe.json").read_text())
+def remove_earlier(folder: Path) -> None:
+    """Removes the folders of an earlier demo.
+
+    Raises:
+        UsageError: one of these names is a folder or file that no demo made; then nothing is removed.
+    """
+    there = [path for name in FOLDERS if (path := folder / name).exists() or path.is_symlink()]
+    for path in there:
+        if path.is_symlink() or not (path / MARK).is_file():
+            raise UsageError(
+                f"{path} was not made by 'mixmae demo' (it has no {MARK}); move it away, or name another folder "
+                "with --out"
+            )
+    try:
+        for path in there:
+            shutil.rmtree(path)
+    except OSError as error:
+        raise UsageError(f"cannot remove {error.filename} of an earlier demo: {error.strerror}") from error
+
+
+def _run(step: Sequence[str], folder: Path) -> int:
+    """Runs a command; marks what folders there are then, however it ended: all were missing when the demo began."""
+    _mark_folders(folder)
+    try:
+        return subprocess.call([sys.executable, "-m", "mixmae.launch.cli", *step])
+    finally:
+        _mark_folders(folder)
+
+
+def _mark_folders(folder: Path) -> None:
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            (folder / name / MARK).touch()
+
+
+def _probe_result(folder: Path) -> Path:
+    return folder / "encoder" / "probe.json"
+
+
+def _loss_curve(folder: Path) -> Path:
+    return folder / "run" / "loss.png"
+
+
+def _summary(folder: Path, seconds: float, plots: bool) -> str:
+    found = json.loads(_probe_result(folder).read_text())
     pictures = sorted((folder / "run" / "pictures").glob("*.png"))
     trained, untrained = found["pretrained"], found["untrained"]
     rows = [
         f"linear probe      {trained['linear']:6.1%}   (untrained encoder {untrained['linear']:.1%}, chance "
         f"{1 / found['classes']:.1%})",
         f"nearest neighbour {trained['knn']:6.1%}   (untrained encoder {untrained['knn']:.1%})",
-        f"loss curve        {folder / 'loss.png'}",
+        f"loss curve        {_loss_curve(folder) if plots else 'needs matplotlib: pip install mixmae[plots]'}",
         f"reconstructions   {pictures[-1]}",
         f"encoder           {folder / 'encoder'}",
         f"everything else   {folder / 'run'}   (tensorboard --logdir {folder / 'run' / 'tensorboard'})",
-        f"use it            import models, timm; timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)",
+        f"use it            import mixmae, timm; timm.create_model('local-dir:{folder / 'encoder'}', pretrained=True)",
     ]
     return f"\nMixMAE demo, {seconds / 60:.1f} minutes\n  " + "\n  ".join(rows)

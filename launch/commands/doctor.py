@@ -1,4 +1,4 @@
-"""`mixmae doctor [RECIPE]`: is this cluster fit for a run? Looks from here, then from all ranks; leaves no trace."""
+"""`mixmae doctor [RECIPE]`: checks a cluster before a run, from here and from all ranks; leaves no trace."""
 
 import argparse
 import os
@@ -7,11 +7,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mixmae.launch.backends.choice import add_ways, local, on_hosts, request_of, require_fitting
+from mixmae.launch.backends.options import (
+    add_backend_options,
+    hostfile_backend,
+    local_backend,
+    require_matching_options,
+    slurm_request,
+)
 from mixmae.launch.backends.site import find_site, read_site
-from mixmae.launch.preflight.preflight import Look, examine, examine_slurm
+from mixmae.launch.preflight.preflight import DoctorOptions, check_backend, check_slurm_job
 from mixmae.trainer.doctor.protocol.findings import Finding, as_document, exit_code, print_findings
 from mixmae.trainer.doctor.protocol.link import link_rate
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -29,25 +36,26 @@ def main(argv: Sequence[str]) -> int:
 
 def _examine(args: argparse.Namespace) -> list[Finding]:
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
-    words = (str(args.recipe), *args.overrides) if recipe is not None else ()
-    look = Look(recipe, words, args.short, args.link)
+    typed = (str(args.recipe), *args.overrides) if recipe is not None else ()
+    options = DoctorOptions(recipe, typed, args.short, args.link)
     if args.slurm:
-        return examine_slurm(request_of(args, "mixmae-doctor"), read_site(find_site(args.site, os.environ)), look)
+        return check_slurm_job(
+            slurm_request(args, "mixmae-doctor"), read_site(find_site(args.site, os.environ)), options
+        )
     if args.hostfile is not None:
-        return examine(on_hosts(args), look)
-    return examine(local(_accelerators(os.environ) if args.local is None else args.local), look)
+        return check_backend(hostfile_backend(args), options)
+    return check_backend(local_backend(_accelerators(os.environ) if args.local is None else args.local), options)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mixmae doctor", description=__doc__, allow_abbrev=False)
-    parser.add_argument("recipe", type=Path, nargs="?", help="YAML file; without one, hosts and network alone")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.micro_batch=64")
-    parser.add_argument("--link", type=_link, help="what the network should give, such as 200gbps or 25GB/s")
-    parser.add_argument("--short", action="store_true", help="only what takes a few seconds, as before a launch")
+    add_recipe(parser, optional=True, without="hosts and network alone")
+    parser.add_argument("--link", type=_link, help="bandwidth that the network should reach, such as 200gbps or 25GB/s")
+    parser.add_argument("--short", action="store_true", help="only checks that take a few seconds, as before a launch")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    add_ways(parser, required=False)
+    add_backend_options(parser, required=False)
     args = parser.parse_intermixed_args(argv)
-    require_fitting(args)
+    require_matching_options(args)
     return args
 
 
@@ -57,6 +65,6 @@ def _link(text: str) -> str:
 
 
 def _accelerators(environment: Mapping[str, str]) -> int:
-    """Ranks where nobody says how many: one for each GPU that may be used here, or one on the host's cores."""
+    """The default number of ranks: one per visible GPU, or one on the host's cores."""
     chosen = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return len(chosen) or len(list(_GPUS.glob("*"))) or 1

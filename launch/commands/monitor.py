@@ -1,4 +1,4 @@
-"""`mixmae monitor up RUN_DIR`: Prometheus and Alertmanager here, with the shipped rules, alerts and page of runs."""
+"""`mixmae monitor up RUN_DIR`: Prometheus and Alertmanager on this machine, with our rules, alerts and page of runs."""
 
 import argparse
 import shlex
@@ -10,11 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.base.ports import PortError, free_port_from
 from mixmae.monitoring.prometheus.configuration import target_files
-from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs, free_port_from
+from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs
 
 _EVERY = 2.0
-"""Seconds between two looks for new runs."""
+"""Seconds between two scans for new runs."""
 _FILES = """Runs below a folder are found as they begin. Runs are told apart by the names of their directories.
 
 The servers listen on the loopback interface; from elsewhere: ssh -L 9090:127.0.0.1:9090 HOST."""
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             stack.enter_context(monitor)
             print(addresses(monitor), flush=True)
             watch(monitor)
-    except MonitorError as error:
+    except (MonitorError, PortError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         print("ended", flush=True)
@@ -85,12 +86,12 @@ def watch(monitor: Monitor) -> None:
         monitor.update()
         found = target_files(monitor.folders)
         if found != known:
-            print(_in_words(found, monitor.folders), flush=True)
+            print(_describe(found, monitor.folders), flush=True)
             known = found
         time.sleep(_EVERY)
 
 
-def _in_words(files: Sequence[Path], folders: Sequence[Path]) -> str:
+def _describe(files: Sequence[Path], folders: Sequence[Path]) -> str:
     nodes: dict[str, int] = {}
     for file in files:
         run = file.parents[2].name

@@ -45,6 +45,7 @@ _STYLES = {
     State.STALLED: "bold white on red",
     State.FINISHED: "bold blue",
     State.FAILED: "bold white on red",
+    State.PREEMPTED: "bold yellow",
 }
 
 
@@ -172,7 +173,7 @@ def _ranks(ranks: Sequence[Rank], rows: int, width: int) -> Iterator[RenderableT
 
 
 def _rank_cells(rank: Rank, narrow: bool, wide: bool) -> list[str]:
-    where = f" in {rank.part}" if rank.trouble in ("late", "stopped") and rank.part and wide else ""
+    where = f" in {rank.phase}" if rank.trouble in ("late", "stopped") and rank.phase and wide else ""
     full = f" {100 * rank.memory / rank.memory_limit:3.0f} %" if rank.memory_limit and not narrow else ""
     return [
         str(rank.rank),

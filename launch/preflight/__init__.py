@@ -1,0 +1,1 @@
+"""Checks before a start: from the login node, then by a short job on all ranks."""

@@ -1,4 +1,4 @@
-"""The doctor's ranks, started as those of training are, and what they found."""
+"""Starts the doctor's ranks in the same way as those of training, and collects their findings."""
 
 import json
 import os
@@ -15,13 +15,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.run_directory import LOGS
 from mixmae.launch.backends import slurm
-from mixmae.launch.backends.hostfile import OnHosts
-from mixmae.launch.backends.job import Job, new_attempt
+from mixmae.launch.backends.hostfile import HostfileBackend
+from mixmae.launch.backends.job_spec import JobSpec, new_attempt
 from mixmae.launch.backends.site import Site
-from mixmae.launch.supervision.attempt import LOG, run_attempt
+from mixmae.launch.supervision.launcher import LOG, run_attempt
 from mixmae.launch.supervision.outcome import Outcome, read_outcome
-from mixmae.launch.supervision.run import Way
+from mixmae.launch.supervision.restart_loop import Backend
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.doctor.protocol.folders import temporary_folder
 from mixmae.trainer.recipe.schema import Launch
@@ -31,38 +32,38 @@ _PREFIX = "mixmae-doctor-"
 _ERROR = re.compile(r"[A-Za-z_.]+(?:Error|Exception)\b")
 _POLL_SECONDS = 1.0
 _OUTPUT_SECONDS = 10.0
-"""In which a job's output shows up here after its end."""
+"""How long a job's output may take to be seen here after its end."""
 _CONTROLLER_SECONDS = 60.0
 
 
-def on_ranks(way: Way, arguments: Sequence[str], settings: Launch) -> list[Finding]:
-    """What ranks here or on hosts find; their output goes nowhere else."""
-    with _scratch(way) as folder:
-        job = Job(MODULE, (*arguments, "--jsonl"), folder, settings)
+def run_doctor(backend: Backend, arguments: Sequence[str], settings: Launch) -> list[Finding]:
+    """The findings of ranks on this machine or on hosts."""
+    with _scratch(backend) as folder:
+        job = JobSpec(MODULE, (*arguments, "--jsonl"), folder, settings)
         attempt = new_attempt(job)
-        outcome = run_attempt(way.command(job, attempt, os.environ), way, attempt, folder, show=False)
+        outcome = run_attempt(backend.command(job, attempt, os.environ), backend, attempt, folder, show=False)
         output = (attempt.folder(folder) / LOG).read_text(errors="replace")
     found = findings_in(output)
-    hosts = way.hosts.slots if isinstance(way, OnHosts) else ()
-    return [*found, *trouble_of(outcome, found, output, hosts)]
+    hosts = backend.hosts.slots if isinstance(backend, HostfileBackend) else ()
+    return [*found, *job_findings(outcome, found, output, hosts)]
 
 
 @contextmanager
-def _scratch(way: Way) -> Iterator[Path]:
-    """A folder for records, here and under the same name on every host, for as long as they are needed."""
+def _scratch(backend: Backend) -> Iterator[Path]:
+    """A temporary folder for records, here and under the same name on every host."""
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(way, OnHosts):
-            way.everywhere(f"rm -rf {shlex.quote(str(folder))}")
+        if isinstance(backend, HostfileBackend):
+            backend.run_on_all_hosts(f"rm -rf {shlex.quote(str(folder))}")
 
 
-def under_slurm(
-    request: slurm.Request, site: Site, base: Path, arguments: Sequence[str], settings: Launch
+def run_doctor_under_slurm(
+    request: slurm.SlurmRequest, site: Site, base: Path, arguments: Sequence[str], settings: Launch
 ) -> list[Finding]:
-    """What the ranks of a batch job find; waits until it has run.
+    """The findings of the ranks of a batch job; waits until it has run.
 
     Args:
         base: a folder on a file system that this host and the nodes share.
@@ -71,7 +72,7 @@ def under_slurm(
         UsageError: Slurm refuses the job.
     """
     folder = (base / f".{_PREFIX}{secrets.token_hex(4)}").absolute()
-    job = Job(MODULE, (*arguments, "--jsonl"), folder, settings)
+    job = JobSpec(MODULE, (*arguments, "--jsonl"), folder, settings)
     with ExitStack() as stack:
         try:
             stack.enter_context(temporary_folder(base))
@@ -81,21 +82,21 @@ def under_slurm(
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         number = slurm.submit(slurm.slurm_script(job, request, site, 0), job, None)
         _wait_for(number)
-        output = _read_output(folder / "logs" / f"slurm-{number}.out")
-        outcome = _outcome_in(folder / "logs", number)
+        output = _read_output(folder / LOGS / f"slurm-{number}.out")
+        outcome = _outcome_in(folder / LOGS, number)
     if output is None:
         return [_without_output(number, base)]
     found = findings_in(output)
-    return [*found, *trouble_of(outcome, found, output, ())]
+    return [*found, *job_findings(outcome, found, output, ())]
 
 
 def _unusable(base: Path, error: OSError) -> Finding:
-    advice = "make room, or name a run_dir that can be written from here and from the nodes"
+    advice = "free some space, or name a run_dir that can be written from here and from the nodes"
     return Finding(Level.ERROR, "run directory", "here", f"{base}: {error.strerror}", "to write there", advice)
 
 
 def _wait_for(number: str) -> None:
-    """Returns when a job has ended; whoever interrupts the wait cancels it."""
+    """Returns when a job has ended; an interrupt cancels it."""
     print(f"mixmae: job {number} is submitted; waiting for its end", file=sys.stderr, flush=True)
     answered = time.monotonic()
     try:
@@ -125,37 +126,37 @@ def _outcome_in(logs: Path, number: str) -> Outcome:
 
 
 def _without_output(number: str, base: Path) -> Finding:
-    found, expected = "ended without output that is seen here", f"{base} to be one directory here and on all nodes"
-    advice = f"name a run_dir on a file system that they share, and look at 'sacct -j {number}'"
+    found, expected = "ended without output that can be seen here", f"{base} to be one directory here and on all nodes"
+    advice = f"name a run_dir on a file system that they share, and check 'sacct -j {number}'"
     return Finding(Level.ERROR, "job", f"job {number}", found, expected, advice)
 
 
 def findings_in(output: str) -> list[Finding]:
-    """The findings among a job's output; hosts' names may stand before them."""
+    """The findings in a job's output, where hosts' names may precede them."""
     found = []
     for line in output.splitlines():
         _, brace, rest = line.partition('{"level"')
         try:
             found.append(finding_of(json.loads(brace + rest)))
-        except (ValueError, KeyError, TypeError):  # something else that a rank or a launcher wrote
+        except (ValueError, KeyError, TypeError):  # other output of a rank or a launcher
             continue
     return found
 
 
-def trouble_of(outcome: Outcome, found: Sequence[Finding], output: str, hosts: Collection[str]) -> Iterator[Finding]:
-    """How the job itself went wrong, where that is more than what it found."""
+def job_findings(outcome: Outcome, found: Sequence[Finding], output: str, hosts: Collection[str]) -> Iterator[Finding]:
+    """How the job itself failed, unless its findings say so already."""
     told = any(finding.level is Level.ERROR for finding in found)
     if outcome.code == FINISHED or (told and outcome.rank in (None, 0)):
         return
-    host, error = telling_line(outcome.lines or output.splitlines(), hosts)
-    reason = outcome.reason.partition("; its output")[0]  # which is gone with the folder that it names
-    advice = "mend what it says: 'mixmae launch' would end the same way"
+    host, error = find_error_line(outcome.lines or output.splitlines(), hosts)
+    reason = outcome.reason.partition("; its output")[0]  # that folder is gone
+    advice = "fix what it says: 'mixmae launch' would fail too"
     where = outcome.host or host or "ranks"
     yield Finding(Level.ERROR, "job", where, ": ".join(filter(None, [reason, error])), "to reach its end", advice)
 
 
-def telling_line(lines: Sequence[str], hosts: Collection[str]) -> tuple[str, str]:
-    """Of an output the line that says what went wrong, and the host whose name pdsh put before it."""
+def find_error_line(lines: Sequence[str], hosts: Collection[str]) -> tuple[str, str]:
+    """The line of an output that says what failed, and the host that pdsh names before it."""
     written = [_without_host(line, hosts) for line in lines if line.strip()]
     errors = [(host, text) for host, text in written if _ERROR.match(text)]
     return [("", ""), *written[-1:], *errors[-1:]][-1]

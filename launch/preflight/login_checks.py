@@ -1,4 +1,4 @@
-"""What can be seen of a cluster from where a command is typed, before anything starts there: batch, names, ssh."""
+"""Checks from the login node, before anything starts elsewhere: batch size, host names, ssh, Slurm's nodes."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends.hosts import Hosts
-from mixmae.launch.backends.slurm import Request
+from mixmae.launch.backends.hostfile_parser import HostSlots
+from mixmae.launch.backends.slurm import SlurmRequest
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -29,13 +29,13 @@ import importlib.util, os, socket, sys
 with open("/proc/sys/kernel/random/boot_id") as file:
     boot = file.read().strip()
 print("mixmae-host", boot, os.stat("/proc/self/ns/net").st_ino, socket.gethostname())
-sys.exit(0 if importlib.util.find_spec("trainer") else {_NO_PROJECT})
+sys.exit(0 if importlib.util.find_spec("mixmae") else {_NO_PROJECT})
 """
-"""Its second and third word tell machines apart, whatever they are called."""
+"""The second and third word identify a machine, whatever its name."""
 
 
 def check_batch(recipe: Recipe, ranks: int) -> Iterator[Finding]:
-    """Whether the global batch and the data's streams can be dealt to so many ranks."""
+    """Whether the global batch and the data streams divide among the ranks."""
     try:
         steps = recipe.accumulation(ranks)
         recipe.streams_of(0, ranks)
@@ -47,15 +47,15 @@ def check_batch(recipe: Recipe, ranks: int) -> Iterator[Finding]:
     yield Finding(Level.OK, "batch", f"{ranks} ranks", found)
 
 
-def check_names(hosts: Hosts) -> Iterator[Finding]:
-    """Whether all hosts' names are known here, each for another address."""
+def check_names(hosts: HostSlots) -> Iterator[Finding]:
+    """Whether all host names resolve here, each to another address."""
     by_address: dict[str, list[str]] = {}
     for name in hosts.slots:
         try:
             by_address.setdefault(str(socket.getaddrinfo(name, None)[0][4][0]), []).append(name)
         except OSError as error:
-            found = f"its name is unknown here ({error.strerror})"
-            advice = "correct the hostfile, or make the name known"
+            found = f"its name does not resolve here ({error.strerror})"
+            advice = "correct the hostfile, or add the name to DNS or /etc/hosts"
             yield Finding(Level.ERROR, "host", name, found, "an address", advice)
     for address, names in by_address.items():
         if len(names) > 1:
@@ -67,9 +67,9 @@ class Answer:
     """What a host answered over ssh.
 
     Attributes:
-        machine: tells machines apart; empty where the host did not answer.
+        machine: identifies the machine; empty if the host did not answer.
         code: exit code of ssh; None if it did not end in time.
-        errors: what stands on its standard error.
+        errors: its standard error.
     """
 
     host: str
@@ -79,7 +79,7 @@ class Answer:
 
 
 def ask(host: str, ssh_port: int | None = None) -> Answer:
-    """Asks a host by ssh to run this Python in this directory, as DeepSpeed's launcher will."""
+    """Runs this Python in this directory of a host by ssh, as DeepSpeed's launcher will."""
     port = ["-p", str(ssh_port)] if ssh_port is not None else []
     users = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     options = ["-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}", *users, *port]
@@ -98,8 +98,8 @@ def ask(host: str, ssh_port: int | None = None) -> Answer:
     return Answer(host, " ".join(words[1:3]) if words else "", done.returncode, done.stderr)
 
 
-def check_hosts(hosts: Hosts, ssh_port: int | None = None) -> Iterator[Finding]:
-    """Whether every host can be reached, is one host, and has Python and the project where this one has them."""
+def check_hosts(hosts: HostSlots, ssh_port: int | None = None) -> Iterator[Finding]:
+    """Whether every host can be reached, is another machine, and has Python and mixmae where this one has them."""
     started = time.monotonic()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         answers = list(pool.map(lambda host: ask(host, ssh_port), hosts.slots))
@@ -118,52 +118,53 @@ def check_hosts(hosts: Hosts, ssh_port: int | None = None) -> Iterator[Finding]:
 
 
 def explain(answer: Answer) -> Finding | None:
-    """What is wrong with a host that did not answer as it should; None if nothing is."""
+    """What is wrong with a host; None if nothing is."""
     if answer.code == 0:
         return None
-    found, advice = _in_words(answer)
+    found, advice = _describe(answer)
     return Finding(Level.ERROR, "ssh", answer.host, found, "an answer without a password", advice)
 
 
 _CAUSES = (
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key is another one than before",
-     "if it was installed anew: ssh-keygen -R {host}, then ssh {host} once by hand; else do not trust it"),
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed",
+     "if it was reinstalled: ssh-keygen -R {host}, then ssh {host} once by hand; otherwise do not trust it"),
     ("Host key verification failed", "its host key is unknown here",
      "ssh {host} once by hand and compare the key, or add it: ssh-keyscan {host} >> ~/.ssh/known_hosts"),
     ("Permission denied", "it refuses your key", "ssh-copy-id {host}; a key with a passphrase needs ssh-agent"),
-    ("Could not resolve hostname", "its name is unknown here", "correct the hostfile, or make the name known"),
+    ("Could not resolve hostname", "its name does not resolve here", "correct the hostfile, or add the name to DNS or "
+     "/etc/hosts"),
     ("Connection refused", "nothing listens for ssh there", "start sshd there, or give its port with --ssh-port"),
-    ("No route to host", "there is no route to it", "see whether it is up, and check its network"),
-    ("timed out", "it does not answer", "see whether it is up, and whether a firewall drops ssh"),
-    ("Connection reset", "it drops connections", "look at its sshd's log: MaxStartups, or a firewall"),
-    ("Connection closed", "it drops connections", "look at its sshd's log: MaxStartups, or a full host"),
+    ("No route to host", "there is no route to it", "check that it is up, and check its network"),
+    ("timed out", "it does not answer", "check that it is up, and that no firewall drops ssh"),
+    ("Connection reset", "it drops connections", "check its sshd's log: MaxStartups, or a firewall"),
+    ("Connection closed", "it drops connections", "check its sshd's log: MaxStartups, or a full host"),
 )  # fmt: skip
-"""What ssh says, what it means, and what to do."""
+"""What ssh prints, what it means, and what to do."""
 
 
-def _in_words(answer: Answer) -> tuple[str, str]:
+def _describe(answer: Answer) -> tuple[str, str]:
     host = answer.host
     if answer.code is None:
         return f"no answer within {_ANSWER_SECONDS:.0f} s", f"ssh {host} by hand; a file system or login script hangs"
     if answer.code == _NO_FOLDER:
-        return f"it has no {Path.cwd()}", "start from a folder that all hosts have, such as a shared one"
+        return f"it has no {Path.cwd()}", "start from a folder that all hosts share"
     if answer.code == _NO_PYTHON:
         return f"it has no {sys.executable}", "install the same environment at the same path on every host"
     if answer.code == _NO_PROJECT:
-        return "its Python does not find mixmae", "pip install it there, or start from its checkout on a shared folder"
+        return "its Python does not find mixmae", "pip install it there, or start from a checkout in a shared folder"
     for words, found, advice in _CAUSES:
         if words in answer.errors:
             return found, advice.format(host=host)
     said = answer.errors.strip().splitlines() or [f"exit code {answer.code}"]
-    return said[-1], f"ssh {host} by hand, and mend what it says"
+    return said[-1], f"ssh {host} by hand, and fix what it reports"
 
 
 _USABLE = re.compile(r"(idle|mixed|allocated|completing|planned|reserved|blocked)[-+~#!%$@^]*")
-"""Of a node that can run a job, if not at once; a star behind it is one that does not answer."""
+"""States of nodes that can run a job, now or later; a star behind a state is a node that does not answer."""
 
 
-def check_slurm(request: Request, partition: str | None) -> Iterator[Finding]:
-    """Whether Slurm answers, and has as many nodes that are not down as are asked for."""
+def check_slurm(request: SlurmRequest, partition: str | None) -> Iterator[Finding]:
+    """Whether Slurm answers, and has enough nodes that are not down."""
     where = f"partition {partition}" if partition is not None else "all partitions"
     command = ["sinfo", "--noheader", "--Node", "--format=%N %T", *([f"--partition={partition}"] if partition else [])]
     try:
@@ -173,11 +174,11 @@ def check_slurm(request: Request, partition: str | None) -> Iterator[Finding]:
         yield Finding(Level.ERROR, "Slurm", "here", "sinfo is not on PATH", "Slurm's commands", advice)
         return
     except subprocess.TimeoutExpired:
-        advice = "see whether slurmctld runs ('scontrol ping')"
+        advice = "check that slurmctld runs ('scontrol ping')"
         yield Finding(Level.ERROR, "Slurm", where, f"no answer within {_ANSWER_SECONDS:.0f} s", "its nodes", advice)
         return
     if done.returncode:
-        advice = "see whether slurmctld runs ('scontrol ping')"
+        advice = "check that slurmctld runs ('scontrol ping')"
         yield Finding(Level.ERROR, "Slurm", where, " ".join(done.stderr.split()), "its nodes", advice)
         return
     usable, unusable = sort_nodes(done.stdout)
@@ -190,7 +191,7 @@ def check_slurm(request: Request, partition: str | None) -> Iterator[Finding]:
 
 
 def sort_nodes(listed: str) -> tuple[list[str], list[str]]:
-    """Nodes that can run a job, and those that cannot with their states; from lines of a name and a state."""
+    """Nodes that can run a job, and those that cannot with their states; `listed` has a name and a state a line."""
     states = dict(line.split()[:2] for line in listed.splitlines() if line.strip())
     usable = [node for node, state in states.items() if _USABLE.fullmatch(state)]
     return usable, [f"{node} ({state})" for node, state in states.items() if node not in usable]

@@ -1,4 +1,4 @@
-"""Looking before a start: from here, then, if nothing is wrong so far, from all ranks by a short job."""
+"""Preflight checks: from here, then, if nothing is wrong so far, by a short job on all ranks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,41 +7,41 @@ from pathlib import Path
 from rich.console import Console
 
 from mixmae.base.exit_codes import FINISHED
-from mixmae.launch.backends.hostfile import OnHosts, require_pdsh
+from mixmae.launch.backends.hostfile import HostfileBackend, require_pdsh
 from mixmae.launch.backends.site import Site
-from mixmae.launch.backends.slurm import Request
-from mixmae.launch.preflight.doctor_job import on_ranks, under_slurm
+from mixmae.launch.backends.slurm import SlurmRequest
+from mixmae.launch.preflight.doctor_job import run_doctor, run_doctor_under_slurm
 from mixmae.launch.preflight.login_checks import check_batch, check_hosts, check_names, check_slurm
-from mixmae.launch.supervision.run import Way
+from mixmae.launch.supervision.restart_loop import Backend
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, exit_code, print_findings
 from mixmae.trainer.recipe.schema import Launch, Recipe
 
 _NOT_STARTED = Finding(
-    Level.NOTE, "ranks", "", "not started, so nothing else was looked at", advice="mend the errors, and look again"
+    Level.NOTE, "ranks", "", "not started, so nothing else was checked", advice="fix the errors, and check again"
 )
 
 
 @dataclass(frozen=True)
-class Look:
-    """What is to be looked at.
+class DoctorOptions:
+    """What is checked.
 
     Attributes:
-        recipe: None where hosts and network alone are of interest.
-        words: the recipe's file and overrides, as they were typed.
-        short: only what takes a few seconds.
-        link: what the network should give, as it was typed.
+        recipe: None to check hosts and network alone.
+        typed: the recipe and its overrides, as on the command line.
+        short: only checks that take a few seconds.
+        link: bandwidth that the network should reach, as on the command line.
     """
 
     recipe: Recipe | None
-    words: tuple[str, ...]
+    typed: tuple[str, ...]
     short: bool = False
     link: str | None = None
 
     @property
     def arguments(self) -> list[str]:
-        """Of `mixmae.trainer.doctor`."""
+        """The arguments of `mixmae.trainer.doctor`."""
         link = ["--link", self.link] if self.link is not None else []
-        return [*self.words, *(["--short"] if self.short else []), *link]
+        return [*self.typed, *(["--short"] if self.short else []), *link]
 
     @property
     def settings(self) -> Launch:
@@ -51,47 +51,47 @@ class Look:
         return list(check_batch(self.recipe, ranks)) if self.recipe is not None else []
 
 
-def sound(findings: Iterable[Finding]) -> bool:
-    """Whether ranks may be started to look further."""
+def is_ready(findings: Iterable[Finding]) -> bool:
+    """Whether ranks may be started for further checks."""
     return exit_code(findings) == FINISHED
 
 
-def examine(way: Way, look: Look) -> list[Finding]:
-    """Everything that can be found of ranks here or on hosts; ranks are started only where all is well so far.
+def check_backend(backend: Backend, options: DoctorOptions) -> list[Finding]:
+    """Checks ranks on this machine or on hosts; starts them only if all is well so far.
 
     Raises:
-        UsageError: pdsh is missing, or ranks cannot be started like this.
+        UsageError: pdsh is missing, or the backend cannot start the ranks.
     """
-    found = look.batch(way.ranks)
-    if isinstance(way, OnHosts):
+    found = options.batch(backend.ranks)
+    if isinstance(backend, HostfileBackend):
         require_pdsh()
-        found += check_names(way.hosts)
-        if sound(found):
-            found += check_hosts(way.hosts, way.ssh_port)
-    if not sound(found):
+        found += check_names(backend.hosts)
+        if is_ready(found):
+            found += check_hosts(backend.hosts, backend.ssh_port)
+    if not is_ready(found):
         return [*found, _NOT_STARTED]
-    return [*found, *on_ranks(way, look.arguments, look.settings)]
+    return [*found, *run_doctor(backend, options.arguments, options.settings)]
 
 
-def examine_slurm(request: Request, site: Site, look: Look) -> list[Finding]:
-    """Everything that can be found of the nodes that Slurm gives; waits for them where all is well so far.
+def check_slurm_job(request: SlurmRequest, site: Site, options: DoctorOptions) -> list[Finding]:
+    """Checks the nodes that Slurm allocates; submits the job only if all is well so far, and waits for it.
 
     Raises:
         UsageError: Slurm refuses the job.
     """
-    found = [*look.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
-    if not sound(found):
+    found = [*options.batch(request.ranks), *check_slurm(request, request.partition or site.partition)]
+    if not is_ready(found):
         return [*found, _NOT_STARTED]
-    run_dir = look.recipe.run_dir if look.recipe is not None else Path.cwd()
-    return [*found, *under_slurm(request, site, run_dir, look.arguments, look.settings)]
+    run_dir = options.recipe.run_dir if options.recipe is not None else Path.cwd()
+    return [*found, *run_doctor_under_slurm(request, site, run_dir, options.arguments, options.settings)]
 
 
-def preflight(way: Way, recipe: Recipe, words: tuple[str, ...]) -> int:
-    """The short look before a launch: shows what is wrong, and returns 0 if nothing keeps the run from starting.
+def preflight(backend: Backend, recipe: Recipe, typed: tuple[str, ...]) -> int:
+    """The short checks before a launch: prints what is wrong, and returns 0 if the run can start.
 
     Args:
-        words: the recipe's file and overrides, as they were typed.
+        typed: the recipe and its overrides, as on the command line.
     """
-    findings = examine(way, Look(recipe, words, short=True))
+    findings = check_backend(backend, DoctorOptions(recipe, typed, short=True))
     print_findings(findings, Console(stderr=True, highlight=False), least=Level.WARNING)
     return exit_code(findings)

@@ -1,0 +1,1 @@
+"""A supervisor beside each rank: failures, stuck runs, stops and restarts."""

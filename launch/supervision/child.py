@@ -1,4 +1,4 @@
-"""A process with all its descendants in a group of their own, its output drained, its true end known."""
+"""A child process in a process group of its own; its output is drained, its exit code kept."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from mixmae.launch.supervision.outcome import Exit
 from mixmae.launch.supervision.output import Console, Output
 
 _DRAIN_SECONDS = 1.0
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 class Child:
@@ -22,7 +22,7 @@ class Child:
 
     Args:
         log: where its standard output and error go.
-        console: where they go besides.
+        console: where they go as well.
         descriptors: files that it inherits.
     """
 
@@ -54,9 +54,9 @@ class Child:
         return self._process.pid
 
     def poll(self) -> Exit | None:
-        """How the process ended, or None while it runs. With its end the rest of its group is killed.
+        """How the process exited, or None while it runs. The rest of its group is killed then.
 
-        The group is killed before the process is reaped: until then nothing else can have its number.
+        The group is killed before the process is reaped: until then no other group can have its id.
         """
         if self.ended is not None:
             return self.ended
@@ -82,15 +82,15 @@ class Child:
                 os.killpg(self._process.pid, number)
 
     def dump_and_abort(self) -> None:
-        """Has Python's fault handler print where all threads are, which needs no working interpreter, and ends it."""
+        """Aborts the process; Python's fault handler, which needs no working interpreter, prints all tracebacks."""
         if self.ended is None:
             resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
             self.send(signal.SIGABRT)
 
 
 async def ended_within(child: Child, seconds: float) -> bool:
-    """Waits for the process's end, as long as that; whether it came."""
+    """Waits up to `seconds` for the process to exit; returns whether it did."""
     deadline = time.monotonic() + seconds
     while child.poll() is None and time.monotonic() < deadline:
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_POLL_SECONDS)
     return child.ended is not None

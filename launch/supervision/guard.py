@@ -1,4 +1,4 @@
-"""No process outlives the one that started it, however that one ends."""
+"""Keeps processes from outliving the one that started them, however that one ends."""
 
 import signal
 import subprocess
@@ -11,10 +11,10 @@ while read -r told; do group=$told; done
 
 
 class Guard:
-    """A process that does nothing but wait for this one's end, and then ends a process group.
+    """A process that waits for this one's end, and then signals a process group.
 
-    The kernel could tell a child alone of its parent's death; its children, such as loading processes, would live on.
-    It is a shell, so that who looks for this process by its command line does not find both.
+    The kernel can signal a child on its parent's death, but not the child's own children, such as data workers. The
+    guard is a shell, so that a search for this process by its command line does not find it too.
 
     Args:
         ending: the signal that the group gets.
@@ -30,11 +30,11 @@ class Guard:
         )
 
     def protect(self, group: int) -> None:
-        """From now on the group is ended when this process is gone."""
+        """From now on the group ends with this process."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{group}\n".encode())
         self._process.stdin.flush()
 
     def release(self) -> None:
-        """Nothing is left to end; the guard goes too."""
+        """Ends the guard; the group is left alone."""
         self._process.communicate(b"0\n")

@@ -1,4 +1,4 @@
-"""How a start of a run ended: one record, and the last words that a user reads of it."""
+"""How a start of a run ended: one record, and the message that a user reads last."""
 
 import json
 import signal
@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import OUTCOME
 
-FILE = "outcome.json"
-OVER = "over"
-"""An empty file in an attempt's folder: at least one supervisor has ended, and the others do."""
+ENDED = "ended"
+"""An empty file in an attempt's folder: a supervisor has ended, and the others are about to."""
 USER = "the user"
-"""Who asked a run to stop, where a signal came to the command that started it."""
+"""Who stopped a run if the command that started it got the signal."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ class Exit:
     signal: int | None = None
     lines: Sequence[str] = ()
 
-    @property
-    def in_words(self) -> str:
+    def describe(self) -> str:
         if self.signal is None:
             return f"ended with exit code {self.code}"
-        hint = "; the kernel does that when memory is short" if self.signal == signal.SIGKILL else ""
+        hint = "; the kernel does that when the host runs out of memory" if self.signal == signal.SIGKILL else ""
         return f"was killed by {signal.Signals(self.signal).name}{hint}"
 
 
@@ -46,15 +46,15 @@ class Outcome:
     Attributes:
         code: what the command returns, one of `mixmae.base.exit_codes`.
         reason: one line, without a full stop.
-        step: the last step that any rank was seen at.
-        rank: the first rank that failed, or the late one; None where no rank is to blame.
+        step: the last step that any rank reached.
+        rank: the first rank that failed, or the straggler; None if no rank is to blame.
         host: where it ran.
         exit_code: what its process returned.
-        signal: the name of the signal that ended its process.
+        signal: the name of the signal that killed its process.
         log: the file with its output.
-        lines: the last lines of it.
-        stopped_by: who asked for the stop, where one was asked for: `USER`, or a rank and host.
-        stop_signal: the signal by which it was asked.
+        lines: the last lines of its output.
+        stopped_by: who asked the run to stop, if anybody did: `USER`, or a rank and host.
+        stop_signal: the signal that asked.
     """
 
     code: int
@@ -73,8 +73,8 @@ class Outcome:
     def of_exit(cls, rank: int, host: str, ended: Exit) -> Self:
         """The failure of a run whose first failing rank ended like this."""
         return cls(
-            MISTAKE if ended.code == MISTAKE else FAILED,
-            f"rank {rank} on {host} {ended.in_words}",
+            USAGE_ERROR if ended.code == USAGE_ERROR else FAILED,
+            f"rank {rank} on {host} {ended.describe()}",
             rank=rank,
             host=host,
             exit_code=ended.code,
@@ -88,8 +88,8 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def last_words(self) -> str:
-        """What the user reads last on the console; nothing of a run that finished, which has said so itself."""
+    def final_message(self) -> str:
+        """What the user reads last on the console; empty if the run finished, which its rank 0 has printed."""
         if self.code == FINISHED:
             return ""
         shown = []
@@ -101,31 +101,24 @@ class Outcome:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Leaves the record in an attempt's folder; whole or not at all."""
-    partial = folder / f".{FILE}"
-    partial.write_text(json.dumps(outcome.to_json(), indent=1) + "\n")
-    partial.replace(folder / FILE)
+    """Writes the record to an attempt's folder, atomically."""
+    atomic_write(folder / OUTCOME, json.dumps(outcome.to_json(), indent=1) + "\n")
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The record of an attempt; None if its first rank's supervisor left none, or its host lost power over it."""
+    """The record of an attempt; None if rank 0's supervisor left none, or only part of one."""
     try:
-        return Outcome(**json.loads((folder / FILE).read_text()))
+        return Outcome(**json.loads((folder / OUTCOME).read_text()))
     except (FileNotFoundError, ValueError):
         return None
 
 
-def mark_over(folder: Path) -> None:
-    """Says that a supervisor ends, to whoever waits for all of them; a full disk must not change how it ends."""
+def mark_ended(folder: Path) -> None:
+    """Tells the batch script that supervisors are ending; a full disk must not change how they end."""
     with suppress(OSError):
-        (folder / OVER).touch()
+        (folder / ENDED).touch()
 
 
 def log_file(folder: Path, rank: int) -> Path:
     """Where a rank's output goes."""
     return folder / f"rank-{rank:05d}.log"
-
-
-def attempt_folder(run_dir: Path, attempt: str) -> Path:
-    """Where everything about one start of a run goes."""
-    return run_dir / "logs" / attempt

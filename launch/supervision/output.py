@@ -1,4 +1,4 @@
-"""A process's output: all of it to a file, the last lines kept, and what the console takes to the console."""
+"""A process's output: all of it goes to a file, as much as possible to the console; the last lines are kept."""
 
 import os
 import queue
@@ -11,11 +11,11 @@ KEPT_LINES = 30
 _LONGEST_LINE = 500
 _CHUNK = 2**16
 _WAITING = 1000
-"""Chunks for a console that does not take them; more are left out there."""
+"""Chunks that wait for a slow console; more are dropped there."""
 
 
 class Console:
-    """Writes to standard output in a thread of its own, so that a stopped terminal or a broken pipe holds up nobody."""
+    """Writes to standard output in a thread of its own, so that a stopped terminal or a broken pipe blocks nobody."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[bytes | None] = queue.Queue(_WAITING)
@@ -25,7 +25,7 @@ class Console:
 
     def show(self, chunk: bytes) -> None:
         if self._left_out and not self._queue.full():
-            chunk = f"\n[{self._left_out} bytes left out here; the log has them]\n".encode() + chunk
+            chunk = f"\n[{self._left_out} bytes dropped here; the log has them]\n".encode() + chunk
             self._left_out = 0
         try:
             self._queue.put_nowait(chunk)
@@ -33,7 +33,7 @@ class Console:
             self._left_out += len(chunk)
 
     def close(self, seconds: float) -> None:
-        """Waits until everything is shown, as long as that."""
+        """Waits up to `seconds` until everything is shown."""
         try:
             self._queue.put(None, timeout=seconds)
         except queue.Full:
@@ -47,13 +47,13 @@ class Console:
                 while chunk:
                     chunk = chunk[os.write(descriptor, chunk) :]
             except OSError:
-                return  # nobody reads any more; the log goes on
+                return  # nobody reads any more; the log is still written
 
 
 class Output:
-    """Drains a pipe until all who could write to it are gone.
+    """Drains a pipe until its last writer is gone.
 
-    A log that cannot be written costs lines, never the run: the pipe is read on, and the last lines say so.
+    A log that cannot be written loses lines but never ends the run: the pipe is still read, and the last lines say so.
     """
 
     def __init__(self, pipe: int, log: Path, console: Console | None = None) -> None:
@@ -66,14 +66,14 @@ class Output:
         self._thread.start()
 
     def last_lines(self) -> list[str]:
-        """The last lines, the latest last; what a progress bar overwrote is left out."""
+        """The last lines, without what a progress bar overwrote."""
         lines = [*self._kept.copy(), _readable(self._rest)]
         if self._unwritten is not None:
             lines.append(f"[{self._log} could not be written: {self._unwritten.strerror}]")
         return [line for line in lines if line][-KEPT_LINES:]
 
     def close(self, seconds: float) -> None:
-        """Waits for the end of the output, as long as that."""
+        """Waits up to `seconds` for the end of the output."""
         self._thread.join(seconds)
 
     def _drain(self) -> None:

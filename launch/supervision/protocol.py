@@ -1,4 +1,4 @@
-"""Messages between supervisors: JSON, one a line, over TCP between ends that know the same secret."""
+"""The control connection between supervisors: JSON lines over TCP, authenticated by a shared secret."""
 
 import asyncio
 import hashlib
@@ -11,40 +11,36 @@ from typing import Any
 Message = dict[str, Any]
 
 LONGEST = 2**20
-"""Bytes of a message."""
+"""Bytes of a message at most."""
 PORTS = 16
-"""The lifeline listens on the first free one of so many ports; whoever looks for it tries them all."""
-BEAT_SECONDS = 2.0
-"""Between two signs of life, each way."""
-SILENT_SECONDS = 20.0
-"""An end that was not heard for so long is gone."""
+"""The coordinator listens on the first free one of these; clients try them all."""
 _HANDSHAKE_SECONDS = 5.0
 _CONNECT_SECONDS = 3.0
 
 
-class Line:
-    """One connection; `heard` is when anything last came from the other end, by the monotonic clock."""
+class Connection:
+    """One connection; `last_heard` is when the peer last sent anything, by the monotonic clock."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
 
-    def say(self, kind: str, **fields: Any) -> None:
-        """Sends without waiting: whoever does not read is silent too, and given up for that."""
+    def send(self, kind: str, **fields: Any) -> None:
+        """Sends without waiting: a peer that does not read sends nothing either, and is given up for that."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
-    async def hear(self) -> Message | None:
-        """The next message; None once the connection is gone, or speaks something else."""
+    async def receive(self) -> Message | None:
+        """The next message; None once the connection is lost, or the peer speaks another protocol."""
         try:
             message = json.loads(await self._reader.readuntil(b"\n"))
         except (OSError, EOFError, asyncio.LimitOverrunError, ValueError):
             return None
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
         return message if isinstance(message, dict) and "kind" in message else None
 
     async def close(self) -> None:
-        """Sends what is still to be sent, as far as the other end takes it."""
+        """Sends what is still buffered, as far as the peer accepts it, and closes."""
         self._writer.close()
         try:
             await asyncio.wait_for(self._writer.wait_closed(), _HANDSHAKE_SECONDS)
@@ -56,32 +52,32 @@ def _proof(secret: str, side: str, challenge: str) -> str:
     return hmac.new(secret.encode(), f"{side} {challenge}".encode(), hashlib.sha256).hexdigest()
 
 
-async def admit(line: Line, secret: str) -> bool:
-    """The listening end's handshake: whether the other one knows the secret, without showing it."""
+async def authenticate_client(connection: Connection, secret: str) -> bool:
+    """The server's handshake: whether the client knows the secret, which is not sent."""
     try:
         async with asyncio.timeout(_HANDSHAKE_SECONDS):
             challenge = secrets.token_hex(16)
-            line.say("challenge", challenge=challenge)
-            answer = await line.hear()
+            connection.send("challenge", challenge=challenge)
+            answer = await connection.receive()
             if answer is None or not _knows(answer, _proof(secret, "member", challenge)):
                 return False
-            line.say("welcome", proof=_proof(secret, "hub", str(answer.get("challenge"))))
+            connection.send("welcome", proof=_proof(secret, "coordinator", str(answer.get("challenge"))))
             return True
     except TimeoutError:
         return False
 
 
-async def introduce(line: Line, secret: str) -> bool:
-    """The connecting end's handshake."""
+async def authenticate_to_server(connection: Connection, secret: str) -> bool:
+    """The client's handshake: whether the server knows the secret too."""
     try:
         async with asyncio.timeout(_HANDSHAKE_SECONDS):
-            first = await line.hear()
+            first = await connection.receive()
             if first is None:
                 return False
             challenge = secrets.token_hex(16)
-            line.say("answer", proof=_proof(secret, "member", str(first.get("challenge"))), challenge=challenge)
-            welcome = await line.hear()
-            return welcome is not None and _knows(welcome, _proof(secret, "hub", challenge))
+            connection.send("answer", proof=_proof(secret, "member", str(first.get("challenge"))), challenge=challenge)
+            welcome = await connection.receive()
+            return welcome is not None and _knows(welcome, _proof(secret, "coordinator", challenge))
     except TimeoutError:
         return False
 
@@ -90,8 +86,8 @@ def _knows(message: Message, proof: str) -> bool:
     return hmac.compare_digest(str(message.get("proof")), proof)
 
 
-async def find(address: str, first_port: int, secret: str) -> Line | None:
-    """One look for the hub on its possible ports; what else listens there is passed over."""
+async def connect(address: str, first_port: int, secret: str) -> Connection | None:
+    """Tries the coordinator's ports once; other programs that listen there are passed over."""
     for port in range(first_port, first_port + PORTS):
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
@@ -100,8 +96,8 @@ async def find(address: str, first_port: int, secret: str) -> Line | None:
             return None  # the host does not answer at all, so its other ports will not either
         except OSError:
             continue
-        line = Line(reader, writer)
-        if await introduce(line, secret):
-            return line
-        await line.close()
+        connection = Connection(reader, writer)
+        if await authenticate_to_server(connection, secret):
+            return connection
+        await connection.close()
     return None

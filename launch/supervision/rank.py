@@ -1,7 +1,7 @@
-"""`python -m mixmae.launch.supervision.rank OPTIONS MODULE ARGUMENT ...`: a module as one rank of a run, supervised.
+"""`python -m mixmae.launch.supervision.rank OPTIONS MODULE ARGUMENT ...`: runs a module as one supervised rank.
 
-What `mixmae launch` starts by DeepSpeed's launcher or srun, once for each rank. The rank's number and its peers come
-from the environment, as for `mixmae.trainer.train` itself.
+`mixmae launch` starts it once per rank, by DeepSpeed's launcher or srun. The rank and its peers come from the
+environment, as for `mixmae.trainer.train` itself.
 """
 
 import argparse
@@ -10,31 +10,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixmae.base.errors import UsageError, run_in_words
-from mixmae.base.rank_env import read_place
+from mixmae.base.errors import UsageError, run_cli
+from mixmae.base.rank_env import read_rank_env
 from mixmae.launch.supervision.guard import Guard
 from mixmae.launch.supervision.membership import Limits
-from mixmae.launch.supervision.supervisor import TOKEN, Task, supervise
+from mixmae.launch.supervision.supervisor import TOKEN, RankSpec, supervise
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae.launch.supervision.rank", description=__doc__, allow_abbrev=False)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempt", required=True, help="name of this start of the run")
-    parser.add_argument("--ranks", type=int, required=True, help="how many there must be")
+    parser.add_argument("--ranks", type=int, required=True, help="world size; any other is refused")
     parser.add_argument("--port", type=int, required=True, help="first of those that rank 0's supervisor may listen on")
-    parser.add_argument("--launcher", action="store_true", help="wait for the launching process, and end when it does")
+    parser.add_argument("--launcher", action="store_true", help="wait for the launching process, and end with it")
     for name in ("join", "stuck", "grace"):
         parser.add_argument(f"--{name}-seconds", type=float, required=True)
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
-    place = read_place(os.environ)
-    if place.world_size != args.ranks:
-        raise UsageError(f"{place.world_size} ranks were started, expected {args.ranks}; start as many as the run has")
+    rank_env = read_rank_env(os.environ)
+    if rank_env.world_size != args.ranks:
+        raise UsageError(f"expected world size {args.ranks}, got {rank_env.world_size}; refusing to start")
     if not os.environ.get(TOKEN):
         raise UsageError(f"{TOKEN} is not set; start ranks with 'mixmae launch', or mixmae.trainer.train directly")
-    task = Task(
+    spec = RankSpec(
         [sys.executable, "-m", args.module, *args.arguments],
         args.run_dir,
         args.attempt,
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
         args.launcher,
         Limits(args.join_seconds, args.stuck_seconds, args.grace_seconds),
     )
-    return supervise(task, place, os.environ[TOKEN], Guard())
+    return supervise(spec, rank_env, os.environ[TOKEN], Guard())
 
 
 if __name__ == "__main__":
-    sys.exit(run_in_words(main, sys.argv[1:]))
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -1,17 +1,16 @@
-"""Whether a run is started again: as long as it gets on. The record of it stays in the run directory."""
+"""Whether a run is restarted: as long as it makes progress. Restarts are recorded in the run directory."""
 
-import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base import jsonl
+from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
+from mixmae.base.run_directory import RESTARTS, newest_step
 from mixmae.launch.supervision.outcome import USER, Outcome
-from mixmae.trainer.checkpoints.layout import newest_step
 
-FILE = "restarts.jsonl"
 _DELAY, _LONGEST_DELAY = 10.0, 300.0
 
 
@@ -20,56 +19,56 @@ class Decision:
     """What to do after a start ended.
 
     Attributes:
-        again: whether to start once more.
-        words: what the user is told of it.
-        delay: seconds to wait before; more where the last start did not get on either.
+        restart: whether to start the run again.
+        message: what the user is told.
+        delay: seconds to wait before it; longer if the last restart made no progress either.
     """
 
-    again: bool
-    words: str = ""
+    restart: bool
+    message: str = ""
     delay: float = 0.0
 
     def exit_code(self, outcome: Outcome) -> int:
-        """What a command returns that does not start again: a run that no longer gets on has failed."""
-        return FAILED if self.words else outcome.code
+        """What a command returns that does not restart: a run that no longer makes progress has failed."""
+        return FAILED if self.message else outcome.code
 
 
-def decide(run_dir: Path, launch: str, outcome: Outcome, most: int) -> Decision:
-    """Whether a run that ended so is started again.
+def decide(run_dir: Path, launch: str, outcome: Outcome, max_restarts: int) -> Decision:
+    """Decides whether a run that ended like this is restarted.
 
     Args:
-        launch: what the starts have in common that this one belongs to, such as a Slurm job.
-        most: so many starts in a row that saved no further checkpoint are one too many.
+        launch: names the launch, such as a Slurm job, whose restarts are counted.
+        max_restarts: restarts in a row without a new checkpoint after which the run is given up.
     """
-    if outcome.code in (FINISHED, MISTAKE) or outcome.stopped_by == USER or most == 0:
+    if outcome.code in (FINISHED, USAGE_ERROR) or outcome.stopped_by == USER or max_restarts == 0:
         return Decision(False)
     step = newest_step(run_dir)
     idle = _without_progress(run_dir, launch, step)
-    if idle >= most:
-        return Decision(False, f"not started again: {idle} restart{'s'[: idle > 1]} without progress, the newest "
-                        f"checkpoint is still of step {step}")  # fmt: skip
+    if idle >= max_restarts:
+        return Decision(False, f"not restarted: {idle} restart{'s'[: idle > 1]} without progress; the newest "
+                        f"checkpoint is still step {step}")  # fmt: skip
     delay = 0.0 if idle == 0 else min(_LONGEST_DELAY, _DELAY * 3 ** (idle - 1))
-    return Decision(True, f"starting again from step {step}", delay)
+    return Decision(True, f"restarting from step {step}", delay)
 
 
 def _without_progress(run_dir: Path, launch: str, step: int) -> int:
-    """Restarts of this launch, the last ones, at whose beginning the newest checkpoint was no older than now."""
+    """The last restarts of this launch that began at the current newest checkpoint, or a later one."""
     own = [record for record in read_restarts(run_dir) if record["launch"] == launch]
     return len(own) - max((number for number, record in enumerate(own, 1) if record["step"] < step), default=0)
 
 
-def say(outcome: Outcome, decision: Decision) -> None:
-    """The last that a user reads of a start."""
-    words = [outcome.last_words(), decision.words and f"mixmae: {decision.words}"]
-    print("\n".join(filter(None, words)), file=sys.stderr, flush=True)
+def print_outcome(outcome: Outcome, decision: Decision) -> None:
+    """Prints how a start ended and what follows."""
+    messages = [outcome.final_message(), decision.message and f"mixmae: {decision.message}"]
+    print("\n".join(filter(None, messages)), file=sys.stderr, flush=True)
 
 
 def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | None, **more: object) -> None:
-    """Adds a line about a start that ended, at the beginning of the next.
+    """Records how a start ended, when the next one begins.
 
     Args:
         attempt: the start that ended.
-        outcome: None where it left no record, as when its first host went down.
+        outcome: None if it left no record, for example because its first host went down.
     """
     record: dict[str, object] = {
         "time": round(time.time(), 3),
@@ -79,11 +78,7 @@ def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | 
         **_of(outcome),
         **more,
     }
-    file = run_dir / FILE
-    run_dir.mkdir(parents=True, exist_ok=True)
-    cut_short = file.is_file() and not file.read_bytes().endswith(b"\n")
-    with file.open("a") as opened:
-        opened.write("\n" * cut_short + json.dumps(record) + "\n")
+    jsonl.append(run_dir / RESTARTS, record)
 
 
 def _of(outcome: Outcome | None) -> dict[str, object]:
@@ -101,6 +96,4 @@ def _of(outcome: Outcome | None) -> dict[str, object]:
 
 def read_restarts(run_dir: Path) -> list[dict[str, Any]]:
     """All restarts of a run, oldest first."""
-    file = run_dir / FILE
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return jsonl.read(run_dir / RESTARTS, "launch", "step")

@@ -1,4 +1,4 @@
-"""The process beside each rank: starts it, hands on signals, and ends it when the run ends, whatever state it is in."""
+"""The process beside each rank: starts it, forwards signals, and ends it with the run, whatever state it is in."""
 
 import asyncio
 import os
@@ -12,18 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED, PREEMPTED
-from mixmae.base.heartbeat import FILE as HEARTBEAT
-from mixmae.base.heartbeat import read_beat
-from mixmae.base.rank_env import Place
+from mixmae.base.heartbeat import HEARTBEAT, read_beat
+from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
+from mixmae.base.ports import PortError
+from mixmae.base.rank_env import RankEnv
+from mixmae.base.run_directory import attempt_folder
 from mixmae.launch.supervision.child import Child, ended_within
-from mixmae.launch.supervision.coordinator import Hub
+from mixmae.launch.supervision.coordinator import Coordinator
 from mixmae.launch.supervision.guard import Guard
 from mixmae.launch.supervision.membership import Limits
-from mixmae.launch.supervision.outcome import Outcome, attempt_folder, log_file, mark_over
+from mixmae.launch.supervision.outcome import Outcome, log_file, mark_ended
 from mixmae.launch.supervision.output import Console
-from mixmae.launch.supervision.ports import PortError
-from mixmae.launch.supervision.protocol import BEAT_SECONDS, SILENT_SECONDS, Line, Message, find
-from mixmae.launch.supervision.stuck import sighting
+from mixmae.launch.supervision.protocol import Connection, Message, connect
+from mixmae.launch.supervision.stuck import rank_status
 
 TOKEN = "MIXMAE_TOKEN"
 """The environment variable with the secret that a start's supervisors share."""
@@ -42,15 +43,15 @@ _KILL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a supervisor is to do.
+class RankSpec:
+    """What a supervisor starts, and where.
 
     Attributes:
         command: starts the rank's process.
-        run_dir: where logs go, below.
+        run_dir: logs go to a folder below it.
         attempt: the name of this start of the run.
-        port: the first of those on which the first rank's supervisor may listen.
-        launcher: whether the launching process comes to the lifeline too.
+        port: the first of those on which rank 0's supervisor may listen.
+        launcher: whether the launching process opens a control connection too.
     """
 
     command: Sequence[str]
@@ -66,80 +67,80 @@ class Task:
 
 
 class Supervisor:
-    """One rank's."""
+    """Supervises one rank."""
 
-    def __init__(self, task: Task, place: Place, secret: str, guard: Guard) -> None:
-        self._task, self._place, self._secret, self._guard = task, place, secret, guard
+    def __init__(self, spec: RankSpec, rank_env: RankEnv, secret: str, guard: Guard) -> None:
+        self._spec, self._rank_env, self._secret, self._guard = spec, rank_env, secret, guard
         self._host = socket.gethostname()
-        self._console = Console() if place.is_main else None
-        self._beats = os.memfd_create("heartbeat")  # no file that somebody would have to remove
+        self._console = Console() if rank_env.is_main else None
+        self._beats = os.memfd_create("heartbeat")  # so that no file is left to remove
         self._parent = os.getppid()
-        self._line: Line | None = None
+        self._connection: Connection | None = None
         self._child: Child | None = None
         self._stop: str | None = None
-        self._moved = asyncio.Event()
-        """Set whenever the rank's process may have ended."""
+        self._child_changed = asyncio.Event()
+        """Set whenever the rank's process may have exited."""
 
     async def run(self) -> int:
-        """Does all of it; returns the run's exit code."""
+        """Supervises the rank from start to end; returns the run's exit code."""
         loop = asyncio.get_running_loop()
         for number, name in STOPPING.items():
-            loop.add_signal_handler(number, self._asked, name)
-        loop.add_signal_handler(signal.SIGCHLD, self._moved.set)
-        self._task.folder.mkdir(parents=True, exist_ok=True)
-        hub = asyncio.create_task(self._open_hub()) if self._place.is_main else None
-        code = await self._take_part(hub)
-        if hub is not None:
-            if self._line is None:
-                hub.cancel()
+            loop.add_signal_handler(number, self._on_stop_signal, name)
+        loop.add_signal_handler(signal.SIGCHLD, self._child_changed.set)
+        self._spec.folder.mkdir(parents=True, exist_ok=True)
+        coordinator = asyncio.create_task(self._run_coordinator()) if self._rank_env.is_main else None
+        code = await self._supervise(coordinator)
+        if coordinator is not None:
+            if self._connection is None:
+                coordinator.cancel()
             with suppress(asyncio.CancelledError):
-                await hub
+                await coordinator
         self._guard.release()
         if self._console is not None:
             self._console.close(_KILL_SECONDS)
-        mark_over(self._task.folder)
+        mark_ended(self._spec.folder)
         return code
 
-    async def _open_hub(self) -> None:
-        task = self._task
-        hub = Hub(self._secret, self._place.world_size, task.launcher, task.limits, task.folder)
-        await hub.run(self._place.master_addr, task.port)
+    async def _run_coordinator(self) -> None:
+        spec = self._spec
+        coordinator = Coordinator(self._secret, self._rank_env.world_size, spec.launcher, spec.limits, spec.folder)
+        await coordinator.run(self._rank_env.master_addr, spec.port)
 
-    async def _take_part(self, hub: "asyncio.Task[None] | None") -> int:
-        line = self._line = await self._find_hub(hub)
-        if line is None:
+    async def _supervise(self, coordinator: "asyncio.Task[None] | None") -> int:
+        connection = self._connection = await self._connect(coordinator)
+        if connection is None:
             return PREEMPTED if self._stop is not None else FAILED
-        line.say("hello", rank=self._place.rank, host=self._host)
+        connection.send("hello", rank=self._rank_env.rank, host=self._host)
         if self._stop is not None:
-            line.say("signal", signal=self._stop)
-        beside = [asyncio.create_task(self._beat(line)), asyncio.create_task(self._watch_child(line))]
+            connection.send("signal", signal=self._stop)
+        tasks = [asyncio.create_task(self._beat(connection)), asyncio.create_task(self._watch_child(connection))]
         try:
-            return await self._follow(line)
+            return await self._follow_coordinator(connection)
         finally:
-            for each in beside:
-                each.cancel()
-            await line.close()
+            for task in tasks:
+                task.cancel()
+            await connection.close()
 
-    async def _find_hub(self, hub: "asyncio.Task[None] | None") -> Line | None:
-        """The lifeline to the first rank's supervisor; None if there is none in time, or the run is stopped before."""
-        deadline = time.monotonic() + self._task.limits.join
-        address = self._place.master_addr
+    async def _connect(self, coordinator: "asyncio.Task[None] | None") -> Connection | None:
+        """The control connection to rank 0's supervisor; None if it fails, or the run is stopped before."""
+        deadline = time.monotonic() + self._spec.limits.join
+        address = self._rank_env.master_addr
         while time.monotonic() < deadline and os.getppid() == self._parent:
-            if hub is None and self._stop is not None:
+            if coordinator is None and self._stop is not None:
                 return None
-            if hub is not None and hub.done():
-                await hub  # raises what kept it from listening
-            line = await find(address, self._task.port, self._secret)
-            if line is not None:
-                return line
+            if coordinator is not None and coordinator.done():
+                await coordinator  # raises why it could not listen
+            connection = await connect(address, self._spec.port, self._secret)
+            if connection is not None:
+                return connection
             await asyncio.sleep(_SEEK_SECONDS)
-        self._complain(f"found no supervisor of rank 0 on {address}, ports from {self._task.port} on")
+        self._print_error(f"found no supervisor of rank 0 on {address}, ports from {self._spec.port} on")
         return None
 
-    async def _follow(self, line: Line) -> int:
-        """Does what the first rank's supervisor says, until it says that all is over."""
+    async def _follow_coordinator(self, connection: Connection) -> int:
+        """Does what the coordinator says, until it closes the connection."""
         outcome = None
-        while (message := await line.hear()) is not None:
+        while (message := await connection.receive()) is not None:
             match message["kind"]:
                 case "go":
                     self._start(message)
@@ -149,70 +150,72 @@ class Supervisor:
                 case "end":
                     outcome = Outcome(**message["outcome"])
                     await self._end_child()
-                    line.say("gone", lines=self._child.output.last_lines() if self._child else [])
+                    connection.send("gone", lines=self._child.output.last_lines() if self._child else [])
                 case "close":
                     break
         if outcome is not None:
             return outcome.code
-        self._complain(
-            f"lost the supervisor of rank 0 on {self._place.master_addr}; it was killed, or its host is down"
+        self._print_error(
+            f"lost the supervisor of rank 0 on {self._rank_env.master_addr}; it was killed, or its host is down"
         )
         await self._end_child()
         return FAILED
 
     def _start(self, go: Message) -> None:
-        place = replace(self._place, master_port=int(go["master_port"]))
+        rank_env = replace(self._rank_env, master_port=int(go["master_port"]))
         threads = max(
             1, len(os.sched_getaffinity(0)) // (1 if "SLURM_CPUS_PER_TASK" in os.environ else go["local_size"])
         )
         environment = {
             "OMP_NUM_THREADS": str(threads),
             **os.environ,
-            **place.environment(),
+            **rank_env.environment(),
             HEARTBEAT: self._heartbeat,
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
         }
         del environment[TOKEN]
-        log = log_file(self._task.folder, place.rank)
-        self._child = Child(self._task.command, environment, log, self._console, [self._beats])
+        log = log_file(self._spec.folder, rank_env.rank)
+        self._child = Child(self._spec.command, environment, log, self._console, [self._beats])
         self._guard.protect(self._child.group)
 
     @property
     def _heartbeat(self) -> str:
         return f"/proc/self/fd/{self._beats}"
 
-    def _asked(self, name: str) -> None:
-        """A signal to stop: not handed on at once, but to all ranks together, by the first one's supervisor."""
+    def _on_stop_signal(self, name: str) -> None:
+        """Reports a signal to stop; rank 0's supervisor forwards it to all ranks together."""
         self._stop = self._stop or name
-        if self._line is not None:
-            self._line.say("signal", signal=name)
+        if self._connection is not None:
+            self._connection.send("signal", signal=name)
 
-    async def _beat(self, line: Line) -> None:
+    async def _beat(self, connection: Connection) -> None:
         while True:
-            if time.monotonic() - line.heard > SILENT_SECONDS:
-                await line.close()  # which whoever listens takes for the loss that it is
+            if time.monotonic() - connection.last_heard > SILENT_SECONDS:
+                await connection.close()  # _follow_coordinator sees the loss
                 return
             if os.getppid() != self._parent:
-                line.say("abort", reason=f"the process that started rank {self._place.rank} on {self._host} was killed")
-            line.say("beat", sighting=None if self._child is None else self._seen(self._child))
-            self._moved.set()
-            await asyncio.sleep(BEAT_SECONDS)
+                connection.send(
+                    "abort", reason=f"the process that started rank {self._rank_env.rank} on {self._host} was killed"
+                )
+            connection.send("beat", status=None if self._child is None else self._status(self._child))
+            self._child_changed.set()
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
-    async def _watch_child(self, line: Line) -> None:
-        """Tells how the rank ended as soon as it did."""
+    async def _watch_child(self, connection: Connection) -> None:
+        """Reports the rank's exit as soon as it happens."""
         while self._child is None or (ended := self._child.poll()) is None:
-            self._moved.clear()
-            await self._moved.wait()
-        line.say("beat", sighting=self._seen(self._child))
+            self._child_changed.clear()
+            await self._child_changed.wait()
+        connection.send("beat", status=self._status(self._child))
         age = time.monotonic() - self._child.ended_at
-        line.say("exited", code=ended.code, signal=ended.signal, lines=list(ended.lines), age=age)
+        connection.send("exited", code=ended.code, signal=ended.signal, lines=list(ended.lines), age=age)
 
-    def _seen(self, child: Child) -> dict[str, object]:
-        return asdict(sighting(read_beat(Path(self._heartbeat)), child.started, time.monotonic()))
+    def _status(self, child: Child) -> dict[str, object]:
+        return asdict(rank_status(read_beat(Path(self._heartbeat)), child.started, time.monotonic()))
 
     async def _end_child(self) -> None:
-        """Ends the rank, whatever it hangs in, leaving in its log where that is."""
+        """Ends the rank, whatever it hangs in; the traceback of all threads goes to its log."""
         child = self._child
         if child is None or await ended_within(child, _OWN_END_SECONDS):
             return
@@ -221,14 +224,14 @@ class Supervisor:
             child.send_to_group(signal.SIGKILL)
             await ended_within(child, _KILL_SECONDS)
 
-    def _complain(self, what: str) -> None:
-        print(f"mixmae: rank {self._place.rank} on {self._host} {what}", file=sys.stderr, flush=True)
+    def _print_error(self, what: str) -> None:
+        print(f"mixmae: rank {self._rank_env.rank} on {self._host} {what}", file=sys.stderr, flush=True)
 
 
-def supervise(task: Task, place: Place, secret: str, guard: Guard) -> int:
+def supervise(spec: RankSpec, rank_env: RankEnv, secret: str, guard: Guard) -> int:
     """Supervises a rank to its end; returns the run's exit code."""
     try:
-        return asyncio.run(Supervisor(task, place, secret, guard).run())
+        return asyncio.run(Supervisor(spec, rank_env, secret, guard).run())
     except PortError as error:
         print(f"mixmae: error: rank 0 on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return FAILED

@@ -1,21 +1,21 @@
-"""What a user can get wrong: one clear line and exit code 2, never a traceback."""
+"""Errors of the user: one clear line and exit code 2, never a traceback."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 _INTERRUPTED = 130
-"""What a shell says of a command that SIGINT ended."""
+"""What a shell reports of a command that SIGINT ended."""
 
 
 class UsageError(ValueError):
-    """A value the user gave; the message says the value, what was expected and what to change."""
+    """A wrong value from the user; the message gives the value, what was expected and what to change."""
 
     exit_code = 2
 
 
-def run_in_words(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command; a UsageError becomes one line on standard error and its exit code, and so does Ctrl-C."""
+def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Runs a command; a UsageError, or Ctrl-C, becomes one line on standard error and an exit code."""
     try:
         return main(argv)
     except UsageError as error:

@@ -1,8 +1,8 @@
-"""Exit codes of a rank, for whoever started it. No torch."""
+"""Exit codes of ranks and commands."""
 
 FINISHED = 0
 FAILED = 1
-MISTAKE = 2
-"""Of the one who typed the command; the last line on standard error says which."""
+USAGE_ERROR = 2
+"""A wrong command line or recipe; the last line on standard error says what."""
 PREEMPTED = 85
-"""Asked to stop (a signal, the end of its time), saved, and to be continued by starting the same command again."""
+"""Stopped by a signal or the end of its time, and saved; the same command continues it."""

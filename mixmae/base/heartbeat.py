@@ -1,84 +1,119 @@
-"""A rank's sign of life, in a small file that whoever started the rank reads: where it is, and that it still runs.
+"""A rank's heartbeat: which phase it is in, and, every second, that it still runs.
 
-No torch: the reader is the launcher's. Times are of the monotonic clock, which all processes of a machine share.
+The launcher reads it from a small file, whose times are of the monotonic clock that all processes of a machine share;
+listeners, such as the metrics, are called at each tick.
 """
 
 import mmap
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixmae.base.phases import PHASES
 
-FILE = "MIXMAE_HEARTBEAT"
-"""The environment variable with the file's path; unset where nobody reads."""
-_TICK = 1.0
+HEARTBEAT = "MIXMAE_HEARTBEAT"
+"""The environment variable with the file's path; unset if nobody reads it."""
 _LAYOUT = struct.Struct("<qqdd")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank's file says.
+    """The content of a rank's file.
 
     Attributes:
         step: optimizer steps done since the run began.
-        part: what it is at, one of `PHASES`.
-        since: when it came to that part.
+        phase: one of `PHASES`.
+        since: when the phase began.
         ticked: when its interpreter last ran; about a second ago unless the process is stopped.
     """
 
     step: int
-    part: str
+    phase: str
     since: float
     ticked: float
 
 
 class Heartbeat:
-    """The writing side: costs a step a few memory writes, and ticks in a thread of its own."""
+    """The writer: a few memory writes a step, and a thread that ticks.
 
-    def __init__(self, file: Path) -> None:
-        file.write_bytes(_LAYOUT.pack(0, 0, time.monotonic(), time.monotonic()))
-        with file.open("r+b") as opened:
-            self._map = mmap.mmap(opened.fileno(), _LAYOUT.size)
+    A stopped process, or an interpreter that hangs without releasing its lock, stops ticking.
+    """
+
+    def __init__(self, file: Path | None = None, interval: float = 1.0) -> None:
+        """Starts ticking.
+
+        Args:
+            file: read by the rank's supervisor; None without one.
+            interval: seconds between two ticks.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._map = None if file is None else _mapped(file)
+        self._interval = interval
         self._step = 0
+        self._listeners: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def at(self, part: str, step: int | None = None) -> None:
-        """Says what the rank comes to, and how many steps it has done if that changed."""
+    def set_phase(self, phase: str, step: int | None = None) -> None:
+        """Records that the rank enters one of `PHASES`, and its steps so far if they changed."""
         if step is not None:
             self._step = step
-        struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(part), time.monotonic())
+        if self._map is not None:
+            struct.pack_into("<qqd", self._map, 0, self._step, PHASES.index(phase), time.monotonic())
+
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` now, in this thread, and then at every tick."""
+        listener()
+        with self._lock:
+            self._listeners.append(listener)
+
+    def remove_listener(self, listener: Callable[[], None]) -> None:
+        """Returns once `listener` is not being called, and will not be again."""
+        with self._lock:
+            self._listeners.remove(listener)
 
     def close(self) -> None:
         self._ended.set()
         self._thread.join()
 
-    def _tick(self) -> None:
-        while not self._ended.wait(_TICK):
-            struct.pack_into("<d", self._map, _LAYOUT.size - 8, time.monotonic())
+    def _run(self) -> None:
+        while not self._ended.wait(self._interval):
+            if self._map is not None:
+                struct.pack_into("<d", self._map, _LAYOUT.size - 8, time.monotonic())
+            with self._lock:
+                for listener in self._listeners:
+                    listener()
 
 
-def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
-    """This process's heartbeat, if whoever started it reads one.
+def _mapped(file: Path) -> mmap.mmap:
+    file.write_bytes(_LAYOUT.pack(0, 0, time.monotonic(), time.monotonic()))
+    with file.open("r+b") as opened:
+        return mmap.mmap(opened.fileno(), _LAYOUT.size)
+
+
+def begin_heartbeat(env: Mapping[str, str]) -> Heartbeat:
+    """Starts this process's heartbeat, in a file if the environment names one.
 
     Raises:
         OSError: the file cannot be written.
     """
-    return Heartbeat(Path(env[FILE])) if FILE in env else None
+    return Heartbeat(Path(env[HEARTBEAT]) if HEARTBEAT in env else None)
 
 
 def read_beat(file: Path) -> Beat | None:
-    """The last sign of life in a file; None before its rank wrote any."""
+    """The last heartbeat in a file; None before the rank has written one."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
         return None
     if len(content) < _LAYOUT.size:
         return None
-    step, part, since, ticked = _LAYOUT.unpack_from(content)
-    return Beat(step, PHASES[part], since, ticked)
+    step, phase, since, ticked = _LAYOUT.unpack_from(content)
+    return Beat(step, PHASES[phase], since, ticked)

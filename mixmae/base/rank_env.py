@@ -1,4 +1,4 @@
-"""Which rank this is, from the environment of whatever started it. No torch: supervisors of ranks read it too."""
+"""Rank, world size and rendezvous address of this process, from the environment that its launcher set."""
 
 import subprocess
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from mixmae.base.ports import free_port
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among its peers."""
+class RankEnv:
+    """A rank, its peers, and where they rendezvous."""
 
     rank: int = 0
     world_size: int = 1
@@ -37,22 +37,24 @@ _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
 
 
-def read_place(env: Mapping[str, str]) -> Place:
-    """A place as DeepSpeed's launcher or torchrun set it, else as srun does, else that of a process alone.
+def read_rank_env(env: Mapping[str, str]) -> RankEnv:
+    """The rank as DeepSpeed's launcher or torchrun set it, else as srun does, else that of a single process.
 
     Raises:
         UsageError: a launcher's variables are set only in part, or are not numbers.
     """
     if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return _place(env, _LAUNCHER, env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
+        return _from_variables(env, _LAUNCHER, env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID", "").isdigit():
         # Above the exporters' ports, below those of mixmae launch: steps typed by hand and launched jobs share nodes.
         port = 10_000 + (int(env.get("SLURM_JOB_ID", "0")) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
-        return _place(env, _SLURM, env.get("MASTER_ADDR") or _first_host(env), env.get("MASTER_PORT", str(port)))
-    return Place(master_port=free_port())
+        return _from_variables(
+            env, _SLURM, env.get("MASTER_ADDR") or _first_host(env), env.get("MASTER_PORT", str(port))
+        )
+    return RankEnv(master_port=free_port())
 
 
-def _place(env: Mapping[str, str], names: tuple[str, ...], address: str, port: str) -> Place:
+def _from_variables(env: Mapping[str, str], names: tuple[str, ...], address: str, port: str) -> RankEnv:
     missing = [name for name in names if name not in env]
     if missing:
         raise UsageError(
@@ -61,7 +63,7 @@ def _place(env: Mapping[str, str], names: tuple[str, ...], address: str, port: s
         )
     try:
         rank, world_size, local_rank = (int(env[name]) for name in names[:3])
-        return Place(rank, world_size, local_rank, address, int(port))
+        return RankEnv(rank, world_size, local_rank, address, int(port))
     except ValueError as error:
         raise UsageError(
             f"{', '.join(f'{n}={env[n]}' for n in names[:3])}, MASTER_PORT={port}: expected whole numbers"

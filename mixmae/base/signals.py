@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, or by the end of the time that Slurm gave. No torch: importing it takes seconds."""
+"""Requests to stop: a signal, or the end of a Slurm job's time limit. No torch, whose import takes seconds."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ _END_TIME = "SLURM_JOB_END_TIME"
 class StopRequest:
     """Whether this rank was asked to stop, and by what.
 
-    From its creation the signals only note that they came: a second one does not end a rank that is saving.
+    Signals are only noted from now on: a second one does not kill a rank that is saving.
     """
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
@@ -26,7 +26,7 @@ class StopRequest:
         self._signal = self._signal or signal.Signals(number).name
 
     def reason(self, seconds_before_end: float) -> str | None:
-        """What asks the run to stop now; None while nothing does."""
+        """What asks the run to stop; None if nothing does."""
         if self._signal is not None:
             return self._signal
         if self._end is not None and time.time() > self._end - seconds_before_end:
@@ -35,6 +35,6 @@ class StopRequest:
 
 
 def leave_signals_to_the_main_process() -> None:
-    """For a rank's data workers: what asks the rank to stop reaches them too, but they serve until it is done."""
+    """For data workers: signals that stop their rank reach them too, but they serve until it is done."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,28 +1,43 @@
-"""What MixMAE and the trainer ask of an encoder; each family implements it."""
+"""What an encoder is, to methods and the trainer: a timm model that can keep mixed images apart.
+
+To add one, write a file beside this one with a subclass of `Encoder`, and call `register_encoder` for each of its
+sizes; a plugin of a user's own does the same in a module that the recipe names under `plugins:`. The constructor's
+keyword arguments are the keys of the recipe's `encoder:` section, beside `name`, `img_size` and `init`.
+"""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """`encoder(images, groups=None, num_groups=None) -> features`, one object in pretraining and in fine-tuning."""
+    """`encoder(images, groups=None, num_groups=None) -> features`, one object in pretraining and in fine-tuning.
 
-    grid: tuple[int, int]
-    """Cells (Gh, Gw): the token grid of the last stage."""
-    stride: int
+    Beside what follows it is a timm model: `forward_features`, `forward_head`, `forward_intermediates`,
+    `reset_classifier`, `get_classifier`. Built with `num_classes=0, global_pool=""`, `forward` gives the last stage's
+    features as a map [B, Gh, Gw, num_features].
+    """
+
+    stride = 32
     """Pixels along a cell's side."""
+    num_stages = 4
+    first_conv = "patch_embed.proj"
+    """timm's: the first convolution, which other numbers of channels change."""
+    grid: tuple[int, int]
+    """Cells (Gh, Gw) that are mixed: the token grid of the last stage."""
     num_features: int
     """Width of the last stage."""
-    num_stages: int
+    feature_info: list[dict[str, Any]]
+    """timm's: `num_chs`, `reduction` and `module` of each stage's map."""
 
     @abstractmethod
     def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        """Images [B, 3, H, W], normalised.
+        """Images [B, 3, H, W], normalised. A position's features depend on positions of its own group only.
 
         Args:
-            groups: [Gh, Gw] or [B, Gh, Gw] when the images are mixed.
+            groups: [Gh, Gw] or [B, Gh, Gw] when the images are mixed; None for unmixed ones.
             num_groups: K, for maps whose groups have the sizes that `mixing.group_sizes` says, as those of `draw_mix`;
                 attention then works group by group. Without it a mask keeps the groups apart, whatever their sizes.
         """
@@ -32,9 +47,29 @@ class Encoder(nn.Module):
         """The blocks of a stage, counted from 1."""
 
     @abstractmethod
-    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] = (1, 2, 3, 4)) -> None:
-        """Recomputes the blocks of the named stages, counted from 1, in the backward pass."""
+    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] | None = None) -> None:
+        """Recomputes the blocks of the named stages, counted from 1, in the backward pass; None for all."""
 
     @abstractmethod
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """timm's layer groups, from the image to the head, for layer-wise learning-rate decay."""
+
+    @abstractmethod
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Makes the model take images of another size, with the weights that it has: positions are computed anew, and
+        position tables resized (bicubic).
+
+        Raises:
+            ValueError: the size does not divide into cells or windows.
+        """
+
+    def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the same encoder at another image or window size, resized to this one's."""
+        return state
+
+    def no_weight_decay(self) -> Collection[str]:
+        """timm's: names of parameters that weight decay leaves alone, beside all 1-D ones."""
+        return set()
+
     def set_fused_attention(self) -> None:
-        """Attention in a kernel of this project's own, on GPUs, where problems are small enough for it."""
+        """Attention in a kernel of this project's own, on GPUs, where problems are small enough; else nothing."""

@@ -3,7 +3,7 @@
 Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage is one cell of the mixing grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Self
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
@@ -23,7 +24,7 @@ from mixmae.models.layers.token_order import (
     separated,
     window_order,
 )
-from mixmae.models.layers.window_attention import WindowAttention
+from mixmae.models.layers.window_attention import WindowAttention, resize_table
 
 NUM_STAGES = 4
 
@@ -60,6 +61,18 @@ class Stage(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._window_order = window_order(self.grid, self.window, self.relative_position_index.device)
         return self
+
+    def set_grid(self, grid: tuple[int, int], window: int) -> None:
+        """Another token grid and window side; bias tables are resized."""
+        device = self.relative_position_index.device
+        if window != self.window:
+            self.relative_position_index = relative_position_index(window).to(device)
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                assert isinstance(block.attn, WindowAttention)
+                block.attn.set_window(window)
+        self.grid, self.window = grid, window
+        self._window_order = window_order(grid, window, device)
 
     def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
         x = self.downsample(x)
@@ -116,6 +129,7 @@ class Swin(Encoder):
             raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
         self.num_classes = num_classes
         self.stride = patch_size * 2 ** (NUM_STAGES - 1)
+        self.window_size = tuple(window_size)
         grids = token_grids((height, width), patch_size, window_size)
         self.grid = grids[-1]
         dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
@@ -175,10 +189,39 @@ class Swin(Encoder):
         x = self.patch_embed(images)
         return x + self.positions.to(x.dtype)
 
-    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] = (1, 2, 3, 4)) -> None:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
+    ) -> None:
+        """Another image size, with other windows where the present ones do not divide its grids."""
+        size = self.patch_embed.img_size if img_size is None else img_size
+        height, width = (size, size) if isinstance(size, int) else size
+        patch_size = self.patch_embed.patch_size[0]
+        windows = fitting_windows(stage_grids((height, width), patch_size), self.window_size)
+        grids = token_grids((height, width), patch_size, windows if window_size is None else window_size)
+        self.window_size = tuple(windows if window_size is None else window_size)
+        self.grid = grids[-1]
+        self.patch_embed.set_input_size((height, width))
+        self.positions = sincos_positions(grids[0], self.positions.shape[-1]).to(self.positions.device)
+        for stage, grid, window in zip(self.stages, grids, self.window_size, strict=True):
+            assert isinstance(stage, Stage)
+            stage.set_grid(grid, window)
+
+    def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Relative-position tables are resized (bicubic) to the model's windows."""
+        own = self.state_dict()
+        fitted = dict(state)
+        for key, table in state.items():
+            if key.endswith("relative_position_bias_table") and key in own and table.shape != own[key].shape:
+                fitted[key] = resize_table(table, (int(own[key].shape[0] ** 0.5) + 1) // 2)
+        return fitted
+
+    def no_weight_decay(self) -> Collection[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] | None = None) -> None:
         for number, stage in enumerate(self.stages, start=1):
             assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable and number in stages
+            stage.grad_checkpointing = enable and (stages is None or number in stages)
 
     def set_fused_attention(self) -> None:
         from mixmae.models.ops.grouped_attention import grouped_attention  # Triton comes with torch for GPUs alone
@@ -224,7 +267,9 @@ def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequenc
         )
     if len(window_size) != NUM_STAGES:
         raise ValueError(f"window_size {tuple(window_size)} has {len(window_size)} entries; expected {NUM_STAGES}")
-    grids = [(img_size[0] // side, img_size[1] // side) for side in (patch_size * 2**i for i in range(NUM_STAGES))]
+    if any(window < 1 for window in window_size):
+        raise ValueError(f"window_size {tuple(window_size)}: expected sides greater than 0")
+    grids = stage_grids(img_size, patch_size)
     if any(side % w for grid, w in zip(grids, window_size, strict=True) for side in grid):
         raise ValueError(
             f"img_size {img_size[0]}x{img_size[1]} gives token grids "
@@ -235,6 +280,10 @@ def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequenc
     return grids
 
 
+def stage_grids(img_size: tuple[int, int], patch_size: int) -> list[tuple[int, int]]:
+    return [(img_size[0] // side, img_size[1] // side) for side in (patch_size * 2**i for i in range(NUM_STAGES))]
+
+
 def fitting_windows(grids: Sequence[tuple[int, int]], window_size: Sequence[int]) -> tuple[int, ...]:
     """Windows that divide their grids: nearest to those asked for in stages 1 and 2, the whole map in 3 and 4."""
 
@@ -243,3 +292,19 @@ def fitting_windows(grids: Sequence[tuple[int, int]], window_size: Sequence[int]
         return min(fits, key=lambda w: (abs(w - wanted), -w))
 
     return (nearest(grids[0], window_size[0]), nearest(grids[1], window_size[1]), min(grids[2]), min(grids[3]))
+
+
+# Sizes of the paper (section 3.2); windows for 224 px. `nano` is this project's own, for demonstrations and tests.
+register_encoder(
+    "mixmae_swin_nano",
+    Swin,
+    img_size=128,
+    embed_dim=32,
+    depths=(1, 1, 2, 1),
+    num_heads=(1, 2, 4, 8),
+    window_size=(8, 8, 8, 4),
+)
+register_encoder("mixmae_swin_base", Swin, embed_dim=128, num_heads=(4, 8, 16, 32), window_size=(7, 7, 14, 7))
+register_encoder("mixmae_swin_base_w14", Swin, embed_dim=128, num_heads=(4, 8, 16, 32))
+register_encoder("mixmae_swin_large", Swin, embed_dim=192, num_heads=(6, 12, 24, 48))
+register_encoder("mixmae_swin_huge", Swin, embed_dim=352, num_heads=(11, 22, 44, 88))

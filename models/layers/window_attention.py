@@ -6,6 +6,7 @@ Shapes: tokens [B, L, C] in the stage's order; h heads of width d.
 from collections.abc import Callable
 
 import torch
+from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
@@ -40,6 +41,11 @@ class WindowAttention(nn.Module):
         out = [self._attend(part, problems) for part, problems in zip(parts, arrangement.problems, strict=True)]
         return self.proj(out[0] if len(out) == 1 else torch.cat(out, dim=1))
 
+    def set_window(self, window: int) -> None:
+        """Another window side; the bias table is resized."""
+        table = resize_table(self.relative_position_bias_table.detach(), window)
+        self.relative_position_bias_table = nn.Parameter(table)
+
     def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
         """[B, num * size, 3C] -> [B, num * size, C]."""
         bias = self._position_bias(problems)
@@ -63,9 +69,17 @@ class WindowAttention(nn.Module):
 
     def _position_bias(self, problems: Problems) -> Tensor:
         """[1 or num, h, size, size]."""
-        # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs.
-        bias = self.relative_position_bias_table.t().index_select(1, problems.pairs.flatten())
+        # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs. From fp32: the
+        # gradient sums hundreds of pairs into an entry, one by one.
+        table = self.relative_position_bias_table
+        wide = table.to(torch.promote_types(table.dtype, torch.float32))
+        bias = wide.t().index_select(1, problems.pairs.flatten()).to(table.dtype)
         return bias.view(-1, len(problems.pairs), problems.size, problems.size).transpose(0, 1)
+
+
+def resize_table(table: Tensor, window: int) -> Tensor:
+    """A relative-position table [(2w-1)^2, h] for windows of another side (bicubic)."""
+    return resize_rel_pos_bias_table_simple(table, (window, window), ((2 * window - 1) ** 2, table.shape[1]))
 
 
 def _append(x: Tensor, codes: Tensor) -> Tensor:

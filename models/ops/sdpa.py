@@ -3,8 +3,15 @@
 Shapes: q, k, v [P, h, N, d], P independent problems; bias [1, h, N, N].
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def pin_attention() -> None:
+    """Leaves cuDNN's attention out on GPUs. Torch prefers it on some, but only where no bias learns and, in passes
+    without gradients, everywhere: a run would meet other kernels, and compile their plans, at its first picture."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:

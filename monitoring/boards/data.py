@@ -49,7 +49,7 @@ BOARD = Board(
                 lines("Share of samples replaced", Unit.RATIO, "Of the images trained on, since the ranks started.",
                       (f"sum by (reason) (mixmae_replaced_samples_total{HERE}) / on () group_left ()"
                        f" sum(mixmae_images_total{HERE})", "$reason")),
-                lines("Free shared memory, lowest", Unit.BYTES, "Workers hand over batches through it.",
+                lines("Free shared memory, lowest", Unit.BYTES, "Data workers pass batches through it.",
                       (least(gauge_of(f"mixmae_shm_free_bytes{HERE}", "node")), "$node")),
             ),
         ),

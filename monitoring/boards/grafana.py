@@ -148,7 +148,7 @@ def _alerts(panel: Panel) -> Any:
 
 def _table(panel: Panel) -> Any:
     labels = re.findall(r"\$(\w+)", panel.queries[0].legend)
-    order = {name: place for place, name in enumerate([*labels, "Value"])}
+    order = {name: index for index, name in enumerate([*labels, "Value"])}
     shown = kinds.DataTransformerConfig(
         id_val="organize", options={"excludeByName": {"Time": True}, "indexByName": order}
     )

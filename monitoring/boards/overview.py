@@ -81,6 +81,8 @@ BOARD = Board(
                       (f"max(mixmae_learning_rate{RUN})", "learning rate")),
                 lines("Weight decay", Unit.NONE, "Of the parameters that have one.",
                       (f"max(mixmae_weight_decay{RUN})", "weight decay")),
+                lines("Evaluation", Unit.NONE, "What the task measured at its last evaluation.",
+                      (f"max by (metric) (mixmae_evaluation{RUN})", "$metric")),
                 lines("Step", Unit.COUNT, "Optimizer step of the run: a drop is a resume from an older checkpoint.",
                       (f"max(mixmae_step{RUN})", "step")),
                 lines("Restarts", Unit.COUNT, "Times that the run was started again, by how it had ended.",

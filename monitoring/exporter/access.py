@@ -1,4 +1,4 @@
-"""How a run's exporters want to be asked: over TLS, with a password, or plainly, as its recipe says."""
+"""How to reach a run's exporters, as its recipe says: over TLS, with authentication, or plainly."""
 
 import base64
 import ssl
@@ -12,14 +12,13 @@ from typing import Any
 
 import yaml
 
-RECIPE = "recipe.yaml"
 TIMEOUT = 1.5
 """Seconds until an endpoint counts as silent."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """How a run's exporters want to be asked, as its recipe says under `monitoring`."""
+    """TLS and authentication of a run's exporters, from its recipe's section `monitoring`."""
 
     certfile: Path | None = None
     auth_file: Path | None = None
@@ -42,7 +41,7 @@ class Access:
         return "https" if self.certfile is not None else "http"
 
     def fetch(self, url: str) -> bytes:
-        """Asks an exporter, past the proxies of the environment, which do not know a cluster's nodes."""
+        """Fetches a page of an exporter, past the environment's proxies, which do not know a cluster's nodes."""
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
         if self.certfile is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -57,13 +56,13 @@ class Access:
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """The sections of a run's recipe; empty while it is not there or still being written."""
+    """The sections of a run's recipe; empty where it is missing or damaged."""
     try:
         content = yaml.safe_load(file.read_text())
     except (FileNotFoundError, yaml.YAMLError):
         return {}
-    whole = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("model", "train"))
-    return content if whole else {}
+    complete = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("encoder", "train"))
+    return content if complete else {}
 
 
 def access_of(recipe: Mapping[str, Any]) -> Access:

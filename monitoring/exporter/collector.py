@@ -1,4 +1,4 @@
-"""What a node's exporter tells: its ranks' numbers and the node's own, as Prometheus' families."""
+"""A node's metrics as Prometheus' metric families: its ranks' and its own, at the time of a scrape."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -10,12 +10,12 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 from mixmae.monitoring.exporter import node
-from mixmae.monitoring.exporter.handover import Value, cumulative, is_known, read_ranks
+from mixmae.monitoring.exporter.recorder import Value, cumulative, is_known, read_ranks
 from mixmae.monitoring.metrics import METRICS, Kind, Metric, Source
 
 
 class NodeCollector(Collector):
-    """The ranks' numbers and the node's own as Prometheus families, at the time of a scrape."""
+    """Collects what the ranks recorded, and reads the node."""
 
     def __init__(self, shared: Path, run_dir: Path) -> None:
         self._shared = shared

@@ -1,4 +1,4 @@
-"""What a node's exporter finds out by itself: memory, disk, GPUs. What does not answer is left out of a scrape."""
+"""A node's own metrics: memory, disk, GPUs. What does not answer is left out of a scrape."""
 
 import shutil
 import threading
@@ -44,7 +44,7 @@ class Gpus:
     def readings(self) -> Iterator[Reading]:
         for number in range(self._count()):
             for name, query in self._queries.items():
-                # Not every GPU, and no part of a divided one, tells everything; one that is lost tells nothing.
+                # Not every GPU, and no MIG instance, has everything; one that is lost has nothing.
                 with suppress(self._nvml.NVMLError):
                     yield Reading(name, (str(number),), query(self._nvml.nvmlDeviceGetHandleByIndex(number)))
 
@@ -67,7 +67,7 @@ class Gpus:
 
 
 class Disk:
-    """The file system of a folder, asked by a thread: storage that hangs must not hold up what ranks say of it."""
+    """The file system of a folder, asked by a thread: storage that hangs must not hold up the ranks' metrics."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,6 +1,6 @@
-"""A node's exporter: /metrics and /healthz over HTTP, from what the node's ranks hand over.
+"""A node's exporter: /metrics and /healthz over HTTP, from what the node's ranks record.
 
-A process of its own, started by the node's first rank: it takes nothing from a rank's time, and goes on telling when
+A process of its own, started by the node's first rank: it takes nothing from a rank's time, and goes on answering when
 ranks hang. It ends with the rank that started it. After a clean end its target file is gone; after a crash it stays, so
 that Prometheus sees a node that is down. It has the rank's output for its own, and waits for no reader of that.
 """
@@ -28,16 +28,17 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from mixmae.base.liveness import STALL_SECONDS
 from mixmae.monitoring.exporter.collector import NodeCollector
 from mixmae.monitoring.exporter.discovery import write_target
-from mixmae.monitoring.exporter.handover import read_ranks
+from mixmae.monitoring.exporter.recorder import read_ranks
 
 PORTS = 100
 """Ports tried, from the wanted one on."""
 UNUSABLE = 2
 """Exit code where something the user gave cannot be used: another start would end the same way."""
 ENDED_JOB = "mixmae_ended"
-"""The job of numbers on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
+"""The job of metrics on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
 _PARENT_CHECK = 1.0
 _GATEWAY_TIMEOUT = 4.0
 """Seconds: less than a run waits for its exporter."""
@@ -52,11 +53,11 @@ class Settings:
     """How a node's exporter is reached."""
 
     shared: Path
-    """Folder in which the ranks hand over."""
+    """Folder of the ranks' recorders."""
     run_dir: Path
     address: str = "127.0.0.1"
     port: int = 9400
-    stall_seconds: float = 300.0
+    stall_seconds: float = STALL_SECONDS
     certfile: Path | None = None
     keyfile: Path | None = None
     auth_file: Path | None = None
@@ -99,22 +100,22 @@ class Exporter:
         self._thread.join()
 
     def push(self) -> None:
-        """Hands the last numbers to the Pushgateway, for runs that end between two scrapes."""
+        """Pushes the last metrics to the Pushgateway, for runs that end between two scrapes."""
         if self.settings.pushgateway is not None:
-            self._tell_gateway(push_to_gateway, registry=self.registry)
+            self._call_gateway(push_to_gateway, registry=self.registry)
 
     def take_back(self) -> None:
         """Removes from the Pushgateway what an earlier end of this run left there: the run goes on."""
         if self.settings.pushgateway is not None:
-            self._tell_gateway(delete_from_gateway)
+            self._call_gateway(delete_from_gateway)
 
-    def _tell_gateway(self, tell: Callable[..., None], **what: CollectorRegistry) -> None:
+    def _call_gateway(self, call: Callable[..., None], **what: CollectorRegistry) -> None:
         gateway = str(self.settings.pushgateway)
         node_of_run = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
         try:
-            tell(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
+            call(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
         except (OSError, ValueError) as error:  # ValueError: no address
-            _say(sys.stderr, f"mixmae: monitoring.pushgateway={gateway} takes no numbers: {error}")
+            _say(sys.stderr, f"mixmae: monitoring.pushgateway={gateway} accepts no metrics: {error}")
 
     def _bind(self) -> Any:
         settings = self.settings
@@ -137,7 +138,7 @@ class Exporter:
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if self._credentials and not self._admits(environ.get("HTTP_AUTHORIZATION", "")):
             start_response("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="mixmae"')])
-            return [b"user and password, please\n"]
+            return [b"authentication required\n"]
         path = environ.get("PATH_INFO", "/")
         if path == "/metrics":
             return self._metrics(environ, start_response)
@@ -169,7 +170,7 @@ class Exporter:
 
 class _QuietServer(ThreadingWSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that says nothing, or no TLS, or hangs up is its own trouble, and no news of the run."""
+        """A client that says nothing, or no TLS, or hangs up is its own trouble, not the run's."""
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -177,7 +178,7 @@ class _QuietHandler(WSGIRequestHandler):
     """Seconds after which a scraper that says nothing is left."""
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are no news."""
+        """Scrapes are not logged."""
 
 
 def check_files(certfile: Path | None, keyfile: Path | None, auth_file: Path | None) -> None:
@@ -224,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
         parser.add_argument(f"--{field}", type=Path)
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9400)
-    parser.add_argument("--stall-seconds", type=float, default=300.0)
+    parser.add_argument("--stall-seconds", type=float, default=STALL_SECONDS)
     parser.add_argument("--pushgateway")
     parser.add_argument("--parent", type=int, default=os.getppid())
     given = vars(parser.parse_args(argv))

@@ -1,0 +1,1 @@
+"""Prometheus and Alertmanager on one machine, configured for some run directories."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from mixmae.monitoring.exporter.access import RECIPE, Access, access_of, read_recipe
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import RECIPE, targets_folder
+from mixmae.monitoring.exporter.access import Access, access_of, read_recipe
 
 HERE = Path(__file__).parents[1]
 HOST = "127.0.0.1"
@@ -59,32 +59,32 @@ def password_files(folders: Iterable[Path], data: Path) -> dict[Path, str]:
     Raises:
         OSError: a recipe's own file cannot be read.
     """
-    ways = enumerate(_by_access(folders))
-    return {_password_file(data, n): way.credentials[1] for n, way in ways if way.credentials is not None}
+    accesses = enumerate(_by_access(folders))
+    return {_password_file(data, n): one.credentials[1] for n, one in accesses if one.credentials is not None}
 
 
 def _jobs(shipped: dict[str, Any], folders: Iterable[Path], data: Path) -> Iterator[dict[str, Any]]:
-    """A scrape job for each way of asking; the label `job` of all is the shipped one."""
-    for number, (way, files) in enumerate(_by_access(folders).items()):
+    """A scrape job for each kind of access; the label `job` of all is the shipped one."""
+    for number, (access, files) in enumerate(_by_access(folders).items()):
         job = deepcopy(shipped)
         job["file_sd_configs"][0]["files"] = files
         if number:
             job["relabel_configs"] = [{"target_label": "job", "replacement": job["job_name"]}]
             job["job_name"] += f"-{number}"
-        if way.certfile is not None:
-            job |= {"scheme": "https", "tls_config": {"ca_file": str(way.certfile.absolute())}}
-        if way.credentials is not None:
-            job["basic_auth"] = {"username": way.credentials[0], "password_file": str(_password_file(data, number))}
+        if access.certfile is not None:
+            job |= {"scheme": "https", "tls_config": {"ca_file": str(access.certfile.absolute())}}
+        if access.credentials is not None:
+            job["basic_auth"] = {"username": access.credentials[0], "password_file": str(_password_file(data, number))}
         yield job
 
 
 def _by_access(folders: Iterable[Path]) -> dict[Access, list[str]]:
-    """Patterns of target files by the way in which their runs want to be asked; those that ask for nothing first."""
+    """Patterns of target files by their runs' access; plain HTTP without authentication first."""
     found: dict[Access, list[str]] = {Access(): []}
     for folder in run_dirs(folders):
-        way = access_of(read_recipe(folder / RECIPE))
-        found.setdefault(way, []).append(str(targets_folder(folder) / "*.json"))
-    return {way: files for way, files in found.items() if files}
+        access = access_of(read_recipe(folder / RECIPE))
+        found.setdefault(access, []).append(str(targets_folder(folder) / "*.json"))
+    return {access: files for access, files in found.items() if files}
 
 
 def _password_file(data: Path, number: int) -> Path:

@@ -1,13 +1,11 @@
 """Prometheus and Alertmanager on this machine, with the shipped configuration, for some run directories."""
 
-import errno
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import Self
 from mixmae.monitoring.prometheus.configuration import HERE, HOST, INTERVAL, configuration, password_files
 
 DOWNLOADS = "https://prometheus.io/download/"
-PORTS = 100
-"""Ports tried, from the wanted one on."""
 _STARTING, _ENDING = 30.0, 10.0
 """Seconds that a server has to answer, and to end by itself."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -51,27 +47,6 @@ def find_programs() -> Programs:
             f"or from {DOWNLOADS}"
         )
     return Programs(prometheus, shutil.which("alertmanager") or shutil.which("prometheus-alertmanager"))
-
-
-def free_port_from(first: int, taken: Iterable[int] = ()) -> int:
-    """The first port of the loopback interface from `first` on that nothing listens on, and that is not in `taken`.
-
-    Raises:
-        MonitorError: none of 100 ports is free.
-    """
-    last = min(first + PORTS, 2**16)
-    for port in range(first, last):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do, after one that just ended
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise
-                continue
-        if port not in taken:
-            return port
-    raise MonitorError(f"none of the ports {first} to {last - 1} is free; name another one")
 
 
 class Monitor:

@@ -1,0 +1,1 @@
+"""What `mixmae watch` shows: a run's events, its ranks' metrics and its firing alerts."""

@@ -1,6 +1,5 @@
-"""What the event file of a run says, read as it grows."""
+"""A run's state and curves from its event file, read as it grows."""
 
-import json
 import math
 import statistics
 from array import array
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from mixmae.base.jsonl import decode
 
 STALL_SECONDS, STALL_GAPS = 60.0, 5
 """A run is stalled after both: so many seconds, and so many times the usual distance of its logged steps."""
@@ -26,9 +27,11 @@ class State(StrEnum):
     STALLED = "stalled"
     FINISHED = "finished"
     FAILED = "failed"
+    PREEMPTED = "preempted"
+    """Asked to stop, all saved; the same command goes on from there."""
 
 
-_ENDS = {"end": State.FINISHED, "failed": State.FAILED}
+_ENDS = {"end": State.FINISHED, "failed": State.FAILED, "preempted": State.PREEMPTED}
 
 
 class Tail:
@@ -62,7 +65,7 @@ class Tail:
 
 @dataclass
 class Log:
-    """What the events up to now say. Steps that a resumed run does again replace those it had done."""
+    """What the events up to now add up to. Steps that a resumed run does again replace those it had done."""
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
     losses: "array[float]" = field(default_factory=lambda: array("d"))
@@ -78,11 +81,13 @@ class Log:
     latest: float | None = None
     """When the first and the last event were written."""
     ended: State | None = None
+    _ended_before: State | None = None
+    """How the run had ended when the newest attempt at it began."""
     checkpoint: Mapping[str, Any] | None = None
     news: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=_RECENT))
     """Other events than logged steps and pictures."""
     unreadable: int = 0
-    """Lines that hold no event: what a killed run left of its last one."""
+    """Lines that hold no event: what a killed run left of its last one, or damage."""
     _gaps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT))
     """Seconds and optimizer steps between two logged steps of one process."""
     _previous: tuple[float, int] | None = None
@@ -90,12 +95,8 @@ class Log:
     _inverse_rates: float = 0.0
 
     def read(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-            known = isinstance(event["event"], str) and math.isfinite(event["time"])
-        except (ValueError, TypeError, KeyError):
-            known = False
-        if known:
+        event = decode(line, "event", "time")
+        if event is not None and isinstance(event["event"], str) and math.isfinite(number(event, "time")):
             self.take(event)
         elif line.strip():
             self.unreadable += 1
@@ -114,6 +115,10 @@ class Log:
             self.checkpoint = event
         elif kind == "skipped":
             self.skipped += 1
+        elif kind == "attempt":
+            self._ended_before, self.ended = self.ended, None
+        elif kind == "refused":
+            self.ended = self._ended_before
         elif kind in _ENDS:
             self.ended = _ENDS[kind]
         if kind not in ("step", "picture"):

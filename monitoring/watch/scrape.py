@@ -1,4 +1,4 @@
-"""Endpoints of a run asked in the background: what its ranks say of themselves, and which alerts fire."""
+"""Scrapes a run's exporters, and asks Prometheus for its firing alerts, in background threads."""
 
 import http.client
 import json
@@ -25,7 +25,7 @@ WINDOW = 60.0
 LATE_SECONDS, LATE_STEPS = 30.0, 5
 """A rank is late after both: so many seconds, and so many times its mean step."""
 UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
-"""What a question to an endpoint can end with: no connection, no HTTP, or an answer that says something else."""
+"""How fetching a page can fail: no connection, no HTTP, or an answer of another kind."""
 
 Numbers = Mapping[str, float]
 
@@ -36,10 +36,10 @@ class Scrape:
 
     at: float
     ranks: Mapping[int, Numbers]
-    """What each rank says of itself, summed over further labels; `data_wait` is that part's seconds, `rank_part` the
-    number of its part in PHASES."""
+    """Each rank's own metrics, summed over further labels; `data_wait` is that phase's seconds, `rank_part` the number
+    of the present phase in PHASES."""
     main: Numbers
-    """What the main rank says of the run; empty unless it is on this node."""
+    """The run's metrics, from the main rank; empty unless it is on this node."""
     world_size: int | None
 
 
@@ -60,9 +60,9 @@ class Rank:
     memory_limit: float
     replaced: int
     trouble: str
-    """`late`, `stopped` if its process does not run, `silent` if nobody tells, or empty."""
-    part: str = ""
-    """Of a step that it is at; empty if it does not say."""
+    """`late`, `stopped` if its process does not run, `silent` if its exporter does not answer, or empty."""
+    phase: str = ""
+    """The phase that it is in; empty where that is not known."""
 
     @property
     def badness(self) -> tuple[float, ...]:
@@ -118,7 +118,7 @@ class Endpoint:
     def __init__(self, url: str, node: str, access: Access) -> None:
         self.url, self.node, self._access = url, node, access
         self.problem: str | None = None
-        """Why the last question was not answered."""
+        """Why the last scrape failed."""
         self.scrapes: tuple[Scrape, ...] = ()
         """Oldest first; kept while the endpoint is silent. Replaced as a whole: another thread reads it."""
 
@@ -126,7 +126,7 @@ class Endpoint:
         try:
             new = parse_scrape(self._access.fetch(self.url).decode(), now)
         except UNREACHABLE as error:
-            self.problem = why(error)
+            self.problem = describe_error(error)
             return
         recent = deque(scrape for scrape in self.scrapes if now - scrape.at <= WINDOW)
         if recent and _restarted(recent[-1], new):
@@ -159,7 +159,7 @@ class Prometheus:
         try:
             self.alerts = parse_alerts(fetch(f"{self.url}/api/v1/alerts").decode(), self._labels)
         except UNREACHABLE as error:
-            self.problem, self.alerts = why(error), ()
+            self.problem, self.alerts = describe_error(error), ()
         else:
             self.problem = None
 
@@ -206,7 +206,7 @@ class Poller:
             self._stopped.wait(self._interval)
 
 
-def why(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """An error of `fetch` in a few words."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"

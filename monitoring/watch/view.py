@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixmae.monitoring.exporter.access import RECIPE, TIMEOUT, Access, access_of, read_recipe
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import EVENTS, RECIPE, targets_folder
+from mixmae.monitoring.exporter.access import TIMEOUT, Access, access_of, read_recipe
 from mixmae.monitoring.watch.history import Log, State, Tail
 from mixmae.monitoring.watch.scrape import Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
-
-EVENTS = "events.jsonl"
 
 
 class WatchError(ValueError):
@@ -34,9 +32,9 @@ class View:
     notes: Sequence[str] = ()
     """Why something is not shown."""
     alerts: Sequence[Alert] | None = None
-    """None where nobody asked for them."""
+    """None without a Prometheus server."""
     end: float = math.nan
-    """When the run ends, as its main rank reckons; NaN where it was not asked."""
+    """When the run ends, by its main rank's estimate; NaN where that is not known."""
 
     @property
     def step(self) -> int:
@@ -107,7 +105,7 @@ class WatchedRun:
         self.name = run_dir.resolve().name
         self._log, self._tail, self._recipe = Log(), Tail(run_dir / EVENTS), dict[str, Any]()
         self._endpoints: dict[tuple[str, str], tuple[Endpoint, Poller]] = {}
-        self._alerts = Asked(prometheus, {"run": self.name}, interval)
+        self._alerts = FiringAlerts(prometheus, {"run": self.name}, interval)
         self._find_endpoints()
 
     def settle(self) -> None:
@@ -132,7 +130,7 @@ class WatchedRun:
         except OSError as error:
             yield f"{EVENTS} cannot be read: {error.strerror}"
         if self._log.unreadable:
-            yield f"lines of {EVENTS} that were cut short and are left out: {self._log.unreadable}"
+            yield f"lines of {EVENTS} that cannot be read and are left out: {self._log.unreadable}"
 
     def _find_endpoints(self) -> tuple[int, list[str]]:
         """Asks new endpoints, leaves gone ones; returns how many are listed, and which cannot be asked from here."""
@@ -167,7 +165,7 @@ class WatchedRun:
 
     def _details(self) -> str:
         recipe = self._read_recipe()
-        encoder, batch = recipe.get("model", {}).get("encoder"), recipe.get("train", {}).get("global_batch")
+        encoder, batch = recipe.get("encoder", {}).get("name"), recipe.get("train", {}).get("global_batch")
         ranks = self._log.world_size
         parts = [encoder, ranks and f"{ranks} rank{'s' * (ranks > 1)}", batch and f"{batch:,} images a step"]
         return ", ".join(part for part in parts if part)
@@ -191,7 +189,7 @@ class WatchedEndpoint:
             raise WatchError(f"{url} does not answer as a run's exporter: {self._endpoint.problem}")
         self._log, self._seen = Log(), dict[str, str]()
         self._poller = Poller(self._endpoint.ask, interval)
-        self._alerts = Asked(prometheus, {"instance": self.name}, interval)
+        self._alerts = FiringAlerts(prometheus, {"instance": self.name}, interval)
 
     def settle(self) -> None:
         wait_for(self._alerts.pollers)
@@ -216,8 +214,8 @@ class WatchedEndpoint:
         return View(self.name, details, self._log, now, ranks, notes, self._alerts.alerts, end)
 
 
-class Asked:
-    """Prometheus, if it is to be asked."""
+class FiringAlerts:
+    """A run's firing alerts, if a Prometheus server is given."""
 
     def __init__(self, url: str | None, labels: Mapping[str, str], interval: float) -> None:
         self._prometheus = Prometheus(url, labels) if url is not None else None

@@ -4,10 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-from mixmae.base.heartbeat import FILE, Heartbeat, begin_heartbeat, read_beat
+import pytest
+
+from mixmae.base.heartbeat import HEARTBEAT, Heartbeat, begin_heartbeat, read_beat
 from tests.helpers import ROOT, tiny_recipe
 
 RANK = """
@@ -15,7 +18,7 @@ import sys, time
 from pathlib import Path
 from mixmae.base.heartbeat import Heartbeat
 beat = Heartbeat(Path(sys.argv[1]))
-beat.at("backward", 7)
+beat.set_phase("backward", 7)
 print("there", flush=True)
 time.sleep(60)
 """
@@ -25,13 +28,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     file = tmp_path / "rank"
     assert read_beat(file) is None
     beat = Heartbeat(file)
-    beat.at("forward", 3)
-    beat.at("backward")
+    beat.set_phase("forward", 3)
+    beat.set_phase("backward")
     before = time.monotonic()
     found = read_beat(file)
     beat.close()
     assert found is not None
-    assert (found.step, found.part) == (3, "backward")
+    assert (found.step, found.phase) == (3, "backward")
     assert found.since <= before
 
 
@@ -52,31 +55,57 @@ def test_a_stopped_process_does_not_tick(tmp_path: Path) -> None:
     assert stopped is not None
     assert running.ticked > running.since
     assert stopped == stopped_at
-    assert (stopped.step, stopped.part) == (7, "backward")
+    assert (stopped.step, stopped.phase) == (7, "backward")
 
 
 def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> None:
     recipe, beat = tmp_path / "recipe.yaml", tmp_path / "beat"
     recipe.write_text(tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path / "run")}).to_yaml())
     command = [sys.executable, "-m", "mixmae.trainer.train", str(recipe), "monitoring.enabled=false"]
-    subprocess.run(command, env={**os.environ, FILE: str(beat), "OMP_NUM_THREADS": "1"}, check=True)
+    subprocess.run(command, env={**os.environ, HEARTBEAT: str(beat), "OMP_NUM_THREADS": "1"}, check=True)
     last = read_beat(beat)
     assert last is not None
-    assert (last.step, last.part) == (8, "ending")
+    assert (last.step, last.phase) == (8, "ending")
 
 
 def test_a_run_tells_that_it_starts_before_torch_is_there(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(3)\n")
-    environment = {**os.environ, FILE: str(tmp_path / "beat"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = {**os.environ, HEARTBEAT: str(tmp_path / "beat"), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     (tmp_path / "recipe.yaml").touch()
     command = [sys.executable, "-m", "mixmae.trainer.train", str(tmp_path / "recipe.yaml")]
     done = subprocess.run(command, env=environment, check=False)
     beat = read_beat(tmp_path / "beat")
     assert done.returncode == 3
     assert beat is not None
-    assert (beat.step, beat.part) == (0, "starting")
+    assert (beat.step, beat.phase) == (0, "starting")
 
 
-def test_nobody_reads_what_nobody_asked_for(tmp_path: Path) -> None:
-    assert begin_heartbeat({}) is None
+def test_listeners_are_called_at_every_tick_until_they_are_removed() -> None:
+    beat = Heartbeat(interval=0.001)
+    calls: list[str] = []
+    tenth = threading.Event()
+
+    def listen() -> None:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 10:
+            tenth.set()
+
+    beat.add_listener(listen)
+    assert calls[0] == threading.current_thread().name
+    assert tenth.wait(60)
+    beat.remove_listener(listen)
+    heard = len(calls)
+    other = threading.Event()
+    beat.add_listener(lambda: other.set() if threading.current_thread().name == "heartbeat" else None)
+    assert other.wait(60)
+    beat.close()
+    assert len(calls) == heard
+    assert set(calls[1:]) == {"heartbeat"}
+
+
+def test_without_a_launcher_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    beat = begin_heartbeat({})
+    beat.set_phase("forward", 1)
+    beat.close()
     assert list(tmp_path.iterdir()) == []

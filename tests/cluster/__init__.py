@@ -22,5 +22,5 @@ the directory for temporary files; it ends with the cluster. Logs of the daemons
 nowhere outside the cluster.
 
 In tests: the fixtures `cluster` (two hosts) and `cluster_of(n)`, both for the whole session. A test that cuts, fills
-or stops something ends with `cluster.mend()`, or sets it right itself.
+or stops something ends with `cluster.repair()`, or sets it right itself.
 """

@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from tests.cluster import cluster as clusters
 from tests.cluster.cluster import Cluster
 from tests.cluster.network import LOGIN
@@ -98,4 +98,4 @@ def _status(_: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_in_words(main, sys.argv[1:]))
+    sys.exit(run_cli(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""A whole cluster: made, found again, mended, taken down."""
+"""A whole cluster: made, found again, repaired, taken down."""
 
 import json
 import os
@@ -78,7 +78,7 @@ class Cluster:
         if host in self.hosts and not host.processes(slurm.DAEMON):
             self.slurm.start_daemon(host)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Sets right what tests do to a cluster: jobs, links, clocks, daemons, nodes that are down or drained.
 
         What else runs on the hosts is killed; file systems that a test mounted are its own to unmount.
@@ -88,7 +88,7 @@ class Cluster:
             host.kill_all_but("|".join(_DAEMONS))
             self.power_on(host)
             clock.set_right(host)
-        self.slurm.mend()
+        self.slurm.repair()
         self.slurm.wait_until_idle()
 
     def down(self) -> None:

@@ -34,7 +34,7 @@ def cluster(cluster_of: Callable[[int], Cluster]) -> Cluster:
 
 
 @pytest.fixture
-def mended(cluster: Cluster) -> Iterator[Cluster]:
+def repaired(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, for a test that breaks it."""
     yield cluster
-    cluster.mend()
+    cluster.repair()

@@ -15,7 +15,7 @@ import psutil
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.network import set_link
 
-_PATIENCE = 20.0
+_PATIENCE = 100.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Host:
         command: Sequence[str | Path],
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        timeout: float | None = 60,
+        timeout: float | None = 200,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command here to its end; returns its exit code, standard output and standard error.
@@ -74,8 +74,8 @@ class Host:
             process.wait()
             raise
         if check and process.returncode:
-            words = " ".join(map(str, command))
-            raise RuntimeError(f"{self.name}: {words} ended with {process.returncode}: {errors.strip() or output}")
+            typed = " ".join(map(str, command))
+            raise RuntimeError(f"{self.name}: {typed} ended with {process.returncode}: {errors.strip() or output}")
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def processes(self, pattern: str = "") -> list[psutil.Process]:

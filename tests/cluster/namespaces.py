@@ -16,7 +16,7 @@ import psutil
 MARK = "MIXMAE_TEST_CLUSTER"
 """The environment variable, CLUSTER/HOST, by which a holder is found in the list of processes."""
 
-_PATIENCE = 20.0
+_PATIENCE = 100.0
 _CLONE_NEWPID = 0x20000000  # of <sched.h>; os.setns comes with Python 3.12
 _libc = ctypes.CDLL(None, use_errno=True)
 

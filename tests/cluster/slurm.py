@@ -75,7 +75,7 @@ class Slurm:
         self.stop_daemon(node)
         self.start_daemon(node)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Ends all jobs, starts daemons that do not run, takes back nodes that are down, drained or out of reach."""
         if not self.login.processes(CONTROLLER):
             self.restart_controller()
@@ -105,7 +105,7 @@ class Slurm:
         code, by_signal = map(int, self.job(job)["ExitCode"].split(":"))
         return 128 + by_signal if by_signal else code
 
-    def wait(self, job: int, states: Iterable[str] = ENDED, timeout: float = 60) -> str:
+    def wait(self, job: int, states: Iterable[str] = ENDED, timeout: float = 200) -> str:
         """Waits until the job is in one of `states`; returns which.
 
         Raises:
@@ -125,7 +125,7 @@ class Slurm:
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 
-    def wait_for_log(self, job: int, text: str, timeout: float = 60) -> str:
+    def wait_for_log(self, job: int, text: str, timeout: float = 200) -> str:
         """Waits until the job's output holds `text`; returns the output. Raises TimeoutError with what there is."""
         deadline = time.monotonic() + timeout
         while text not in (log := self.log(job)):
@@ -160,7 +160,7 @@ class Slurm:
         """IDLE, MIXED, ALLOCATED, DOWN ...; with + and flags, such as IDLE+DRAIN; * while it does not answer."""
         return _fields(self._scontrol("--oneliner", "show", "node", node.name))["State"]
 
-    def wait_until_idle(self, timeout: float = 60) -> None:
+    def wait_until_idle(self, timeout: float = 200) -> None:
         """Waits until every node is idle and answers."""
 
         def idle() -> bool:

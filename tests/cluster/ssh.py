@@ -54,8 +54,8 @@ def start(host: Host) -> None:
 
 def set_environment(host: Host, environment: Mapping[str, str]) -> None:
     """Gives what is started by ssh on this host these variables, and no others of ours; sessions go on as they are."""
-    words = " ".join(f"{name}={value}" for name, value in environment.items())
-    setting = f"SetEnv {words}\n" if words else ""
+    variables = " ".join(f"{name}={value}" for name, value in environment.items())
+    setting = f"SetEnv {variables}\n" if variables else ""
     host.run(["sh", "-c", 'printf %s "$0" > /run/sshd/environment.conf', setting], check=True)
     host.kill(DAEMON)
     host.wait_until_gone(DAEMON)

@@ -1,7 +1,7 @@
 """The fault drill: real launches on real hosts, something breaks, and what must hold afterwards is looked at.
 
     make drill                                                     # 60 faults, an hour on two cores; needs root
-    python -m tests.drill --faults 12 --seed 3 --ways local,slurm --report /tmp/drill.md
+    python -m tests.drill --faults 12 --seed 3 --backends local,slurm --report /tmp/drill.md
     python -m tests.drill --list
 
 A drill is one run directory, one fault, and as many starts of `mixmae launch` as it takes to finish. `faults` has the

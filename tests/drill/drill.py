@@ -12,17 +12,17 @@ from typing import Any
 import psutil
 
 from mixmae.base.exit_codes import FINISHED
-from mixmae.trainer.checkpoints.layout import name_of
+from mixmae.base.run_directory import checkpoint_name
 from tests.cluster.host import Host
 from tests.cluster.slurm import Slurm
 from tests.drill.rig import Rig
-from tests.drill.runs import Run, Way
+from tests.drill.runs import Backend, Run
 
 PATIENCE = 240.0
 """Seconds in which anything that a drill waits for happens, or the drill has failed."""
 END_SECONDS = 60.0
 """In which a failed rank must have ended the run everywhere."""
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
 class DrillError(AssertionError):
@@ -48,7 +48,7 @@ class Drill:
 
     Attributes:
         rng: draws ranks, steps and moments.
-        done: what was done to the run, in words.
+        done: what was done to the run.
         ends: of the starts that are over.
         training: seconds from the last strike until a step was done that it had kept from being done.
         moves: whether the run is to end with other ranks than it began with, so that sums are rounded otherwise.
@@ -69,11 +69,11 @@ class Drill:
     _said_before: int = 0
 
     @property
-    def way(self) -> Way:
-        return self.run.way
+    def backend(self) -> Backend:
+        return self.run.backend
 
     def any_rank(self) -> int:
-        return self.rng.randrange(self.way.ranks)
+        return self.rng.randrange(self.backend.ranks)
 
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Its user types the command, for the first time or again."""
@@ -100,7 +100,7 @@ class Drill:
         """Waits until the run has done this step."""
         self.until(lambda: self.run.step() >= step, f"step {step}", alive=True)
 
-    def until(self, holds: Callable[[], Any], what: str, alive: bool = False, pause: float = _LOOK_SECONDS) -> None:
+    def until(self, holds: Callable[[], Any], what: str, alive: bool = False, pause: float = _POLL_SECONDS) -> None:
         """Waits for something.
 
         Args:
@@ -118,7 +118,7 @@ class Drill:
         """Lets time pass, less of it if something comes true before."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not unless():
-            time.sleep(min(_LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
 
     def ranks(
         self, besides: Mapping[int, tuple[Host, psutil.Process]] | None = None
@@ -133,34 +133,34 @@ class Drill:
 
         def all_there() -> bool:
             found.update({rank: there for rank, there in self.run.ranks().items() if there[1] not in old})
-            return len(found) == self.way.ranks
+            return len(found) == self.backend.ranks
 
         self.until(all_there, "all ranks' processes", alive=True)
-        if len(hosts := {host.name for host, _ in found.values()}) != self.way.spread:
-            raise DrillError(f"ranks on {', '.join(sorted(hosts))}, expected {self.way.spread} hosts")
+        if len(hosts := {host.name for host, _ in found.values()}) != self.backend.spread:
+            raise DrillError(f"ranks on {', '.join(sorted(hosts))}, expected {self.backend.spread} hosts")
         return found
 
     def told(self, event: str) -> list[dict[str, Any]]:
         """What the run said of such events, oldest first."""
         return [record for record in self.run.events() if record["event"] == event]
 
-    def strike(self, words: str, act: Callable[[], Any]) -> None:
+    def strike(self, description: str, act: Callable[[], Any]) -> None:
         """Does the damage, and notes what was done and when."""
-        self.done = f"{self.done}; {words}" if self.done else words
+        self.done = f"{self.done}; {description}" if self.done else description
         self._begins = self.run.begins()
         self.training = None
         act()
         self._struck = time.monotonic()
 
     def catch_saving(self, process: psutil.Process) -> int:
-        """Stops a rank's process while it saves, with all ranks' files under way; returns the step that is saved."""
+        """Stops a rank's process while it and all others save; returns the step that is saved."""
         while True:
             self.until(self.run.partial, "a save", alive=True, pause=0.0)
             partial = self.run.partial()
             os.kill(process.pid, signal.SIGSTOP)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
             step = int(partial[0].name.split("-")[1]) if partial else 0
-            if partial and partial[0].exists() and not (self.run.checkpoints / name_of(step)).exists():
+            if partial and partial[0].exists() and not (self.run.checkpoints / checkpoint_name(step)).exists():
                 return step
             os.kill(process.pid, signal.SIGCONT)
 
@@ -197,7 +197,7 @@ class Drill:
             self.start(self.restarts)
 
     def _over(self) -> int:
-        """The exit code of this start, once it is over; notes on the way when the run trained again."""
+        """The exit code of this start, once it is over; notes meanwhile when the run trained again."""
         codes: list[int] = []
 
         def over() -> bool:

@@ -7,9 +7,9 @@ from functools import cache
 from itertools import cycle, islice
 
 from tests.drill.drill import Drill
-from tests.drill.runs import Batch, Local, OnHosts, Way
+from tests.drill.runs import Backend, Batch, Local, OnHosts
 
-WAYS: dict[str, Way] = {
+BACKENDS: dict[str, Backend] = {
     "local": Local(2),
     "hostfile": OnHosts(("node1", "node2")),
     "slurm": Batch(nodes=2),
@@ -23,15 +23,15 @@ class Fault:
 
     Attributes:
         name: of the function that plays it.
-        words: what happens.
-        ways: of starting a run in which it can happen.
+        description: what happens.
+        backends: of starting a run in which it can happen.
         play: takes a run that was not started to its end.
         stages: ZeRO stages at which it is of interest.
     """
 
     name: str
-    words: str
-    ways: Sequence[str]
+    description: str
+    backends: Sequence[str]
     play: Script
     stages: Sequence[int]
 
@@ -39,13 +39,13 @@ class Fault:
 _FOUND: list[Fault] = []
 
 
-def fault(*ways: str, stages: Sequence[int] = (0, 1, 2, 3)) -> Callable[[Script], Script]:
+def fault(*backends: str, stages: Sequence[int] = (0, 1, 2, 3)) -> Callable[[Script], Script]:
     """Puts a function on the list; the first line of its docstring says what happens."""
-    assert set(ways) <= set(WAYS), ways
+    assert set(backends) <= set(BACKENDS), backends
 
     def put(play: Script) -> Script:
-        words = (play.__doc__ or "").strip().splitlines()[0].rstrip(".")
-        _FOUND.append(Fault(play.__name__, words, ways, play, stages))
+        description = (play.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        _FOUND.append(Fault(play.__name__, description, backends, play, stages))
         return play
 
     return put
@@ -68,18 +68,18 @@ def all_faults() -> tuple[Fault, ...]:
 
 
 def draw(
-    rng: random.Random, count: int, ways: Sequence[str], only: Sequence[str] | None = None
+    rng: random.Random, count: int, backends: Sequence[str], only: Sequence[str] | None = None
 ) -> list[tuple[Fault, str]]:
-    """So many pairs of a fault and a way.
+    """So many pairs of a fault and a backend.
 
     Every pair comes once before any comes twice, and if there are fewer than pairs, every fault comes once before any
-    comes in a second way.
+    comes in a second backend.
 
     Args:
         only: names of faults; None for all.
     """
     chosen = [fault for fault in all_faults() if only is None or fault.name in only]
-    queues = [[(fault, way) for way in fault.ways if way in ways] for fault in chosen]
+    queues = [[(fault, backend) for backend in fault.backends if backend in backends] for fault in chosen]
     for queue in queues:
         rng.shuffle(queue)
     return list(islice(_deal(rng, queues), count))
@@ -87,7 +87,7 @@ def draw(
 
 def _deal(rng: random.Random, queues: list[list[tuple[Fault, str]]]) -> Iterator[tuple[Fault, str]]:
     full = [queue for queue in queues if queue]
-    assert full, "no fault can happen in these ways"
+    assert full, "no fault can happen under these backends"
     most = max(len(queue) for queue in full)
     for number in cycle(range(most)):
         row = [queue[number] for queue in full if number < len(queue)]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED
-from mixmae.trainer.checkpoints.layout import MANIFEST, NEWEST, complete
+from mixmae.base.run_directory import NEWEST, complete_checkpoints
+from mixmae.trainer.checkpoints.manifest import MANIFEST
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
 from tests.drill.target import run_to_a_step, seen_at_a_step
@@ -74,9 +75,9 @@ def _damaging(*damages: Damage) -> Callable[[Drill], None]:
 
     def play(drill: Drill) -> None:
         _kill_all(drill)
-        for damage, checkpoint in zip(damages, reversed(complete(drill.run.folder)), strict=False):
-            words = damage(checkpoint, drill.rng)
-            drill.done += f", {words} of {checkpoint.name}"
+        for damage, checkpoint in zip(damages, reversed(complete_checkpoints(drill.run.folder)), strict=False):
+            description = damage(checkpoint, drill.rng)
+            drill.done += f", {description} of {checkpoint.name}"
         drill.finish()
         require_told(drill, "is damaged and was set aside")
 
@@ -126,14 +127,14 @@ def all_damaged(drill: Drill) -> None:
     target = seen_at_a_step(drill, _LATE)
     drill.strike(f"all ranks killed after step {target.step}", target.kill_everyone)
     drill.ended([FAILED])
-    checkpoints = complete(drill.run.folder)
+    checkpoints = complete_checkpoints(drill.run.folder)
     copy = drill.run.folder.with_suffix(".copy")
     shutil.copytree(checkpoints[-1], copy)
     for checkpoint in checkpoints:
         drill.done += f", {flip_a_bit(checkpoint, drill.rng)} of {checkpoint.name}"
     for _ in range(2):  # the second one finds them set aside
         drill.start()
-        drill.ended([FAILED], "is whole", "name another run_dir to start from the beginning")
+        drill.ended([FAILED], "is intact", "name another run_dir to start from the beginning")
     copy.rename(checkpoints[-1])
     drill.start()
     drill.finish(again=0)
@@ -150,25 +151,25 @@ def lost_pointer(drill: Drill) -> None:
         pointer.write_text("" if how == "emptied" else "step-00000999\n")
     drill.done += f", `{NEWEST}` {how}"
     drill.finish()
-    require_told(drill, "names no checkpoint that is there")
+    require_told(drill, "names no checkpoint that exists")
 
 
 @fault("local")
 def lost_newest(drill: Drill) -> None:
     """The newest checkpoint is gone altogether"""
     _kill_all(drill)
-    newest = complete(drill.run.folder)[-1]
+    newest = complete_checkpoints(drill.run.folder)[-1]
     shutil.rmtree(newest)
     drill.done += f", {newest.name} removed"
     drill.finish()
-    require_told(drill, "names no checkpoint that is there")
+    require_told(drill, "names no checkpoint that exists")
 
 
-def require_told(drill: Drill, words: str) -> None:
+def require_told(drill: Drill, description: str) -> None:
     """The run said why it did not begin where it was expected to."""
     told = [record["message"] for record in drill.told("fallback")]
-    if not any(words in message for message in told):
-        raise DrillError(f"events.jsonl does not tell that the checkpoint {words}: {told}")
+    if not any(description in message for message in told):
+        raise DrillError(f"events.jsonl does not tell that the checkpoint {description}: {told}")
 
 
 def _kill_all(drill: Drill) -> None:

@@ -1,7 +1,7 @@
 """Faults: the disk is full, or nothing can be written to it, and later it can."""
 
 from mixmae.base.exit_codes import FAILED
-from mixmae.trainer.checkpoints.layout import FOLDER
+from mixmae.base.run_directory import CHECKPOINTS
 from tests.cluster.host import Host
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
@@ -14,24 +14,24 @@ _LITTLE, _ENOUGH = "4M", "100M"
 @fault("local")
 def full_disk(drill: Drill) -> None:
     """The disk is full when a checkpoint is written; the run goes on, and saves when there is room again"""
-    host = _mount(drill, FOLDER, _LITTLE)
+    host = _mount(drill, CHECKPOINTS, _LITTLE)
     drill.start(0, "checkpoint.max_failures=100")
     _until_a_save_failed(drill)
     drill.strike("no room for a third checkpoint, then room", lambda: None)
     drill.pause(drill.rng.uniform(0, 1))
-    host.run(["mount", "-o", f"remount,size={_ENOUGH}", str(drill.run.run_dir / FOLDER)], check=True)
+    host.run(["mount", "-o", f"remount,size={_ENOUGH}", str(drill.run.run_dir / CHECKPOINTS)], check=True)
     drill.finish(again=0)
 
 
 @fault("local")
 def full_disk_until_the_run_ends(drill: Drill) -> None:
     """The disk stays full; the run ends after checkpoint.max_failures, and goes on when there is room"""
-    host = _mount(drill, FOLDER, _LITTLE)
+    host = _mount(drill, CHECKPOINTS, _LITTLE)
     drill.start(0, "checkpoint.max_failures=1")
     _until_a_save_failed(drill)
     drill.strike("no room for a third checkpoint", lambda: None)
     drill.ended([FAILED], "No space left on device", "make room")
-    host.run(["mount", "-o", f"remount,size={_ENOUGH}", str(drill.run.run_dir / FOLDER)], check=True)
+    host.run(["mount", "-o", f"remount,size={_ENOUGH}", str(drill.run.run_dir / CHECKPOINTS)], check=True)
     drill.start()
     drill.finish(again=0)
 
@@ -39,7 +39,7 @@ def full_disk_until_the_run_ends(drill: Drill) -> None:
 @fault("local")
 def read_only_disk(drill: Drill) -> None:
     """The file system of the checkpoints turns read-only, and later writable"""
-    host, place = _mount(drill, FOLDER, _ENOUGH), str(drill.run.run_dir / FOLDER)
+    host, place = _mount(drill, CHECKPOINTS, _ENOUGH), str(drill.run.run_dir / CHECKPOINTS)
     drill.start(0, "checkpoint.max_failures=100")
     step = drill.rng.randint(6, 30)
     drill.reach(step)
@@ -66,7 +66,7 @@ def _mount(drill: Drill, part: str, size: str) -> Host:
     """Puts a small file system on the run directory, or a folder in it, before the first start; returns the host."""
     place = drill.run.run_dir / part
     place.mkdir(parents=True)
-    host = drill.rig.cluster.host(drill.way.host)
+    host = drill.rig.cluster.host(drill.backend.host)
     host.mount_tmpfs(place, size)
     drill.run.mounted = (host, place)
     return host

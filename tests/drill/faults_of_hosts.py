@@ -42,7 +42,7 @@ def power_off(drill: Drill) -> None:
     drill.pause(seconds)
     drill.rig.cluster.power_on(host)
     _back_in_slurm(drill, host)
-    if isinstance(drill.way, Local):
+    if isinstance(drill.backend, Local):
         drill.ended([-9])
         drill.start()
     drill.finish()
@@ -67,7 +67,7 @@ def wrong_clock(drill: Drill) -> None:
 @fault("slurm")
 def clock_past_the_limit(drill: Drill) -> None:
     """The clock of one node is behind or past the end of the job's time"""
-    drill.run.way = Batch(nodes=2, limit="20")
+    drill.run.backend = Batch(nodes=2, limit="20")
     name, hours = drill.rng.choice(["node1", "node2"]), drill.rng.choice([-3, 3])
     clock.set_off(drill.rig.cluster.host(name), 3600 * hours)
     drill.strike(f"clock of {name} {hours:+d} h, the job has 20 min", lambda: None)

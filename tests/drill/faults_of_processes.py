@@ -113,8 +113,8 @@ def hanging_supervisor(drill: Drill) -> None:
     """SIGSTOP of the process that supervises a rank, and SIGCONT later"""
     target, seconds = run_to_a_step(drill, last=10), drill.rng.uniform(1, 30)
     supervisor = target.supervisor.pid
-    words = f"the supervisor of rank {target.rank} stopped after step {target.step}, for {seconds:.0f} s"
-    drill.strike(words, lambda: os.kill(supervisor, signal.SIGSTOP))
+    description = f"the supervisor of rank {target.rank} stopped after step {target.step}, for {seconds:.0f} s"
+    drill.strike(description, lambda: os.kill(supervisor, signal.SIGSTOP))
     time.sleep(seconds)
     if any(process.pid == supervisor for process in target.host.processes()):
         os.kill(supervisor, signal.SIGCONT)

@@ -5,7 +5,7 @@ import signal
 from mixmae.base.exit_codes import FAILED, PREEMPTED
 from tests.drill.drill import END_SECONDS, Drill
 from tests.drill.faults import fault
-from tests.drill.runs import Batch, Local, OnHosts, Way
+from tests.drill.runs import Backend, Batch, Local, OnHosts
 from tests.drill.target import seen_at_a_step
 
 
@@ -58,9 +58,9 @@ def other_stage(drill: Drill) -> None:
     drill.finish(again=0)
 
 
-def _go_on(drill: Drill, way: Way) -> None:
-    drill.run.way = way
-    drill.done += f", continued on {way.ranks} rank{'s'[: way.ranks > 1]}"
+def _go_on(drill: Drill, backend: Backend) -> None:
+    drill.run.backend = backend
+    drill.done += f", continued on {backend.ranks} rank{'s'[: backend.ranks > 1]}"
     drill.start()
 
 

@@ -63,8 +63,8 @@ def node_set_down(drill: Drill) -> None:
 def controller_restarted(drill: Drill) -> None:
     """slurmctld ends and is started again some seconds later"""
     target, number, seconds = run_to_a_step(drill, last=30), drill.rng.choice(_ENDING), drill.rng.uniform(0, 10)
-    words = f"slurmctld ended by {number.name} after step {target.step}, started {seconds:.0f} s later"
-    drill.strike(words, lambda: drill.slurm.stop_controller(number))
+    description = f"slurmctld ended by {number.name} after step {target.step}, started {seconds:.0f} s later"
+    drill.strike(description, lambda: drill.slurm.stop_controller(number))
     drill.pause(seconds)
     drill.slurm.start_controller()
     drill.finish(again=0)
@@ -74,8 +74,8 @@ def controller_restarted(drill: Drill) -> None:
 def daemon_restarted(drill: Drill) -> None:
     """slurmd of a node ends and is started again some seconds later"""
     target, number, seconds = run_to_a_step(drill, last=30), drill.rng.choice(_ENDING), drill.rng.uniform(0, 10)
-    words = f"slurmd of rank {target.rank}'s node ended by {number.name} after step {target.step}"
-    drill.strike(f"{words}, started {seconds:.0f} s later", lambda: drill.slurm.stop_daemon(target.host, number))
+    description = f"slurmd of rank {target.rank}'s node ended by {number.name} after step {target.step}"
+    drill.strike(f"{description}, started {seconds:.0f} s later", lambda: drill.slurm.stop_daemon(target.host, number))
     drill.pause(seconds)
     drill.slurm.start_daemon(target.host)
     drill.finish(again=0)

@@ -17,30 +17,30 @@ from tests.drill.session import Outcome
 _WIDTH = 120
 
 _WHAT = """\
-What happens to a run when something breaks. The fault drill wrote this page: it starts real runs with `mixmae
-launch`, on one host (local), on two hosts over ssh (hostfile) and as jobs of a real Slurm (slurm), does the damage,
-starts the run again where its user would have to, and looks at what must hold when it has finished.
+What happens to a run when something breaks. The fault drill generated this page: it starts real runs with `mixmae
+launch`, on one host (local), on two hosts over ssh (hostfile) and as jobs of a real Slurm (slurm), injects a fault,
+restarts the run when its user would have to, and checks what must hold once it has finished.
 """
 
 _HOW_TO_READ = """\
 **How to read it.** A run here has {steps} steps of {batch} images, {epochs:g} epochs of {images} images, on two
-ranks, and saves every {every} steps; it runs at any ZeRO stage. A row is one kind of damage in one way of starting.
-*Count* says how often it was done: each time at another moment, to another rank or file, drawn by seed. *Such as* is
-one of them. *How it went on* is what the run, its launcher, Slurm or its user did then. *Ended* is the time from the
-damage until the command was over, where its user had to type it again; *training* the time from the last damage until
-a start that came after it did a step. Of several the median and the longest are given. From the command to the first
-step takes {start:.0f} s here where nothing happens, most of it for importing torch on two ranks.
+ranks, and saves every {every} steps; it runs at any ZeRO stage. A row is one kind of fault under one backend. *Count*
+says how often it was injected: each time at another moment, into another rank or file, drawn by seed. *Such as* is one
+example. *How it continued* is what the run, its launcher, Slurm or its user did then. *Ended* is the time from the
+fault until the command exited, if its user had to type it again; *training* the time from the last fault until a later
+start completed a step. Of several the median and the longest are given. Without a fault it takes {start:.0f} s here
+from the command to the first step, most of it for importing torch on two ranks.
 """
 
-_HELD = "**What held.** All of this was so {held} of {count} times when the run had finished:"
+_HELD = "**What held.** All of this was true for {held} of {count} runs once they had finished:"
 
 _MUST_HOLD = (
-    "it ended at step {steps}, with exit code 0, and its newest checkpoint is whole;",
-    "every step used the samples that it uses where nothing happens, and every epoch showed every image once;",
-    "losses, weights and both moments of AdamW are those of a run to which nothing happened, bit for bit; where it "
-    "went on with other ranks or at another ZeRO stage, to rounding;",
-    "each start that trained said where it began: at the newest checkpoint, or why not; each restart is in "
-    "`restarts.jsonl` with its reason, or was typed by its user; no start began anew in silence;",
+    "it ended at step {steps} with exit code 0, and its newest checkpoint is complete;",
+    "every step used the same samples as in a run without faults, and every epoch used every image once;",
+    "losses, weights and both moments of AdamW are those of a run without faults, bit for bit; to rounding if it "
+    "continued on another number of ranks or at another ZeRO stage;",
+    "each start that trained reported where it resumed: at the newest checkpoint, or why not; each restart is in "
+    "`restarts.jsonl` with its reason, or was typed by its user; no start began again from zero in silence;",
     "no process, no file in shared memory and no partial checkpoint was left on any host.",
 )
 
@@ -76,20 +76,21 @@ def _filled(text: str, indent: str = "") -> str:
 
 def _broken(outcomes: Sequence[Outcome]) -> str:
     firsts = [(o, [problem.splitlines()[0] for problem in o.problems]) for o in outcomes if o.problems]
-    broken = [f"- {o.way}, {o.words} ({o.done}): {'; '.join(problems)}" for o, problems in firsts]
-    return "\n".join(["**What did not.**", "", *broken]) if broken else ""
+    broken = [f"- {o.backend}, {o.description} ({o.done}): {'; '.join(problems)}" for o, problems in firsts]
+    return "\n".join(["**What did not hold.**", "", *broken]) if broken else ""
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
     groups: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        groups[outcome.words, outcome.way].append(outcome)
+        groups[outcome.description, outcome.backend].append(outcome)
     rows = [
-        f"| {words} | {way} | {len(found)} | {found[0].done} | {'; or '.join(dict.fromkeys(o.how for o in found))} "
+        f"| {description} | {backend} | {len(found)} | {found[0].done} "
+        f"| {'; or '.join(dict.fromkeys(o.how for o in found))} "
         f"| {_seconds([o.ended for o in found])} | {_seconds([o.training for o in found])} |"
-        for (words, way), found in groups.items()
+        for (description, backend), found in groups.items()
     ]
-    title = "| what | way | count | such as | how it went on | ended (s) | training (s) |"
+    title = "| what | backend | count | such as | how it continued | ended (s) | training (s) |"
     return "\n".join([title, "|---|---|---|---|---|---|---|", *sorted(rows)])
 
 

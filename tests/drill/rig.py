@@ -9,7 +9,7 @@ from typing import Any
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from tests.cluster.cluster import Cluster
-from tests.drill.runs import Local, Run, Way
+from tests.drill.runs import Backend, Local, Run
 from tests.helpers import tiny_recipe
 
 IMAGES = 90
@@ -17,7 +17,7 @@ IMAGES = 90
 GLOBAL_BATCH = 12
 STEPS, SAVE_EVERY = 60, 5
 STAGES = (0, 1, 2, 3)
-_UNDISTURBED_SECONDS, _LOOK_SECONDS = 300.0, 0.1
+_UNDISTURBED_SECONDS, _POLL_SECONDS = 300.0, 0.1
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Rig:
         recipe = tiny_recipe(
             **{
                 "run_dir": str(run_dir),
-                "model.sizes.drop_path_rate": 0.2,
+                "encoder.drop_path_rate": 0.2,
                 "data.shards": str(self.shards),
                 "data.streams": GLOBAL_BATCH,
                 "train.global_batch": GLOBAL_BATCH,
@@ -70,11 +70,11 @@ class Rig:
         file.write_text(recipe.to_yaml())
         return file
 
-    def run(self, name: str, way: Way, stage: int, **changes: Any) -> Run:
+    def run(self, name: str, backend: Backend, stage: int, **changes: Any) -> Run:
         """A run that was not started yet, in an empty directory."""
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
-        return Run(self.cluster, way, self.recipe(run_dir, stage, **changes), run_dir)
+        return Run(self.cluster, backend, self.recipe(run_dir, stage, **changes), run_dir)
 
     def undisturbed(self, stage: int) -> Path:
         """The directory of a run on two ranks of one host to which nothing happened."""
@@ -83,7 +83,7 @@ class Rig:
             started = time.monotonic()
             run.start()
             while run.step() == 0 and run.poll() is None:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_POLL_SECONDS)
             self.start_seconds = time.monotonic() - started
             code = run.wait(_UNDISTURBED_SECONDS)
             assert code == 0, f"the undisturbed run ended with {code}:\n{run.output()[-5000:]}"
@@ -98,7 +98,7 @@ class Rig:
                 shutil.copytree(run.folder, run.run_dir.with_suffix(".kept"), dirs_exist_ok=True)
             host.unmount(place)
             run.mounted = None
-        self.cluster.mend()
+        self.cluster.repair()
         if not keep:
             for path in self.folder.glob(f"{run.run_dir.name}*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

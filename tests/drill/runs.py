@@ -1,6 +1,5 @@
-"""Runs as their user starts them: `mixmae launch`, three ways, again and again with the same command."""
+"""Runs as their user starts them: `mixmae launch`, three backends, again and again with the same command."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,15 +12,16 @@ from typing import Any
 
 import psutil
 
+from mixmae.base import jsonl
 from mixmae.base.exit_codes import FAILED
-from mixmae.trainer.checkpoints.layout import FOLDER, leftovers
-from mixmae.trainer.run.run_directory import EVENTS
+from mixmae.base.run_directory import CHECKPOINTS, EVENTS, LOGS, RESTARTS
+from mixmae.trainer.checkpoints.layout import leftovers
 from tests.cluster.cluster import Cluster
 from tests.cluster.host import Host
 from tests.cluster.slurm import ENDED
 from tests.helpers import ROOT
 
-_LOOK_SECONDS, _JOB_SECONDS = 0.1, 0.5
+_POLL_SECONDS, _JOB_SECONDS = 0.1, 0.5
 _RANK = r" -m mixmae\.trainer\.train "
 _ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 """One thread: the order of additions must not depend on how many ranks share a host."""
@@ -87,7 +87,7 @@ class Batch:
         return ["--slurm", "--nodes", str(self.nodes), *tasks, *limit, "--skip-preflight"]
 
 
-Way = Local | OnHosts | Batch
+Backend = Local | OnHosts | Batch
 """All of them say from which host they are started, their number of ranks, and over how many hosts these are spread."""
 
 
@@ -95,15 +95,15 @@ class Run:
     """One run directory, and the command that starts it.
 
     Attributes:
-        way: how it is started next.
+        backend: how it is started next.
         starts: how often its user started it.
         launcher: the last `mixmae launch`; under Slurm it ended when the job was submitted.
         job: the last one's number, under Slurm.
         mounted: a host, and where in the directory a file system is mounted that this host alone sees.
     """
 
-    def __init__(self, cluster: Cluster, way: Way, recipe: Path, run_dir: Path) -> None:
-        self.cluster, self.way, self.recipe, self.run_dir = cluster, way, recipe, run_dir
+    def __init__(self, cluster: Cluster, backend: Backend, recipe: Path, run_dir: Path) -> None:
+        self.cluster, self.backend, self.recipe, self.run_dir = cluster, backend, recipe, run_dir
         self.starts = 0
         self.launcher: subprocess.Popen[str] | None = None
         self.job: int | None = None
@@ -122,11 +122,11 @@ class Run:
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
         """Types the command; returns at once, under Slurm when the job is submitted."""
         self.starts += 1
-        options = [*self.way.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
+        options = [*self.backend.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
         command = [sys.executable, "-m", "mixmae.launch.cli", "launch", str(self.recipe), *options]
-        host = self.cluster.host(self.way.host)
+        host = self.cluster.host(self.backend.host)
         self.job = None
-        if isinstance(self.way, Batch):
+        if isinstance(self.backend, Batch):
             self.job = int(host.run(command, _ENVIRONMENT, ROOT, check=True).stdout)
             return
         with self._console.open("a") as console:
@@ -156,22 +156,22 @@ class Run:
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the run had not ended after {seconds:.0f} s; it said:\n{self.output()[-3000:]}")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         return code
 
     def output(self) -> str:
         """All that its user read on the console, or in the job's output."""
         texts = [self._console] if self._console.exists() else []
-        texts += sorted((self.folder / "logs").glob("slurm-*.out"))
+        texts += sorted((self.folder / LOGS).glob("slurm-*.out"))
         return "".join(path.read_text(errors="replace") for path in texts)
 
     def events(self) -> list[dict[str, Any]]:
         """What the run said of itself so far, in the order of writing; a line that was cut short is left out."""
-        return _records(self.folder / EVENTS)
+        return jsonl.read(self.folder / EVENTS)
 
     def restarts(self) -> list[dict[str, Any]]:
         """What the launcher noted of restarts that it did by itself, oldest first."""
-        return _records(self.folder / "restarts.jsonl")
+        return jsonl.read(self.folder / RESTARTS)
 
     def step(self) -> int:
         """The last step that was logged; 0 before the first."""
@@ -187,7 +187,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / FOLDER
+        return self.folder / CHECKPOINTS
 
     def ranks(self) -> dict[int, tuple[Host, psutil.Process]]:
         """The ranks' processes that live now, with their hosts."""
@@ -199,11 +199,6 @@ class Run:
                 except (psutil.NoSuchProcess, KeyError):
                     continue
         return found
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def clean_environment() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tests.drill import verdict
 from tests.drill.drill import Drill, DrillError
-from tests.drill.faults import WAYS, Fault, draw
+from tests.drill.faults import BACKENDS, Fault, draw
 from tests.drill.rig import Rig
 from tests.drill.runs import Run
 
@@ -18,16 +18,16 @@ class Outcome:
 
     Attributes:
         done: what was done to it, and when.
-        how: how it went on, in words.
-        ended: seconds from the fault to the end of the start that it hit, as its user saw it; None where it went on or
-            was started again by itself.
+        how: how it continued.
+        ended: seconds from the fault to the end of the start that it hit, as its user saw it; None if it
+            continued or was restarted by itself.
         training: seconds from the fault until another start trained; None where none had to.
         problems: what does not hold; empty where all is as it must be.
     """
 
     fault: str
-    words: str
-    way: str
+    description: str
+    backend: str
     stage: int
     done: str
     how: str
@@ -36,32 +36,34 @@ class Outcome:
     seconds: float
     problems: Sequence[str]
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         held = "held" if not self.problems else f"NOT HELD: {'; '.join(self.problems)}"
-        return f"{self.way}: {self.words}: {self.done}: {self.how} ({self.seconds:.0f} s): {held}"
+        return f"{self.backend}: {self.description}: {self.done}: {self.how} ({self.seconds:.0f} s): {held}"
 
 
-def play_all(rig: Rig, seed: int, count: int, ways: Sequence[str], only: Sequence[str] | None = None) -> list[Outcome]:
-    """Draws so many faults and plays them; says on the way how it goes."""
+def play_all(
+    rig: Rig, seed: int, count: int, backends: Sequence[str], only: Sequence[str] | None = None
+) -> list[Outcome]:
+    """Draws so many faults and plays them; prints each outcome."""
     outcomes = []
-    for number, (fault, way) in enumerate(draw(random.Random(seed), count, ways, only), 1):
-        outcome = play(rig, fault, way, f"{seed}-{number}")
+    for number, (fault, backend) in enumerate(draw(random.Random(seed), count, backends, only), 1):
+        outcome = play(rig, fault, backend, f"{seed}-{number}")
         outcomes.append(outcome)
-        print(f"{number}/{count} {outcome.in_words()}", flush=True)
+        print(f"{number}/{count} {outcome.describe()}", flush=True)
     return outcomes
 
 
-def play(rig: Rig, fault: Fault, way: str, seed: str, stage: int | None = None) -> Outcome:
+def play(rig: Rig, fault: Fault, backend: str, seed: str, stage: int | None = None) -> Outcome:
     """Plays one fault; the cluster is as before afterwards, and the run directory is kept if anything does not hold.
 
     Args:
         stage: of ZeRO; None draws one.
     """
-    rng = random.Random(f"{fault.name} {way} {seed}")
+    rng = random.Random(f"{fault.name} {backend} {seed}")
     drawn = rng.choice(fault.stages)
     stage = drawn if stage is None else stage
     undisturbed = rig.undisturbed(stage)
-    run = rig.run(f"{seed}-{fault.name}-{way}", WAYS[way], stage)
+    run = rig.run(f"{seed}-{fault.name}-{backend}", BACKENDS[backend], stage)
     drill = Drill(rig, run, stage, rng)
     started = time.monotonic()
     try:
@@ -73,8 +75,8 @@ def play(rig: Rig, fault: Fault, way: str, seed: str, stage: int | None = None) 
     rig.clear(run, keep=bool(problems))
     return Outcome(
         fault=fault.name,
-        words=fault.words,
-        way=way,
+        description=fault.description,
+        backend=backend,
         stage=stage,
         done=drill.done,
         how=how,
@@ -89,7 +91,7 @@ def _how(run: Run) -> str:
     restarts = len(run.restarts())
     fallback = any(record["event"] == "fallback" for record in run.events())
     if run.starts == 1 and restarts == 0:
-        return "went on"
+        return "continued"
     again = [f"{restarts} time{'s'[: restarts > 1]} by itself"] if restarts else []
     again += [f"{run.starts - 1} time{'s'[: run.starts > 2]} by its user"] if run.starts > 1 else []
-    return f"started again {' and '.join(again)}{', saying why not from the newest checkpoint' if fallback else ''}"
+    return f"restarted {' and '.join(again)}{', saying why not from the newest checkpoint' if fallback else ''}"

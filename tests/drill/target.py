@@ -50,7 +50,7 @@ class Target:
 
 def run_to_a_step(drill: Drill, first: int = 2, last: int = LAST, *overrides: str) -> Target:
     """Starts, as a user who lets the launcher start again or as one who does so himself, and waits for a drawn step."""
-    drill.restarts = 3 if isinstance(drill.way, Batch) else drill.rng.choice([0, 3])
+    drill.restarts = 3 if isinstance(drill.backend, Batch) else drill.rng.choice([0, 3])
     drill.start(drill.restarts, *overrides)
     return seen_at_a_step(drill, first, last)
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from mixmae.trainer.checkpoints.layout import complete, point_to
+from mixmae.base.run_directory import complete_checkpoints
+from mixmae.trainer.checkpoints.layout import point_to
 from tests.cluster.cluster import Cluster
 from tests.drill import verdict
-from tests.drill.faults import WAYS, all_faults
+from tests.drill.faults import BACKENDS, all_faults
 from tests.drill.report import write_report
 from tests.drill.rig import STEPS, Rig
 from tests.drill.runs import Local, Run
@@ -37,23 +38,23 @@ SHORT = (
 def rig(cluster_of: Callable[[int], Cluster]) -> Iterator[Rig]:
     cluster = cluster_of(3)
     yield Rig(cluster, cluster.shared)
-    cluster.mend()
+    cluster.repair()
 
 
-@pytest.mark.parametrize(("name", "way"), SHORT)
-def test_a_run_comes_through(rig: Rig, name: str, way: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), SHORT)
+def test_a_run_comes_through(rig: Rig, name: str, backend: str) -> None:
     (fault,) = (fault for fault in all_faults() if fault.name == name)
-    outcome = play(rig, fault, way, "short", stage=2)
+    outcome = play(rig, fault, backend, "short", stage=2)
     assert not outcome.problems
-    assert outcome.training is not None or outcome.how == "went on"
+    assert outcome.training is not None or outcome.how == "continued"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 def test_runs_come_through_everything(rig: Rig) -> None:
-    outcomes = play_all(rig, 1, 60, list(WAYS))
+    outcomes = play_all(rig, 1, 60, list(BACKENDS))
     assert len(outcomes) == 60
-    assert not [outcome.in_words() for outcome in outcomes if outcome.problems]
+    assert not [outcome.describe() for outcome in outcomes if outcome.problems]
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_run_to_which_nothing_happened_holds(rig: Rig, finished: Run, same_ran
 
 
 def test_a_run_that_ended_early_is_seen(rig: Rig, finished: Run) -> None:
-    point_to(complete(finished.folder)[-2])
+    point_to(complete_checkpoints(finished.folder)[-2])
     assert f"not that of step {STEPS}" in judge(rig, finished)
 
 
@@ -126,7 +127,7 @@ def test_another_loss_is_seen(rig: Rig, finished: Run) -> None:
 
 def test_other_weights_are_seen(rig: Rig, finished: Run) -> None:
     """The weights of an earlier step, under the name of the last."""
-    before, last = complete(finished.folder)[-6], complete(finished.folder)[-1]
+    before, last = complete_checkpoints(finished.folder)[-6], complete_checkpoints(finished.folder)[-1]
     shutil.rmtree(last)
     before.rename(last)
     found = judge(rig, finished)

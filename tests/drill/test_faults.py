@@ -8,17 +8,17 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.drill.faults import WAYS, all_faults, draw
+from tests.drill.faults import BACKENDS, all_faults, draw
 
-PAIRS = sum(len(fault.ways) for fault in all_faults())
+PAIRS = sum(len(fault.backends) for fault in all_faults())
 
 
-@given(st.integers(0, 2**32), st.integers(1, 2 * PAIRS), st.sets(st.sampled_from(list(WAYS)), min_size=1))
-def test_nothing_comes_twice_before_all_came_once(seed: int, count: int, ways: set[str]) -> None:
-    drawn = draw(random.Random(seed), count, sorted(ways))
-    possible = [(fault, way) for fault in all_faults() for way in fault.ways if way in ways]
+@given(st.integers(0, 2**32), st.integers(1, 2 * PAIRS), st.sets(st.sampled_from(list(BACKENDS)), min_size=1))
+def test_nothing_comes_twice_before_all_came_once(seed: int, count: int, backends: set[str]) -> None:
+    drawn = draw(random.Random(seed), count, sorted(backends))
+    possible = [(fault, backend) for fault in all_faults() for backend in fault.backends if backend in backends]
     assert len(drawn) == count
-    assert {way for _, way in drawn} <= ways
+    assert {backend for _, backend in drawn} <= backends
     times = Counter(drawn)
     assert max(times.values()) - min(times[pair] for pair in possible) <= 1
     faults = {fault for fault, _ in possible}
@@ -26,13 +26,15 @@ def test_nothing_comes_twice_before_all_came_once(seed: int, count: int, ways: s
 
 
 def test_a_seed_draws_the_same_again_and_another_seed_others() -> None:
-    first, again, other = (draw(random.Random(seed), 50, list(WAYS)) for seed in (7, 7, 8))
+    first, again, other = (draw(random.Random(seed), 50, list(BACKENDS)) for seed in (7, 7, 8))
     assert first == again != other
 
 
 def test_faults_are_told_apart_by_name_and_by_words() -> None:
     assert (
-        len({fault.name for fault in all_faults()}) == len({fault.words for fault in all_faults()}) == len(all_faults())
+        len({fault.name for fault in all_faults()})
+        == len({fault.description for fault in all_faults()})
+        == len(all_faults())
     )
     assert PAIRS >= 50
 

@@ -1,6 +1,5 @@
-"""What must hold when a run that was disturbed is over. Each look returns problems in words; none is good."""
+"""What must hold when a run that was disturbed is over. Each check returns its problems, none where all is well."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -10,9 +9,10 @@ from typing import Any
 
 import torch
 
-from mixmae.trainer.checkpoints.layout import complete, leftovers, newest_checkpoint, step_of
-from mixmae.trainer.checkpoints.pieces import KINDS
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.base import jsonl
+from mixmae.base.run_directory import EVENTS, LOGS, checkpoint_step, complete_checkpoints, newest_checkpoint
+from mixmae.trainer.checkpoints.layout import leftovers
+from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.cluster import ssh
 from tests.cluster.cluster import Cluster
@@ -49,7 +49,7 @@ def judge(run: Run, undisturbed: Path, same_ranks: bool) -> list[str]:
 def came_to_the_end(folder: Path) -> list[str]:
     """The newest checkpoint is that of the last step, and the run says that it finished."""
     newest = newest_checkpoint(folder)
-    if newest is None or step_of(newest) != STEPS:
+    if newest is None or checkpoint_step(newest) != STEPS:
         return [f"the newest checkpoint is {newest and newest.name}, not that of step {STEPS}"]
     if not any(record["event"] == "end" for record in _events(folder)):
         return ["events.jsonl does not say that the run finished"]
@@ -86,9 +86,12 @@ def computed_the_same(folder: Path, undisturbed: Path) -> list[str]:
     losses, expected = _losses(folder), _losses(undisturbed)
     if steps := [step for step in losses if losses[step] != expected[step]]:
         problems.append(f"the losses of steps {steps[:5]} are others than undisturbed")
-    for kind in KINDS:
-        weights, right = (master_weights(complete(run)[-1], kind) for run in (folder, undisturbed))
-        if other := [name for name, value in right.items() if not torch.equal(value, weights[name])]:
+    actual, right = (
+        {"weight": master_weights(newest), **optimizer_states(newest)}
+        for newest in (complete_checkpoints(run)[-1] for run in (folder, undisturbed))
+    )
+    for kind in right:
+        if other := [name for name, value in right[kind].items() if not torch.equal(value, actual[kind][name])]:
             problems.append(f"{kind} of {len(other)} parameters is another than undisturbed, such as {other[0]}")
     return problems
 
@@ -98,9 +101,9 @@ def computed_alike(folder: Path, undisturbed: Path) -> list[str]:
     losses, expected = _losses(folder), _losses(undisturbed)
     apart = {step: abs(loss - expected[step]) for step, loss in losses.items()}
     problems = [f"the losses of step {step} are {gap:.2e} apart" for step, gap in apart.items() if gap > LOSSES_APART]
-    first, right, weights = (
-        master_weights(c) for c in (complete(undisturbed)[0], complete(undisturbed)[-1], complete(folder)[-1])
-    )
+    expected_checkpoints = complete_checkpoints(undisturbed)
+    first, right = master_weights(expected_checkpoints[0]), master_weights(expected_checkpoints[-1])
+    weights = master_weights(complete_checkpoints(folder)[-1])
     moved = torch.stack([(right[name] - first[name]).norm() for name in right]).norm()
     gap = torch.stack([(right[name] - weights[name]).norm() for name in right]).norm()
     if gap > WEIGHTS_APART * moved:
@@ -111,7 +114,7 @@ def computed_alike(folder: Path, undisturbed: Path) -> list[str]:
 def told_of_every_start(run: Run) -> list[str]:
     """Each start that trained said where it began, at the newest checkpoint or why not; each restart is recorded."""
     restarts = run.restarts()
-    attempts = [path for path in (run.folder / "logs").iterdir() if path.is_dir()]
+    attempts = [path for path in (run.folder / LOGS).iterdir() if path.is_dir()]
     problems = []
     if len(attempts) != run.starts + len(restarts):
         problems.append(f"{len(attempts)} starts, of which the user made {run.starts} and {len(restarts)} are recorded "
@@ -199,12 +202,7 @@ def _has_a_gap(run: Run) -> bool:
 
 
 def _events(folder: Path) -> list[dict[str, Any]]:
-    return _records(folder / "events.jsonl")
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return jsonl.read(folder / EVENTS)
 
 
 def _losses(folder: Path) -> dict[int, float]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 
 from mixmae.base.ports import free_port
-from mixmae.launch.supervision.outcome import Outcome, attempt_folder, read_outcome
+from mixmae.base.run_directory import attempt_folder
+from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from tests.helpers import ROOT
 
 ATTEMPT = "one"
@@ -24,7 +25,7 @@ class Started:
     def __init__(self, run_dir: Path, ranks: int, settings: tuple[str, ...], limits: dict[str, float]) -> None:
         self.run_dir, self.folder = run_dir, attempt_folder(run_dir, ATTEMPT)
         self.port, self.secret = free_port(), secrets.token_hex(8)
-        self._limits = {"join": 20.0, "stuck": 100.0, "grace": 20.0, **limits}
+        self._limits = {"join": 100.0, "stuck": 100.0, "grace": 100.0, **limits}
         self._command = [STAND_IN, "--world-size", str(ranks), *settings]
         self.supervisors = [self.start(rank, ranks) for rank in range(ranks)]
 
@@ -42,7 +43,7 @@ class Started:
             text=True,
         )
 
-    def codes(self, seconds: float = 60.0) -> list[int]:
+    def codes(self, seconds: float = 200.0) -> list[int]:
         """Waits for all supervisors; returns their exit codes."""
         return [supervisor.wait(seconds) for supervisor in self.supervisors]
 

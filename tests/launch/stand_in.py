@@ -1,9 +1,12 @@
 """A rank that trains nothing: `python -m tests.launch.stand_in --world-size N key=value ...`.
 
 It steps, beats, notes signals and fails as it is told; ranks that would wait for a failed one in a collective do so.
+Started by `tests.launch.launch_stand_in` it gets a recipe, as a rank that trains does, and says its seed; what it is to
+do stands in the environment then.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -13,24 +16,31 @@ from pathlib import Path
 from types import FrameType
 
 from mixmae.base.exit_codes import PREEMPTED
-from mixmae.base.heartbeat import FILE, Heartbeat
-from mixmae.base.rank_env import read_place
-from mixmae.trainer.checkpoints.layout import FOLDER, name_of, newest_step, point_to
+from mixmae.base.heartbeat import HEARTBEAT, Heartbeat
+from mixmae.base.rank_env import read_rank_env
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name, newest_step
+from mixmae.trainer.checkpoints.layout import point_to
+from mixmae.trainer.recipe.loading import load_recipe
 
 STEP_SECONDS = 0.1
+SETTINGS = "STAND_IN_SETTINGS"
 
 
 class Rank:
-    """Does `steps` steps; at step `at` rank `rank` does `how`: error, exit, kill, stop, hang, leave, deaf."""
+    """Does `steps` steps; at step `at` rank `rank` does `how`: error, exit, kill, stop, hang, leave, deaf.
+
+    At that step the file `edits` is written over by all ranks.
+    """
 
     def __init__(self, settings: dict[str, str]) -> None:
-        self.place = read_place(os.environ)
+        self.rank_env = read_rank_env(os.environ)
         self.steps, self.at = int(settings.get("steps", 20)), int(settings.get("at", -1))
-        self.how, self.fails = settings.get("how", ""), self.place.rank == int(settings.get("rank", -1))
+        self.how, self.fails = settings.get("how", ""), self.rank_env.rank == int(settings.get("rank", -1))
         self.code = int(settings.get("code", 1))
         self.run_dir = Path(settings["run_dir"]) if "run_dir" in settings else None
+        self.edits = Path(settings["edits"]) if "edits" in settings else None
         self.asked: str | None = None
-        self.beat = Heartbeat(Path(os.environ[FILE]))
+        self.beat = Heartbeat(Path(os.environ[HEARTBEAT]))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN if self.how == "deaf" else self.note)
 
@@ -39,10 +49,13 @@ class Rank:
 
     def run(self) -> int:
         first = newest_step(self.run_dir) if self.run_dir is not None else 0
-        print(f"rank {self.place.rank} of {self.place.world_size} from step {first}, port {self.place.master_port}")
+        env = self.rank_env
+        print(f"rank {env.rank} of {env.world_size} from step {first}, port {env.master_port}")
         for step in range(first, self.steps):
-            self.beat.at("forward", step)
+            self.beat.set_phase("forward", step)
             time.sleep(STEP_SECONDS)
+            if step == self.at and self.edits is not None:
+                self.edits.write_text("edited: after submission")
             if step == self.at and self.how not in ("", "deaf"):
                 self.fail() if self.fails else self.wait()
             if self.asked is not None:
@@ -64,20 +77,20 @@ class Rank:
             case "kill" | "stop":
                 os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
             case "hang":
-                self.beat.at("data_wait")
+                self.beat.set_phase("data_wait")
                 time.sleep(1000)
             case "leave":
                 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "left behind"])
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def wait(self) -> None:
-        self.beat.at("backward")
+        self.beat.set_phase("backward")
         while True:
             time.sleep(1000)
 
     def save(self, step: int) -> None:
-        if self.run_dir is not None and self.place.is_main:
-            folder = self.run_dir / FOLDER / name_of(step)
+        if self.run_dir is not None and self.rank_env.is_main:
+            folder = self.run_dir / CHECKPOINTS / checkpoint_name(step)
             folder.mkdir(parents=True, exist_ok=True)
             point_to(folder)
 
@@ -87,6 +100,11 @@ if __name__ == "__main__":
     parser.add_argument("--world-size", type=int)
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
-    rank = Rank(dict(setting.split("=", 1) for setting in args.settings))
-    assert args.world_size == rank.place.world_size
+    settings = dict(setting.split("=", 1) for setting in args.settings if "=" in setting)
+    if SETTINGS in os.environ:
+        recipe = load_recipe(Path(args.settings[0]))
+        print(f"seed {recipe.seed}")
+        settings = {"run_dir": str(recipe.run_dir), **json.loads(os.environ[SETTINGS])}
+    rank = Rank(settings)
+    assert args.world_size == rank.rank_env.world_size
     sys.exit(rank.run())

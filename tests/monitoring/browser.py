@@ -28,5 +28,5 @@ def visit(url: str, profile: Path, *options: str, size: tuple[int, int] = (1400,
     """Opens a page; `profile` is a folder for the browser's own files."""
     flags = (*FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}")
     command = [needs("chromium", package="chromium"), *flags, *(options or ("--dump-dom",)), url]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return Visit(done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line])

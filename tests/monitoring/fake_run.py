@@ -99,6 +99,8 @@ class FakeRun(NamedTuple):
             return {what: 1}
         if name == "resumes_total":
             return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}
+        if name == "evaluation":
+            return {("top1",): 0.8 * done, ("loss",): 2.0 - done}
         return {(): single[name]}
 
     def _of_rank(self, name: str, rank: int, now: float) -> Values:
@@ -130,7 +132,7 @@ class FakeRun(NamedTuple):
             "step_part_seconds": {
                 (part,): Observed(step, total, 0.04 * step) for part, total in self._parts(rank, now).items()
             },
-            "rank_part": {(place,): float(place == present) for place in PHASES},
+            "rank_part": {(phase,): float(phase == present) for phase in PHASES},
             "cache_blocks_total": {("found",): 3.1 * step, ("fetched",): step / 9},
             "communication_bytes_total": {
                 ("reduce_scatter",): step * 3.5e8, ("all_gather",): step * 1.8e8, ("all_reduce",): step * 64.0

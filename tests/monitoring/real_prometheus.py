@@ -106,7 +106,7 @@ scrape_configs:
         server.wait()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 200) -> None:
     """Raises AssertionError if it does not hold in time; a server that does not listen yet is waited for."""
     end = time.monotonic() + seconds
     while True:

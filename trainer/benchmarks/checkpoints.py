@@ -18,23 +18,25 @@ import torch
 from mixmae.base.errors import UsageError
 from mixmae.base.ports import free_port
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
-from mixmae.trainer.checkpoints.layout import Manifest
-from mixmae.trainer.checkpoints.pieces import MOMENTS, Pieces
+from mixmae.trainer.checkpoints.manifest import Progress
 from mixmae.trainer.checkpoints.resume import resume
 from mixmae.trainer.checkpoints.saver import Saved, Saver
+from mixmae.trainer.checkpoints.slices import WEIGHT, ModelSlices
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, build_model
+from mixmae.trainer.engine.engine import build_engine
+from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import build_model
 
 _PRODUCT = 1024
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench checkpoints", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/pretrain/swin_huge.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_recipe(parser)
     parser.add_argument("--folder", type=Path, help="on the storage to measure (default: the temporary folder)")
     parser.add_argument("--saves", type=int, default=3, help="of each kind, 3 or more (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the figures to {RESULTS}")
@@ -68,7 +70,7 @@ def _in_words(result: dict[str, Any]) -> str:
 def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     """Seconds of saves of each kind, taking turns."""
     ranks = Ranks(master_port=free_port())
-    distributed.join(ranks)
+    distributed.join(ranks, recipe.launch.stuck_seconds)
     engine = build_engine(build_model(recipe), recipe, ranks)
     _fill_moments(engine)
     beside = recipe.run_dir / "beside"
@@ -81,12 +83,12 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     slowdowns = []
     for turn in range(saves):
         alone = _work_rate(lambda: False)
-        saver.save(_manifest(recipe, turn + 1))
+        saver.save(_progress(turn + 1))
         slowdowns.append(alone / _work_rate(saver.is_writing))
         saved = _outcome(saver)
         seconds["stall"].append(saved.stall)
         seconds["save"].append(saved.seconds)
-        waiting.save(_manifest(recipe, turn + 1))
+        waiting.save(_progress(turn + 1))
         waited = _outcome(waiting)
         seconds["synchronous"].append(waited.seconds)
         _remove(waited)
@@ -95,7 +97,7 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
     assert resume(engine, beside, ranks) is not None
     resumed = time.perf_counter() - started
     return {
-        "encoder": recipe.model.encoder,
+        "encoder": recipe.encoder.name,
         "bytes": saved.bytes,
         "saves": saves,
         "reserve_seconds": round(reserved, 3),
@@ -109,7 +111,7 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
 def _saver(engine: Any, run_dir: Path, recipe: Recipe, ranks: Ranks, asynchronous: bool) -> Saver:
     run_dir.mkdir()
     settings = recipe.checkpoint.model_copy(update={"keep": 1, "asynchronous": asynchronous})
-    return Saver(engine, run_dir, settings, ranks)
+    return Saver(engine, recipe.model_copy(update={"run_dir": run_dir, "checkpoint": settings}), {}, ranks)
 
 
 def _remove(saved: Saved) -> None:
@@ -120,11 +122,11 @@ def _remove(saved: Saved) -> None:
 
 def _fill_moments(engine: Any) -> None:
     """As after a step, without taking one: memory that was never written to would be copied for nothing."""
-    pieces = Pieces(engine)
-    pieces.begin(1)
-    for piece in pieces.held:
-        for kind in MOMENTS:
-            pieces.values(piece, kind).normal_()
+    slices = ModelSlices(engine)
+    slices.begin_load(_MOMENTS, {"step": 1.0})
+    for _, kind, values in slices.to_read(_MOMENTS):
+        if kind != WEIGHT:
+            values.normal_()
 
 
 def _outcome(saver: Saver) -> Saved:
@@ -153,18 +155,5 @@ def _by_deepspeed(engine: Any, folder: Path) -> float:
     return seconds
 
 
-def _manifest(recipe: Recipe, step: int) -> Manifest:
-    return Manifest(
-        step=step,
-        optimizer_step=1,
-        epoch=0.0,
-        loss=None,
-        state={"samples": 0, "skipped": 0},
-        position={},
-        world_size=1,
-        zero_stage=0,
-        recipe=recipe.model_dump(mode="json"),
-        versions={},
-        shapes={},
-        files={},
-    )
+def _progress(step: int) -> Progress:
+    return Progress(step, epoch=0.0, loss=None, state={"samples": 0, "skipped": 0}, position={})

@@ -2,7 +2,7 @@
 
 All variants load the same JPEGs with the recipe's crops, image size, micro-batch and workers. The reference is the
 usual way: torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize. Variants take turns, and
-the median of the rounds counts.
+the median of the rounds counts. Where there is a GPU, batches go to it as a run's and as the usual loop's do.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import photos
+from mixmae.trainer.benchmarks.profiling import settled
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
 from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
@@ -33,10 +34,10 @@ from mixmae.trainer.data.order import BatchSlice, SampleRef
 from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.sources import open_source
-from mixmae.trainer.data.stream import BatchReader, Position, Stream
+from mixmae.trainer.data.stream import BatchReader, Position, Stream, ToDevice
 from mixmae.trainer.data.transform import RandomResizedCropFlip
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Data, Recipe
 
@@ -54,8 +55,7 @@ class Variant:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench data", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.num_workers=8")
+    add_recipe(parser)
     parser.add_argument(
         "--images", type=at_least(1), default=600, help="images of the recipe's shards to load again and again"
     )
@@ -94,7 +94,8 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
     reference = statistics.median(rates[REFERENCE])
     parts = {variant.name: _parts(recipe, variant) for variant in variants}
     return {
-        "img_size": recipe.model.img_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "img_size": recipe.encoder.img_size,
         "crop_scale": recipe.data.crop_scale,
         "micro_batch": recipe.train.micro_batch,
         "num_workers": recipe.data.num_workers,
@@ -166,8 +167,16 @@ def _variants(recipe: Recipe, folder: Path) -> Iterator[Variant]:
 def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
     with Stream(_with(recipe, variant), Ranks(), index, Position(recipe.seed, 0, index.fingerprint)) as stream:
+        to_device = ToDevice(_end(), recipe.data.mean, recipe.data.std)
         for batch in stream:
+            if to_device.device.type == "cuda":
+                to_device(batch.images)
             yield len(batch.images)
+
+
+def _end() -> torch.device:
+    """Where batches end."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _with(recipe: Recipe, variant: Variant) -> Recipe:
@@ -183,7 +192,7 @@ def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                recipe.model.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+                recipe.encoder.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
             ),
             transforms.RandomHorizontalFlip(data.hflip),
             transforms.ToTensor(),
@@ -204,7 +213,7 @@ def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
         raise UsageError(f"--images holds less than one train.micro_batch={recipe.train.micro_batch}; raise it")
     while True:
         for images, _ in loader:
-            yield len(images)
+            yield len(images.to(_end(), non_blocking=True))
 
 
 def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> float:
@@ -212,15 +221,15 @@ def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> 
     with closing(batches):
         for _ in range(warm_up):
             next(batches)
-        started, images = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - started) < seconds:
+        started, images = settled(_end()), 0
+        while time.perf_counter() - started < seconds:
             images += next(batches)
-        return images / elapsed
+        return images / (settled(_end()) - started)
 
 
 def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, float]:
     """Microseconds of one core for an image: the same work as a worker's, one step behind the other."""
-    index, size = open_index(variant.shards), recipe.model.img_size
+    index, size = open_index(variant.shards), recipe.encoder.img_size
     settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
     reader = BatchReader(index, RandomResizedCropFlip(size, settings), recipe.seed)
@@ -259,7 +268,7 @@ def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
             random_resized_crop(
                 content,
                 state,
-                recipe.model.img_size,
+                recipe.encoder.img_size,
                 recipe.data.model_copy(update={"decoder": decoder}),
                 random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample),
             )

@@ -1,7 +1,7 @@
 """`mixmae bench loop`: what the trainer's loop adds to the bare step.
 
 The loop is a run's own, with its votes, clock, log, exporter and heartbeat. The bare step is forward pass, backward
-pass and optimizer of the same engine, on pixels and a mix that lie on the device. They take turns of as many steps as
+pass and optimizer of the same engine, on inputs that lie on the device. They take turns of as many steps as
 lie between two logged ones, so that both see the same machine and each turn of the loop logs once; a turn of the loop
 is compared with the bare ones before and after it. Batches are in memory: reading them, saving, and drawing pictures
 are not measured.
@@ -35,7 +35,7 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.lifecycle import check, close, prepare
-from mixmae.trainer.run.loop import fit, mix_for
+from mixmae.trainer.run.loop import fit, inputs_of
 
 _KEPT = 4
 """Batches in memory."""
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 def _recipe(model: str, batch: int, overrides: Sequence[str], folder: Path, rounds: int) -> Recipe:
     """A run that neither saves nor draws before all rounds are over, on a few images of its own."""
     recipe = recipe_of(model, batch, overrides)
-    images = Synthetic(_KEPT * recipe.train.global_batch, recipe.model.img_size, seed=0)
+    images = Synthetic(_KEPT * recipe.train.global_batch, recipe.encoder.img_size, seed=0)
     build_shards(images, folder / "shards", shard_bytes=10**9, seed=0, jobs=1)
     steps = recipe.log.every * (rounds + 1) + 1  # after the last one a run saves
     own = [
@@ -94,7 +94,7 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
     """
     ranks, stop = Ranks(master_port=free_port()), StopRequest()
     job = check(recipe, ranks)
-    distributed.join(ranks)
+    distributed.join(ranks, recipe.launch.stuck_seconds)
     heartbeat = Heartbeat(recipe.run_dir.with_name("heartbeat"))
     run = prepare(job, ranks, stop, heartbeat)
     clean = False
@@ -125,8 +125,9 @@ class Turns(InMemory):
         self.bare: list[float] = []
         self.loop: list[float] = []
         self._engine, self._device, self._steps = run.engine, run.ranks.device, run.recipe.log.every
-        images = [run.to_device(batch.images) for batch in batches]
-        self._inputs = [(pixels, mix_for(run, number, len(pixels))) for number, pixels in enumerate(images)]
+        self._inputs = [
+            (run.to_device(batch.images), inputs_of(run, batch, number)) for number, batch in enumerate(batches)
+        ]
         self._began = 0.0
 
     def __next__(self) -> Batch:
@@ -140,8 +141,8 @@ class Turns(InMemory):
             self.loop.append((now - self._began) / self._steps)
         started = settled(self._device)
         for number in range(self._steps):
-            images, mix = self._inputs[number % len(self._inputs)]
-            self._engine.backward(self._engine(images, *mix))
+            images, inputs = self._inputs[number % len(self._inputs)]
+            self._engine.backward(self._engine(images, *inputs))
             self._engine.step()
         self._began = settled(self._device)
         self.bare.append((self._began - started) / self._steps)
@@ -155,7 +156,7 @@ def _compared(recipe: Recipe, turns: Turns, device: torch.device) -> dict[str, A
     where = circumstances()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else where["cpu"],
-        "model": recipe.model.encoder,
+        "model": recipe.encoder.name,
         "precision": recipe.train.precision,
         "zero_stage": recipe.train.zero_stage,
         "batch": recipe.train.micro_batch,

@@ -19,15 +19,15 @@ from typing import Any
 import psutil
 import torch
 
-from mixmae.monitoring.exporter.discovery import targets_folder
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.trainer.benchmarks.in_memory import InMemory
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
 from mixmae.trainer.data.stream import Stream
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.state import TrainState
-from mixmae.trainer.telemetry.observer import Observer, Silence
+from mixmae.trainer.telemetry.observer import Observer
 
 _SCRAPER = """
 import json, sys, time, urllib.request
@@ -68,7 +68,7 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     recipe.run_dir.mkdir()
     shared = folder / "shared"
     observed = Observer(Recorder(shared, 0), recipe, Ranks(), shared)
-    silent = Observer(Silence(), recipe, Ranks())
+    silent = Observer(NullRecorder(), recipe, Ranks())
     observed.export()
     assert observed.exporter is not None
     scraper = _scrape(recipe.run_dir)
@@ -104,12 +104,12 @@ def _step(observer: Observer, work: Callable[[], object], batches: Stream, state
     """Seconds of a step whose work is its forward part; tells what the loop tells, at logged steps too."""
     started = time.perf_counter()
     for part in _PARTS:
-        with observer.clock.part(part):
+        with observer.clock.phase(part):
             if part == "forward":
                 work()
     observer.data(batches)
     if state.step % observer.recipe.log.every == 0:
-        with observer.clock.part("logging"):
+        with observer.clock.phase("logging"):
             observer.process()
             observer.logged(_LOGGED, state, state.step)
     observer.step(state, images=128)

@@ -55,6 +55,12 @@ def with_table(page: str, new: str) -> str:
     return f"{head}{_BEGIN}\n\n{new}\n\n{_END}{tail}"
 
 
+def _name(found: dict[str, Any]) -> str:
+    chip = found["device"].split("(")[0].strip()
+    model = found["model"].removeprefix("mixmae_")
+    return f"{chip}, {model} {found['precision']}, batch {found['batch']}, {found['variant']}"
+
+
 def draw(steps: list[dict[str, Any]], file: Path) -> None:
     """Each measurement under its roof: what share of the peak its machine reached while it ran.
 
@@ -63,7 +69,7 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 0.36 * len(steps) + 1.2), layout="constrained")
-    names = [f"{found['model'].removeprefix('mixmae_')} {found['precision']} {found['variant']}" for found in steps]
+    names = [_name(found) for found in steps]
     places = range(len(steps))
     axes.barh(
         places, [found["peak_tflops"] for found in steps], color="#e4e4e4", label="large matrix product, same run"
@@ -73,6 +79,7 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
         axes.text(found["model_tflops"], place, f" {found['mfu']:.0%}", va="center", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
+    axes.set_xscale("log")  # CPUs and GPUs are three orders apart
     axes.set_xlabel("TFLOP/s")
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=110)

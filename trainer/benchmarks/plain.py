@@ -11,18 +11,20 @@ from typing import Any
 from timm.layers import Attention
 from torch import Tensor
 
-from mixmae.models import MixMAE
+from mixmae.models.contract import Trainable
 from mixmae.models.encoders.swin import Stage, Swin
 from mixmae.models.layers.token_order import relative_position_index, to_windows
 from mixmae.models.layers.window_attention import WindowAttention
 from mixmae.models.methods.mixing import upsample_groups
+from mixmae.models.methods.mixmae import MixMAE
 
 _MASKED = -10000.0
 """Added to the logits of pairs that may not see each other."""
 
 
-def make_plain(model: MixMAE) -> MixMAE:
+def make_plain(model: Trainable) -> Trainable:
     """Makes a model compute plainly, in place; its parameters stay as they are."""
+    assert isinstance(model, MixMAE)
     assert isinstance(model.encoder, Swin)
     for stage in model.encoder.stages:
         assert isinstance(stage, Stage)

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+_NAME = 110
+"""Characters of a kernel's name."""
 
 
 def settled(device: torch.device) -> float:
@@ -37,15 +41,34 @@ def peak_allocated(profiler: Any) -> int:
     return peak
 
 
-def kernel_shares(profiler: Any, device: torch.device, rows: int = 12) -> dict[str, float]:
+def kernel_shares(profiler: Any, rows: int = 12) -> dict[str, float]:
     """Shares of the time spent in kernels (operators, on a CPU), largest first, the rest as `other`."""
-    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {
-        event.key: float(getattr(event, attribute))
-        for event in profiler.key_averages()
-        if device.type == "cpu" or event.self_device_time_total
-    }
+    times = {name: milliseconds for name, milliseconds, _ in _times(profiler)}
     total = sum(times.values()) or 1.0
     largest = sorted(times, key=lambda name: -times[name])[:rows]
-    shares = {name: round(times[name] / total, 4) for name in largest}
+    shares = {_short(name): round(times[name] / total, 4) for name in largest}
     return {**shares, "other": round(1 - sum(shares.values()), 4)}
+
+
+def kernel_table(profiler: Any, rows: int = 40) -> str:
+    """Milliseconds, calls and names of what a GPU, or a CPU's operators, spent most time in; a sum of all is first."""
+    times = sorted(_times(profiler), key=lambda row: -row[1])
+    lines = [f"{milliseconds:9.3f} ms {calls:5d}  {_short(name)}" for name, milliseconds, calls in times[:rows]]
+    return "\n".join([f"{sum(row[1] for row in times):9.3f} ms in {sum(row[2] for row in times)} calls", *lines])
+
+
+def _times(profiler: Any) -> list[tuple[str, float, int]]:
+    """Names, milliseconds and calls of kernels, if there are any, else of operators; each moment is told once."""
+    events = profiler.key_averages()
+    # Operators and annotations are told the time of the kernels that they started.
+    kernels = [
+        one for one in events if one.device_type == DeviceType.CUDA and not getattr(one, "is_user_annotation", False)
+    ]
+    if kernels:
+        return [(one.key, one.self_device_time_total / 1000, one.count) for one in kernels]
+    return [(one.key, one.self_cpu_time_total / 1000, one.count) for one in events]
+
+
+def _short(name: str) -> str:
+    """C++ names without their arguments' types."""
+    return name if len(name) <= _NAME else name[:_NAME] + "..."

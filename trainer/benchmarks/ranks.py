@@ -14,7 +14,12 @@ from mixmae.trainer.engine.distributed import join, leave, read_ranks
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, threads: int = 1, timeout: float | None = None
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    threads: int = 1,
+    timeout: float | None = None,
+    start_method: str = "spawn",
 ) -> list[Any]:
     """Calls `function(ranks, *args)` in `world_size` processes that have joined; returns what each returned, by rank.
 
@@ -23,11 +28,12 @@ def run_ranks(
     Args:
         threads: of torch, in each process.
         timeout: seconds that a rank may take to end once those before it have.
+        start_method: of multiprocessing.
 
     Raises:
         RuntimeError: a rank failed or took too long; none is left.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(start_method)
     with tempfile.TemporaryDirectory(prefix="mixmae-ranks-") as folder:
         port = str(free_port())
         processes = [

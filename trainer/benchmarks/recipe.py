@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mixmae.models.encoders.registry import SIZES
+from mixmae.models.encoders.registry import default_img_size
 from mixmae.trainer.recipe.loading import default_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -13,6 +13,6 @@ def recipe_of(model: str, batch: int, overrides: Sequence[str], ranks: int = 1) 
     Raises:
         UsageError: an unknown key or a value outside its range.
     """
-    side = SIZES.get(model, {}).get("img_size", 224)
+    side = default_img_size(model)
     batches = [f"train.micro_batch={batch}", f"train.global_batch={batch * ranks}"]
-    return default_recipe([f"model.encoder={model}", f"model.img_size={side}", *batches, *overrides])
+    return default_recipe([f"encoder.name={model}", f"encoder.img_size={side}", *batches, *overrides])

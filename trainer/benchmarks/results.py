@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,22 @@ def write_measurements(file: Path, measurements: list[dict[str, Any]]) -> None:
     """Measurements of several things in one run, each of which tells its own circumstances."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(measurements, indent=1) + "\n")
-    print(f"written to {file}")
+    print(f"written to {file}", flush=True)
+
+
+def merge_measurements(file: Path, measurements: list[dict[str, Any]], keys: Sequence[str]) -> None:
+    """Adds measurements of several things, each of which tells its own circumstances, to those of a file.
+
+    Args:
+        keys: by which the file's measurements are told apart; an older one with the same values goes.
+    """
+
+    def key(found: dict[str, Any]) -> list[Any]:
+        return [found.get(name) for name in keys]
+
+    new = [key(found) for found in measurements]
+    kept = json.loads(file.read_text()) if file.is_file() else []
+    write_measurements(file, [*(old for old in kept if key(old) not in new), *measurements])
 
 
 def _cpu() -> str:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.benchmarks.ranks import run_ranks
 from mixmae.trainer.benchmarks.recipe import recipe_of
 from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
+from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.planning.activation_memory import on_meta
 from mixmae.trainer.planning.states import Limits, count_parameters
 from mixmae.trainer.planning.traffic import traffic
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import task_of
 from mixmae.trainer.telemetry.comms import Communication
 
 OPERATIONS = {
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--stages", default="1,2,3", help="ZeRO stages (default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as model.img_size=128")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as encoder.img_size=128")
     args = parser.parse_args(argv)
     worlds, stages = (_numbers(name, getattr(args, name)) for name in ("ranks", "stages"))
     found = []
@@ -73,7 +73,7 @@ def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
     limits = Limits.of(deepspeed_config(recipe, world_size))
     plan = planned(recipe, world_size, limits) if world_size > 1 else {}
     return {
-        "model": recipe.model.encoder,
+        "model": recipe.encoder.name,
         "ranks": world_size,
         "zero_stage": recipe.train.zero_stage,
         "precision": recipe.train.precision,
@@ -125,15 +125,15 @@ def bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
 
 def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
     """A function that does an optimizer step on random pixels, and one that takes the engine down."""
-    engine = build_engine(build_model(recipe), recipe, ranks)
-    batch, side = recipe.train.micro_batch, recipe.model.img_size
+    task = task_of(recipe)
+    engine = build_engine(task.build(), recipe, ranks)
+    batch, side = recipe.train.micro_batch, recipe.encoder.img_size
     images = torch.randn(batch, 3, side, side, device=ranks.device)
-    generator = torch.Generator().manual_seed(ranks.rank)
 
     def step() -> None:
         for _ in range(recipe.accumulation(ranks.world_size)):
-            mix = draw_mix(batch, recipe.model.num_images, engine.module.grid, generator).to(ranks.device)
-            engine.backward(engine(images, *mix))
+            inputs = [part.to(ranks.device) for part in task.example_inputs(engine.module, batch)]
+            engine.backward(engine(images, *inputs))
             engine.step()
 
     return step, engine.destroy

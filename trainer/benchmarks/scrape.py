@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.phases import STEP_PHASES
-from mixmae.monitoring.exporter.discovery import targets_folder
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind, Metric, Source
 from mixmae.monitoring.metrics_page import VALUES, most_series
 from mixmae.trainer.benchmarks.results import RESULTS, write_result

@@ -1,53 +1,67 @@
 """`mixmae bench step`: the bare training step, in several ways of computing it, beside published code's.
 
-Forward pass, backward pass and AdamW on random pixels that lie on the device. Variants take turns, step by step, with a
-large matrix product between, so that all see the same machine; medians are compared. MFU is the model's operations in a
-second (those of the method, where all tokens of a window see each other, without recomputation) over the product's.
+Forward pass, backward pass and AdamW on random pixels that lie on the device, with a large matrix product between; all
+variants share weights and optimizer states. On a CPU, whose other users come and go, variants take turns, step by step;
+on a GPU they are measured one behind the other, several steps at a time without waiting between, and each is written
+when it is done. Medians are compared. MFU is the model's operations in a second (those of the method, where all tokens
+of a window see each other, without recomputation) over the product's.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.models.methods.mixing import Mix, draw_mix
-from mixmae.trainer.benchmarks.profiling import kernel_shares, peak_allocated, profiled, settled
+from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table, peak_allocated, profiled, settled
 from mixmae.trainer.benchmarks.recipe import recipe_of
-from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
-from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep
-from mixmae.trainer.engine.flops import model_flops
+from mixmae.trainer.benchmarks.results import RESULTS, circumstances, merge_measurements
+from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep, Weights
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.flops import model_flops
+from mixmae.trainer.tasks.registry import task_of
 
 _SIDES = {"cpu": 4096, "cuda": 8192}
 """Of the matrices whose product is the peak."""
+_AT_ONCE = {"cpu": 1, "cuda": 4}
+"""Steps that are timed together."""
+_KEYS = ("variant", "batch", "num_images", "checkpointing")
+"""What tells measurements of one file apart."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench step", description=__doc__)
     parser.add_argument("--model", default="mixmae_swin_base_w14", help="the encoder (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images at once (default %(default)s)")
+    parser.add_argument("--batch", default="8", help="images at once; several as 64,128 (default %(default)s)")
     parser.add_argument("--variant", default="plain,grouped", help=f"of {','.join(VARIANTS)} (default %(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed, after one that is not (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="times, after a first step (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as model.num_images=2")
+    parser.add_argument("--kernels", type=Path, help="add a table of each variant's kernels to this file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as method.num_images=2")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _variants(args.variant, device)
     if device.type == "cpu":
         keep_freed_memory()
-    recipe = recipe_of(args.model, args.batch, [f"train.precision={args.precision}", *args.overrides])
-    measurements = measure(recipe, names, args.steps, device)
-    for found in measurements:
-        print(_in_words(found))
-    if args.json:
-        chip = measurements[0]["device"].split("(")[0].strip().lower().replace(" ", "-")
-        write_measurements(RESULTS / f"step-{chip}-{args.model}-{recipe.train.precision}.json", measurements)
+    for batch in args.batch.split(","):
+        recipe = recipe_of(args.model, int(batch), [f"train.precision={args.precision}", *args.overrides])
+        for found, kernels in measure(recipe, names, args.steps, device):
+            print(_in_words(found), flush=True)
+            if args.json:
+                chip = found["device"].split("(")[0].strip().lower().replace(" ", "-")
+                file = RESULTS / f"step-{chip}-{args.model}-{recipe.train.precision}.json"
+                merge_measurements(file, [found], _KEYS)
+            if args.kernels is not None:
+                with args.kernels.open("a") as out:
+                    out.write(f"{_title(found)}\n{kernels}\n\n")
     return 0
 
 
@@ -61,67 +75,120 @@ def _variants(given: str, device: torch.device) -> list[str]:
     return names
 
 
-def measure(recipe: Recipe, names: Sequence[str], steps: int, device: torch.device) -> list[dict[str, Any]]:
-    """One object for each variant, in the order given."""
+@dataclass
+class _Timed:
+    """A variant that was warmed up, and what was seen of it."""
+
+    step: BareStep
+    memory: int
+    times: list[float]
+
+
+def measure(
+    recipe: Recipe, names: Sequence[str], steps: int, device: torch.device
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """One object for each variant, in the order given, with a table of its kernels; what does not fit is left out."""
     torch.manual_seed(0)
-    batch, settings = recipe.train.micro_batch, recipe.model
-    images = torch.randn(batch, 3, settings.img_size, settings.img_size, device=device)
-    bare = {name: BareStep(recipe, VARIANTS[name], device) for name in names}
-    generator = torch.Generator().manual_seed(0)
-    grid = bare[names[0]].model.grid
-    mixes = [draw_mix(batch, settings.num_images, grid, generator).to(device) for _ in range(steps + 1)]
-    memory = {name: _memory(step, images, mixes[0], device) for name, step in bare.items()}
-    product = _product(recipe.train.precision, device)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    task = task_of(recipe)
+    recipe, batch, side = task.recipe, recipe.train.micro_batch, recipe.encoder.img_size
+    images = torch.randn(batch, 3, side, side, device=device)
+    weights = Weights(recipe, device)
+    inputs = [part.to(device) for part in task.example_inputs(weights.model, batch)]
+    product, flops = _product(recipe.train.precision, device), model_flops(recipe)
+    reference: float | None = None
+    for together in [[name] for name in names] if device.type == "cuda" else [names]:
+        timed = dict(_warmed_up(recipe, together, device, weights, (images, inputs)))
+        peak = statistics.median(_take_turns(timed, (images, inputs), steps, product, device) or [0.0])
+        rates = {name: batch / statistics.median(one.times) for name, one in timed.items()}
+        reference = next((rate for name, rate in rates.items() if name.startswith("plain")), reference)
+        for name, one in timed.items():
+            profile = profiled(partial(one.step, images, inputs), device)
+            found = _measurement(recipe, name, one, (rates[name], reference), (flops, peak), device)
+            yield {**found, "kernel_shares": kernel_shares(profile), **circumstances()}, kernel_table(profile)
+
+
+def _warmed_up(
+    recipe: Recipe,
+    names: Sequence[str],
+    device: torch.device,
+    weights: Weights,
+    inputs: tuple[Tensor, Sequence[Tensor]],
+) -> Iterator[tuple[str, _Timed]]:
+    for name in names:
+        step = BareStep(recipe, VARIANTS[name], device, weights)
+        try:
+            yield name, _Timed(step, _memory(step, *inputs, device), [])
+        except torch.OutOfMemoryError as error:
+            print(f"{name:<15} batch {len(inputs[0])} does not fit: {str(error).splitlines()[0]}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _take_turns(
+    timed: dict[str, _Timed],
+    inputs: tuple[Tensor, Sequence[Tensor]],
+    steps: int,
+    product: Callable[[], float],
+    device: torch.device,
+) -> list[float]:
+    """Times all variants, and returns the product's rates between them."""
     rates: list[float] = []
-    for turn, mix in enumerate(mixes[1:]):
+    names, repeats = list(timed), _AT_ONCE[device.type]
+    for turn in range(steps if names else 0):
         rates.append(product())
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:  # none always follows the same one
-            times[name].append(_seconds(partial(bare[name], images, mix), device))
-    shares = {
-        name: kernel_shares(profiled(partial(step, images, mixes[0]), device), device) for name, step in bare.items()
+            work = partial(_repeat, partial(timed[name].step, *inputs), repeats)
+            timed[name].times.append(_seconds(work, device) / repeats)
+    return rates
+
+
+def _measurement(
+    recipe: Recipe,
+    name: str,
+    timed: _Timed,
+    rates: tuple[float, float | None],
+    of_model: tuple[float, float],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What is told of one variant.
+
+    Args:
+        rates: its images per second, and those of the plain one.
+        of_model: operations for an image, and the product's in a second.
+    """
+    (rate, reference), (flops, peak) = rates, of_model
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else circumstances()["cpu"],
+        "model": recipe.encoder.name,
+        "num_images": recipe.method.settings.get("num_images"),
+        "variant": name,
+        "words": VARIANTS[name].words,
+        "precision": recipe.train.precision,
+        "checkpointing": recipe.train.activation_checkpointing.kind,
+        "batch": recipe.train.micro_batch,
+        "images_per_second": round(rate, 3),
+        "step_seconds": round(statistics.median(timed.times), 5),
+        "step_seconds_spread": [round(min(timed.times), 5), round(max(timed.times), 5)],
+        "gflop_per_image": round(flops / 1e9, 1),
+        "model_tflops": round(rate * flops / 1e12, 4),
+        "peak_tflops": round(peak / 1e12, 4),
+        "mfu": round(rate * flops / peak, 4),
+        "peak_memory_bytes": timed.memory,
+        "ratio_to_plain": None if reference is None else round(rate / reference, 3),
     }
-    peak, flops = statistics.median(rates), model_flops(recipe)
-    rate = {name: batch / statistics.median(times[name]) for name in names}
-    reference = next((rate[name] for name in names if name.startswith("plain")), None)
-    where = circumstances()
-    return [
-        {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else where["cpu"],
-            "model": settings.encoder,
-            "num_images": settings.num_images,
-            "variant": name,
-            "words": VARIANTS[name].words,
-            "precision": recipe.train.precision,
-            "checkpointing": recipe.train.activation_checkpointing.kind,
-            "batch": batch,
-            "images_per_second": round(rate[name], 3),
-            "step_seconds": round(statistics.median(times[name]), 5),
-            "step_seconds_spread": [round(min(times[name]), 5), round(max(times[name]), 5)],
-            "gflop_per_image": round(flops / 1e9, 1),
-            "model_tflops": round(rate[name] * flops / 1e12, 4),
-            "peak_tflops": round(peak / 1e12, 4),
-            "mfu": round(rate[name] * flops / peak, 4),
-            "peak_memory_bytes": memory[name],
-            "ratio_to_plain": None if reference is None else round(rate[name] / reference, 3),
-            "kernel_shares": shares[name],
-            **where,
-        }
-        for name in names
-    ]  # fmt: skip
 
 
-def _memory(step: BareStep, images: torch.Tensor, mix: Mix, device: torch.device) -> int:
+def _memory(step: BareStep, images: torch.Tensor, inputs: Sequence[Tensor], device: torch.device) -> int:
     """Peak bytes of the second step, weights and optimizer states included; the first warms everything up."""
-    step(images, mix)
+    step(images, inputs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         others = torch.cuda.memory_allocated(device) - step.bytes
         torch.cuda.reset_peak_memory_stats(device)
-        step(images, mix)
+        step(images, inputs)
         return torch.cuda.max_memory_allocated(device) - others
-    return step.bytes + peak_allocated(profiled(lambda: step(images, mix), device))
+    return step.bytes + peak_allocated(profiled(lambda: step(images, inputs), device))
 
 
 def _product(precision: str, device: torch.device) -> Callable[[], float]:
@@ -131,10 +198,15 @@ def _product(precision: str, device: torch.device) -> Callable[[], float]:
 
     def rate() -> float:
         repeats = 20 if device.type == "cuda" else 1
-        return repeats * 2 * side**3 / _seconds(lambda: [x @ x for _ in range(repeats)], device)
+        return repeats * 2 * side**3 / _seconds(partial(_repeat, lambda: x @ x, repeats), device)
 
     rate()
     return rate
+
+
+def _repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -143,11 +215,19 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return settled(device) - started
 
 
+def _title(found: dict[str, Any]) -> str:
+    return (
+        f"{found['device']}: {found['model']}, K = {found['num_images']}, batch {found['batch']}, {found['variant']}, "
+        f"{found['step_seconds'] * 1000:.1f} ms a step"
+    )
+
+
 def _in_words(found: dict[str, Any]) -> str:
     low, high = found["step_seconds_spread"]
     ratio = "" if found["ratio_to_plain"] is None else f", {found['ratio_to_plain']:.2f} times plain"
     largest = ", ".join(f"{name} {share:.0%}" for name, share in list(found["kernel_shares"].items())[:5])
     return (
+        f"{found['model'].removeprefix('mixmae_')} K={found['num_images']} batch {found['batch']}\n"
         f"{found['variant']:<15} {found['images_per_second']:.2f} images/s{ratio}; step {found['step_seconds']:.3f} s "
         f"({low:.3f} to {high:.3f}); {found['model_tflops']:.3g} TFLOP/s, MFU {found['mfu']:.1%} of "
         f"{found['peak_tflops']:.3g}; {found['peak_memory_bytes'] / 1e9:.2f} GB\n{'':<15} {largest}"

@@ -1,26 +1,30 @@
 """The bare step (forward, backward, optimizer) in several ways of computing it: what `mixmae bench step` compares."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import MethodType
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixmae.models import MixMAE
+from mixmae.models.contract import Trainable
 from mixmae.models.encoders.swin import Stage, Swin
-from mixmae.models.methods.mixing import Mix
+from mixmae.models.methods.contract import Method
+from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.benchmarks.plain import make_plain
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.cpu import suit_cpu
-from mixmae.trainer.engine.engine import build_model, compile_parts
-from mixmae.trainer.engine.optimizer import parameter_groups
+from mixmae.trainer.engine.cpu import apply_cpu_workarounds
+from mixmae.trainer.engine.engine import compile_parts
+from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.registry import build_model
 
 
-def _masked(model: MixMAE) -> None:
+def _masked(model: Trainable) -> None:
+    assert isinstance(model, Method)
     assert isinstance(model.encoder, Swin)
     for stage in model.encoder.stages:
         stage.forward = MethodType(_without_sorting_by_group, stage)
@@ -30,12 +34,12 @@ def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num
     return Stage.forward(self, x, groups, None)
 
 
-def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[MixMAE], object]:
+def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], object]:
     return partial(checkpoint_activations, settings=ActivationCheckpointing(kind=kind))
 
 
-def _fused(model: MixMAE) -> None:
-    model.encoder.set_fused_attention()
+def _fused(model: Trainable) -> None:
+    model.set_fused_attention()
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Variant:
     """
 
     words: str
-    change: Callable[[MixMAE], object] = lambda model: None
+    change: Callable[[Trainable], object] = lambda model: None
     autocast: bool = False
     compiled: bool = False
     cuda_only: bool = False
@@ -70,65 +74,90 @@ VARIANTS = {
 }
 
 
+class Weights:
+    """What all variants of one recipe share, so that the largest encoder's fit on one GPU: fp32 weights and AdamW.
+
+    Args:
+        recipe: the model; weights are a function of its seed and the device.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        with device:  # a GPU draws Swin-H's weights in a moment, a CPU in ten seconds
+            self.model = build_model(recipe)
+        named = dict(self.model.named_parameters())
+        self.masters = list(named.values())
+        groups = parameter_groups(self.model, recipe.optim.weight_decay, exempt_from_decay(recipe, self.model))
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(groups, named), lr=1e-5, betas=recipe.optim.betas, fused=True
+        )
+
+    @cached_property
+    def narrow(self) -> list[nn.Parameter]:
+        """The weights in bf16, whose masters are the fp32 ones, as in a run."""
+        return [nn.Parameter(master.detach().bfloat16()) for master in self.masters]
+
+    def model_on(self, weights: Sequence[nn.Parameter]) -> Trainable:
+        """A model of its own, to be changed at will, that computes on these weights."""
+        return copy.deepcopy(self.model, dict(zip(map(id, self.masters), weights, strict=True)))
+
+
 class BareStep:
     """Model and AdamW without DeepSpeed, loop, data or watchers; bf16 weights have fp32 masters, as in a run.
 
     Args:
-        recipe: model, precision and activation checkpointing; weights are a function of its seed.
+        recipe: model, precision and activation checkpointing.
+        weights: shared with other variants of the recipe; None makes some.
     """
 
-    def __init__(self, recipe: Recipe, variant: Variant, device: torch.device) -> None:
-        self.model = build_model(recipe).to(device)
-        checkpoint_activations(self.model, recipe.train.activation_checkpointing)
-        variant.change(self.model)
+    def __init__(self, recipe: Recipe, variant: Variant, device: torch.device, weights: Weights | None = None) -> None:
+        shared = Weights(recipe, device) if weights is None else weights
+        self._optimizer, self._masters = shared.optimizer, shared.masters
+        self._is_narrow = recipe.train.precision == "bf16" and not variant.autocast
+        self._weights = shared.narrow if self._is_narrow else shared.masters
         self._autocast = variant.autocast
         self._device = device
-        if recipe.train.precision == "bf16" and not variant.autocast:
-            for parameter in self.model.parameters():
-                parameter.data = parameter.data.bfloat16()
-            if device.type == "cpu":
-                suit_cpu(self.model)
+        self.model = shared.model_on(self._weights)
+        checkpoint_activations(self.model, recipe.train.activation_checkpointing)
+        variant.change(self.model)
+        if device.type == "cuda":
+            pin_attention()
+        elif self._is_narrow:
+            apply_cpu_workarounds(self.model)
         if variant.compiled:
             compile_parts(self.model)
-        named = list(self.model.named_parameters())
-        self._weights = [parameter for _, parameter in named]
-        self._masters = [
-            torch.nn.Parameter(parameter.detach().float()) if parameter.dtype != torch.float32 else parameter
-            for parameter in self._weights
-        ]
-        names = [name for name, _ in named]
-        groups = parameter_groups(
-            zip(names, self._masters, strict=True), recipe.optim.weight_decay, recipe.optim.no_decay
-        )
-        self._optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=recipe.optim.betas, fused=True)
 
     @property
     def bytes(self) -> int:
         """Of weights, their masters, and AdamW's moments."""
-        apart = [m for w, m in zip(self._weights, self._masters, strict=True) if w is not m]
-        states = [*self._weights, *apart, *self.model.buffers()]
+        states = [*self._masters, *(self._weights if self._is_narrow else ()), *self.model.buffers()]
         return sum(t.numel() * t.element_size() for t in states) + 8 * sum(m.numel() for m in self._masters)
 
-    def loss(self, images: Tensor, mix: Mix) -> Tensor:
+    def loss(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-            loss: Tensor = self.model(images, *mix)
+            loss: Tensor = self.model(images, *inputs)
         return loss
 
-    def __call__(self, images: Tensor, mix: Mix) -> Tensor:
+    def __call__(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """One step; returns its loss, on the device."""
-        loss = self.loss(images, mix)
+        loss = self.loss(images, inputs)
         loss.backward()
         self._optimize()
         return loss.detach()
 
     @torch.no_grad()
     def _optimize(self) -> None:
-        apart = [(w, m) for w, m in zip(self._weights, self._masters, strict=True) if w is not m]
-        for weight, master in apart:
-            assert weight.grad is not None
-            master.grad = weight.grad.float()
+        """All tensors in a few kernels, as DeepSpeed's flat ones are."""
+        if self._is_narrow:
+            wide = [torch.empty_like(master) for master in self._masters]
+            torch._foreach_copy_(wide, [_gradient(weight) for weight in self._weights])
+            for weight, master, gradient in zip(self._weights, self._masters, wide, strict=True):
+                weight.grad, master.grad = None, gradient
         self._optimizer.step()
-        for weight, master in apart:
-            weight.copy_(master)
-            weight.grad = None
+        if self._is_narrow:
+            torch._foreach_copy_([*self._weights], [*self._masters])
         self._optimizer.zero_grad()
+
+
+def _gradient(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad

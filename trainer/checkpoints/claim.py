@@ -1,7 +1,7 @@
-"""Who may publish checkpoints of a run directory: its newest start.
+"""Which start of a run may publish checkpoints in its directory: the newest.
 
-A node that its cluster gave up may live on, and a command may be typed twice. The start that came last has the run; an
-earlier one learns of it before it publishes, and ends.
+A node that its cluster declared dead may live on, and a command may be typed twice. The last start owns the run
+directory; an earlier one finds out before it publishes, and ends.
 """
 
 import json
@@ -12,21 +12,20 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mixmae.trainer.checkpoints import layout
-
-_FILE = "claimed.json"
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import CLAIM
 
 
 class SupersededError(Exception):
-    """A later start has the run directory."""
+    """A later start owns the run directory."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A start's hold on a run directory.
+    """A start's ownership of a run directory.
 
     Attributes:
-        token: tells this start's files from those of others.
+        token: distinguishes this start's files from those of others.
         host, pid, time: of the start's main rank, for the messages of others; seconds since the epoch.
     """
 
@@ -37,16 +36,13 @@ class Claim:
 
     @classmethod
     def take(cls, run_dir: Path) -> "Claim":
-        """Takes the run over from whatever start had it; for the main rank."""
+        """Takes the run directory over from the start that owned it; for the main rank."""
         claim = cls(uuid.uuid4().hex[:12], platform.node(), os.getpid(), time.time())
-        partial = run_dir / f".{_FILE}-{claim.token}"
-        partial.write_text(json.dumps(asdict(claim)) + "\n")
-        layout.sync(partial)
-        partial.replace(run_dir / _FILE)
+        atomic_write(run_dir / CLAIM, json.dumps(asdict(claim)) + "\n")
         return claim
 
     def require(self, run_dir: Path) -> None:
         """Raises SupersededError if a later start took the run directory."""
-        now = Claim(**json.loads((run_dir / _FILE).read_text()))
+        now = Claim(**json.loads((run_dir / CLAIM).read_text()))
         if now != self:
             raise SupersededError(f"the run was started again on {now.host} (process {now.pid}), which has it now")

@@ -1,10 +1,10 @@
-"""One rank's file: safetensors, written from one stretch of host memory or as it is, read by stretches of parameters.
+"""One rank's file: safetensors, read by slices of parameters.
 
-A tensor's name is KIND/PARAMETER@START: elements START, START + 1, ... of the flattened parameter.
+KIND/PARAMETER@START is elements START, START + 1, ... of a flattened parameter: of its weight, or of an optimizer state
+by its name. buffer/NAME is a buffer as this rank had it.
 """
 
 import json
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.layout import Written
-from mixmae.trainer.checkpoints.pieces import KINDS, Pieces
+from mixmae.trainer.checkpoints.manifest import FileRecord
 
 _CHUNK = 16 * 2**20
 _ALIGNMENT = 64
@@ -26,57 +25,11 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def buffer_name(name: str) -> str:
-    return f"buffer/{name}"
-
-
-def contents(pieces: Pieces, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a rank saves, by its name in the file: its pieces, and the model's buffers where they are given."""
-    found = {
-        f"{kind}/{piece.name}@{piece.start}": pieces.values(piece, kind)
-        for piece in pieces.to_write()
-        for kind in KINDS
-    } | {buffer_name(name): value for name, value in buffers.items()}
-    return dict(sorted(found.items(), key=lambda entry: -entry[1].element_size()))  # so that all are aligned
-
-
-class HostMemory:
-    """Memory of this host for copies of what a rank saves: the same from save to save, pinned where there is a GPU."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
-        """Makes room for copies of these tensors, where there is none yet; nothing is left to allocate for `copy`.
-
-        Each page is written to, because the system gives memory only then, and takes several times a copy's time for
-        it. By numpy: in one thread, beside which the interpreter and the cores that train go on.
-        """
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._memory.numel() != size:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=_on_gpu(tensors))
-            self._memory.numpy()[:: mmap.PAGESIZE] = 0
-
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors' copies in this memory, until the next ones; returns when they are copied."""
-        self.reserve(tensors)
-        copies = {}
-        end = 0
-        for name, tensor in tensors.items():
-            start, end = end, end + tensor.nbytes
-            copies[name] = self._memory[start:end].view(tensor.dtype).view(tensor.shape)
-            copies[name].copy_(tensor, non_blocking=True)
-        if _on_gpu(tensors):
-            torch.cuda.current_stream().synchronize()
-        return copies
-
-
-def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
-    return any(tensor.is_cuda for tensor in tensors.values())
-
-
-def write(file: Path, tensors: Mapping[str, Tensor]) -> Written:
+def write(file: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Writes the file and returns when it is on disk.
+
+    Args:
+        tensors: by name, those with larger elements first, so that all are aligned.
 
     Raises:
         OSError: the disk is full, or out of reach.
@@ -89,7 +42,7 @@ def write(file: Path, tensors: Mapping[str, Tensor]) -> Written:
             _write_all(opened.fileno(), part)
             size += len(part)
         os.fsync(opened.fileno())
-    return Written(size, digest.hexdigest())
+    return FileRecord(size, digest.hexdigest())
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
@@ -106,7 +59,7 @@ def _write_all(descriptor: int, content: memoryview) -> None:
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The file's first bytes, which say where behind them each tensor is."""
+    """The file's first bytes: each tensor's type, shape, and offset behind them."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -131,8 +84,8 @@ _DTYPES = {
 
 
 @dataclass
-class Wanted:
-    """Elements [start, start + len(target)) of a flattened parameter's weight or moment, to be copied into `target`."""
+class ReadItem:
+    """Elements [start, start + len(target)) of a flattened weight or optimizer state, to be copied to `target`."""
 
     kind: str
     name: str
@@ -140,45 +93,38 @@ class Wanted:
     target: Tensor
 
 
-def fill(wanted: Iterable[Wanted], files: Sequence[Path]) -> None:
-    """Copies from a checkpoint's files what is wanted; opens no more of them than that takes.
+def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
+    """Fills the items from a checkpoint's files; opens no more of them than that takes.
 
     Args:
         files: all of the checkpoint's, those first that are likely to hold most.
     """
-    by_name: dict[tuple[str, str], list[Wanted]] = {}
+    by_name: dict[tuple[str, str], list[ReadItem]] = {}
     missing = 0
-    for stretch in wanted:
-        by_name.setdefault((stretch.kind, stretch.name), []).append(stretch)
-        missing += len(stretch.target)
+    for item in items:
+        by_name.setdefault((item.kind, item.name), []).append(item)
+        missing += len(item.target)
     for file in files:
         if missing == 0:
             return
-        missing -= _fill_from(file, by_name)
+        missing -= _read_from(file, by_name)
     assert missing == 0, f"{missing} elements are in no file"
 
 
-def _fill_from(file: Path, wanted: Mapping[tuple[str, str], list[Wanted]]) -> int:
+def _read_from(file: Path, items: Mapping[tuple[str, str], list[ReadItem]]) -> int:
+    """Fills what the file has; returns the number of elements."""
     copied = 0
     with safe_open(file, "pt") as opened:
         for key in list(opened.keys()):
-            kind, _, place = key.partition("/")
-            name, _, start = place.rpartition("@")
-            if (kind, name) not in wanted:
+            kind, _, rest = key.partition("/")
+            name, _, start = rest.rpartition("@")
+            if (kind, name) not in items:
                 continue
             source = opened.get_slice(key)
             first, end = int(start), int(start) + source.get_shape()[0]
-            for stretch in wanted[kind, name]:
-                low, high = max(first, stretch.start), min(end, stretch.start + len(stretch.target))
+            for item in items[kind, name]:
+                low, high = max(first, item.start), min(end, item.start + len(item.target))
                 if low < high:
-                    target = stretch.target[low - stretch.start : high - stretch.start]
-                    target.copy_(source[low - first : high - first])
+                    item.target[low - item.start : high - item.start].copy_(source[low - first : high - first])
                     copied += high - low
     return copied
-
-
-def read_buffers(file: Path) -> dict[str, Tensor]:
-    """The model's buffers by name, from the main rank's file."""
-    with safe_open(file, "pt") as opened:
-        names = [key for key in list(opened.keys()) if key.startswith(buffer_name(""))]
-        return {key.removeprefix(buffer_name("")): opened.get_tensor(key) for key in names}

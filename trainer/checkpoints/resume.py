@@ -1,4 +1,4 @@
-"""Continuing from the newest checkpoint that is whole, on any number of ranks and at any ZeRO stage."""
+"""Resuming from the newest intact checkpoint, on any number of ranks and at any ZeRO stage."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,25 +7,27 @@ from typing import Any
 import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import CHECKPOINTS, NEWEST, checkpoint_history, named_newest
 from mixmae.trainer.checkpoints import layout
-from mixmae.trainer.checkpoints.files import Wanted, file_name, fill, read_buffers
-from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
-from mixmae.trainer.checkpoints.pieces import KINDS, MOMENTS, Pieces
+from mixmae.trainer.checkpoints.buffers import restore_buffers
+from mixmae.trainer.checkpoints.files import ReadItem, read_slices
+from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
+from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, from_main
 
 
-class NothingWholeError(UsageError):
-    """Every checkpoint is damaged: the storage failed, not the call."""
+class NoIntactCheckpointError(UsageError):
+    """Every checkpoint is damaged: the storage failed, not the user."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run continues from.
+    """What a run resumed from.
 
     Attributes:
-        notes: why it is not the one that was expected, a line for each reason.
+        notes: why it is not the checkpoint that was expected, a line for each reason.
     """
 
     folder: Path
@@ -34,19 +36,19 @@ class Resumed:
 
 
 def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
-    """Loads the newest whole checkpoint into the engine; None in a run directory that has none. To be called by all.
+    """Loads the newest intact checkpoint into the engine; None in a run directory that has none. All ranks call it.
 
     Raises:
-        NothingWholeError: there are, or were, checkpoints, but none is whole.
+        NoIntactCheckpointError: there are, or were, checkpoints, but none is intact.
     """
-    found = _newest_whole(run_dir, ranks)
+    found = _newest_intact(run_dir, ranks)
     if found is not None:
         _load(engine, found.folder, found.manifest, ranks)
     return found
 
 
-def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes, lost = from_main((list(layout.history(run_dir)), _lost_pointer(run_dir), layout.lost(run_dir)))
+def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
+    candidates, notes, lost = from_main((checkpoint_history(run_dir), _lost_pointer(run_dir), layout.lost(run_dir)))
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
@@ -55,24 +57,24 @@ def _newest_whole(run_dir: Path, ranks: Ranks) -> Resumed | None:
             return Resumed(folder, manifest, tuple(notes))
     if not candidates and not lost:
         return None
-    raise NothingWholeError(
-        f"no checkpoint in {run_dir / layout.FOLDER} is whole: {'; '.join(notes) if candidates else _gone(lost)}; "
+    raise NoIntactCheckpointError(
+        f"no checkpoint in {run_dir / CHECKPOINTS} is intact: {'; '.join(notes) if candidates else _gone(lost)}; "
         "restore one from a copy, or name another run_dir to start from the beginning"
     )
 
 
 def _gone(lost: list[str]) -> str:
-    """Where the checkpoints that there were are gone, or were set aside by an earlier start."""
+    """Of checkpoints that are gone, or were set aside by an earlier start."""
     return f"there are only {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
 
 
 def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
-    """The checkpoint's manifest if all its files hold what was written; ranks share the reading."""
+    """The checkpoint's manifest if all its files are as they were written; each rank reads a share of them."""
     manifest, fault = None, None
     try:
         manifest = Manifest.read(folder)
         for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
-            layout.verify_file(folder / name, manifest.files[name])
+            verify_file(folder / name, manifest.files[name])
     except DamagedError as error:
         fault = str(error)
     faults: list[str | None] = [fault] * ranks.world_size
@@ -87,25 +89,20 @@ def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
 
 
 def _lost_pointer(run_dir: Path) -> list[str]:
-    pointed = layout.pointed(run_dir)
+    pointed = named_newest(run_dir)
     if pointed is not None and pointed.is_dir():
         return []
-    return [f"{layout.FOLDER}/{layout.NEWEST} names no checkpoint that is there, the last one was taken"]
+    return [f"{CHECKPOINTS}/{NEWEST} names no checkpoint that exists, the last one was taken"]
 
 
 def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
-    pieces = Pieces(engine)
-    assert pieces.shapes == dict(manifest.shapes), "the recipe was compared before; it makes the shapes"
-    pieces.begin(manifest.optimizer_step)
-    kinds = KINDS if manifest.optimizer_step else tuple(kind for kind in KINDS if kind not in MOMENTS)
-    wanted = (
-        Wanted(kind, piece.name, piece.start, pieces.values(piece, kind)) for piece in pieces.held for kind in kinds
-    )
-    fill(list(wanted), manifest.paths(folder, ranks.rank))
-    buffers = read_buffers(folder / file_name(0))
-    for name, buffer in engine.module.named_buffers():
-        buffer.copy_(buffers[name])
-    pieces.settle()
+    slices = ModelSlices(engine)
+    assert slices.shapes == dict(manifest.shapes), "the recipe was compared before; it makes the shapes"
+    slices.begin_load(manifest.optimizer_states, manifest.optimizer_scalars)
+    items = [ReadItem(kind, part.name, part.start, to) for part, kind, to in slices.to_read(manifest.optimizer_states)]
+    read_slices(items, manifest.paths(folder, ranks.rank))
+    restore_buffers(engine.module, manifest.paths(folder), ranks.rank, ranks.world_size)
+    slices.end_load()
     engine.global_steps = manifest.step
     engine.global_samples = manifest.state["samples"]
     engine.skipped_steps = manifest.state["skipped"]

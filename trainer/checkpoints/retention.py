@@ -4,19 +4,20 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints import layout
-from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
+from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest
 from mixmae.trainer.recipe.schema import Checkpoint
 
 
 def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:
-    """Removes what is not kept, also what lies behind the newest: it belongs to a history that was given up."""
-    found = layout.complete(run_dir)
+    """Removes what is not kept, and checkpoints of later steps than the newest: their history was abandoned."""
+    found = complete_checkpoints(run_dir)
     past = [checkpoint for checkpoint in found if checkpoint.name <= newest.name]
     keep = kept(past, settings)
     for checkpoint in found:
         if checkpoint not in keep:
-            stale = checkpoint.with_name(layout.partial_name_of(layout.step_of(checkpoint), "removed"))
+            stale = checkpoint.with_name(layout.partial_name_of(checkpoint_step(checkpoint), "removed"))
             checkpoint.rename(stale)  # a half-removed one must not have the name of a complete one
             shutil.rmtree(stale)
 
@@ -27,15 +28,22 @@ def kept(checkpoints: Sequence[Path], settings: Checkpoint) -> set[Path]:
     if settings.keep_every is None and settings.keep_best == 0:
         return keep
     manifests = {checkpoint: manifest for checkpoint in checkpoints if (manifest := _manifest(checkpoint))}
-    losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
-    keep |= set(sorted(losses, key=lambda path: losses[path])[: settings.keep_best])
+    keep |= set(_best_first(manifests, settings)[: settings.keep_best])
     if settings.keep_every is not None:
         keep |= {path for path, count in _periods(manifests, settings).items() if count}
     return keep
 
 
+def _best_first(manifests: dict[Path, Manifest], settings: Checkpoint) -> list[Path]:
+    """Checkpoints with a value of `best_metric`; of equal ones the older first."""
+    values = {path: manifest.metric(settings.best_metric) for path, manifest in manifests.items()}
+    known = {path: value for path, value in values.items() if value is not None}
+    sign = 1 if settings.best_mode == "min" else -1
+    return sorted(known, key=lambda path: sign * known[path])
+
+
 def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path, int]:
-    """How many whole periods of `keep_every` each checkpoint is the first one after."""
+    """For how many whole periods of `keep_every` each checkpoint is the first after their end."""
     every = settings.keep_every
     assert every is not None
     crossed = {}
@@ -51,5 +59,5 @@ def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path
 def _manifest(checkpoint: Path) -> Manifest | None:
     try:
         return Manifest.read(checkpoint)
-    except DamagedError:  # found and told at the next resume
+    except DamagedError:  # reported at the next resume
         return None

@@ -1,35 +1,63 @@
-"""The fp32 weights of a checkpoint, put together without any rank running."""
+"""What a checkpoint holds, put together without any rank running."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints import layout
-from mixmae.trainer.checkpoints.files import Wanted, fill
-from mixmae.trainer.checkpoints.layout import DamagedError, Manifest
+from mixmae.trainer.checkpoints.buffers import mean_buffers
+from mixmae.trainer.checkpoints.files import ReadItem, read_slices
+from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
+from mixmae.trainer.checkpoints.slices import WEIGHT
 
 
-def master_weights(checkpoint: Path, kind: str = "weight") -> dict[str, Tensor]:
+def master_weights(checkpoint: Path) -> dict[str, Tensor]:
     """fp32 weights by parameter name, whatever ranks and ZeRO stage wrote them.
-
-    Args:
-        kind: `weight`, or `exp_avg` or `exp_avg_sq` for AdamW's moments.
 
     Raises:
         UsageError: the checkpoint is not what was written.
     """
+    manifest = _verified(checkpoint)
+    return _assembled(checkpoint, manifest, WEIGHT, manifest.shapes)
+
+
+def optimizer_states(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's fp32 states by its names for them, then by parameter name; frozen parameters have none.
+
+    Raises:
+        UsageError: the checkpoint is not what was written.
+    """
+    manifest = _verified(checkpoint)
+    trained = [name for name in manifest.shapes if name not in manifest.frozen]
+    return {state: _assembled(checkpoint, manifest, state, trained) for state in manifest.optimizer_states}
+
+
+def saved_buffers(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's buffers by name, as another number of ranks would have them.
+
+    Raises:
+        UsageError: the checkpoint is not what was written.
+    """
+    return mean_buffers(_verified(checkpoint).paths(checkpoint))
+
+
+def _verified(checkpoint: Path) -> Manifest:
     try:
         manifest = Manifest.read(checkpoint)
-        for name, written in manifest.files.items():
-            layout.verify_file(checkpoint / name, written)
+        for name, record in manifest.files.items():
+            verify_file(checkpoint / name, record)
     except DamagedError as error:
         raise UsageError(
-            f"{checkpoint} is damaged: {error}; take another checkpoint, or let the run go on: it falls back to the "
-            "newest whole one"
+            f"{checkpoint} is damaged: {error}; take another checkpoint, or resume the run: it falls back to the "
+            "newest intact one"
         ) from error
-    weights = {name: torch.empty(math.prod(shape)) for name, shape in manifest.shapes.items()}
-    fill([Wanted(kind, name, 0, flat) for name, flat in weights.items()], manifest.paths(checkpoint))
-    return {name: flat.view(manifest.shapes[name]) for name, flat in weights.items()}
+    return manifest
+
+
+def _assembled(checkpoint: Path, manifest: Manifest, kind: str, names: Iterable[str]) -> dict[str, Tensor]:
+    flat = {name: torch.empty(math.prod(manifest.shapes[name])) for name in names}
+    read_slices([ReadItem(kind, name, 0, target) for name, target in flat.items()], manifest.paths(checkpoint))
+    return {name: values.view(manifest.shapes[name]) for name, values in flat.items()}

@@ -1,6 +1,5 @@
 """Unusable samples: why, how many, and how many are too many."""
 
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 
 JPEG, PILLOW = 0, 1
@@ -107,10 +107,8 @@ class FaultLog:
 
     def _log(self, fault: Fault) -> None:
         if self.record is not None:
-            self.record.parent.mkdir(parents=True, exist_ok=True)
             line = {"sample": fault.name, "reason": fault.reason.label, "detail": fault.detail, "epoch": fault.epoch}
-            with self.record.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            jsonl.append(self.record, line)
         self._shown += 1
         if self._shown <= self.CONSOLE_LINES:
             where = f" (further ones only in {self.record})" if self.record is not None else " (further ones not shown)"
@@ -119,8 +117,7 @@ class FaultLog:
 
 
 def _names_in(record: Path | None) -> set[str]:
-    lines = record.read_text().splitlines() if record is not None and record.is_file() else []
-    return {json.loads(line)["sample"] for line in lines if line.endswith("}")}
+    return {line["sample"] for line in jsonl.read(record, "sample")} if record is not None else set()
 
 
 def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allowed: float) -> TooManyFaultsError:
@@ -128,8 +125,8 @@ def too_many(by_shard: Counter[str], reasons: Counter[Reason], epoch: int, allow
     shards = [f"{name} ({count})" for name, count in by_shard.most_common()]
     return TooManyFaultsError(
         f"{by_shard.total()} samples of epoch {epoch} could not be used ({describe(reasons)} in all), more than the "
-        f"{allowed:.4g} that data.max_bad_share allows; shards: {first_names(shards, 5)}; see 'mixmae shards check', "
-        "or raise data.max_bad_share"
+        f"{allowed:.4g} that data.max_corrupt_fraction allows; shards: {first_names(shards, 5)}; see 'mixmae shards "
+        "check', or raise data.max_corrupt_fraction"
     )
 
 

@@ -125,24 +125,12 @@ class ShardIndex:
         """What identifies the data, for a run to record."""
         return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards]}
 
-    def difference_from_listing(self, file: Path) -> str | None:
-        """How this directory first differs from the one whose `listing` a file holds; None if it does not.
-
-        Raises:
-            UsageError: the file holds no listing, as one that was cut short by a full disk.
-        """
-        try:
-            earlier = json.loads(file.read_bytes())
-            return None if earlier["fingerprint"] == self.fingerprint else self.first_difference(earlier)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UsageError(
-                f"{file}, which lists the shards of the run, is damaged ({error}); if data.shards is still what the "
-                "run was started with, remove that file, and the run resumes: its checkpoints know the data too"
-            ) from error
-
     def first_difference(self, earlier: dict[str, Any]) -> str:
         """How this directory first differs from an earlier `listing`."""
-        before = [Shard(**shard) for shard in earlier["shards"]]
+        try:
+            before = [Shard(**shard) for shard in earlier["shards"]]
+        except (KeyError, TypeError):
+            return f"fingerprint {self.fingerprint[:12]}, then {str(earlier.get('fingerprint'))[:12]}"
         for then, now in zip(before, self.shards, strict=False):
             for field in Shard._fields:
                 if (a := getattr(then, field)) != (b := getattr(now, field)):

@@ -40,7 +40,7 @@ def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None
     found = f"{total} of {len(index)} samples in {index.store.location} cannot be used: {first_names(parts)}"
     if total > max_corrupt_fraction * len(index):
         raise UsageError(
-            f"{found}; more than data.max_bad_share={max_corrupt_fraction} allows: see 'mixmae shards check "
+            f"{found}; more than data.max_corrupt_fraction={max_corrupt_fraction} allows: see 'mixmae shards check "
             f"{index.store.location}', restore the shards, or raise that limit"
         )
     return f"{found}; they will be replaced by other samples"

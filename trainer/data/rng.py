@@ -16,7 +16,7 @@ class Purpose(IntEnum):
 
     ORDER = 1
     AUGMENTATION = 2
-    MIX = 3
+    INPUTS = 3
     DROP_PATH = 4
     WINDOW = 5
     REPLACEMENT = 6

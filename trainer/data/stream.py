@@ -215,7 +215,7 @@ class Stream:
     ) -> None:
         self.index = index
         self.rank = ranks.rank
-        self.allowed = recipe.data.max_bad_share * len(index)
+        self.allowed = recipe.data.max_corrupt_fraction * len(index)
         self.fault_log = FaultLog(record)
         self.retried = 0
         self.bytes_read = 0
@@ -223,7 +223,7 @@ class Stream:
         workers = recipe.data.num_workers
         first_batch = position.samples // recipe.train.global_batch
         loader: DataLoader[Batch] = DataLoader(
-            BatchReader(index, transform or RandomResizedCropFlip(recipe.model.img_size, recipe.data), recipe.seed),
+            BatchReader(index, transform or RandomResizedCropFlip(recipe.encoder.img_size, recipe.data), recipe.seed),
             batch_sampler=_MicroBatches(sample_order(recipe, index), first_batch, recipe, ranks),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=recipe.data.prefetch_factor if workers else None,
@@ -239,7 +239,8 @@ class Stream:
     def __next__(self) -> Batch:
         """
         Raises:
-            TooManyFaultsError: this rank alone met more unusable samples in an epoch than `data.max_bad_share` allows.
+            TooManyFaultsError: this rank alone met more unusable samples in an epoch than
+                `data.max_corrupt_fraction` allows.
             UsageError: what the user has to change before anything can be read.
             LostWorkerError: a worker's process ended.
         """
@@ -281,8 +282,10 @@ class Stream:
 
     @property
     def ready(self) -> int:
-        """Micro-batches that are loaded and not yet taken."""
-        finished = getattr(self._batches, "_worker_result_queue", None)  # torch has no public name for it
+        """Micro-batches that workers have finished, pinned where there is a GPU, and nobody has taken."""
+        # Torch tells it nowhere else. A thread that pins empties the workers' own queue at once into this one, which is
+        # the workers' where nothing is pinned.
+        finished = getattr(self._batches, "_data_queue", None)
         return finished.qsize() if finished is not None else 0
 
     def close(self) -> None:
@@ -318,7 +321,7 @@ def sample_order(recipe: Recipe, index: ShardIndex) -> Order:
         )
     counts = [shard.samples for shard in index.shards]
     data = recipe.data
-    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.window, data.drop_last)
+    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.shuffle_window, data.drop_last)
 
 
 def lost_worker_error(error: BaseException, rank: int) -> LostWorkerError | None:

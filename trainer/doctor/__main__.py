@@ -9,12 +9,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.base.exit_codes import FAILED, FINISHED
 from mixmae.trainer.doctor.checks import run_checks
 from mixmae.trainer.doctor.cluster import Cluster
@@ -25,7 +24,7 @@ from mixmae.trainer.doctor.protocol.findings import exit_code, print_findings
 from mixmae.trainer.doctor.protocol.link import link_rate
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks, read_ranks
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -47,8 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mixmae.trainer.doctor", description=__doc__)
-    parser.add_argument("recipe", type=Path, nargs="?", help="YAML file; without it only hosts and network are checked")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
+    add_recipe(parser, optional=True, without="only hosts and network are checked")
     parser.add_argument("--world-size", type=at_least(1), metavar="N", help="expected number of ranks")
     parser.add_argument("--link", type=link_rate, help="expected network bandwidth, such as 200gbps")
     parser.add_argument("--short", action="store_true", help="only checks that take a few seconds")
@@ -94,5 +92,5 @@ def _follow(ranks: Ranks, recipe: Recipe | None, limits: ProbeLimits) -> int:
 
 
 if __name__ == "__main__":
-    code = run_in_words(main, sys.argv[1:])
+    code = run_cli(main, sys.argv[1:])
     distributed.leave(FAILED if code == FINISHED and dist.is_initialized() else code)

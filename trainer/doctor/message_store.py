@@ -13,10 +13,11 @@ from pydantic import TypeAdapter
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from mixmae.base.errors import UsageError
+from mixmae.base.liveness import JOIN_SECONDS
 from mixmae.trainer.doctor.facts import Clock
 from mixmae.trainer.engine.distributed import Ranks
 
-ARRIVAL_SECONDS = 120.0
+ARRIVAL_SECONDS = JOIN_SECONDS
 """Seconds that the slowest rank may take to start."""
 _ANSWER = timedelta(seconds=10)
 _PINGS = 8

@@ -6,6 +6,7 @@ and attention, and computes again only what is cheap and large: norms, GELU, res
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from timm.layers import DropPath
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mixmae.models import MixMAE
+from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.recipe.schema import ActivationCheckpointing
 
 _aten = torch.ops.aten
@@ -27,20 +29,26 @@ _ATTENTION = {
 _FUSED = "mixmae::grouped_attention"
 
 
-def checkpoint_activations(model: MixMAE, settings: ActivationCheckpointing) -> None:
-    """Applies the recipe's policy to the encoder's stages and the decoder; parameters keep their names."""
+def checkpoint_activations(model: Trainable, settings: ActivationCheckpointing) -> None:
+    """Applies the recipe's policy to the model's groups of blocks; parameters keep their names.
+
+    Raises:
+        UsageError: the recipe names a group that the model does not have.
+    """
     if settings.kind == "none":
         return
-    stages = [stage for stage in settings.stages if stage != "decoder"]
+    groups = model.block_groups()
+    chosen = tuple(groups) if settings.stages is None else settings.stages
+    if unknown := [name for name in chosen if name not in groups]:
+        raise UsageError(
+            f"train.activation_checkpointing.stages: {unknown[0]!r} is no group of blocks of this model; it has "
+            f"{', '.join(groups)}"
+        )
     if settings.kind == "torch":
-        model.encoder.set_grad_checkpointing(stages=stages)
-        model.decoder.set_grad_checkpointing("decoder" in settings.stages)
+        model.set_grad_checkpointing(chosen)
         return
-    blocks = [block for stage in stages for block in model.encoder.stage_blocks(stage)]
-    if "decoder" in settings.stages:
-        blocks += model.decoder.blocks
     change = _keep_products if settings.kind == "selective" else _keep_inputs(settings.cpu_offload)
-    for block in blocks:
+    for block in chain.from_iterable(groups[name] for name in chosen):
         change(block)
 
 

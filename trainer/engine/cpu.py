@@ -7,25 +7,22 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from mixmae.models import MixMAE
 
-
-def suit_cpu(model: MixMAE) -> None:
+def apply_cpu_workarounds(model: nn.Module) -> None:
     """Changes how a bf16 model computes on this machine's processor, in place; parameters keep their names."""
-    for block in model.decoder.blocks:
-        # The backward pass of torch's fused attention takes longer than the matrices that it saves.
-        attention = block.attn
-        assert isinstance(attention, Attention)
-        attention.fused_attn = False
-    if needs_widening():
-        widen_products(model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            # The backward pass of torch's fused attention takes longer than the matrices that it saves.
+            module.fused_attn = False
+    if needs_upcast():
+        upcast_matmuls(model)
 
 
-def needs_widening() -> bool:
+def needs_upcast() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def widen_products(model: nn.Module) -> None:
+def upcast_matmuls(model: nn.Module) -> None:
     """Makes every linear layer and convolution of a bf16 model multiply in fp32.
 
     Without bf16 instructions torch multiplies bf16 matrices by a slow generic loop. Converting the operands to fp32,

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,40 +14,50 @@ from torch import Tensor
 
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
-from mixmae.base.rank_env import Place, read_place
+from mixmae.base.rank_env import RankEnv, read_rank_env
+from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.engine.malloc import keep_freed_memory
+from mixmae.trainer.recipe.schema import Launch
 
 
-class Ranks(Place):
+class Ranks(RankEnv):
     """This process among its peers, with its device."""
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        """The GPU of its number on this host, or the only one that its task may see (Slurm's --gpus-per-task)."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else self.local_rank)
 
 
 T = TypeVar("T")
+_PATIENCE = 4.0
+"""Times `launch.stuck_seconds` that a rank waits for the others in a collective: the supervisor, which names the late
+rank, gives up first, after thrice that where a run starts or saves."""
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """This process's place, see `mixmae.base.rank_env.read_place`.
+    """This process's rank, see `mixmae.base.rank_env.read_rank_env`.
 
     Raises:
         UsageError: a launcher's variables are set only in part, or are not numbers.
     """
-    return Ranks(**asdict(read_place(env)))
+    return Ranks(**asdict(read_rank_env(env)))
 
 
-def join(ranks: Ranks) -> None:
-    """Joins the process group: NCCL where there are GPUs, gloo elsewhere."""
+def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
+    """Joins the process group: NCCL where there are GPUs, gloo elsewhere.
+
+    Args:
+        stuck_seconds: the recipe's, after which a supervisor takes a run for stuck.
+
+    Raises:
+        UsageError: this rank has no GPU of its own although there are some.
+    """
     os.environ.update(ranks.environment())
     if ranks.device.type == "cuda":
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"LOCAL_RANK={ranks.local_rank}, but this host shows {torch.cuda.device_count()} GPUs; start as many "
-                "ranks on a host as it has GPUs"
-            )
-        torch.cuda.set_device(ranks.device)
+        _take_gpu(ranks)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
@@ -56,7 +67,35 @@ def join(ranks: Ranks) -> None:
         # An op that DeepSpeed would compile at start-up, that training never calls, and whose shared memory it leaks.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    timeout = timedelta(seconds=_PATIENCE * stuck_seconds)
+    # DeepSpeed forms its own group of all ranks, and names no timeout.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    if ranks.device.type == "cuda":
+        _refuse_shared_gpu(ranks)
+
+
+def _take_gpu(ranks: Ranks) -> None:
+    index, count = ranks.device.index, torch.cuda.device_count()
+    if index >= count:
+        raise UsageError(
+            f"LOCAL_RANK={ranks.local_rank}, but this host shows {count} GPUs; start as many ranks on a host as it has "
+            "GPUs"
+        )
+    os.environ["LOCAL_RANK"] = str(index)  # by which DeepSpeed chooses the device
+    torch.cuda.set_device(ranks.device)
+    pin_attention()
+
+
+def _refuse_shared_gpu(ranks: Ranks) -> None:
+    """Before NCCL is asked for anything, which would name no remedy."""
+    gpu = str(torch.cuda.get_device_properties(ranks.device).uuid)
+    if dist.distributed_c10d._get_default_store().add(f"mixmae/gpu/{gpu}", 1) > 1:
+        raise UsageError(
+            f"rank {ranks.rank} (LOCAL_RANK={ranks.local_rank}) sees one GPU, {gpu}, which another rank has taken; "
+            "start as many ranks on a host as it has GPUs, or bind one to each task"
+        )
 
 
 def background_group() -> dist.ProcessGroup:

@@ -1,18 +1,21 @@
 """The model under DeepSpeed: one pure function makes its configuration, another the engine."""
 
 import contextlib
+import importlib
 import io
+import os
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.models import MixMAE, create_encoder
+from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.cpu import suit_cpu
+from mixmae.trainer.engine.cpu import apply_cpu_workarounds
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.optimizer import build_optimizer
+from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.recipe.schema import Recipe
 
 _BUCKET = 100_000_000
@@ -39,14 +42,17 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
             "contiguous_gradients": True,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
+        # It waits for the GPU twice in each micro-step, and the loop has a clock of its own that does not.
+        "timers": {"throughput": {"enabled": False}},
     }
     if (wandb := recipe.log.wandb) is not None:
         config["wandb"] = {"enabled": True, "project": wandb.project, "group": wandb.group, "team": wandb.entity}
     if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
         config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
     if train.zero_stage == 0:
-        # At this stage the optimizer clips by itself (optim.GuardedAdamW).
+        # At this stage the optimizer clips by itself (engine.guard).
         return config
+    config["zero_allow_untested_optimizer"] = True  # the optimizer itself says whether ZeRO may split its parameters
     config["gradient_clipping"] = recipe.optim.clip_grad or 0.0
     config["bf16"] = {"enabled": train.precision == "bf16"}
     if train.zero_stage == 3:
@@ -56,33 +62,9 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     return config
 
 
-def build_model(recipe: Recipe) -> MixMAE:
-    """The recipe's MixMAE with random weights, a function of its seed; `model.init` is not applied here.
-
-    Raises:
-        UsageError: an unknown encoder, or sizes that do not fit each other.
-    """
-    settings = recipe.model
-    sizes = {name: value for name, value in settings.sizes.model_dump().items() if value is not None}
-    torch.manual_seed(recipe.seed)
-    try:
-        encoder = create_encoder(settings.encoder, img_size=settings.img_size, **sizes)
-        return MixMAE(
-            encoder,
-            settings.num_images,
-            settings.decoder_dim,
-            settings.decoder_depth,
-            settings.decoder_num_heads,
-            settings.norm_pix_loss,
-            settings.dual,
-            settings.separate_groups,
-        )
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from error
-
-
-def compile_parts(model: MixMAE, **options: Any) -> None:
-    """Compiles each block, and the loss, by itself; shapes are static, and blocks of one shape share their code.
+def compile_parts(model: Trainable, **options: Any) -> None:
+    """Compiles each block, and what else the model names, by itself; shapes are static, and blocks of one shape share
+    their code.
 
     Args:
         options: more of `torch.compile`.
@@ -90,28 +72,52 @@ def compile_parts(model: MixMAE, **options: Any) -> None:
     # All blocks are one function to torch, which gives up at 8 shapes and modes of it: five stages, each trained and
     # evaluated, are more.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    encoder_blocks = [model.encoder.stage_blocks(stage) for stage in range(1, model.encoder.num_stages + 1)]
-    for part in chain(*encoder_blocks, model.decoder.blocks, [model.loss]):
+    for part in chain(*model.block_groups().values(), model.compiled_parts()):
         part.compile(fullgraph=True, dynamic=False, **options)
 
 
-def build_engine(model: MixMAE, recipe: Recipe, ranks: Ranks) -> Any:
-    """DeepSpeed's engine around the model, its optimizer and its precision."""
+def import_muon() -> None:
+    """Imports the optimizer that DeepSpeed compares every other with, without compiling it.
+
+    It is decorated with torch.compile, which would load all of torch's compiler: two seconds of every rank's start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE", "0")  # torch.compile reads it at each call
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def build_engine(
+    model: Trainable,
+    recipe: Recipe,
+    ranks: Ranks,
+    choice: OptimizerChoice | None = None,
+    lr_scale_of: Callable[[str], float] | None = None,
+) -> Any:
+    """DeepSpeed's engine around the model, its optimizer and its precision.
+
+    Args:
+        choice, lr_scale_of: the task's, see `build_optimizer`.
+    """
     import deepspeed
 
+    import_muon()
     config = deepspeed_config(recipe, ranks.world_size)
     checkpoint_activations(model, recipe.train.activation_checkpointing)
     model.to(ranks.device)
     if recipe.train.precision == "bf16" and ranks.device.type == "cpu":
-        suit_cpu(model)
+        apply_cpu_workarounds(model)
     if recipe.train.fused_attention:
         if ranks.device.type != "cuda":
             raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
-        model.encoder.set_fused_attention()
+        model.set_fused_attention()
     if recipe.train.compile:
         compile_parts(model)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(recipe, model), config=config, dist_init_required=False
+            model=model,
+            optimizer=build_optimizer(recipe, model, choice, lr_scale_of),
+            config=config,
+            dist_init_required=False,
         )
     return engine

@@ -1,39 +1,42 @@
 """Encoder directories: `model.safetensors` and a `config.json` that `timm.create_model("local-dir:DIR")` opens.
 
-A directory that also holds `decoder.safetensors` can start a pretraining run (`model.init` in a recipe).
+A directory that also holds `method.safetensors`, the rest of what was pretrained, lets a run of the same method go on
+from there (`encoder.init` in a recipe).
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
-from mixmae.models import MixMAE
-from mixmae.models.encoders.registry import default_cfg, fit_to_model
+from mixmae.base.files import new_directory
+from mixmae.models.encoders.registry import create_encoder, default_cfg
+from mixmae.models.methods.contract import Method
 
-ENCODER, DECODER, CONFIG = "model.safetensors", "decoder.safetensors", "config.json"
+ENCODER, METHOD, CONFIG = "model.safetensors", "method.safetensors", "config.json"
 
 
-def write_artifact(
+def write_encoder_directory(
     out: Path,
     architecture: str,
     model_args: dict[str, Any],
     encoder: dict[str, Tensor],
-    decoder: dict[str, Tensor] | None = None,
+    method: tuple[str, dict[str, Tensor]] | None = None,
     facts: dict[str, Any] | None = None,
-    normalisation: dict[str, tuple[float, ...]] | None = None,
+    normalization: dict[str, tuple[float, ...]] | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
     Args:
         architecture: a registered name; `model_args` are what differs from its defaults.
         encoder: the encoder's state dict, with a head if it has one.
-        normalisation: mean and std of the input, if not ImageNet's.
+        method: the name of the method that pretrained it, and the weights that it has beside the encoder.
+        normalization: mean and std of the input, if not ImageNet's.
         facts: whatever else config.json should say of where the weights come from.
 
     Raises:
@@ -42,24 +45,24 @@ def write_artifact(
     if out.exists():
         raise UsageError(f"{out} exists already; name a directory that does not, or remove it")
     num_classes = encoder["head.fc.weight"].shape[0] if "head.fc.weight" in encoder else 0
+    with torch.device("meta"):
+        num_features = create_encoder(architecture, **model_args).num_features
     config = {
         "architecture": architecture,
         "num_classes": num_classes,
-        "num_features": encoder["norm.weight"].shape[0],
+        "num_features": num_features,
         "model_args": model_args,
         "pretrained_cfg": default_cfg(
-            architecture, model_args.get("img_size"), num_classes=num_classes, **(normalisation or {})
+            architecture, model_args.get("img_size"), num_classes=num_classes, **(normalization or {})
         ),
+        **({} if method is None else {"method": method[0]}),
         **(facts or {}),
     }
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
-    if decoder is not None:
-        save_file(_storable(decoder), partial / DECODER, metadata={"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(out)
+    with new_directory(out) as partial:
+        save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
+        if method is not None:
+            save_file(_storable(method[1]), partial / METHOD, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -78,22 +81,24 @@ def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any)
     return model
 
 
-def initialise(model: MixMAE, directory: Path) -> None:
-    """Loads an encoder directory into `model`: the encoder, and the decoder if there is one.
+def initialise(model: Method, directory: Path, method: str) -> None:
+    """Loads an encoder directory into `model`: the encoder, and what else the same method pretrained.
 
     Raises:
         UsageError: no such directory, or weights that do not fit the model.
     """
     if not (directory / ENCODER).is_file():
         raise UsageError(
-            f"model.init: {directory / ENCODER} does not exist; give a directory made by "
+            f"encoder.init: {directory / ENCODER} does not exist; give a directory made by "
             "'mixmae export' or 'mixmae import'"
         )
-    encoder = load_file(directory / ENCODER)
-    weights = {name: value for name, value in encoder.items() if not name.startswith("head.")}
-    _load(model.encoder, fit_to_model(weights, model.encoder), directory / ENCODER)
-    if (directory / DECODER).is_file():
-        _load(model.decoder, load_file(directory / DECODER), directory / DECODER)
+    weights = {name: value for name, value in load_file(directory / ENCODER).items() if not name.startswith("head.")}
+    _load(model.encoder, model.encoder.fit_state_dict(weights), directory / ENCODER)
+    if json.loads((directory / CONFIG).read_text()).get("method") == method:
+        own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+        found = load_file(directory / METHOD)
+        _require_fit(found, own, directory / METHOD)
+        model.load_state_dict(found, strict=False)
 
 
 def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -102,13 +107,17 @@ def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    wrong = misfits(state, module.state_dict())
+    _require_fit(state, module.state_dict(), file)
+    module.load_state_dict(state)
+
+
+def _require_fit(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> None:
+    wrong = misfits(found, expected)
     if wrong:
         raise UsageError(
             f"{file} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "
             f"the first is {wrong[0]!r}; take the sizes of its config.json into the recipe"
         )
-    module.load_state_dict(state)
 
 
 def _storable(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import newest_checkpoint, step_of
+from mixmae.base.run_directory import checkpoint_step, newest_checkpoint
 from mixmae.trainer.checkpoints.weights import master_weights
-from mixmae.trainer.export.encoder_directory import write_artifact
+from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.run.run_directory import read_recipe
+
+_PREFIX = "encoder."
+_TRAINING_ONLY = ("drop_rate", "drop_path_rate")
 
 
 def export(run_dir: Path, out: Path) -> Path:
-    """Writes the encoder directory (decoder included) and returns it.
+    """Writes the encoder directory (with the method's own weights) and returns it.
 
     Raises:
         UsageError: not a run directory, nothing saved in it, or `out` exists.
@@ -21,16 +24,18 @@ def export(run_dir: Path, out: Path) -> Path:
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise UsageError(f"{run_dir} holds no checkpoint yet")
-    weights = master_weights(checkpoint)
-    encoder, decoder = (
-        {name.removeprefix(part): value.float() for name, value in weights.items() if name.startswith(part)}
-        for part in ("encoder.", "decoder.")
-    )
-    sizes = {name: value for name, value in recipe.model.sizes.model_dump(exclude={"drop_path_rate"}).items() if value}
-    model_args = {"img_size": recipe.model.img_size, **sizes}
-    facts = {"pretraining": {"step": step_of(checkpoint), **recipe.model.model_dump(mode="json")}}
-    write_artifact(
-        out, recipe.model.encoder, model_args, encoder, decoder, facts, recipe.data.model_dump(include={"mean", "std"})
+    weights = {name: value.float() for name, value in master_weights(checkpoint).items()}
+    encoder = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
+    rest = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
+    part, method = recipe.encoder, recipe.method
+    write_encoder_directory(
+        out,
+        part.name,
+        {"img_size": part.img_size, **{key: v for key, v in part.settings.items() if key not in _TRAINING_ONLY}},
+        encoder,
+        (method.name, rest),
+        {"pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}},
+        recipe.data.model_dump(include={"mean", "std"}),
     )
     return out
 
@@ -41,5 +46,5 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("out", type=Path, help="encoder directory to write")
     args = parser.parse_args(argv)
     export(args.run, args.out)
-    print(f"open it with: import models, timm; timm.create_model('local-dir:{args.out}', pretrained=True)")
+    print(f"open it with: import mixmae, timm; timm.create_model('local-dir:{args.out}', pretrained=True)")
     return 0

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.models.encoders.registry import SIZES, create_encoder
+from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.registry import ENCODERS, create_encoder
 from mixmae.models.encoders.swin import Swin
 from mixmae.models.layers.blocks import sincos_positions
 from mixmae.models.methods.decoder import Decoder
-from mixmae.trainer.export.encoder_directory import misfits, write_artifact
+from mixmae.trainer.export.encoder_directory import misfits, write_encoder_directory
 
 _BLOCK = (
     r"(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)"
@@ -85,7 +86,9 @@ def name_size(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The registered architecture of these sizes, and the arguments that differ from its defaults."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(Swin).parameters.items()}
     candidates = {
-        name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v} for name, size in SIZES.items()
+        name: {k: v for k, v in found.items() if {**defaults, **size}[k] != v}
+        for name, (family, size) in ENCODERS.items()
+        if family is Swin
     }
     name = min(candidates, key=lambda n: (len(candidates[n]), n == "mixmae_swin_nano"))
     return name, candidates[name]
@@ -140,11 +143,12 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f"{args.file} lacks {missing[0]!r} (and {len(missing) - 1} more) of a MixMIM encoder")
     name, model_args = name_size(sizes(encoder, released.get("absolute_pos_embed")))
     _check_complete(args.file, name, model_args, encoder, decoder)
-    write_artifact(args.out, name, model_args, encoder, decoder, {"source": args.file.name})
+    method = None if decoder is None else ("mixmae", {f"decoder.{key}": value for key, value in decoder.items()})
+    write_encoder_directory(args.out, name, model_args, encoder, method, {"source": args.file.name})
     kind = "fine-tuned" if decoder is None else "pretraining"
     print(
         f"{args.out}: {kind} checkpoint, {name}, {sum(v.numel() for v in encoder.values()) / 1e6:.1f} M parameters "
-        f"in the encoder\nopen it with: import models, timm; timm.create_model('local-dir:{args.out}', pretrained=True)"
+        f"in the encoder\nopen it with: import mixmae, timm; timm.create_model('local-dir:{args.out}', pretrained=True)"
     )
     return 0
 
@@ -178,7 +182,7 @@ def _check_complete(
         )
 
 
-def _decoder_like(encoder: Swin, decoder: dict[str, Tensor]) -> Decoder:
+def _decoder_like(encoder: Encoder, decoder: dict[str, Tensor]) -> Decoder:
     if "mask_token" not in decoder:
         raise ValueError("no mask_token beside the decoder's weights")
     depth = len({key.split(".")[1] for key in decoder if key.startswith("blocks.")})

@@ -1,20 +1,21 @@
 """Activations, measured by running a recipe's model on the meta device: forward, backward, every byte counted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from mixmae.models import MixMAE
+from mixmae.models.contract import Trainable
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.planning.meta_attention import WORKSPACES, Device, attention_of
 from mixmae.trainer.planning.op_counter import Tracker
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.contract import Task
+from mixmae.trainer.tasks.registry import build_model, task_of
 
 _SMALL, _LARGE = 8, 16
 """Micro-batches of the two runs through which the line is drawn: what is alive after an operation is affine in it."""
@@ -66,7 +67,7 @@ class Footprint:
 
 def measure(recipe: Recipe, policy: ActivationCheckpointing, device: Device = "cuda") -> Footprint:
     """What a pass of the recipe's model holds under an activation-checkpointing policy, eagerly run."""
-    small, large = (_run(recipe, policy, device, micro_batch) for micro_batch in (_SMALL, _LARGE))
+    small, large = (_run(task_of(recipe), policy, device, micro_batch) for micro_batch in (_SMALL, _LARGE))
     assert len(small.others) == len(large.others), "the passes differ in their operations"
     slope = (large.others - small.others) / (_LARGE - _SMALL)
     kept = (large.kept - small.kept) / (_LARGE - _SMALL)
@@ -89,27 +90,25 @@ class _Pass:
     flops: int
 
 
-def _run(recipe: Recipe, policy: ActivationCheckpointing, device: Device, micro_batch: int) -> _Pass:
-    model = on_meta(recipe)
+def _run(task: Task, policy: ActivationCheckpointing, device: Device, micro_batch: int) -> _Pass:
+    model = on_meta(task.recipe)
     checkpoint_activations(model, policy)
-    settings, meta = recipe.model, torch.device("meta")
-    to_device = ToDevice(meta, recipe.data.mean, recipe.data.std)
-    pixels = torch.empty(micro_batch, 3, settings.img_size, settings.img_size, dtype=torch.uint8, device=meta)
-    per_sample = (micro_batch,) if settings.group_map == "sample" else ()
-    groups = torch.zeros(*per_sample, *model.grid, dtype=torch.long, device=meta)
-    partners = torch.zeros(settings.num_images, micro_batch, dtype=torch.long, device=meta)
-    known = [*model.parameters(), *model.buffers(), to_device.mean, to_device.inverse_std]
+    data, side, meta = task.recipe.data, task.recipe.encoder.img_size, torch.device("meta")
+    to_device = ToDevice(meta, data.mean, data.std)
+    pixels = torch.empty(micro_batch, 3, side, side, dtype=torch.uint8, device=meta)
+    inputs = [tensor.to(meta) for tensor in task.example_inputs(model, micro_batch)]
+    known = [*model.parameters(), *model.buffers(), to_device.mean, to_device.inverse_std, *inputs]
     live = Tracker(known, WORKSPACES[device])
     live.watch_gradients(model)
     with attention_of(device), live:
         images = to_device(pixels)
-        loss = model(images, groups, partners)
+        loss = model(images, *inputs)
         kept = live.now
         loss.backward()
     return _Pass(np.array(live.others, float), np.array(live.gradients, float), kept, live.on_host, live.flops)
 
 
-def on_meta(recipe: Recipe) -> MixMAE:
+def on_meta(recipe: Recipe) -> Trainable:
     """The recipe's model on the meta device, parameters in its precision and buffers as they are, as DeepSpeed does."""
     with torch.device("meta"):
         model = build_model(recipe)
@@ -127,9 +126,13 @@ def describe(policy: ActivationCheckpointing) -> str:
     """A policy in a few characters: `none`, `selective all`, `torch 1-2`, `fairscale all, offloaded`."""
     if policy.kind == "none":
         return "none"
-    stages: list[Any] = [stage for stage in policy.stages if stage != "decoder"]
-    whole = len(set(policy.stages)) == 5
-    part = "all" if whole else ",".join(map(str, policy.stages))
-    if not whole and len(stages) > 1 and stages == list(range(stages[0], stages[-1] + 1)):
-        part = f"{stages[0]}-{stages[-1]}" + (",decoder" if "decoder" in policy.stages else "")
+    part = "all" if policy.stages is None else _spanned(policy.stages)
     return f"{policy.kind} {part}" + (", offloaded" if policy.cpu_offload else "")
+
+
+def _spanned(groups: Sequence[str]) -> str:
+    """Names side by side, numbers in a row as a span: `1-3,decoder`."""
+    numbers = [int(name) for name in groups if name.isdigit()]
+    if len(numbers) < 2 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return ",".join(groups)
+    return ",".join([f"{numbers[0]}-{numbers[-1]}", *(name for name in groups if not name.isdigit())])

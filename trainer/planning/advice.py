@@ -29,7 +29,8 @@ def _policy_keys(plan: Plan, recipe: Recipe) -> Iterator[str]:
     if wanted.kind != own.kind:
         yield f"train.activation_checkpointing.kind={wanted.kind}"
     if wanted.kind != "none" and wanted.stages != own.stages:
-        yield f"train.activation_checkpointing.stages=[{','.join(map(str, wanted.stages))}]"
+        stages = "null" if wanted.stages is None else f"[{','.join(wanted.stages)}]"
+        yield f"train.activation_checkpointing.stages={stages}"
     if wanted.cpu_offload != own.cpu_offload:
         yield f"train.activation_checkpointing.cpu_offload={str(wanted.cpu_offload).lower()}"
 

@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
@@ -15,7 +14,7 @@ from mixmae.trainer.benchmarks.results import RESULTS
 from mixmae.trainer.planning.devices import GPUS, build_cluster
 from mixmae.trainer.planning.plan import Assumptions, make_plan
 from mixmae.trainer.planning.tables import report, values
-from mixmae.trainer.recipe.arguments import at_least, share, size
+from mixmae.trainer.recipe.arguments import add_recipe, at_least, share, size
 from mixmae.trainer.recipe.loading import load_recipe
 
 _WIDTH = 100
@@ -41,8 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixmae plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.global_batch=2048")
+    add_recipe(parser)
     parser.add_argument("--gpus", type=at_least(1), required=True, help="of all nodes")
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, help="default %(default)s")

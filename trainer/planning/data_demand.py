@@ -69,7 +69,7 @@ def worker_rate(recipe: Recipe, results: Path) -> WorkerRate | None:
             if variant is not None:
                 rate = variant["images_per_second"] / busy
                 found.append(WorkerRate(rate, entry["img_size"], entry["cpu"], file.name))
-    same_size = [rate for rate in found if rate.img_size == recipe.model.img_size]
+    same_size = [rate for rate in found if rate.img_size == recipe.encoder.img_size]
     return max(same_size or found, key=lambda rate: rate.images_per_second, default=None)
 
 
@@ -82,7 +82,7 @@ def loading(
     rate: WorkerRate | None,
 ) -> Loading:
     """A node's share of the run's images per second, in bytes, cores and memory."""
-    settings, side = recipe.data, recipe.model.img_size
+    settings, side = recipe.data, recipe.encoder.img_size
     cores = None if rate is None else math.ceil(images_per_second / rate.images_per_second)
     workers = None if cores is None else math.ceil(cores / gpus_per_node)
     waiting = max(1, workers or settings.num_workers) * settings.prefetch_factor * micro_batch * 3 * side**2

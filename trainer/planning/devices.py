@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.engine.flops import PEAKS
+from mixmae.trainer.tasks.flops import PEAKS
 
 _GIB = 2**30
 _CONTEXT = 1.5 * _GIB
@@ -21,7 +21,7 @@ class Gpu:
 
     Args:
         name: what `--gpu` calls it.
-        product: the part of the device's name by which `mixmae.trainer.engine.flops` knows its bf16 peak.
+        product: the part of the device's name by which `mixmae.trainer.tasks.flops` knows its bf16 peak.
         memory: bytes, as CUDA reports them (less than the name says where ECC takes its share).
         fp32: operations per second in fp32 without tensor cores.
         peers: bytes per second that it sends to the other GPUs of its node: NVLink, or PCIe where there is none.

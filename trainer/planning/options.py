@@ -28,6 +28,8 @@ class Workload:
     policies: Mapping[str, ActivationCheckpointing]
     """By their description."""
     footprints: Mapping[str, Footprint]
+    min_batch: int = 1
+    """The fewest images that a micro-batch needs."""
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ def options(work: Workload, cluster: Cluster, speed: Speed) -> Iterator[Option]:
     """All ways, whether they fit or not."""
     for stage in work.stages:
         for policy in work.policies:
-            for micro_batch in micro_batches(work.recipe, cluster.gpus):
+            for micro_batch in micro_batches(work.recipe.train.global_batch, cluster.gpus, work.min_batch):
                 yield option(work, cluster, speed, stage, policy, micro_batch)
 
 
@@ -119,25 +121,25 @@ def best(work: Workload, cluster: Cluster, speed: Speed) -> Option | None:
     return min(fitting, key=order, default=None)
 
 
-def micro_batches(recipe: Recipe, gpus: int) -> list[int]:
-    """Micro-batches that divide each GPU's part of the global batch and are large enough to be mixed, smallest first.
+def micro_batches(global_batch: int, gpus: int, min_batch: int) -> list[int]:
+    """Micro-batches that divide each GPU's part of the global batch and are large enough for the model, smallest first.
 
     Raises:
         UsageError: the global batch cannot be shared.
     """
-    batch, mixed = recipe.train.global_batch, recipe.model.num_images
+    batch = global_batch
     if batch % gpus:
         below, above = batch - batch % gpus, batch + gpus - batch % gpus
         fits = " or ".join(f"train.global_batch={n}" for n in (below, above) if n)
         raise UsageError(f"train.global_batch={batch} does not divide by {gpus} GPUs; {fits} would")
     per_gpu = batch // gpus
-    if per_gpu < mixed:
+    if per_gpu < min_batch:
         raise UsageError(
             f"train.global_batch={batch} leaves {per_gpu} images for each of {gpus} GPUs, fewer than the "
-            f"model.num_images={mixed} that are mixed into one input; train.global_batch={mixed * gpus} would do, or "
-            f"--gpus {next(n for n in range(max(1, batch // mixed), 0, -1) if batch % n == 0)}"
+            f"{min_batch} that the method needs at once; train.global_batch={min_batch * gpus} would do, or "
+            f"--gpus {next(n for n in range(max(1, batch // min_batch), 0, -1) if batch % n == 0)}"
         )
-    return [n for n in range(mixed, per_gpu + 1) if per_gpu % n == 0]
+    return [n for n in range(min_batch, per_gpu + 1) if per_gpu % n == 0]
 
 
 def policies(recipe: Recipe) -> dict[str, ActivationCheckpointing]:
@@ -146,7 +148,7 @@ def policies(recipe: Recipe) -> dict[str, ActivationCheckpointing]:
     ladder = [
         ActivationCheckpointing(),
         ActivationCheckpointing(kind="selective"),
-        ActivationCheckpointing(kind="torch", stages=(1, 2)),
+        ActivationCheckpointing(kind="torch", stages=("1", "2")),
         ActivationCheckpointing(kind="torch"),
     ]
     return {describe(policy): policy for policy in (*ladder, own)}

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.engine import deepspeed_config
-from mixmae.trainer.engine.flops import model_flops
-from mixmae.trainer.engine.optimizer import build_schedule
+from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.planning.activation_memory import describe, measure, on_meta
 from mixmae.trainer.planning.checkpoint_cost import CheckpointCost, checkpoint_cost
 from mixmae.trainer.planning.data_demand import Corpus, Loading, WorkerRate, corpus, loading, worker_rate
@@ -16,6 +16,7 @@ from mixmae.trainer.planning.options import Option, Workload, best, micro_batche
 from mixmae.trainer.planning.speed import Speed, speed
 from mixmae.trainer.planning.states import Limits, count_parameters
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.flops import model_flops
 
 _SECONDS_A_DAY = 86_400
 _MOST_GPUS = 4096
@@ -94,10 +95,11 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
             index is damaged, or nothing fits into the GPU's memory.
     """
     recipe.streams_of(0, cluster.gpus)
-    recipe, note = _divided(recipe, cluster.gpus)
+    model = on_meta(recipe)
+    recipe, note = _divided(recipe, cluster.gpus, model.min_batch)
     data = corpus(recipe, given.images, given.image_bytes)
     steps = build_schedule(recipe, round(data.images)).total_steps
-    work = _measure(recipe, cluster.gpus)
+    work = _measure(recipe, model, cluster.gpus)
     pace = speed(recipe, cluster.gpu, given.mfu, given.results)
     found = best(work, cluster, pace)
     if found is None:
@@ -126,9 +128,9 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
     )
 
 
-def _divided(recipe: Recipe, gpus: int) -> tuple[Recipe, str | None]:
+def _divided(recipe: Recipe, gpus: int, min_batch: int) -> tuple[Recipe, str | None]:
     """The recipe with a micro-batch that divides each GPU's part of the global batch, and what was changed."""
-    train, fits = recipe.train, micro_batches(recipe, gpus)
+    train, fits = recipe.train, micro_batches(recipe.train.global_batch, gpus, min_batch)
     if train.micro_batch in fits:
         return recipe, None
     nearest = max((n for n in fits if n < train.micro_batch), default=fits[0])
@@ -139,12 +141,12 @@ def _divided(recipe: Recipe, gpus: int) -> tuple[Recipe, str | None]:
     return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": nearest})}), note
 
 
-def _measure(recipe: Recipe, gpus: int) -> Workload:
+def _measure(recipe: Recipe, model: Trainable, gpus: int) -> Workload:
     limits = Limits.of(deepspeed_config(recipe, gpus))
     chosen = policies(recipe)
     footprints = {name: measure(recipe, policy) for name, policy in chosen.items()}
-    model = on_meta(recipe)
-    return Workload(recipe, count_parameters(model, limits), limits, model_flops(recipe), chosen, footprints)
+    parameters = count_parameters(model, limits)
+    return Workload(recipe, parameters, limits, model_flops(recipe), chosen, footprints, model.min_batch)
 
 
 def _run(gpus: int, found: Option, recipe: Recipe, steps: int) -> Run:
@@ -188,11 +190,15 @@ def _nothing_fits(work: Workload, cluster: Cluster, pace: Speed) -> str:
     more = next((n for n in _more(work, cluster) if best(work, cluster.of(n), pace) is not None), None)
     remedies = [f"--gpus {more}"] if more else []
     remedies += [f"--gpu {min(larger, key=lambda gpu: gpu.memory).name}"] if larger else []
-    return words + (f"; {' or '.join(remedies)} would do" if remedies else "; make the model smaller (model.sizes)")
+    return words + (
+        f"; {' or '.join(remedies)} would do"
+        if remedies
+        else "; make the model smaller (a smaller encoder, or its sizes)"
+    )
 
 
 def _more(work: Workload, cluster: Cluster) -> list[int]:
     """Twice, four times, ... as many GPUs, as far as the global batch can be shared by them."""
-    batch, mixed = work.recipe.train.global_batch, work.recipe.model.num_images
+    batch = work.recipe.train.global_batch
     doubled = (cluster.gpus * 2**power for power in range(1, _MOST_GPUS.bit_length()))
-    return [gpus for gpus in doubled if batch % gpus == 0 and batch // gpus >= mixed]
+    return [gpus for gpus in doubled if batch % gpus == 0 and batch // gpus >= work.min_batch]

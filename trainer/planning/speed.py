@@ -37,17 +37,23 @@ def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
 
 
 def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, str]]:
-    """Operations per second of the results that fit, and their files."""
+    """Operations per second of the results that fit, their files, and how the step was computed."""
     wanted = {
-        "model": recipe.model.encoder,
-        "img_size": recipe.model.img_size,
+        "model": recipe.encoder.name,
+        "img_size": recipe.encoder.img_size,
         "precision": recipe.train.precision,
     }
     for file in sorted(results.glob("*.json")):
         for entry in entries(file):
             told = {key: entry.get(key, value) for key, value in wanted.items()}
             if "model" in entry and told == wanted and gpu.product in str(entry.get("device")):
-                yield entry["model_tflops"] * 1e12, file.name
+                yield entry["model_tflops"] * 1e12, f"{file.name}, {_way(entry)}"
+
+
+def _way(entry: dict[str, Any]) -> str:
+    """How the step was computed: a recipe that computes another way is slower than the plan says."""
+    told = {"variant": entry.get("variant"), "K =": entry.get("num_images"), "batch": entry.get("batch")}
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
 
 
 def entries(file: Path) -> list[dict[str, Any]]:

@@ -85,12 +85,12 @@ def _memory_values(memory: Memory) -> dict[str, Any]:
 
 
 def _head(plan: Plan) -> Iterator[RenderableType]:
-    model, cluster, work = plan.recipe.model, plan.cluster, plan.work
+    encoder, cluster, work = plan.recipe.encoder.name, plan.cluster, plan.work
     nodes = f"{cluster.nodes} nodes" if cluster.nodes > 1 else "one node"
     link = "" if cluster.link is None else f", {cluster.link * 8 / 1e9:g} Gbit/s each"
-    yield Text(f"{model.encoder} on {cluster.gpus} x {cluster.gpu.name}", "bold")
+    yield Text(f"{encoder} on {cluster.gpus} x {cluster.gpu.name}", "bold")
     yield _line(
-        f"{work.parameters.total / 1e6:.1f} M parameters with decoder, {work.model_flops / 1e9:.3g} GFLOP per image, "
+        f"{work.parameters.total / 1e6:.1f} M parameters, {work.model_flops / 1e9:.3g} GFLOP per image, "
         f"{plan.recipe.train.precision}; {nodes}{link}; {cluster.gpu.usable / 2**30:.1f} of "
         f"{cluster.gpu.memory / 2**30:.1f} GiB usable on a GPU"
     )

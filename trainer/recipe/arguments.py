@@ -1,9 +1,20 @@
-"""Types of command line arguments."""
+"""Command line arguments that several commands take, and their types."""
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from mixmae.trainer.recipe.units import parse_size
+
+
+def add_recipe(parser: argparse.ArgumentParser, optional: bool = False, without: str = "") -> None:
+    """Adds RECIPE and its overrides; `without` says what an `optional` recipe's absence means."""
+    help_text = "YAML file, or a name that 'mixmae recipes' lists, such as pretrain/swin_base_w14"
+    if optional:
+        parser.add_argument("recipe", type=Path, nargs="?", help=f"{help_text}; without one, {without}")
+    else:
+        parser.add_argument("recipe", type=Path, help=help_text)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.micro_batch=64")
 
 
 def at_least(low: int) -> Callable[[str], int]:

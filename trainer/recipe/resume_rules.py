@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.recipe.loading import parse_recipe
-from mixmae.trainer.recipe.schema import Recipe, Section
+from mixmae.trainer.recipe.loading import leaves
+from mixmae.trainer.recipe.schema import Recipe
 
 _MAY_CHANGE = (
     "run_dir",
     "data.shards",
     "data.num_workers",
     "data.prefetch_factor",
-    "data.max_bad_share",
+    "data.max_corrupt_fraction",
     "data.network",
     "data.cache",
     "train.compile",
@@ -23,7 +24,9 @@ _MAY_CHANGE = (
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.max_skipped_steps",
-    "model.init",
+    "encoder.init",
+    "plugins",
+    "evaluate",
     "checkpoint",
     "launch",
     "log",
@@ -32,32 +35,34 @@ _MAY_CHANGE = (
 """None of these changes what is computed but for rounding; micro_batch also which images of a batch are mixed."""
 
 
-def require_same_recipe(recipe: Recipe, earlier: dict[str, Any], run_dir: Path) -> None:
-    """Raises UsageError if `recipe` would compute something else than the run directory's own."""
-    before = parse_recipe(earlier, str(run_dir / "recipe.yaml"))
-    differences = [d for d in _differences(before, recipe) if not any(d[0].startswith(free) for free in _MAY_CHANGE)]
+def require_same_recipe(recipe: Recipe, before: Recipe, run_dir: Path) -> None:
+    """Raises UsageError if `recipe` would compute something else than the one that the run directory holds."""
+    then, now = dict(_leaves(before)), dict(_leaves(recipe))
+    differences = [
+        f"{path} ({_shown(then.get(path))} then, {_shown(now.get(path))} now)"
+        for path in [*then, *(path for path in now if path not in then)]
+        if then.get(path) != now.get(path) and not any(_belongs(path, free) for free in _MAY_CHANGE)
+    ]
     if differences:
-        shown = ", ".join(f"{path} ({then} then, {now} now)" for path, then, now in differences[:3])
         raise UsageError(
-            f"run_dir={run_dir} belongs to another recipe: {shown}; set what differs as it was, or name another run_dir"
+            f"run_dir={run_dir} belongs to another recipe: {', '.join(differences[:3])}; set what differs as it was, "
+            "or name another run_dir"
         )
 
 
 def recipe_id(recipe: Recipe) -> str:
     """Twelve hexadecimal digits, equal for recipes of which each could continue the other's run."""
-    content = recipe.model_dump(mode="json")
-    for path in _MAY_CHANGE:
-        section, _, key = path.rpartition(".")
-        (content[section] if section else content).pop(key)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    fixed = {path: value for path, value in _leaves(recipe) if not any(_belongs(path, free) for free in _MAY_CHANGE)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _differences(before: Section, now: Section, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found = []
-    for name in type(now).model_fields:
-        a, b = getattr(before, name), getattr(now, name)
-        if isinstance(b, Section):
-            found += _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append((prefix + name, a, b))
-    return found
+def _belongs(path: str, free: str) -> bool:
+    return path == free or path.startswith(f"{free}.")
+
+
+def _leaves(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    return leaves(recipe.model_dump(mode="json"))
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)

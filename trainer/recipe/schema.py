@@ -1,12 +1,13 @@
 """The recipe's schema, with every default; `loading` reads recipes. No torch: login nodes read them too."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mixmae.base.errors import UsageError
+from mixmae.base.liveness import JOIN_SECONDS, STALL_SECONDS, STUCK_SECONDS
 from mixmae.trainer.recipe.units import Duration, Size, Span
 
 
@@ -16,37 +17,43 @@ class Section(BaseModel):
 
 _STREAMS = 512
 """The most that a recipe which does not say how many gets."""
-Positive = Annotated[int, Field(gt=0)]
-Stages = tuple[Positive, Positive, Positive, Positive]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Deviation = Annotated[float, Field(gt=0)]
 
 
-class EncoderSizes(Section):
-    """Sizes that replace those of the named encoder; what is not given stays as it is there."""
+class Component(Section):
+    """A part of the model by its registered name; it has keys of its own, which it checks itself (`components`)."""
 
-    embed_dim: int | None = Field(None, gt=0)
-    depths: Stages | None = None
-    num_heads: Stages | None = None
-    window_size: Stages | None = None
-    drop_path_rate: float | None = Field(None, ge=0, lt=1)
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The component's own keys."""
+        return dict(self.model_extra or {})
 
 
-class Model(Section):
-    encoder: str = "mixmae_swin_base_w14"
-    sizes: EncoderSizes = EncoderSizes()
+class EncoderSection(Component):
+    """The encoder, with the sizes that shall differ from those of its name."""
+
+    name: str = "mixmae_swin_base_w14"
     img_size: int = Field(224, gt=0)
-    num_images: int = Field(4, ge=2, le=5)
-    """K, images mixed into one input (paper Table 8: 4; the release ships 2)."""
-    group_map: Literal["micro_batch", "sample"] = "micro_batch"
-    separate_groups: bool = True
-    dual: bool = True
-    norm_pix_loss: bool = True
-    decoder_dim: int = Field(512, gt=0)
-    decoder_depth: int = Field(8, gt=0)
-    decoder_num_heads: int = Field(16, gt=0)
     init: Path | None = None
     """Encoder directory to start from (`mixmae import`, `mixmae export`); None starts from random weights."""
+
+
+class MethodSection(Component):
+    """How the encoder is pretrained."""
+
+    name: str = "mixmae"
+
+
+class Evaluate(Section):
+    """What is measured while the run goes on; its figures become curves, gauges and criteria for `keep_best`."""
+
+    every: Duration = Span(5, "epoch")
+    shards: str | None = None
+    """Held-out shards for the task's evaluation; None evaluates nothing."""
 
 
 class Network(Section):
@@ -81,11 +88,11 @@ class Data(Section):
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     streams: int | None = Field(None, gt=0)
     """Canonical streams, dealt to the ranks in whole numbers; None: up to 512 that divide global_batch."""
-    window: int = Field(64, gt=0)
+    shuffle_window: int = Field(64, gt=0)
     """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
     drop_last: bool = False
     """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
-    max_bad_share: float = Field(0.01, ge=0, lt=1)
+    max_corrupt_fraction: float = Field(0.01, ge=0, lt=1)
     """Unusable samples that a rank steps over in an epoch, as a share of its samples; more end the run."""
     network: Network = Network()
     cache: Cache = Cache()
@@ -106,8 +113,14 @@ class Data(Section):
 
 class ActivationCheckpointing(Section):
     kind: Literal["none", "selective", "torch", "fairscale"] = "none"
-    stages: tuple[Literal[1, 2, 3, 4, "decoder"], ...] = (1, 2, 3, 4, "decoder")
+    stages: tuple[str, ...] | None = None
+    """Of the model's groups of blocks: 1, 2, ... for the encoder's stages, and the method's own, such as decoder."""
     cpu_offload: bool = False
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _numbers_are_names(cls, stages: Any) -> Any:
+        return [str(stage) for stage in stages] if isinstance(stages, list | tuple) else stages
 
     @model_validator(mode="after")
     def _offload_needs_fairscale(self) -> Self:
@@ -126,7 +139,7 @@ class Train(Section):
     compile: bool = False
     """Compiles each block and the loss (torch.compile)."""
     fused_attention: bool = False
-    """On GPUs: the global stages' attention in one kernel (models/ops/grouped_attention.py) in place of torch's."""
+    """On GPUs: the global stages' attention in one kernel (models/ops) in place of torch's."""
     max_skipped_steps: int = Field(10, ge=1)
     """So many steps in a row with a non-finite loss or gradient end the run."""
 
@@ -157,8 +170,9 @@ class Optim(Section):
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    no_decay: tuple[str, ...] = ("relative_position_bias_table", "mask_token")
-    """Parts of names exempt from weight decay, beside all 1-D parameters; () decays them as the release does."""
+    no_decay: tuple[str, ...] | None = None
+    """Parts of names exempt from weight decay, beside all 1-D parameters; None exempts what the model names (bias
+    tables, mask tokens), () decays that too, as the release does."""
     warmup: Duration = Span(40, "epoch")
     clip_grad: float | None = Field(None, gt=0)
 
@@ -170,7 +184,10 @@ class Checkpoint(Section):
     keep_every: Duration | None = None
     """The first one after each such stretch is kept too."""
     keep_best: int = Field(0, ge=0)
-    """So many with the lowest logged loss are kept too."""
+    """So many with the best value of `best_metric` are kept too."""
+    best_metric: str = "loss"
+    """The logged loss, or a figure of the task's evaluation, such as val_loss."""
+    best_mode: Literal["min", "max"] = "min"
     asynchronous: bool = True
     """Writes while training goes on, from a copy in host memory: 12 bytes per parameter, shared by the ranks, held from
     the start on. Else training stands until all is written, and no memory is taken."""
@@ -209,7 +226,7 @@ class Monitoring(Section):
     keyfile: Path | None = None
     auth_file: Path | None = None
     """A file with one line, user:password; None lets everybody read."""
-    stall_seconds: float = Field(300.0, gt=0)
+    stall_seconds: float = Field(STALL_SECONDS, gt=0)
     """/healthz fails when a rank of the node finished no step for so long."""
     pushgateway: str | None = None
     """URL to which each node pushes its last numbers at the end; for runs that end between two scrapes."""
@@ -232,9 +249,9 @@ class Launch(Section):
     """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
     port: int | None = Field(None, ge=1024, le=64_000)
     """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
-    join_seconds: float = Field(120.0, gt=0)
+    join_seconds: float = Field(JOIN_SECONDS, gt=0)
     """A run whose ranks are not all there by then is ended."""
-    stuck_seconds: float = Field(600.0, gt=0)
+    stuck_seconds: float = Field(STUCK_SECONDS, gt=0)
     """A run in which no rank moved for so long is ended, naming the late one; thrice that while starting or saving."""
     grace_seconds: float = Field(120.0, gt=0)
     """From the signal to stop to the end of all ranks: the time to save in; Slurm warns so long before the limit."""
@@ -242,25 +259,20 @@ class Launch(Section):
 
 class Recipe(Section):
     run_dir: Path = Path("runs/mixmae")
-    seed: int = Field(0, ge=0)
-    model: Model = Model()
+    seed: int = Field(0, ge=0, lt=2**63)
+    task: str = "pretrain"
+    plugins: tuple[str, ...] = ()
+    """Modules that register tasks, methods and encoders of your own; imported before the recipe is checked."""
+    encoder: EncoderSection = EncoderSection()
+    method: MethodSection = MethodSection()
     data: Data = Data()
     train: Train = Train()
     optim: Optim = Optim()
+    evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     monitoring: Monitoring = Monitoring()
     launch: Launch = Launch()
-
-    @model_validator(mode="after")
-    def _mixing_needs_partners(self) -> Self:
-        if self.train.micro_batch < self.model.num_images:
-            raise ValueError(
-                f"train.micro_batch is {self.train.micro_batch}, fewer than the model.num_images="
-                f"{self.model.num_images} that are mixed into one input; raise it to "
-                f"{self.model.num_images} or more"
-            )
-        return self
 
     @model_validator(mode="after")
     def _streams_share_the_global_batch(self) -> Self:

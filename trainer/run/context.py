@@ -8,11 +8,12 @@ from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.optimizer import Schedule
+from mixmae.trainer.engine.schedule import Schedule
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.run.stop_signal import Vote
+from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.telemetry.observer import Observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
 from mixmae.trainer.telemetry.sample_log import SampleLog
@@ -29,6 +30,7 @@ class Run:
 
     recipe: Recipe
     ranks: Ranks
+    task: Task
     engine: Any
     index: ShardIndex
     schedule: Schedule

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
-from mixmae.models import MixMAE
-from mixmae.trainer.checkpoints.layout import newest_checkpoint
+from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.resume import Resumed, resume
 from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.data.index import ShardIndex, open_index
@@ -16,9 +16,8 @@ from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
-from mixmae.trainer.engine.optimizer import Schedule, build_schedule
-from mixmae.trainer.export import encoder_directory
+from mixmae.trainer.engine.engine import build_engine, deepspeed_config
+from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
@@ -29,14 +28,17 @@ from mixmae.trainer.run.run_directory import (
     refuse_attempt,
     replaced_file,
     restarted,
+    versions,
     write_run_dir,
 )
 from mixmae.trainer.run.state import TrainState
-from mixmae.trainer.telemetry.node_exporter import check_monitoring
+from mixmae.trainer.tasks.contract import Task
+from mixmae.trainer.tasks.registry import stored_recipe, task_of
+from mixmae.trainer.telemetry.exporter_process import check_monitoring
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
 from mixmae.trainer.telemetry.sample_log import SampleLog
-from mixmae.trainer.telemetry.wandb_tracker import Tracker, check_wandb, prepare_wandb, wandb_in_words
+from mixmae.trainer.telemetry.wandb_tracker import Tracker, check_wandb, explain_wandb_errors, prepare_wandb
 
 _LAST_SAVE = 10.0
 """Seconds that a run which failed waits for a save that it began before."""
@@ -49,7 +51,8 @@ class Job:
     recipe: Recipe
     index: ShardIndex
     schedule: Schedule
-    model: MixMAE
+    task: Task
+    model: Trainable
     data_note: str | None
     """What of the data will be stepped over."""
     parameters: int
@@ -67,7 +70,7 @@ def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, hear
             process group is joined and a GPU touched.
     """
     job = check(recipe, ranks)
-    distributed.join(ranks)
+    distributed.join(ranks, recipe.launch.stuck_seconds)
     run = prepare(job, ranks, stop, heartbeat)
     clean = False
     try:
@@ -107,19 +110,23 @@ def say_end(run: Run, asked_by: str | None) -> None:
 
 def check(recipe: Recipe, ranks: Ranks) -> Job:
     """Looks at everything that a user can get wrong; each rank by itself."""
+    task = task_of(recipe)
+    recipe = task.recipe
     deepspeed_config(recipe, ranks.world_size)
     recipe.streams_of(ranks.rank, ranks.world_size)
     index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
     sample_order(recipe, index)
-    note = require_usable(index, recipe.data.max_bad_share)
+    note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
     check_run_dir(recipe, index)
     check_monitoring(recipe)
     check_wandb(recipe)
-    model = build_model(recipe)
-    if recipe.model.init is not None and newest_checkpoint(recipe.run_dir) is None:
-        encoder_directory.initialise(model, recipe.model.init)
-    return Job(recipe, index, schedule, model, note, sum(p.numel() for p in model.parameters()))
+    task.check_data(index)
+    model = task.build()
+    task.require_batch(model)
+    if newest_checkpoint(recipe.run_dir) is None:
+        task.initialise(model)
+    return Job(recipe, index, schedule, task, model, note, sum(p.numel() for p in model.parameters()))
 
 
 def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> Run:
@@ -141,8 +148,8 @@ def _build(
 ) -> Run:
     recipe, index, schedule = job.recipe, job.index, job.schedule
     prepare_wandb(recipe, ranks)
-    with wandb_in_words(recipe):
-        engine = build_engine(job.model, recipe, ranks)
+    with explain_wandb_errors(recipe):
+        engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), job.task.lr_scale_of(job.model))
     resumed = resume(engine, recipe.run_dir, ranks)
     state, position = _state_of(resumed, recipe, index)
     tracker = Tracker.of(engine)
@@ -152,10 +159,11 @@ def _build(
     main = ranks.is_main
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
-    saver = Saver(engine, recipe.run_dir, recipe.checkpoint, ranks, begun=state.step if resumed else None)
+    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
     run = Run(
         recipe=recipe,
         ranks=ranks,
+        task=job.task,
         engine=engine,
         index=index,
         schedule=schedule,
@@ -178,7 +186,7 @@ def _state_of(resumed: Resumed | None, recipe: Recipe, index: ShardIndex) -> tup
     """Where the run stands: at its beginning, or where a checkpoint of the same recipe left it."""
     if resumed is None:
         return TrainState(), Position(recipe.seed, 0, index.fingerprint)
-    require_same_recipe(recipe, dict(resumed.manifest.recipe), recipe.run_dir)
+    require_same_recipe(recipe, stored_recipe(dict(resumed.manifest.recipe), str(resumed.folder)), recipe.run_dir)
     position = Position(**resumed.manifest.position)
     position.require(recipe.seed, index)
     return TrainState.from_state_dict(resumed.manifest.state), position
@@ -189,7 +197,7 @@ def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> 
     recipe, step, total_steps = run.recipe, run.state.step, run.schedule.total_steps
     run.reporter.event(
         "resumed" if resumed else "start",
-        f"{recipe.model.encoder}, {job.parameters / 1e6:.1f} M parameters with decoder, {len(run.index)} images, "
+        f"{job.task.describe()}, {job.parameters / 1e6:.1f} M parameters, {len(run.index)} images, "
         f"steps {step} to {total_steps} of {recipe.train.global_batch} images on {run.ranks.world_size} "
         f"{run.ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
         f"optimizer {type(run.engine.optimizer).__name__}",

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.models.methods.mixing import Mix, draw_mix
 from mixmae.trainer.data.faults import Reason, too_many
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
 from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.engine.distributed import all_reduce_sum, peak_memory
-from mixmae.trainer.engine.optimizer import refuse_non_finite, set_lr
+from mixmae.trainer.engine.guard import refuse_non_finite
+from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run import saving
 from mixmae.trainer.run.context import Run, due
@@ -50,27 +50,26 @@ def fit(run: Run) -> str | None:
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
-        run.reporter.step(state.step)
         if run.sample_log is not None:
             run.sample_log.write(state.step, samples)
         observer.data(run.batches)
         if state.skipped_in_row:
             report_skipped(run, samples, losses)
-        if due(run, Span(recipe.log.every, "step")):
-            with observer.clock.part("logging"):
+        if state.step == 1 or due(run, Span(recipe.log.every, "step")):
+            with observer.clock.phase("logging"):
                 report(run, window, meter)
             window.zero_()
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
             show(run, batch)
             meter.restart()
         if due(run, recipe.checkpoint.every):
-            with observer.clock.part("checkpoint"):
+            with observer.clock.phase("checkpoint"):
                 saving.save(run)
             meter.restart()
         saving.tell(run)
         observer.step(state, per_rank)
         wish = run.vote.cast(saving.wish(run))
-    observer.at("ending")
+    observer.set_phase("ending")
     return saving.conclude(run, wish)
 
 
@@ -80,35 +79,33 @@ def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
     set_lr(engine.optimizer, run.schedule.lr(state.step))
     losses, samples = [], []
     for micro_step in range(run.recipe.accumulation(run.ranks.world_size)):
-        with clock.part("data_wait"):
+        with clock.phase("data_wait"):
             batch = next(run.batches)
-        with clock.part("forward"):
+        with clock.phase("forward"):
             images = run.to_device(batch.images)
-            mix = mix_for(run, micro_step, len(images))
-            torch.manual_seed(seed_at(Purpose.DROP_PATH, *place(run, micro_step)))
-            loss = engine(images, *mix)
-        with clock.part("backward"):
+            inputs = inputs_of(run, batch, micro_step)
+            torch.manual_seed(seed_at(Purpose.DROP_PATH, *rng_key(run, micro_step)))
+            loss = engine(images, *inputs)
+        with clock.phase("backward"):
             engine.backward(refuse_non_finite(loss))
-        with clock.part("optimizer"):
+        with clock.phase("optimizer"):
             engine.step()
         losses.append(loss.detach())
         samples.append(batch.samples)
     return torch.stack(losses), samples, batch
 
 
-def place(run: Run, micro_step: int) -> tuple[int, int, int]:
+def rng_key(run: Run, micro_step: int) -> tuple[int, int, int]:
     """Seed, step, and which micro-batch of the global batch: the key of all randomness in it, whoever computes it."""
     accumulation = run.recipe.accumulation(run.ranks.world_size)
     return run.recipe.seed, run.state.step, run.ranks.rank * accumulation + micro_step
 
 
-def mix_for(run: Run, micro_step: int, batch: int) -> Mix:
-    """How this rank mixes its micro-batch."""
-    settings = run.recipe.model
-    generator = torch_at(Purpose.MIX, *place(run, micro_step))
-    grid = run.engine.module.grid
-    mix = draw_mix(batch, settings.num_images, grid, generator, per_sample=settings.group_map == "sample")
-    return mix.to(run.ranks.device)
+def inputs_of(run: Run, batch: Batch, micro_step: int) -> list[Tensor]:
+    """What the module takes beside this rank's images, on its device."""
+    generator = torch_at(Purpose.INPUTS, *rng_key(run, micro_step))
+    inputs = run.task.inputs(run.engine.module, batch, generator)
+    return [tensor.to(run.ranks.device, non_blocking=True) for tensor in inputs]
 
 
 def report(run: Run, window: Tensor, meter: Throughput) -> None:
@@ -186,7 +183,8 @@ def show(run: Run, batch: Batch) -> None:
     """Draws what the model makes of a micro-batch; all ranks compute, the main one draws."""
     images = run.to_device(batch.images)
     run.engine.eval()
-    grid = pictures.reconstructions(run.engine.module, images, mix_for(run, 0, len(images)), _PICTURE_ROWS)
+    with torch.no_grad():
+        columns = run.task.pictures(run.engine.module, images, inputs_of(run, batch, 0), _PICTURE_ROWS)
     run.engine.train()
-    if run.ranks.is_main:
-        run.reporter.picture(run.state.step, pictures.draw(grid, run.recipe.data))
+    if columns and run.ranks.is_main:
+        run.reporter.picture(run.state.step, pictures.draw_columns(columns, run.recipe.data))

@@ -1,33 +1,28 @@
-"""The run directory: one place for all that a run leaves behind.
+"""What a run writes into its run directory and reads of it again; the names are in mixmae.base.run_directory."""
 
-recipe.yaml     resolved, with every default       events.jsonl   one line per logged step and per event
-versions.json   what it ran with                   tensorboard/   curves and pictures
-checkpoints/    see trainer.checkpoint             pictures/      reconstructions, step by step
-shards.json     the shards it is trained on        replaced/      by rank, samples that could not be used
-samples/        by rank, which each step used, if log.samples is on
-"""
-
-import errno
 import importlib.metadata
 import json
-import math
-import os
+import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import newest_checkpoint
+from mixmae.base.files import atomic_write
+from mixmae.base.jsonl import JsonLines
+from mixmae.base.run_directory import EVENTS, RECIPE, REPLACED, SHARDS, VERSIONS, newest_checkpoint, rank_records
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import stored_recipe
 
-RECIPE, SHARDS, EVENTS = "recipe.yaml", "shards.json", "events.jsonl"
+_logger = logging.getLogger(__name__)
+
 _ATTEMPT, _REFUSED = "attempt", "refused"
 _ENDS = {"preempted": "preempted", "failed": "failed", "end": "finished"}
 """Events that end an attempt; one without them was killed."""
@@ -49,36 +44,42 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Raises UsageError if the run directory holds checkpoints of another recipe or other shards."""
     if newest_checkpoint(recipe.run_dir) is None:
         return
-    file, shards = recipe.run_dir / RECIPE, recipe.run_dir / SHARDS
-    if file.is_file():
-        require_same_recipe(recipe, yaml.safe_load(file.read_text()), recipe.run_dir)
-    if shards.is_file():
-        difference = index.difference_from_listing(shards)
-        if difference is not None:
-            raise UsageError(
-                f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
-                f"{difference}; restore the shards or name another run_dir"
-            )
+    before = _intact(recipe.run_dir / RECIPE, yaml.safe_load, "run_dir")
+    if before is not None:
+        require_same_recipe(recipe, stored_recipe(before, str(recipe.run_dir / RECIPE)), recipe.run_dir)
+    earlier = _intact(recipe.run_dir / SHARDS, json.loads, "fingerprint")
+    if earlier is not None and earlier["fingerprint"] != index.fingerprint:
+        raise UsageError(
+            f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
+            f"{index.first_difference(earlier)}; restore the shards or name another run_dir"
+        )
+
+
+def _intact(file: Path, parse: Callable[[str], Any], key: str) -> dict[str, Any] | None:
+    """A file's content; None where it is missing, or damaged: checkpoints hold the recipe and the fingerprint too."""
+    if not file.is_file():
+        return None
+    try:
+        content = parse(file.read_bytes().decode())
+    except (ValueError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict) or key not in content:
+        _logger.warning("%s is damaged and is written anew; the checkpoint's own copy counts", file)
+        return None
+    return content
 
 
 def replaced_file(run_dir: Path, rank: int) -> Path:
     """Where a rank names the samples that it could not use."""
-    return run_dir / "replaced" / f"rank-{rank:05d}.jsonl"
+    return rank_records(run_dir / REPLACED, rank)
 
 
 def write_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Creates the run directory and says in it what runs; for the main rank, after every rank checked."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    _write(recipe.run_dir / RECIPE, recipe.to_yaml())
-    _write(recipe.run_dir / SHARDS, json.dumps(index.listing()) + "\n")
-    _write(recipe.run_dir / "versions.json", json.dumps(versions(), indent=1) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    """At once or not at all: a run that is killed here must still be able to resume."""
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(text)
-    partial.replace(file)
+    atomic_write(recipe.run_dir / RECIPE, recipe.to_yaml())
+    atomic_write(recipe.run_dir / SHARDS, json.dumps(index.listing()) + "\n")
+    atomic_write(recipe.run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n")
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -90,7 +91,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     file = run_dir / RECIPE
     if not file.is_file():
         raise UsageError(f"{run_dir} is not a run directory: it has no {RECIPE}")
-    return parse_recipe(yaml.safe_load(file.read_text()), str(file))
+    return stored_recipe(yaml.safe_load(file.read_text()), str(file))
 
 
 def versions() -> dict[str, str]:
@@ -110,10 +111,7 @@ class Events:
     """`events.jsonl`: append-only, one JSON object a line, on disk as written; null where a number is not finite."""
 
     def __init__(self, run_dir: Path) -> None:
-        file = run_dir / EVENTS
-        self._torn = file.is_file() and not file.read_bytes().endswith(b"\n")
-        """Whether the file ends within a line: what a killed run, or a full disk, left of one."""
-        self._file = file.open("ab", buffering=0)
+        self._lines = JsonLines(run_dir / EVENTS)
 
     def write(self, event: str, **fields: Any) -> None:
         """Appends an event.
@@ -121,22 +119,16 @@ class Events:
         Raises:
             OSError: it could not be written, or not all of it.
         """
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}).encode() + b"\n"
-        whole = b"\n" + line if self._torn else line
-        written = self._file.write(whole)
-        if written:
-            self._torn = written < len(whole)
-        if written < len(whole):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._lines.write({"event": event, "time": round(time.time(), 3), **fields})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     """The events of one kind, by step; of a step that was done again after a restart, the last."""
-    by_step = {record["step"]: record for record in _records(run_dir) if record["event"] == event}
+    records = _records(run_dir)
+    by_step = {record["step"]: record for record in records if record["event"] == event and "step" in record}
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -183,6 +175,4 @@ def restarted(ends: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:
-    file = run_dir / EVENTS
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return jsonl.read(run_dir / EVENTS, "event")

@@ -3,11 +3,10 @@
 import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import Manifest
+from mixmae.trainer.checkpoints.manifest import Progress
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.engine.distributed import from_main
 from mixmae.trainer.run.context import Run
-from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.stop_signal import Wish
 
 
@@ -19,23 +18,8 @@ class SaveError(UsageError):
 
 def save(run: Run) -> None:
     """Begins a save; where it is not asynchronous, also ends it."""
-    stage = run.recipe.train.zero_stage
-    run.saver.save(
-        Manifest(
-            step=run.state.step,
-            optimizer_step=0,
-            epoch=run.epoch,
-            loss=run.loss,
-            state=run.state.state_dict(),
-            position=vars(run.position),
-            world_size=run.ranks.world_size,
-            zero_stage=stage,
-            recipe=run.recipe.model_dump(mode="json"),
-            versions=versions(),
-            shapes={},
-            files={},
-        )
-    )
+    state = run.state
+    run.saver.save(Progress(state.step, run.epoch, run.loss, state.state_dict(), vars(run.position)))
 
 
 def tell(run: Run) -> None:
@@ -59,7 +43,7 @@ def _report(run: Run, saved: Saved) -> None:
     run.observer.checkpoint(saved)
     run.reporter.event(
         "checkpoint",
-        f"saved {saved.folder} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s; training stood for "
+        f"saved {saved.folder} ({saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s; blocked training for "
         f"{saved.stall:.2f} s)",
         step=saved.step,
         folder=str(saved.folder),
@@ -67,13 +51,13 @@ def _report(run: Run, saved: Saved) -> None:
         seconds=saved.seconds,
         stall_seconds=saved.stall,
     )
-    if saved.kept is not None:
+    if saved.prune_error is not None:
         run.reporter.event(
             "checkpoint_kept",
-            f"step {saved.step} is saved, but an older checkpoint could not be removed: {saved.kept}; it goes with "
-            "the next save or start",
+            f"step {saved.step} is saved, but an older checkpoint could not be removed: {saved.prune_error}; it "
+            "goes with the next save or start",
             step=saved.step,
-            error=saved.kept,
+            error=saved.prune_error,
         )
 
 

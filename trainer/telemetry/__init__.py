@@ -1,0 +1,1 @@
+"""What a run says of itself: events, curves, metrics, pictures, the samples it used."""

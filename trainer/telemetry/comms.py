@@ -1,4 +1,4 @@
-"""What DeepSpeed's logger of collective operations counted."""
+"""Bytes and seconds of collective operations, from DeepSpeed's comms logger."""
 
 from collections import Counter
 from typing import Any

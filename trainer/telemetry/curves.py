@@ -1,16 +1,23 @@
-"""`mixmae curves RUN OUT.png`: the loss, learning rate and gradient norm of a run."""
+"""`mixmae curves RUN OUT.png`: the loss, learning rate and gradient norm of a run, and what its task measured."""
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.run.run_directory import read_events, read_recipe
 
+TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+Curve = tuple[str, list[int], list[float]]
+"""Label, steps and values."""
+
 
 def draw(run_dir: Path, out: Path) -> None:
-    """Draws the logged steps of a run.
+    """Draws the logged steps and evaluations of a run.
 
     Raises:
         UsageError: not a run directory, or one without logged steps; or matplotlib is not installed.
@@ -23,10 +30,11 @@ def draw(run_dir: Path, out: Path) -> None:
         raise UsageError("curves needs matplotlib; install it with: pip install 'mixmae[plots]'")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    for place, (name, label) in enumerate([("loss", "loss"), ("lr", "learning rate"), ("grad_norm", "gradient norm")]):
-        axes = figure.add_subplot(3, 1, place + 1)
-        axes.plot([s["step"] for s in steps], [float("nan") if s[name] is None else s[name] for s in steps], lw=1.2)
+    curves = [_curve(steps, name, label) for name, label in TRAINING.items()] + _evaluation_curves(run_dir)
+    figure = Figure(figsize=(8, 2 * len(curves)), layout="constrained")
+    for number, (label, at, values) in enumerate(curves, 1):
+        axes = figure.add_subplot(len(curves), 1, number)
+        axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
@@ -35,6 +43,21 @@ def draw(run_dir: Path, out: Path) -> None:
         figure.savefig(out, dpi=110)
     except ValueError as error:
         raise UsageError(f"{out}: {error}") from error
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> Curve:
+    return label, [record["step"] for record in records], [_number(record.get(name)) for record in records]
+
+
+def _evaluation_curves(run_dir: Path) -> list[Curve]:
+    """One for each metric that the task measured, in the order in which they came up."""
+    measured = [{"step": event["step"], **event.get("metrics", {})} for event in read_events(run_dir, "evaluation")]
+    names = dict.fromkeys(name for record in measured for name in record if name != "step")
+    return [_curve([record for record in measured if name in record], name, f"eval/{name}") for name in names]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def main(argv: Sequence[str]) -> int:

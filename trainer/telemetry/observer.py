@@ -1,4 +1,4 @@
-"""What a rank tells: its node's exporter, by numbers in shared memory, and whoever reads its heartbeat."""
+"""A rank's metrics for its node's exporter, in shared memory, and its heartbeat for the launcher."""
 
 import math
 import shutil
@@ -6,7 +6,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,36 +15,24 @@ import torch.distributed as dist
 
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
-from mixmae.monitoring.exporter.discovery import forget_targets
-from mixmae.monitoring.exporter.handover import Pulse, Recorder
+from mixmae.base.run_directory import newest_checkpoint
+from mixmae.monitoring.exporter.discovery import remove_targets
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
+from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.monitoring.metrics import ENDS
-from mixmae.trainer.checkpoints.layout import newest_checkpoint
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.flops import model_flops, peak_flops
 from mixmae.trainer.recipe.resume_rules import recipe_id
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
+from mixmae.trainer.tasks.flops import model_flops, peak_flops
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
-from mixmae.trainer.telemetry.node_exporter import NodeExporter
+from mixmae.trainer.telemetry.exporter_process import ExporterProcess
 
-_NUMBERS = {place: number for number, place in enumerate(PHASES)}
-
-
-class Silence:
-    """In place of a recorder where nothing is exported."""
-
-    def set(self, name: str, value: float, *labels: str) -> None: ...
-
-    def add(self, name: str, amount: float, *labels: str) -> None: ...
-
-    def observe(self, name: str, seconds: float, *labels: str) -> None: ...
-
-    def close(self) -> None: ...
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
 class Observer:
@@ -52,54 +40,57 @@ class Observer:
 
     def __init__(
         self,
-        recorder: Recorder | Silence,
+        recorder: Recorder | NullRecorder,
         recipe: Recipe,
         ranks: Ranks,
         shared: Path | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
         self.recorder, self.recipe, self.ranks, self.shared = recorder, recipe, ranks, shared
-        self.heartbeat = heartbeat
-        self.exporter: NodeExporter | None = None
+        self.heartbeat = heartbeat or Heartbeat()
+        self._ends_heartbeat = heartbeat is None
+        self.exporter: ExporterProcess | None = None
         """Of the node's first rank."""
         self.clock = StepClock(
             ranks.device,
-            part=lambda name, seconds: recorder.observe("step_part_seconds", seconds, name),
-            step=lambda seconds: recorder.observe("step_seconds", seconds),
-            place=self.at,
+            on_phase_end=lambda phase, seconds: recorder.observe("step_part_seconds", seconds, phase),
+            on_step_end=lambda seconds: recorder.observe("step_seconds", seconds),
+            on_phase=self.set_phase,
         )
         self._process = psutil.Process()
         self._communication = Communication()
         self._flops = 0.0
         self._peak: float | None = None
         recorder.add("parts_total", 0)
-        self.at("starting")
+        self.set_phase("starting")
         if ranks.is_main:
             recorder.set("world_size", ranks.world_size)
-        self._pulse = Pulse(recorder) if isinstance(recorder, Recorder) else None
+        self.heartbeat.add_listener(self._tick)
 
     def export(self) -> None:
         """Starts the node's exporter; for the node's first rank."""
         assert self.shared is not None
-        self.exporter = NodeExporter(self.recipe, self.shared)
+        self.exporter = ExporterProcess(self.recipe, self.shared)
 
-    def at(self, place: str) -> None:
+    def set_phase(self, phase: str) -> None:
         """The rank comes to one of `PHASES`."""
-        self.recorder.set("rank_part", _NUMBERS[place])
-        if place in STEP_PHASES:
+        self.recorder.set("rank_part", _NUMBERS[phase])
+        if phase in STEP_PHASES:
             self.recorder.add("parts_total", 1)
-        if self.heartbeat is not None:
-            self.heartbeat.at(place)
+        self.heartbeat.set_phase(phase)
+
+    def _tick(self) -> None:
+        self.recorder.set("alive_timestamp_seconds", time.time())
 
     def restarted(self, past_ends: Sequence[str]) -> None:
-        """Says how earlier attempts at the run ended, which the main rank knows."""
+        """Counts how earlier attempts at the run ended; the main rank knows."""
         if self.ranks.is_main:
             ends = Counter(past_ends)
             for reason in ENDS:
                 self.recorder.set("resumes_total", ends[reason], reason)
 
     def begin(self, total_steps: int, parameters: int) -> None:
-        """Says what runs; for the main rank."""
+        """Records what runs; for the main rank."""
         self._flops = model_flops(self.recipe)
         self._peak = peak_flops(self.recipe, self.ranks.device)
         train, found = self.recipe.train, versions()
@@ -107,7 +98,7 @@ class Observer:
             "run_info",
             1,
             recipe_id(self.recipe),
-            self.recipe.model.encoder,
+            self.recipe.encoder.name,
             f"{parameters / 1e6:.1f}M",
             str(self.ranks.world_size),
             str(train.zero_stage),
@@ -131,11 +122,10 @@ class Observer:
         self.recorder.add("images_total", images)
         self.recorder.set("step", state.step)
         self.recorder.set("heartbeat_timestamp_seconds", time.time())
-        if self.heartbeat is not None:
-            self.heartbeat.at("between", state.step)
+        self.heartbeat.set_phase("between", state.step)
 
     def data(self, stream: Stream) -> None:
-        """Where the input stands."""
+        """Records bytes read, retries, queued batches, cache use and replaced samples."""
         self.recorder.set("read_bytes_total", stream.bytes_read)
         self.recorder.set("read_retries_total", stream.retried)
         self.recorder.set("data_queue_batches", stream.ready)
@@ -145,7 +135,7 @@ class Observer:
             self.recorder.set("replaced_samples_total", count, reason.label)
 
     def process(self) -> None:
-        """What this rank holds; at logged steps."""
+        """Records this process's memory, open files and communication; at logged steps."""
         self.recorder.set("resident_memory_bytes", self._process.memory_info().rss)
         self.recorder.set("open_files", self._process.num_fds() if hasattr(self._process, "num_fds") else math.nan)
         if self.ranks.device.type == "cuda":
@@ -161,7 +151,7 @@ class Observer:
             self.recorder.set("communication_seconds_total", self._communication.seconds[operation], operation)
 
     def logged(self, values: dict[str, float], state: TrainState, total_steps: int) -> None:
-        """The run's own numbers at a logged step; for the main rank."""
+        """Records loss, learning rate, speed and the like of a logged step; for the main rank."""
         rate = values["images_per_second"]
         self.recorder.set("loss", values["loss"])
         self.recorder.set("gradient_norm", values["grad_norm"])
@@ -175,12 +165,17 @@ class Observer:
             left = (total_steps - state.step) * self.recipe.train.global_batch / rate
             self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
 
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Records what the task measured; for the main rank."""
+        for name, value in metrics.items():
+            self.recorder.set("evaluation", value, name)
+
     def skipped(self) -> None:
-        """A step is skipped; for the main rank."""
+        """Counts a skipped step; for the main rank."""
         self.recorder.add("skipped_steps_total", 1)
 
     def checkpoint(self, saved: Saved) -> None:
-        """A checkpoint is saved; for the main rank."""
+        """Records a saved checkpoint; for the main rank."""
         self.recorder.observe("checkpoint_seconds", saved.stall)
         self.recorder.observe("checkpoint_write_seconds", saved.seconds)
         self.recorder.set("checkpoint_timestamp_seconds", time.time())
@@ -191,8 +186,9 @@ class Observer:
 
     def close(self, clean: bool) -> None:
         """Ends the exporter; after an unclean end its target stays, and Prometheus sees a node that is down."""
-        if self._pulse is not None:
-            self._pulse.close()
+        self.heartbeat.remove_listener(self._tick)
+        if self._ends_heartbeat:
+            self.heartbeat.close()
         self.recorder.close()
         if self.exporter is not None:
             self.exporter.close(clean)
@@ -201,14 +197,14 @@ class Observer:
 
 
 def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = None) -> tuple[Observer, str | None]:
-    """This rank's observer, and why nothing is exported, if so. To be called by all ranks.
+    """Returns this rank's observer, and why no metrics are exported, if so. To be called by all ranks.
 
     Before the exporters of this start announce themselves, the main rank forgets those of an earlier one.
     """
     if not recipe.monitoring.enabled:
-        return Observer(Silence(), recipe, ranks, heartbeat=heartbeat), None
+        return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
-        forget_targets(recipe.run_dir)
+        remove_targets(recipe.run_dir)
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, src=0)
     shared = _shared_memory() / f"mixmae-{token[0]}"
@@ -216,7 +212,7 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         recorder = Recorder(shared, ranks.rank)
     except OSError as error:
         return Observer(
-            Silence(), recipe, ranks, shared, heartbeat
+            NullRecorder(), recipe, ranks, shared, heartbeat
         ), f"no metrics are exported: {shared}: {error.strerror}"
     observer = Observer(recorder, recipe, ranks, shared, heartbeat)
     if ranks.local_rank == 0:

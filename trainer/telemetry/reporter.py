@@ -1,23 +1,25 @@
-"""What a run says of itself: events, TensorBoard, and a progress bar on a terminal or plain lines elsewhere."""
+"""The run's record on the main rank: events, TensorBoard, Weights & Biases, and a line per logged step."""
 
-import sys
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from mixmae.trainer.run.run_directory import EVENTS, Events
+from mixmae.base.run_directory import EVENTS, PICTURES, TENSORBOARD
+from mixmae.trainer.run.run_directory import Events
+from mixmae.trainer.telemetry.progress import Progress, plain_number
 from mixmae.trainer.telemetry.wandb_tracker import Tracker
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
-_BOARD, _PICTURES = "tensorboard", "pictures"
+_logger = logging.getLogger(__name__)
+_WARNINGS = ("checkpoint_failed", "checkpoint_kept", "data", "fallback", "monitoring", "skipped")
+"""Events that are logged as warnings; `failed` is not logged, since the error itself is shown when the run ends."""
 
 
 class Board:
@@ -55,63 +57,60 @@ class Reporter:
 
     def __init__(self, run_dir: Path, first_step: int, total_steps: int, tracker: Tracker | None = None) -> None:
         self.run_dir = run_dir
-        self.total_steps = total_steps
         self.tracker = tracker
+        self.progress = Progress(total_steps)
         self.events = Events(run_dir)
-        self.board = Board(run_dir / _BOARD, first_step)
-        self.bar: Any = None
+        self.board = Board(run_dir / TENSORBOARD, first_step)
         self._with_gaps: set[str] = set()
         self._failed = False
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
-
-    def step(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
 
     def scalars(self, step: int, samples: int, values: dict[str, float]) -> None:
         """One logged step, up to which so many samples were seen."""
-        curves = [(f"train/{name}", value) for name, value in values.items()]
-
-        def add(writer: "SummaryWriter") -> None:
-            for name, value in curves:
-                writer.add_scalar(name, value, step)
-
         with self._recording(EVENTS):
             self.events.write("step", step=step, **values)
-        with self._recording(_BOARD):
-            self.board.write(add)
-        if self.tracker is not None:
-            self.tracker.scalars(samples, curves)
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_second=f"{values['images_per_second']:.0f}")
-        else:
-            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {step}/{self.total_steps} {shown}", flush=True)
+        self._curves("train", step, samples, values)
+        _logger.info(self.progress.line(step, values))
+
+    def evaluation(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
+        """What the task measured at a step."""
+        shown = "  ".join(f"{name} {plain_number(name, value)}" for name, value in metrics.items())
+        self._curves("eval", step, samples, metrics)
+        self.event("evaluation", f"evaluation at step {step}  {shown}", step=step, samples=samples, metrics=metrics)
 
     def event(self, event: str, message: str, **fields: Any) -> None:
         with self._recording(EVENTS):
             self.events.write(event, message=message, **fields)
-        self._failed = self._failed or event == "failed"
-        self._say(message)
+        if event == "failed":
+            self._failed = True
+        else:
+            _logger.log(logging.WARNING if event in _WARNINGS else logging.INFO, message)
 
     def picture(self, step: int, image: Image.Image) -> None:
-        with self._recording(_PICTURES):
-            folder = self.run_dir / _PICTURES
+        with self._recording(PICTURES):
+            folder = self.run_dir / PICTURES
             folder.mkdir(exist_ok=True)
             image.save(folder / f"step-{step:08d}.png")
-            self.events.write("picture", step=step, file=f"{_PICTURES}/step-{step:08d}.png")
-        with self._recording(_BOARD):
+            self.events.write("picture", step=step, file=f"{PICTURES}/step-{step:08d}.png")
+        with self._recording(TENSORBOARD):
             self.board.write(lambda it: it.add_image("reconstructions", np.asarray(image), step, dataformats="HWC"))
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        with self._recording(_BOARD):
+        with self._recording(TENSORBOARD):
             self.board.close()
         if self.tracker is not None:
             self.tracker.close(clean=not self._failed)
         self.events.close()
+
+    def _curves(self, group: str, step: int, samples: int, values: Mapping[str, float]) -> None:
+        def add(writer: "SummaryWriter") -> None:
+            for name, value in curves:
+                writer.add_scalar(name, value, step)
+
+        curves = [(f"{group}/{name}", value) for name, value in values.items()]
+        with self._recording(TENSORBOARD):
+            self.board.write(add)
+        if self.tracker is not None:
+            self.tracker.scalars(samples, curves)
 
     @contextmanager
     def _recording(self, what: str) -> Iterator[None]:
@@ -121,18 +120,16 @@ class Reporter:
         except OSError as error:
             if what not in self._with_gaps:
                 self._with_gaps.add(what)
-                self._say(f"{self.run_dir / what} cannot be written and has a gap here ({error}); training goes on")
-
-    def _say(self, message: str) -> None:
-        tqdm.write(message) if self.bar is not None else print(message, flush=True)
+                file = self.run_dir / what
+                _logger.warning("%s cannot be written and has a gap here (%s); training goes on", file, error)
 
 
 class NullReporter:
     """On all ranks but the main one."""
 
-    def step(self, step: int) -> None: ...
-
     def scalars(self, step: int, samples: int, values: dict[str, float]) -> None: ...
+
+    def evaluation(self, step: int, samples: int, metrics: Mapping[str, float]) -> None: ...
 
     def event(self, event: str, message: str, **fields: Any) -> None: ...
 

@@ -1,14 +1,15 @@
 """Which samples a run used at which step: one file a rank, appended to from start to start."""
 
-import json
 import time
 from collections import defaultdict
 from pathlib import Path
 
+from mixmae.base import jsonl
+from mixmae.base.jsonl import JsonLines
+from mixmae.base.run_directory import SAMPLES, all_rank_records, rank_records
 from mixmae.trainer.engine.distributed import Ranks, from_main
 
-FOLDER = "samples"
-_MOST_WAITING = 64 * 2**20
+_MAX_WAITING_BYTES = 64 * 2**20
 
 
 class SampleLog:
@@ -19,10 +20,9 @@ class SampleLog:
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
         self._started = from_main(time.time())
-        (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / FOLDER / f"rank-{ranks.rank:05d}.jsonl").open("ab", buffering=0)
-        self._waiting = bytearray(b"\n")  # ends what a killed rank left of a line
-        self._add({"started": self._started, "world_size": ranks.world_size})
+        (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
+        self._lines = JsonLines(rank_records(run_dir / SAMPLES, ranks.rank), _MAX_WAITING_BYTES)
+        self._lines.write({"started": self._started, "world_size": ranks.world_size})
 
     def write(self, step: int, samples: list[list[int]]) -> None:
         """Notes the samples of this rank's micro-batches.
@@ -30,24 +30,11 @@ class SampleLog:
         Raises:
             OSError: nothing can be written, and too much waits already.
         """
-        self._add({"started": self._started, "step": step, "samples": samples})
-
-    def _add(self, record: dict[str, object]) -> None:
-        self._waiting += json.dumps(record).encode() + b"\n"
-        try:
-            self._flush()
-        except OSError:
-            if len(self._waiting) > _MOST_WAITING:
-                raise
-
-    def _flush(self) -> None:
-        while self._waiting:
-            del self._waiting[: self._file.write(self._waiting)]
+        self._lines.write({"started": self._started, "step": step, "samples": samples})
 
     def close(self) -> None:
         """Raises OSError if something waits that still cannot be written."""
-        self._flush()
-        self._file.close()
+        self._lines.close()
 
 
 def read_samples(run_dir: Path) -> dict[int, list[int]]:
@@ -57,9 +44,8 @@ def read_samples(run_dir: Path) -> dict[int, list[int]]:
     """
     order: dict[float, int] = {}
     by_step: dict[int, dict[float, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
-        for line in filter(lambda line: line.endswith("}"), file.read_text().splitlines()):
-            record = json.loads(line)
+    for file in all_rank_records(run_dir / SAMPLES):
+        for record in jsonl.read(file, "started"):
             order.setdefault(record["started"], len(order))
             if "step" in record:
                 by_step[record["step"]][record["started"]] += [s for part in record["samples"] for s in part]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import atomic_write
+from mixmae.base.run_directory import WANDB
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 
-_FOLDER = "wandb"
 _ID = "id"
 
 
@@ -32,7 +33,7 @@ def prepare_wandb(recipe: Recipe, ranks: Ranks) -> None:
     """
     if recipe.log.wandb is None or not ranks.is_main:
         return
-    folder = recipe.run_dir / _FOLDER
+    folder = recipe.run_dir / WANDB
     folder.mkdir(parents=True, exist_ok=True)
     defaults = {"NAME": recipe.run_dir.resolve().name, "DIR": str(recipe.run_dir), "RESUME": "allow"}
     for name, value in {**defaults, "RUN_ID": _run_id(folder / _ID)}.items():
@@ -40,8 +41,8 @@ def prepare_wandb(recipe: Recipe, ranks: Ranks) -> None:
 
 
 @contextmanager
-def wandb_in_words(recipe: Recipe) -> Iterator[None]:
-    """Around the making of the engine: what W&B refuses (no key, no such entity, no network) becomes a UsageError."""
+def explain_wandb_errors(recipe: Recipe) -> Iterator[None]:
+    """Turns what W&B refuses while the engine is built (no key, no such entity, no network) into a UsageError."""
     if recipe.log.wandb is None:
         yield
         return
@@ -56,12 +57,12 @@ def wandb_in_words(recipe: Recipe) -> Iterator[None]:
 
 def _run_id(file: Path) -> str:
     if not file.is_file():
-        file.write_text(uuid.uuid4().hex[:12] + "\n")
+        atomic_write(file, uuid.uuid4().hex[:12] + "\n")
     return file.read_text().strip()
 
 
 class Tracker:
-    """DeepSpeed's monitor, to which a run's logged numbers go too; over the samples seen, as its own learning rate."""
+    """DeepSpeed's monitor, which logs a run's scalars by samples seen, as it does its own learning rate."""
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
@@ -75,7 +76,7 @@ class Tracker:
         self._monitor.write_events([(name, value, samples) for name, value in values])
 
     def close(self, clean: bool) -> None:
-        """Ends the W&B run, which else would wait for the end of the interpreter, to which a rank does not come."""
+        """Ends the W&B run here: its exit hook would not run, since ranks leave without interpreter shutdown."""
         import wandb
 
         wandb.finish(exit_code=0 if clean else 1)

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends.environment import environment_file, for_pdsh, handed_on
-from mixmae.launch.backends.hostfile import OnHosts
-from mixmae.launch.backends.hosts import Hosts
-from mixmae.launch.backends.job import Attempt, Job
+from mixmae.launch.backends.hostfile import HostfileBackend
+from mixmae.launch.backends.hostfile_parser import HostSlots
+from mixmae.launch.backends.job_spec import Attempt, JobSpec
+from mixmae.launch.backends.remote_environment import environment_file, exported_variables, quote_for_pdsh
 from tests.monitoring.services import needs
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("äé"), max_size=20)
@@ -65,14 +65,15 @@ def through_pdsh(far: Path, arguments: list[str], exports: str) -> tuple[list[st
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(TEXT, min_size=1, max_size=3), value=TEXT.map(str.strip))
 @example(
-    arguments=["model.sizes.window_size=[8,4,2,1]", "run_dir=/a b/'c'", '"$HOME" `id` \\ %h %n %%'],
+    arguments=["encoder.window_size=[8,4,2,1]", "run_dir=/a b/'c'", '"$HOME" `id` \\ %h %n %%'],
     value="%n $HOME `id`",
 )
 @example(arguments=["a*b;c&d|e>f(g)~#!", "", "x y\\", " "], value='two words "quoted" \\')
+@pytest.mark.services
 def test_arguments_and_variables_arrive_as_they_were(far: Path, arguments: list[str], value: str) -> None:
     needs("pdsh", "pdsh")
     exports = environment_file({"MIXMAE_TEST": value})
-    found, variables = through_pdsh(far, [for_pdsh(argument) for argument in arguments], exports)
+    found, variables = through_pdsh(far, [quote_for_pdsh(argument) for argument in arguments], exports)
     assert found == arguments
     assert variables["MIXMAE_TEST"] == value
 
@@ -90,21 +91,23 @@ def test_known_families_travel_and_the_users_own_file_is_heeded(tmp_path: Path) 
     (home / ".deepspeed_env").write_text("# mine\n\nWANDB_MODE=offline\nNCCL_DEBUG = WARN\n")
     (here / ".deepspeed_env").write_text("NCCL_DEBUG=INFO=1\n")
     before = {"NCCL_IB_HCA": "mlx5", "CUDA_VISIBLE_DEVICES": "3", "SECRET_KEY": "x", "PATH": "/bin", "HOME": "/root"}
-    found = handed_on(before, home, here)
+    found = exported_variables(before, home, here)
     assert found == {"NCCL_IB_HCA": "mlx5", "PATH": "/bin", "WANDB_MODE": "offline", "NCCL_DEBUG": "INFO=1"}
     other = tmp_path / "other"
     other.write_text("A=1\n")
-    assert handed_on({"DS_ENV_FILE": str(other)}, home, here) == {"A": "1"}
+    assert exported_variables({"DS_ENV_FILE": str(other)}, home, here) == {"A": "1"}
     other.write_text("A=1\nexport B\n")
     with pytest.raises(UsageError, match=r"other, line 2: 'export B': expected NAME=value"):
-        handed_on({"DS_ENV_FILE": str(other)}, home, here)
+        exported_variables({"DS_ENV_FILE": str(other)}, home, here)
 
 
 def test_the_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    job = Job("mixmae.trainer.train", ("r.yaml", "a=[1]"), Path("runs/x"))
-    command = OnHosts(Hosts({"node1": (0, 2), "node2": (0,)}), "10.0.0.1", 2222).command(job, ATTEMPT, {"NCCL_X": "1"})
+    job = JobSpec("mixmae.trainer.train", ("r.yaml", "a=[1]"), Path("runs/x"))
+    command = HostfileBackend(HostSlots({"node1": (0, 2), "node2": (0,)}), "10.0.0.1", 2222).command(
+        job, ATTEMPT, {"NCCL_X": "1"}
+    )
     words = list(command.arguments)
     assert words[1:3] == ["-m", "deepspeed.launcher.runner"]
     options = dict(pairwise(words))
@@ -128,4 +131,4 @@ def test_a_working_directory_that_a_shell_would_change_is_refused(
     (tmp_path / "a b").mkdir()
     monkeypatch.chdir(tmp_path / "a b")
     with pytest.raises(UsageError, match=r"working directory .*a b"):
-        OnHosts(Hosts({"node1": (0,)}), "10.0.0.1").command(Job("m", (), Path("r")), ATTEMPT, {})
+        HostfileBackend(HostSlots({"node1": (0,)}), "10.0.0.1").command(JobSpec("m", (), Path("r")), ATTEMPT, {})

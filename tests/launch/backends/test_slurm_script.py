@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends.job import Job
+from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Container, Site, find_site, read_site
-from mixmae.launch.backends.slurm import Request, slurm_script
-from mixmae.launch.backends.slurm_array import load_array, tasks
-from mixmae.launch.supervision.outcome import OVER
+from mixmae.launch.backends.slurm import SlurmRequest, slurm_script
+from mixmae.launch.backends.slurm_array import load_array, parse_array
+from mixmae.launch.supervision.outcome import ENDED
 from mixmae.trainer.recipe.schema import Launch
 from tests.helpers import ROOT
 
 RECIPE = ROOT / "configs" / "pretrain" / "demo.yaml"
-JOB = Job("mixmae.trainer.train", ("configs/x.yaml", "train.micro_batch=64"), Path("runs/x"))
-REQUEST = Request(2, 8, name="x", time="1-00:00:00")
+JOB = JobSpec("mixmae.trainer.train", ("configs/x.yaml", "train.micro_batch=64"), Path("runs/x"))
+REQUEST = SlurmRequest(2, 8, name="x", time="1-00:00:00")
 SITE = """
 partition: gpu
 account: vision
@@ -50,8 +50,8 @@ def checked(script: str) -> str:
 def test_every_script_is_one_that_bash_reads(tmp_path: Path, kind: str, site: str | None, array: str | None) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(site or "")
-    job = Job(JOB.module, JOB.arguments, Path("runs/x-{task}"), Launch(tasks=kind))
-    script = checked(slurm_script(job, Request(2, 8, array=array), read_site(file), 3, preflight=True))
+    job = JobSpec(JOB.module, JOB.arguments, Path("runs/x-{task}"), Launch(tasks=kind))
+    script = checked(slurm_script(job, SlurmRequest(2, 8, array=array), read_site(file), 3, preflight=True))
     assert "/tmp" not in script.replace(sys.executable, "")
     assert script.endswith('exit "$code"\n')
 
@@ -71,8 +71,8 @@ def test_what_a_job_asks_for() -> None:
 
 
 def test_a_task_per_node_gets_the_cores_of_all_its_ranks() -> None:
-    job = Job(JOB.module, JOB.arguments, JOB.run_dir, Launch(tasks="per_node", grace_seconds=45))
-    script = slurm_script(job, Request(2, 8, cpus_per_rank=6, gpus=False), Site(), 3)
+    job = JobSpec(JOB.module, JOB.arguments, JOB.run_dir, Launch(tasks="per_node", grace_seconds=45))
+    script = slurm_script(job, SlurmRequest(2, 8, cpus_per_rank=6, gpus=False), Site(), 3)
     asked = directives(script)
     assert {"--ntasks-per-node=1", "--cpus-per-task=48", "--signal=B:USR1@45"} <= set(asked)
     assert not any(option.startswith("--gpus") for option in asked)
@@ -82,14 +82,14 @@ def test_a_task_per_node_gets_the_cores_of_all_its_ranks() -> None:
 
 @pytest.mark.parametrize("kind", ["per_gpu", "per_node"])
 def test_nodes_are_looked_at_as_ranks_are_started(kind: str) -> None:
-    job = Job(JOB.module, JOB.arguments, JOB.run_dir, Launch(tasks=kind))
-    script = slurm_script(job, Request(2, 8), Site(), 3, preflight=True)
+    job = JobSpec(JOB.module, JOB.arguments, JOB.run_dir, Launch(tasks=kind))
+    script = slurm_script(job, SlurmRequest(2, 8), Site(), 3, preflight=True)
     lines = [line.strip() for line in script.replace("\\\n", " ").splitlines()]
-    look, train = (" ".join(line.split()) for line in lines if line.startswith("srun"))
-    start, _, options = look.partition("mixmae.trainer.doctor")
+    preflight, train = (" ".join(line.split()) for line in lines if line.startswith("srun"))
+    start, _, options = preflight.partition("mixmae.trainer.doctor")
     assert train.startswith(f"{start}mixmae.launch.supervision.rank")
     assert options == ' --short --world-size 16 "${arguments[@]}"'
-    assert "mixmae.trainer.doctor" not in slurm_script(job, Request(2, 8), Site(), 3)
+    assert "mixmae.trainer.doctor" not in slurm_script(job, SlurmRequest(2, 8), Site(), 3)
 
 
 def test_what_the_site_wants(tmp_path: Path) -> None:
@@ -107,14 +107,14 @@ def test_what_the_site_wants(tmp_path: Path) -> None:
         in script
     )
     assert "python=python3\n" in script
-    own = slurm_script(JOB, Request(2, 8, partition="debug"), read_site(file), 3)
+    own = slurm_script(JOB, SlurmRequest(2, 8, partition="debug"), read_site(file), 3)
     assert "--partition=debug" in directives(own)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=15), min_size=1, max_size=4))
 def test_arguments_arrive_as_they_were_typed(arguments: list[str]) -> None:
-    script = slurm_script(Job("m", arguments, Path("runs/a-b")), Request(1, 1), Site(), 0)
+    script = slurm_script(JobSpec("m", arguments, Path("runs/a-b")), SlurmRequest(1, 1), Site(), 0)
     assigned = script[script.index("run_dir=") : script.index("# This start")]
     show = assigned + 'printf "%s\\0" "$run_dir" "${arguments[@]}"'
     done = subprocess.run(["bash", "-uc", show], env={"SLURM_ARRAY_TASK_ID": "7"}, capture_output=True, check=True)
@@ -123,15 +123,15 @@ def test_arguments_arrive_as_they_were_typed(arguments: list[str]) -> None:
 
 
 def test_a_task_of_an_array_has_its_own_values() -> None:
-    job = Job("m", ("seed={task}", "run_dir=runs/x-{task}"), Path("runs/x-{task}"))
-    script = slurm_script(job, Request(1, 1, array="0-3"), Site(), 0)
+    job = JobSpec("m", ("seed={task}", "run_dir=runs/x-{task}"), Path("runs/x-{task}"))
+    script = slurm_script(job, SlurmRequest(1, 1, array="0-3"), Site(), 0)
     assert "--output=runs/x-%a/logs/slurm-%A_%a.out" in directives(script)
     assert '    seed="$SLURM_ARRAY_TASK_ID"\n    run_dir=runs/x-"$SLURM_ARRAY_TASK_ID"\n' in script
 
 
 def test_names_that_sbatch_would_misread_are_refused() -> None:
-    with pytest.raises(UsageError, match="cannot stand in a line for sbatch"):
-        slurm_script(JOB, Request(1, 1, name="two words"), Site(), 0)
+    with pytest.raises(UsageError, match="cannot be written in an #SBATCH line"):
+        slurm_script(JOB, SlurmRequest(1, 1, name="two words"), Site(), 0)
 
 
 @pytest.mark.parametrize(
@@ -139,21 +139,25 @@ def test_names_that_sbatch_would_misread_are_refused() -> None:
     [("0-3", [0, 1, 2, 3]), ("1,3,5-9:2%4", [1, 3, 5, 7, 9]), ("7", [7]), ("3,1-3", [1, 2, 3])],
 )
 def test_array_specifications(array: str, numbers: list[int]) -> None:
-    assert tasks(array) == numbers
+    assert parse_array(array) == numbers
 
 
 @pytest.mark.parametrize("array", ["", "a", "1-", "3-1", "0-3%", "0-3%x", "1,,2", "0-999999999"])
 def test_bad_array_specifications_are_refused(array: str) -> None:
     with pytest.raises(UsageError, match="--array"):
-        tasks(array)
+        parse_array(array)
 
 
 def test_tasks_that_would_share_a_run_directory_are_refused() -> None:
     with pytest.raises(UsageError, match=r"tasks 0 and 1 would share run_dir=runs/x; put {task} into it"):
         load_array(RECIPE, ["run_dir=runs/x"], "0-1")
-    recipe, run_dir = load_array(RECIPE, ["run_dir=runs/x-{task}", "seed={task}"], "3-5")
-    assert (recipe.seed, str(recipe.run_dir), run_dir) == (3, "runs/x-3", "runs/x-{task}")
-    assert load_array(RECIPE, ["run_dir=runs/x"], "4")[1] == "runs/x"
+    recipes, run_dir = load_array(RECIPE, ["run_dir=runs/x-{task}", "seed={task}"], "3-5")
+    assert [recipe.seed for recipe in recipes] == [3, 4, 5]
+    assert [str(recipe.run_dir) for recipe in recipes] == ["runs/x-3", "runs/x-4", "runs/x-5"]
+    assert str(run_dir) == "runs/x-{task}"
+    assert load_array(RECIPE, ["run_dir=runs/x"], "4")[1] == Path("runs/x")
+    with pytest.raises(UsageError, match="expected a plain path"):
+        load_array(RECIPE, ["run_dir='runs/x-{task}'"], "3-5")
     with pytest.raises(UsageError, match="seed"):
         load_array(RECIPE, ["run_dir=runs/x-{task}", "seed=a{task}"], "3-5")
 
@@ -196,10 +200,10 @@ def test_where_a_site_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_step_that_never_ends_is_left_once_its_supervisors_are_gone(tmp_path: Path, over: bool) -> None:
     """As srun does for a task whose slurmstepd was killed; while supervisors live, it is waited for."""
     script = slurm_script(JOB, REQUEST, Site(), 3)
-    waiting = script[script.index("late=0") : script.index("# The last words")]
+    waiting = script[script.index("waits=0") : script.index("# The outcome")]
     (tmp_path / "logs" / "a").mkdir(parents=True)
     if over:
-        (tmp_path / "logs" / "a" / OVER).touch()
+        (tmp_path / "logs" / "a" / ENDED).touch()
     ended = tmp_path / "ended"
     step = f"{{ /bin/sleep 3; touch {ended}; }} & ranks=$!"
     begin = f"run_dir={tmp_path} attempt=a\n{step}\nsleep() {{ /bin/sleep 0.05; }}"  # a shorter look

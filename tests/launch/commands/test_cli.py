@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,8 +46,9 @@ def test_launching_works_without_torch() -> None:
     assert "-m deepspeed.launcher.runner" in done.stdout
     assert "--hostfile /dev/null --num_gpus 2" in done.stdout
     assert "--module mixmae.launch.supervision.rank" in done.stdout
-    typed = "configs/pretrain/demo.yaml seed=3 'run_dir=/tmp/a b'"
-    assert done.stdout.endswith(f"mixmae.trainer.train --world-size 2 {typed}\n")
+    assert re.search(r"mixmae\.trainer\.train --world-size 2 '/tmp/a b/launches/\S+\.yaml'\n$", done.stdout)
+    assert "\nseed: 3\n" in done.stderr
+    assert not Path("/tmp/a b").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixmae.launch.backends.slurm import Request
+from mixmae.launch.backends.slurm import SlurmRequest
 from mixmae.launch.commands.doctor import _accelerators
-from mixmae.launch.preflight.doctor_job import findings_in, telling_line, trouble_of
+from mixmae.launch.preflight.doctor_job import find_error_line, findings_in, job_findings
 from mixmae.launch.preflight.login_checks import check_slurm, sort_nodes
 from mixmae.launch.supervision.outcome import Outcome
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
@@ -56,13 +56,13 @@ node2: plain {{words}}
 
 def test_how_a_job_ended_is_told_where_its_findings_do_not() -> None:
     ended = Outcome(1, "rank 0 on node1 ended with exit code 1", rank=0, host="node1")
-    assert list(trouble_of(ended, [FULL], "", ())) == []
-    (alone,) = trouble_of(ended, [LATE], "ImportError: x\n\n", ())
+    assert list(job_findings(ended, [FULL], "", ())) == []
+    (alone,) = job_findings(ended, [LATE], "ImportError: x\n\n", ())
     assert (alone.level, alone.where) == (Level.ERROR, "node1")
     assert alone.found == "rank 0 on node1 ended with exit code 1: ImportError: x"
     other = Outcome(1, "rank 3 on node2 was killed by SIGKILL", rank=3, host="node2", lines=["Killed"])
-    assert [f.found for f in trouble_of(other, [FULL], "", ())] == ["rank 3 on node2 was killed by SIGKILL: Killed"]
-    assert list(trouble_of(Outcome(0, "finished"), [], "", ())) == []
+    assert [f.found for f in job_findings(other, [FULL], "", ())] == ["rank 3 on node2 was killed by SIGKILL: Killed"]
+    assert list(job_findings(Outcome(0, "finished"), [], "", ())) == []
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_how_a_job_ended_is_told_where_its_findings_do_not() -> None:
     ],
 )  # fmt: skip
 def test_the_line_that_says_what_went_wrong(lines: list[str], told: tuple[str, str]) -> None:
-    assert telling_line(lines, ["node1", "node2"]) == told
+    assert find_error_line(lines, ["node1", "node2"]) == told
 
 
 def test_nodes_are_sorted_by_what_sinfo_says() -> None:
@@ -91,7 +91,7 @@ def test_nodes_are_sorted_by_what_sinfo_says() -> None:
 
 def test_slurm_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = check_slurm(Request(1, 1), None)
+    (finding,) = check_slurm(SlurmRequest(1, 1), None)
     assert (finding.level, finding.found) == (Level.ERROR, "sinfo is not on PATH")
 
 
@@ -100,6 +100,7 @@ def test_ranks_where_nobody_says_how_many() -> None:
     assert _accelerators({}) >= 1
 
 
+@pytest.mark.distributed
 def test_two_ranks_here(recipe: Path) -> None:
     before = set(Path(tempfile.gettempdir()).glob("mixmae-doctor-*"))
     done = typed(recipe, "--local", "2", "--short", "--json")
@@ -112,6 +113,7 @@ def test_two_ranks_here(recipe: Path) -> None:
     assert not (recipe.parent / "run").exists()
 
 
+@pytest.mark.distributed
 def test_the_table_and_the_exit_code_of_an_error(recipe: Path) -> None:
     done = typed(recipe, "data.shards=nowhere", "--local", "1", "--short")
     assert done.returncode == 1, done.stderr
@@ -158,6 +160,7 @@ def silent_hostfile(tmp_path: Path) -> Iterator[tuple[str, ...]]:
         yield "--hostfile", str(tmp_path / "hostfile"), "--ssh-port", str(server.getsockname()[1])
 
 
+@pytest.mark.services
 def test_a_host_that_says_nothing(silent_hostfile: tuple[str, ...]) -> None:
     done = typed(*silent_hostfile, "--json")
     assert done.returncode == 1, done.stderr
@@ -166,6 +169,7 @@ def test_a_host_that_says_nothing(silent_hostfile: tuple[str, ...]) -> None:
     assert found[0].found == "it does not answer"
 
 
+@pytest.mark.services
 def test_whoever_interrupts_reads_no_traceback(silent_hostfile: tuple[str, ...]) -> None:
     with subprocess.Popen([*DOCTOR, *silent_hostfile], cwd=ROOT, stderr=subprocess.PIPE, text=True) as doctor:
         while not psutil.Process(doctor.pid).children():
@@ -180,13 +184,14 @@ PREFLIGHT = """
 import sys
 from pathlib import Path
 from mixmae.launch.preflight.preflight import preflight
-from mixmae.launch.backends.local import Local
+from mixmae.launch.backends.local import LocalBackend
 from mixmae.trainer.recipe.loading import load_recipe
 words = tuple(sys.argv[1:])
-sys.exit(preflight(Local(2), load_recipe(Path(words[0]), words[1:]), words))
+sys.exit(preflight(LocalBackend(2), load_recipe(Path(words[0]), words[1:]), words))
 """
 
 
+@pytest.mark.distributed
 def test_before_a_launch_only_what_is_wrong_is_shown(recipe: Path) -> None:
     command = [sys.executable, "-c", PREFLIGHT, str(recipe)]
     good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)

@@ -26,8 +26,8 @@ NOW = 1_700_000_000.0
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from mixmae.launch.commands.watch import main; from mixmae.base.errors import run_in_words; "
-    "sys.exit(run_in_words(main, sys.argv[1:]))",
+    "import sys; from mixmae.launch.commands.watch import main; from mixmae.base.errors import run_cli; "
+    "sys.exit(run_cli(main, sys.argv[1:]))",
 ]
 
 
@@ -57,7 +57,7 @@ def log_of(records: list[dict[str, Any]]) -> Log:
 def many_ranks(count: int) -> list[Rank]:
     ranks = [Rank(n, f"node{n // 8:03d}", 201, 0.4, 38.0, 0.03, 6e10, 8.5e10, n % 3, "") for n in range(count)]
     if count > 3:
-        ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", part="data_wait")
+        ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", phase="data_wait")
     return sorted(ranks, key=lambda rank: rank.badness)
 
 
@@ -166,7 +166,7 @@ def test_ascii_where_the_terminal_knows_no_more() -> None:
     assert "".join(lines[first : first + 1 + CHART_ROWS]).isascii()
 
 
-def test_events_in_words() -> None:
+def test_events_are_described() -> None:
     record = {"event": "checkpoint", "time": 1.0, "step": 1200, "folder": "a/b", "peak": 0.25}
     assert describe(record) == "step 1,200, folder a/b, peak 0.25"
     assert describe({**record, "message": "saved"}) == "saved"
@@ -181,7 +181,7 @@ def run_dir(tmp_path: Path) -> Path:
     folder.mkdir()
     lines = [json.dumps(record) for record in events(until=time.time())]
     (folder / "events.jsonl").write_text("\n".join(lines) + '\n{"event": "st')
-    (folder / "recipe.yaml").write_text("model: {encoder: nano}\ntrain: {global_batch: 64}\n")
+    (folder / "recipe.yaml").write_text("encoder: {name: nano}\ntrain: {global_batch: 64}\n")
     return folder
 
 
@@ -189,7 +189,7 @@ def call(*argv: object, **environment: str) -> "subprocess.CompletedProcess[str]
     plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     words = [*COMMAND, *map(str, argv)]
     return subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**plain, **environment}, timeout=30
+        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**plain, **environment}, timeout=200
     )
 
 
@@ -220,7 +220,7 @@ def on_terminal(*argv: object, columns: int = 100, interrupt_after: str = "", **
         if not part:
             break
     os.close(master)
-    return process.wait(30), out.decode()
+    return process.wait(200), out.decode()
 
 
 def test_once_in_a_pipe(run_dir: Path) -> None:
@@ -255,7 +255,7 @@ def test_watching_ends_with_the_run(run_dir: Path) -> None:
     done = call(run_dir, "--interval", "0.1")
     assert done.returncode == 0
     assert done.stdout.count("finished") == 1
-    assert "lines of events.jsonl that were cut short and are left out: 1" in done.stdout
+    assert "lines of events.jsonl that cannot be read and are left out: 1" in done.stdout
 
 
 def test_a_closed_pipe_is_no_traceback(run_dir: Path) -> None:

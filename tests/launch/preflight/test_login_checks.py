@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.launch.backends.hosts import Hosts
+from mixmae.launch.backends.hostfile_parser import HostSlots
 from mixmae.launch.preflight.login_checks import Answer, check_batch, check_names, explain
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from tests.cluster.cluster import Cluster
@@ -17,12 +17,12 @@ RECORDED = {
     "unknown key": ("No ED25519 host key is known for node1 and you have requested strict checking.\n"
                     "Host key verification failed.", "host key is unknown", "ssh-keyscan node1"),
     "changed key": ("@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\nIT IS POSSIBLE THAT SOMEONE IS DOING "
-                    "SOMETHING!\nHost key verification failed.", "another one than before", "ssh-keygen -R node1"),
+                    "SOMETHING!\nHost key verification failed.", "has changed", "ssh-keygen -R node1"),
     "refused key": ("root@node1: Permission denied (publickey).", "refuses your key", "ssh-copy-id node1"),
-    "unknown": ("ssh: Could not resolve hostname node1: Name or service not known", "name is unknown", "hostfile"),
+    "unknown": ("ssh: Could not resolve hostname node1: Name or service not known", "does not resolve", "hostfile"),
     "no sshd": ("ssh: connect to host node1 port 22: Connection refused", "nothing listens", "--ssh-port"),
-    "down": ("ssh: connect to host node1 port 22: Connection timed out", "does not answer", "see whether it is up"),
-    "banner": ("Connection timed out during banner exchange", "does not answer", "see whether it is up"),
+    "down": ("ssh: connect to host node1 port 22: Connection timed out", "does not answer", "check that it is up"),
+    "banner": ("Connection timed out during banner exchange", "does not answer", "check that it is up"),
     "no route": ("ssh: connect to host node1 port 22: No route to host", "no route", "check its network"),
     "too many": ("kex_exchange_identification: read: Connection reset by peer", "drops connections", "MaxStartups"),
     "other": ("Unable to negotiate with 10.0.0.1 port 22: no matching cipher found.", "no matching cipher", "by hand"),
@@ -65,16 +65,16 @@ def test_batches_that_divide_and_that_do_not() -> None:
 
 
 def test_names_that_are_one_address_or_none() -> None:
-    assert list(check_names(Hosts({"localhost": (0,)}))) == []
-    (twice,) = check_names(Hosts({"localhost": (0,), "127.0.0.1": (0,)}))
+    assert list(check_names(HostSlots({"localhost": (0,)}))) == []
+    (twice,) = check_names(HostSlots({"localhost": (0,), "127.0.0.1": (0,)}))
     assert (twice.where, twice.found) == ("localhost, 127.0.0.1", "all are 127.0.0.1")
-    (unknown,) = check_names(Hosts({"nowhere.invalid": (0,)}))
-    assert "unknown here" in unknown.found
+    (unknown,) = check_names(HostSlots({"nowhere.invalid": (0,)}))
+    assert "does not resolve here" in unknown.found
 
 
 ASK = """
 import sys
-from mixmae.launch.backends.hosts import read_hostfile
+from mixmae.launch.backends.hostfile_parser import read_hostfile
 from mixmae.launch.preflight.login_checks import check_hosts
 from pathlib import Path
 print("\\n".join(f.to_json() for f in check_hosts(read_hostfile(Path(sys.argv[1])))))

@@ -1,4 +1,4 @@
-"""The lifeline's connections: who is let in, what ports are taken, what is passed over."""
+"""Control connections: who is accepted, which ports are taken, what is passed over."""
 
 import asyncio
 import socket
@@ -7,26 +7,26 @@ from collections.abc import Awaitable, Callable
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from mixmae.base.ports import free_port
-from mixmae.launch.supervision.ports import PortError, listen, own_address, reserve
-from mixmae.launch.supervision.protocol import PORTS, Line, admit, find
+from mixmae.base.ports import PortError, free_port, reserve_port
+from mixmae.launch.supervision.listening import listen, own_address
+from mixmae.launch.supervision.protocol import PORTS, Connection, authenticate_client, connect
 
 SECRET = "right"
 
 
 async def serve(port: int, secret: str = SECRET) -> "tuple[asyncio.Server, int, list[bool]]":
-    """A hub that admits and hears one message; returns what it thought of each client."""
-    admitted: list[bool] = []
+    """A coordinator that admits and hears one message; returns what it thought of each client."""
+    accepted: list[bool] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = Line(reader, writer)
-        admitted.append(await admit(line, secret))
-        if admitted[-1] and (message := await line.hear()):
-            line.say("echo", **message["fields"])
-        await line.close()
+        connection = Connection(reader, writer)
+        accepted.append(await authenticate_client(connection, secret))
+        if accepted[-1] and (message := await connection.receive()):
+            connection.send("echo", **message["fields"])
+        await connection.close()
 
     server, found = await listen(handle, "127.0.0.1", port)
-    return server, found, admitted
+    return server, found, accepted
 
 
 def run(test: Callable[[int], Awaitable[None]]) -> None:
@@ -39,13 +39,13 @@ async def _as_coroutine(test: Callable[[int], Awaitable[None]]) -> None:
 
 def test_ends_that_know_the_secret_talk() -> None:
     async def test(port: int) -> None:
-        server, _, admitted = await serve(port)
-        line = await find("127.0.0.1", port, SECRET)
-        assert line is not None
-        line.say("hello", fields={"text": "ä\n" * 1000})
-        assert await line.hear() == {"kind": "echo", "text": "ä\n" * 1000}
-        assert await line.hear() is None  # closed
-        assert admitted == [True]
+        server, _, accepted = await serve(port)
+        connection = await connect("127.0.0.1", port, SECRET)
+        assert connection is not None
+        connection.send("hello", fields={"text": "ä\n" * 1000})
+        assert await connection.receive() == {"kind": "echo", "text": "ä\n" * 1000}
+        assert await connection.receive() is None  # closed
+        assert accepted == [True]
         server.close()
 
     run(test)
@@ -53,24 +53,24 @@ def test_ends_that_know_the_secret_talk() -> None:
 
 def test_neither_end_trusts_one_without_the_secret() -> None:
     async def test(port: int) -> None:
-        server, _, admitted = await serve(port, "another")
-        assert await find("127.0.0.1", port, SECRET) is None
+        server, _, accepted = await serve(port, "another")
+        assert await connect("127.0.0.1", port, SECRET) is None
         server.close()
-        assert admitted == [False]
+        assert accepted == [False]
 
     run(test)
 
 
-def test_the_hub_of_another_run_on_the_same_port_is_passed_over() -> None:
+def test_the_coordinator_of_another_run_on_the_same_port_is_passed_over() -> None:
     async def test(port: int) -> None:
         other, taken, _ = await serve(port, "another")
-        own, found, admitted = await serve(port)
+        own, found, accepted = await serve(port)
         assert (taken, found) == (port, port + 1)
-        line = await find("127.0.0.1", port, SECRET)
-        assert line is not None
-        line.say("hello", fields={})
-        assert await line.hear() == {"kind": "echo"}
-        assert admitted == [True]
+        connection = await connect("127.0.0.1", port, SECRET)
+        assert connection is not None
+        connection.send("hello", fields={})
+        assert await connection.receive() == {"kind": "echo"}
+        assert accepted == [True]
         other.close()
         own.close()
 
@@ -80,13 +80,13 @@ def test_the_hub_of_another_run_on_the_same_port_is_passed_over() -> None:
 @pytest.mark.parametrize("noise", [b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b'{"kind": "answer"}\n', b""])
 def test_other_speakers_are_turned_away(noise: bytes) -> None:
     async def test(port: int) -> None:
-        server, _, admitted = await serve(port)
+        server, _, accepted = await serve(port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(noise)
         writer.write_eof()
         assert b"challenge" in await reader.readline()
         assert await reader.read() == b""
-        assert admitted == [False]
+        assert accepted == [False]
         writer.close()
         server.close()
 
@@ -116,7 +116,7 @@ def test_the_address_to_listen_on() -> None:
 
 def test_a_reserved_port_is_for_torch_alone() -> None:
     port = free_port()
-    first, second = reserve(port), reserve(port)
+    first, second = reserve_port(port), reserve_port(port)
     assert first.getsockname()[1] == port
     assert second.getsockname()[1] == port + 1
     store = TCPStore("127.0.0.1", port, 1, True)

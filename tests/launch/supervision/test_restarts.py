@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
+from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
+from mixmae.base.run_directory import CHECKPOINTS, OUTCOME, RESTARTS, attempt_folder, checkpoint_name
 from mixmae.launch.backends import slurm_batch
-from mixmae.launch.supervision.outcome import FILE as OUTCOME
-from mixmae.launch.supervision.outcome import USER, Outcome, attempt_folder, write_outcome
-from mixmae.launch.supervision.restarts import FILE, decide, read_restarts, record_restart
-from mixmae.trainer.checkpoints.layout import FOLDER, name_of, point_to
+from mixmae.launch.supervision.outcome import USER, Outcome, write_outcome
+from mixmae.launch.supervision.restarts import decide, read_restarts, record_restart
+from mixmae.trainer.checkpoints.layout import point_to
 
 CRASH = Outcome(FAILED, "rank 3 on node2 was killed", rank=3, host="node2", signal="SIGKILL")
 TAKEN = Outcome(PREEMPTED, "stopped", stopped_by="the job", stop_signal="SIGUSR1")
 
 
 def save(run_dir: Path, step: int) -> None:
-    folder = run_dir / FOLDER / name_of(step)
+    folder = run_dir / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
     point_to(folder)
 
@@ -30,14 +30,14 @@ def save(run_dir: Path, step: int) -> None:
         (CRASH, 0, False),
         (TAKEN, 0, False),
         (Outcome(FINISHED, "finished"), 3, False),
-        (Outcome(MISTAKE, "no such recipe"), 3, False),
+        (Outcome(USAGE_ERROR, "no such recipe"), 3, False),
         (Outcome(PREEMPTED, "stopped", stopped_by=USER), 3, False),
         (Outcome(FAILED, "ended at once", stopped_by=USER), 3, False),
     ],
 )
 def test_what_is_started_again(tmp_path: Path, outcome: Outcome, most: int, again: bool) -> None:
     decision = decide(tmp_path, "here", outcome, most)
-    assert decision.again == again
+    assert decision.restart == again
     if not again:
         assert decision.exit_code(outcome) == outcome.code
 
@@ -46,39 +46,37 @@ def test_a_crash_loop_ends(tmp_path: Path) -> None:
     delays = []
     for _ in range(3):
         decision = decide(tmp_path, "here", CRASH, 3)
-        assert decision.again
+        assert decision.restart
         delays.append(decision.delay)
         record_restart(tmp_path, "here", "a", CRASH)
     assert delays == [0.0, 10.0, 30.0]
     decision = decide(tmp_path, "here", TAKEN, 3)
-    assert not decision.again
+    assert not decision.restart
     assert decision.exit_code(TAKEN) == FAILED
-    assert decision.words == (
-        "not started again: 3 restarts without progress, the newest checkpoint is still of step 0"
-    )
+    assert decision.message == ("not restarted: 3 restarts without progress; the newest checkpoint is still step 0")
 
 
 def test_progress_starts_the_count_anew_and_a_step_back_does_not(tmp_path: Path) -> None:
     save(tmp_path, 100)
     for _ in range(2):
         record_restart(tmp_path, "here", "a", CRASH)
-    assert not decide(tmp_path, "here", CRASH, 2).again
+    assert not decide(tmp_path, "here", CRASH, 2).restart
     save(tmp_path, 120)
-    assert decide(tmp_path, "here", CRASH, 2).again
+    assert decide(tmp_path, "here", CRASH, 2).restart
     record_restart(tmp_path, "here", "a", CRASH)
-    (tmp_path / FOLDER / name_of(120)).rename(tmp_path / FOLDER / "damaged-step-00000120")
+    (tmp_path / CHECKPOINTS / checkpoint_name(120)).rename(tmp_path / CHECKPOINTS / "damaged-step-00000120")
     record_restart(tmp_path, "here", "a", CRASH)  # now from step 100 again
-    assert not decide(tmp_path, "here", CRASH, 2).again
+    assert not decide(tmp_path, "here", CRASH, 2).restart
 
 
 def test_starts_of_another_command_do_not_count(tmp_path: Path) -> None:
     record_restart(tmp_path, "yesterday", "a", CRASH)
-    assert decide(tmp_path, "here", CRASH, 1).again
+    assert decide(tmp_path, "here", CRASH, 1).restart
 
 
 def test_restarts_are_recorded(tmp_path: Path) -> None:
     save(tmp_path, 40)
-    (tmp_path / FILE).write_text('{"time": 1, "laun')  # a line that a full disk cut
+    (tmp_path / RESTARTS).write_text('{"time": 1, "laun')  # a line that a full disk cut
     record_restart(tmp_path, "here", "a", CRASH)
     record_restart(tmp_path, "job7", "b", TAKEN, slurm_restart_count=1)
     record_restart(tmp_path, "job7", "", None, slurm_restart_count=2)
@@ -111,9 +109,9 @@ def test_a_job_that_starts_again_records_how_it_ended_before(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("outcome", "state", "code", "printed", "last"),
     [
-        (TAKEN, "RUNNING", PREEMPTED, "requeue\n", "mixmae: starting again from step 0"),
+        (TAKEN, "RUNNING", PREEMPTED, "requeue\n", "mixmae: restarting from step 0"),
         (TAKEN, "COMPLETING", PREEMPTED, "", "mixmae: stopped"),
-        (CRASH, "RUNNING", FAILED, "requeue\n", "mixmae: starting again from step 0"),
+        (CRASH, "RUNNING", FAILED, "requeue\n", "mixmae: restarting from step 0"),
         (CRASH, "", FAILED, "", "mixmae: error: rank 3 on node2 was killed"),
         (Outcome(FINISHED, "finished"), "RUNNING", FINISHED, "", ""),
         (None, "COMPLETING", FAILED, "", "mixmae: error: rank 0's supervisor left no record"),
@@ -148,4 +146,4 @@ def test_nobody_to_stop_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_records_are_json_lines(tmp_path: Path) -> None:
     record_restart(tmp_path, "here", "a", CRASH)
-    assert [json.loads(line)["launch"] for line in (tmp_path / FILE).read_text().splitlines()] == ["here"]
+    assert [json.loads(line)["launch"] for line in (tmp_path / RESTARTS).read_text().splitlines()] == ["here"]

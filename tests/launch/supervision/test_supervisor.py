@@ -4,20 +4,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from mixmae.base.exit_codes import FAILED, FINISHED, MISTAKE, PREEMPTED
-from mixmae.launch.supervision.outcome import OVER, Exit
+from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
+from mixmae.launch.supervision.outcome import ENDED, Exit
 from tests.launch.ranks import Started, processes_of, started
 from tests.launch.supervision.test_processes import eventually
+
+pytestmark = pytest.mark.distributed
 
 
 def stepping(run: Started) -> bool:
     """Waits until all ranks are past their start."""
-    return eventually(lambda: all("rank" in run.log(rank) for rank in range(len(run.supervisors))), 20)
+    return eventually(lambda: all("rank" in run.log(rank) for rank in range(len(run.supervisors))))
 
 
 def test_a_run_finishes(tmp_path: Path) -> None:
@@ -35,24 +36,34 @@ def test_a_run_finishes(tmp_path: Path) -> None:
     ("how", "code", "reason", "line"),
     [
         ("error", FAILED, "rank 1 on {host} ended with exit code 1", "RuntimeError: the loss is made of cheese"),
-        ("kill", FAILED, "rank 1 on {host} was killed by SIGKILL; the kernel does that when memory is short", "port"),
-        ("leave", FAILED, "rank 1 on {host} was killed by SIGKILL; the kernel does that when memory is short", "port"),
-        ("hang", FAILED, "stuck: nothing moved for", "in fail"),
-        ("stop", FAILED, "stuck: nothing moved for", "port"),
+        (
+            "kill",
+            FAILED,
+            "rank 1 on {host} was killed by SIGKILL; the kernel does that when the host runs out of memory",
+            "port",
+        ),
+        (
+            "leave",
+            FAILED,
+            "rank 1 on {host} was killed by SIGKILL; the kernel does that when the host runs out of memory",
+            "port",
+        ),
+        ("hang", FAILED, "stuck: no progress for", "in fail"),
+        ("stop", FAILED, "stuck: no progress for", "port"),
     ],
 )
 def test_one_failed_rank_ends_all_and_is_named(tmp_path: Path, how: str, code: int, reason: str, line: str) -> None:
     host = os.uname().nodename
     settings = ["at=5", "rank=1", f"how={how}", f"run_dir={tmp_path}"]
-    with started(tmp_path, 3, *settings, stuck=4.0 if how in ("hang", "stop") else 100.0) as run:
+    with started(tmp_path, 3, *settings, stuck=8.0 if how in ("hang", "stop") else 100.0) as run:
         assert run.codes() == [code] * 3
         outcome = run.outcome()
     assert outcome.reason.startswith(reason.format(host=host))
     assert (outcome.rank, outcome.host, outcome.log) == (1, host, str(run.folder / "rank-00001.log"))
     assert any(line in text for text in outcome.lines)
-    assert outcome.last_words().splitlines()[-1] == f"mixmae: error: {outcome.reason}"
+    assert outcome.final_message().splitlines()[-1] == f"mixmae: error: {outcome.reason}"
     if how == "hang":
-        assert "late is rank 1" in outcome.reason
+        assert "the straggler is rank 1" in outcome.reason
         assert "it is in data_wait of step 6" in outcome.reason
     if how == "error":
         assert "in wait" in run.log(0)  # where those hung that waited for it
@@ -61,7 +72,7 @@ def test_one_failed_rank_ends_all_and_is_named(tmp_path: Path, how: str, code: i
 
 def test_a_mistake_ends_with_its_own_code(tmp_path: Path) -> None:
     with started(tmp_path, 2, "at=0", "rank=1", "how=exit", "code=2") as run:
-        assert run.codes() == [MISTAKE] * 2
+        assert run.codes() == [USAGE_ERROR] * 2
         assert run.outcome().lines[-1] == "mixmae: error: this cannot be"
 
 
@@ -91,7 +102,7 @@ def test_ranks_that_do_not_heed_a_stop_are_ended(tmp_path: Path) -> None:
         assert stepping(run)
         run.supervisors[0].send_signal(signal.SIGTERM)
         assert run.codes() == [FAILED] * 2
-        assert "had not ended 2 s after the signal to stop" in run.outcome().reason
+        assert "had not exited 2 s after the signal to stop" in run.outcome().reason
     assert not processes_of(tmp_path)
 
 
@@ -107,7 +118,7 @@ def test_a_killed_supervisor_takes_its_rank_and_the_run_along(tmp_path: Path, ra
         else:
             assert "lost its supervisor" in run.outcome().reason
         assert eventually(lambda: not processes_of(tmp_path))
-        assert (run.folder / OVER).exists()
+        assert (run.folder / ENDED).exists()
 
 
 def test_ranks_end_when_what_started_them_is_gone(tmp_path: Path) -> None:
@@ -117,10 +128,10 @@ def test_ranks_end_when_what_started_them_is_gone(tmp_path: Path) -> None:
     )
     launcher = subprocess.Popen([sys.executable, "-c", start])
     log = tmp_path / "logs" / "one" / "rank-00001.log"
-    assert eventually(lambda: log.is_file() and "rank" in log.read_text(), 20)
+    assert eventually(lambda: log.is_file() and "rank" in log.read_text())
     launcher.kill()
     launcher.wait()
-    assert eventually(lambda: not processes_of(tmp_path), 30)
+    assert eventually(lambda: not processes_of(tmp_path))
     assert "the process that started rank" in (tmp_path / "logs" / "one" / "outcome.json").read_text()
 
 
@@ -128,7 +139,7 @@ def test_missing_ranks_are_named(tmp_path: Path) -> None:
     with started(tmp_path, 2, join=2.0) as run:
         run.supervisors[1].kill()
         run.supervisors[1].wait()
-        assert run.supervisors[0].wait(30) == FAILED
+        assert run.supervisors[0].wait(200) == FAILED
         assert "rank 1" in run.outcome().reason
 
 
@@ -136,18 +147,16 @@ def test_missing_ranks_are_named(tmp_path: Path) -> None:
 def test_a_stopped_supervisor_counts_as_an_unreachable_host(tmp_path: Path) -> None:
     with started(tmp_path, 2, "steps=10000", f"run_dir={tmp_path}") as run:
         assert stepping(run)
-        begun = time.monotonic()
         run.supervisors[1].send_signal(signal.SIGSTOP)
-        assert run.supervisors[0].wait(60) == FAILED
-        assert time.monotonic() - begun < 60
+        assert run.supervisors[0].wait(200) == FAILED
         assert "rank 1 on" in run.outcome().reason
-        assert "was not heard for 20 s" in run.outcome().reason
+        assert "has been silent for 20 s" in run.outcome().reason
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "3"}, "3 ranks were started, expected 2"),
+        ({"WORLD_SIZE": "3"}, "expected world size 2, got 3; refusing to start"),
         ({"MIXMAE_TOKEN": ""}, "MIXMAE_TOKEN is not set"),
         ({"RANK": "x"}, "expected whole numbers"),
     ],
@@ -163,11 +172,11 @@ def test_wrong_environments_are_one_clear_line(environment: dict[str, str], mess
         text=True,
         check=False,
     )
-    assert done.returncode == MISTAKE
+    assert done.returncode == USAGE_ERROR
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_exits_in_words() -> None:
-    assert Exit(3).in_words == "ended with exit code 3"
-    assert Exit(None, signal.SIGSEGV).in_words == "was killed by SIGSEGV"
+def test_exits_are_described() -> None:
+    assert Exit(3).describe() == "ended with exit code 3"
+    assert Exit(None, signal.SIGSEGV).describe() == "was killed by SIGSEGV"

@@ -13,7 +13,9 @@ SIZE, GRID = 128, (4, 4)
 @pytest.fixture(scope="module")
 def encoder() -> Swin:
     torch.manual_seed(0)
-    return create_encoder("mixmae_swin_nano", depths=(2, 2, 2, 2))
+    encoder = create_encoder("mixmae_swin_nano", depths=(2, 2, 2, 2))
+    assert isinstance(encoder, Swin)
+    return encoder
 
 
 MAPS = ["micro_batch", "micro_batch, masked", "sample"]

@@ -134,3 +134,14 @@ def test_no_bias_is_made_for_each_sample(monkeypatch: pytest.MonkeyPatch, per_sa
         attend(attention, torch.randn(6, 8, 8, 32), arrangement)
     assert [mask.shape[0] for mask in masks] == [1, 1]
     assert max(mask.numel() for mask in masks) <= 4 * 2 * 16 * 16
+
+
+def test_the_biases_gradient_is_summed_in_fp32() -> None:
+    """Hundreds of pairs share an entry of the table; a sum in bf16 stops growing at 256 times its terms."""
+    attention = WindowAttention(32, 1, 14).bfloat16()
+    (problems,) = by_window((14, 14), 14, relative_position_index(14), None).problems
+    attention._position_bias(problems).float().sum().backward()
+    gradient = attention.relative_position_bias_table.grad
+    assert gradient is not None
+    pairs = torch.bincount(problems.pairs.flatten(), minlength=27 * 27).bfloat16()
+    assert torch.equal(gradient[:, 0], pairs)

@@ -34,7 +34,8 @@ def model(reference: dict[str, Tensor]) -> MixMAE:
         num_heads=config["num_heads"],
         window_size=config["window_size"],
     )
-    model = MixMAE(encoder, 2, config["decoder_dim"], config["decoder_depth"], config["decoder_num_heads"])
+    sizes = {key: config[key] for key in ("decoder_dim", "decoder_depth", "decoder_num_heads")}
+    model = MixMAE(encoder, num_images=2, **sizes)
     state = {name.removeprefix("state."): value for name, value in reference.items() if name.startswith("state.")}
     encoder_state, decoder_state = convert(state)
     assert decoder_state is not None
@@ -67,7 +68,7 @@ def test_encoded_features(
 def test_reconstruction(
     model: MixMAE, images: Tensor, mix: tuple[Tensor, Tensor], reference: dict[str, Tensor]
 ) -> None:
-    predictions, _ = model.reconstruct(images, *mix)
+    predictions, _ = model.predict(images, *mix)
     torch.testing.assert_close(
         predictions.flatten(0, 1)[..., :32], reference["reconstruction_first32"], atol=1e-4, rtol=0
     )

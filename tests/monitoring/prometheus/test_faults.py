@@ -64,7 +64,7 @@ def run(disk: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (folder / "control").mkdir()
     control = Control(folder / "control")
     control.set("no-engine-1", on=True)
-    endless = {"train.duration": "1000000 steps", "train.max_skipped_steps": 10**6, "data.max_bad_share": 0.99}
+    endless = {"train.duration": "1000000 steps", "train.max_skipped_steps": 10**6, "data.max_corrupt_fraction": 0.99}
     saving = {"checkpoint.every": "100 steps", "checkpoint.keep": 1, "checkpoint.max_failures": 10**6}
     telling = {
         "monitoring.port": 0,

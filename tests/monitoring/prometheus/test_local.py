@@ -15,19 +15,20 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from mixmae.base.ports import free_port
+from mixmae.base.ports import free_port, free_port_from
 from mixmae.launch.commands import monitor as command
 from mixmae.monitoring.exporter.discovery import write_target
-from mixmae.monitoring.exporter.handover import Recorder
+from mixmae.monitoring.exporter.recorder import Recorder
 from mixmae.monitoring.exporter.server import Exporter, Settings
 from mixmae.monitoring.prometheus import local
 from mixmae.monitoring.prometheus.configuration import configuration, run_dirs
-from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs, free_port_from
+from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs
+from tests.certificates import certify
 from tests.helpers import ROOT
 from tests.monitoring.services import needs
 
-RUN = "import sys; from mixmae.base.errors import run_in_words; from mixmae.launch.commands.monitor import main; "
-RUN += "sys.exit(run_in_words(main, sys.argv[1:]))"
+RUN = "import sys; from mixmae.base.errors import run_cli; from mixmae.launch.commands.monitor import main; "
+RUN += "sys.exit(run_cli(main, sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def query(monitor: Monitor, expression: str) -> list[dict[str, Any]]:
     return found
 
 
-def eventually(what: Callable[[], Any], seconds: float = 20) -> Any:
+def eventually(what: Callable[[], Any], seconds: float = 200) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, "did not happen in time"
@@ -105,16 +106,13 @@ def test_a_run_is_scraped_and_its_alert_arrives(
 @contextmanager
 def guarded_run(run_dir: Path, auth: str, told: str) -> Iterator[None]:
     """An exporter over TLS with the password `auth`, of a run whose recipe's file says `told`."""
-    cert, key, auth_file = run_dir / "cert.pem", run_dir / "key.pem", run_dir / "auth"
     run_dir.mkdir(parents=True)
-    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject]
-    subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    (cert, key), auth_file = certify(run_dir), run_dir / "auth"
     auth_file.write_text(auth)
     Recorder(run_dir / "shared", 0).set("step", 3)
     exporter = Exporter(Settings(run_dir / "shared", run_dir, "127.0.0.1", 0, 60.0, cert, key, auth_file))
     auth_file.write_text(told)
-    recipe = {"model": {}, "train": {}, "monitoring": {"certfile": str(cert), "auth_file": str(auth_file)}}
+    recipe = {"encoder": {}, "train": {}, "monitoring": {"certfile": str(cert), "auth_file": str(auth_file)}}
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write_target(run_dir, "n1", exporter.target)
     yield
@@ -125,7 +123,6 @@ def guarded_run(run_dir: Path, auth: str, told: str) -> Iterator[None]:
 def test_runs_are_scraped_over_tls_and_with_passwords_as_their_recipes_say(
     programs: Programs, exporter: tuple[str, Gauge], tmp_path: Path
 ) -> None:
-    needs("openssl", "openssl")
     write_target(tmp_path / "plain", "n1", exporter[0])
     with guarded_run(tmp_path / "guarded", "me:it: is", "me:it: is"), guarded_run(tmp_path / "closed", "me:a", "me:b"):
         folders = [tmp_path / name for name in ("plain", "guarded", "closed")]
@@ -145,7 +142,7 @@ def test_runs_are_scraped_over_tls_and_with_passwords_as_their_recipes_say(
 
 
 def test_a_password_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    recipe = {"model": {}, "train": {}, "monitoring": {"auth_file": str(tmp_path / "nowhere")}}
+    recipe = {"encoder": {}, "train": {}, "monitoring": {"auth_file": str(tmp_path / "nowhere")}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monitor = Monitor(Programs("prometheus", None), [tmp_path], tmp_path / "data", 1, 2)
     with pytest.raises(MonitorError, match="nowhere, which a run's recipe names, cannot be read"), monitor:
@@ -180,7 +177,7 @@ def test_the_command_runs_until_it_is_interrupted(programs: Programs, tmp_path: 
     with local._DIRECT.open(f"http://127.0.0.1:{first}/consoles/mixmae.html", timeout=10) as page:
         assert b"mixmae" in page.read()
     child.send_signal(signal.SIGINT)
-    assert child.communicate(timeout=20)[0].endswith("ended\n")
+    assert child.communicate(timeout=200)[0].endswith("ended\n")
     assert child.returncode == 0
     assert list(tmp_path.glob("mixmae-monitor-*")) == []
     for port in (first, second):

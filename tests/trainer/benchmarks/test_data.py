@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.trainer.benchmarks.cli import main
 from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from tests.helpers import tiny_recipe
@@ -40,7 +40,7 @@ def test_variants_are_measured_beside_the_reference(own: bool, shards: Path, tmp
 def test_too_few_images_are_explained(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(tiny_recipe(**{"data.shards": str(shards)}).to_yaml())
-    assert run_in_words(main, ["data", str(recipe), "--images", "1", "--rounds", "1"]) == 2
+    assert run_cli(main, ["data", str(recipe), "--images", "1", "--rounds", "1"]) == 2
     assert "--images" in capsys.readouterr().err
 
 

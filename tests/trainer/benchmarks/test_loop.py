@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.trainer.benchmarks.cli import main
 from tests.helpers import ROOT
 
 SIZES = ["embed_dim=8", "depths=[1,1,1,1]", "num_heads=[1,1,2,2]", "window_size=[4,4,4,2]"]
 DECODER = ["dim=16", "depth=1", "num_heads=2"]
 TINY = [
-    *("model.img_size=64", "model.num_images=2", "log.every=3"),
-    *(f"model.sizes.{size}" for size in SIZES),
-    *(f"model.decoder_{size}" for size in DECODER),
+    *("encoder.img_size=64", "method.num_images=2", "log.every=3"),
+    *(f"encoder.{size}" for size in SIZES),
+    *(f"method.decoder_{size}" for size in DECODER),
 ]
 
 
@@ -39,5 +39,5 @@ def test_the_loop_is_compared_with_the_bare_step(tmp_path: Path) -> None:
 
 
 def test_no_rounds_are_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_in_words(main, ["loop", "--rounds", "0"]) == 2
+    assert run_cli(main, ["loop", "--rounds", "0"]) == 2
     assert "--rounds 0" in capsys.readouterr().err

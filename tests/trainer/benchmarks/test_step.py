@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import scale, step
-from mixmae.trainer.engine.flops import model_flops
+from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table
+from mixmae.trainer.tasks.flops import model_flops
 from tests.helpers import tiny_recipe
 
 HERE = torch.device("cpu")
@@ -11,7 +15,7 @@ HERE = torch.device("cpu")
 
 def test_measurements_are_consistent() -> None:
     recipe = tiny_recipe(**{"train.micro_batch": 4, "train.global_batch": 4})
-    found = step.measure(recipe, ["plain", "grouped"], 2, HERE)
+    found = [one for one, _ in step.measure(recipe, ["plain", "grouped"], 2, HERE)]
     assert [one["variant"] for one in found] == ["plain", "grouped"]
     assert found[0]["ratio_to_plain"] == 1
     for one in found:
@@ -37,6 +41,7 @@ def test_variants_that_cannot_run_are_refused(variant: str) -> None:
         step.main(["--variant", variant])
 
 
+@pytest.mark.distributed
 def test_ranks_send_what_is_planned() -> None:
     recipe = tiny_recipe(**{"train.micro_batch": 2, "train.global_batch": 4, "train.zero_stage": 2})
     found = scale.measure(recipe, 2, 1)
@@ -44,3 +49,21 @@ def test_ranks_send_what_is_planned() -> None:
     assert found["planned_bytes"]
     for name, planned in found["planned_bytes"].items():
         assert found["bytes"][name] == pytest.approx(planned, rel=0.02, abs=2000)
+
+
+def test_each_moment_of_a_gpu_is_told_once() -> None:
+    """Torch tells operators, and annotations, the time of the kernels that they started."""
+
+    def event(key: str, device: DeviceType, microseconds: float, is_user_annotation: bool = False) -> SimpleNamespace:
+        times = {"self_device_time_total": microseconds, "self_cpu_time_total": 1.0}
+        return SimpleNamespace(key=key, device_type=device, count=2, is_user_annotation=is_user_annotation, **times)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 6000),
+        event("gemm", DeviceType.CUDA, 6000),
+        event("adam", DeviceType.CUDA, 2000),
+        event("Optimizer.step", DeviceType.CUDA, 2000, is_user_annotation=True),
+    ]
+    profiler = SimpleNamespace(key_averages=lambda: events)
+    assert kernel_shares(profiler) == {"gemm": 0.75, "adam": 0.25, "other": 0.0}
+    assert kernel_table(profiler).splitlines()[0] == "    8.000 ms in 4 calls"

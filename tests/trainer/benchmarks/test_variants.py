@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixmae.models import MixMAE
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep
 from mixmae.trainer.recipe.schema import Recipe
@@ -15,7 +16,7 @@ OTHERS = [name for name in VARIANTS if not name.startswith("plain")]
 
 def recipe_of(precision: str, k: int) -> Recipe:
     sizes = {"embed_dim": 32, "num_heads": [1, 2, 4, 8], "depths": [1, 1, 2, 1], "window_size": [8, 8, 8, 4]}
-    model = {"model.img_size": 128, "model.sizes": sizes, "model.num_images": k}
+    model = {"encoder.img_size": 128, "encoder": sizes, "method.num_images": k}
     return tiny_recipe(**{**model, "train.precision": precision, "train.zero_stage": 1, "train.micro_batch": 8})
 
 
@@ -24,7 +25,8 @@ def loss_and_gradients(recipe: Recipe, name: str, device: torch.device) -> tuple
     torch.manual_seed(0)
     step = BareStep(recipe, VARIANTS[name], device)
     images = torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(1)).to(device)
-    mix = draw_mix(8, recipe.model.num_images, step.model.grid, torch.Generator().manual_seed(2)).to(device)
+    assert isinstance(step.model, MixMAE)
+    mix = draw_mix(8, step.model.num_images, step.model.grid, torch.Generator().manual_seed(2)).to(device)
     loss = step.loss(images, mix)
     gradients = torch.autograd.grad(loss, list(step.model.parameters()))
     return loss.detach().float().cpu(), torch.cat([gradient.float().flatten() for gradient in gradients]).cpu()
@@ -63,7 +65,7 @@ def test_variants_equal_published_code_on_a_gpu(name: str, precision: str, k: in
 def test_a_difference_would_be_seen() -> None:
     """The control: groups that see each other are further off than any variant may be."""
     recipe = recipe_of("fp32", 4)
-    mixed_up = recipe.model_copy(update={"model": recipe.model.model_copy(update={"separate_groups": False})})
+    mixed_up = recipe.model_copy(update={"method": recipe.method.model_copy(update={"separate_groups": False})})
     gradients, expected = (loss_and_gradients(r, "plain", HERE)[1] for r in (mixed_up, recipe))
     assert (gradients - expected).norm() / expected.norm() > 0.02
 
@@ -71,7 +73,7 @@ def test_a_difference_would_be_seen() -> None:
 def test_a_step_moves_weights_and_leaves_no_gradient() -> None:
     step = BareStep(recipe_of("bf16", 2), VARIANTS["grouped"], HERE)
     before = [parameter.clone() for parameter in step.model.parameters()]
-    step(torch.randn(8, 3, 128, 128), draw_mix(8, 2, step.model.grid, torch.Generator()))
+    step(torch.randn(8, 3, 128, 128), draw_mix(8, 2, (4, 4), torch.Generator()))
     after = list(step.model.parameters())
     assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
     assert all(parameter.grad is None and parameter.dtype == torch.bfloat16 for parameter in after)

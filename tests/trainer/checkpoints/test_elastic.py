@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mixmae.trainer.checkpoints.layout import Manifest, complete
-from mixmae.trainer.checkpoints.pieces import KINDS
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.base.run_directory import complete_checkpoints
+from mixmae.trainer.checkpoints.manifest import Manifest
+from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
@@ -18,6 +19,8 @@ from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.helpers import run_ranks, tiny_recipe
+
+pytestmark = pytest.mark.distributed
 
 CHANGES = {
     "fp32 stage 0": ("fp32", [(0, 2), (0, 1), (0, 4)]),
@@ -31,6 +34,11 @@ CHANGES = {
 }
 """Precision, then (ZeRO stage, ranks) for steps 1 to 4, 5 to 8 and 9 to 12."""
 STEPS = (4, 8, 12)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def content(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    return master_weights(checkpoint) if kind == "weight" else optimizer_states(checkpoint)[kind]
 
 
 def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recipe:
@@ -43,7 +51,7 @@ def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recip
             "train.duration": "12 steps",
             "optim.clip_grad": 0.05,
             "optim.base_lr": 0.2,
-            "model.sizes.drop_path_rate": 0.2,
+            "encoder.drop_path_rate": 0.2,
             "checkpoint.every": "4 steps",
             "monitoring.enabled": False,
             "log.samples": True,
@@ -52,7 +60,7 @@ def recipe_for(shards: Path, run_dir: Path, precision: str, stage: int) -> Recip
 
 
 def train(ranks: Ranks, recipes: list[tuple[Recipe, int]]) -> list[int]:
-    """Trains each recipe from where it stands until a step; returns where each began."""
+    """Trains each recipe from its newest checkpoint until a step; returns where each began."""
     began = []
     for recipe, until in recipes:
         run = prepare(check(recipe, ranks), ranks)
@@ -65,7 +73,7 @@ def train(ranks: Ranks, recipes: list[tuple[Recipe, int]]) -> list[int]:
 
 
 class StopAt:
-    """Asks a run to stop so that it does right after a step: what is wished then is agreed on one step later."""
+    """Asks a run to stop so that it does right after a step: ranks agree on it one step later."""
 
     def __init__(self, run: Any, step: int) -> None:
         self.run, self.step = run, step
@@ -106,9 +114,9 @@ def test_losses_continue_as_if_nothing_had_changed(runs: Path, change: str) -> N
 @pytest.mark.parametrize("change", CHANGES)
 def test_weights_and_moments_do_too(runs: Path, change: str, kind: str) -> None:
     precision, _ = CHANGES[change]
-    expected = master_weights(complete(runs / precision)[-1], kind)
-    actual = master_weights(complete(runs / change)[-1], kind)
-    first = master_weights(complete(runs / precision)[0], kind)
+    expected = content(complete_checkpoints(runs / precision)[-1], kind)
+    actual = content(complete_checkpoints(runs / change)[-1], kind)
+    first = content(complete_checkpoints(runs / precision)[0], kind)
     moved = torch.stack([(expected[name] - first[name]).norm() for name in expected]).norm()
     apart = torch.stack([(expected[name] - actual[name]).norm() for name in expected]).norm()
     assert apart < moved * (1e-4 if precision == "fp32" else 0.05)
@@ -123,8 +131,8 @@ def test_every_step_takes_the_same_images_in_the_same_order(runs: Path) -> None:
 
 def test_every_change_took_every_step_of_the_optimizer(runs: Path) -> None:
     for change, (_, parts) in CHANGES.items():
-        manifests = [Manifest.read(checkpoint) for checkpoint in complete(runs / change)]
-        assert [manifest.optimizer_step for manifest in manifests] == list(STEPS)
+        manifests = [Manifest.read(checkpoint) for checkpoint in complete_checkpoints(runs / change)]
+        assert [manifest.optimizer_scalars for manifest in manifests] == [{"step": step} for step in STEPS]
         assert [(manifest.zero_stage, manifest.world_size) for manifest in manifests] == parts
 
 
@@ -133,13 +141,13 @@ def test_what_another_stage_reads_is_what_was_written(runs: Path, shards: Path, 
     for change, stage, world_size in (("bf16 stage 1", 3, 4), ("bf16 stage 3", 2, 1), ("fp32 stages 0 1 2", 0, 2)):
         copy = tmp_path / change
         shutil.copytree(runs / change, copy)
-        before = complete(copy)[-1].rename(copy / "before")
-        complete(copy)[-1].rename(copy / "checkpoints" / "damaged-step-00000008")
+        before = complete_checkpoints(copy)[-1].rename(copy / "before")
+        complete_checkpoints(copy)[-1].rename(copy / "checkpoints" / "damaged-step-00000008")
         shutil.copytree(before, copy / "checkpoints" / "step-00000012")
         recipe = recipe_for(shards, copy, CHANGES[change][0], stage)
         run_ranks(save_again, world_size, recipe)
         for kind in KINDS:
-            written, again = master_weights(before, kind), master_weights(complete(copy)[-1], kind)
+            written, again = content(before, kind), content(complete_checkpoints(copy)[-1], kind)
             assert all(torch.equal(value, again[name]) for name, value in written.items()), (change, kind)
 
 

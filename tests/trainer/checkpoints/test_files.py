@@ -9,62 +9,45 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.files import HostMemory, Wanted, contents, fill, read_buffers, write
-from mixmae.trainer.checkpoints.layout import verify_file
-from mixmae.trainer.checkpoints.pieces import KINDS, Piece
+from mixmae.trainer.checkpoints.files import ReadItem, read_slices, write
+from mixmae.trainer.checkpoints.host_memory import HostMemory
+from mixmae.trainer.checkpoints.manifest import verify_file
 
 
-class Held:
-    """Pieces as an engine has them, without one."""
-
-    def __init__(self, pieces: list[Piece], states: dict[str, Tensor]) -> None:
-        self.pieces, self.states = pieces, states
-
-    def to_write(self) -> list[Piece]:
-        return self.pieces
-
-    def values(self, piece: Piece, kind: str) -> Tensor:
-        home = piece.home if kind == "weight" else self.states[kind]
-        return home.view(-1)[piece.offset : piece.offset + piece.numel]
+def tensors_of_all_kinds() -> dict[str, Tensor]:
+    """With larger elements first, as files have them."""
+    return {
+        "buffer/steps": torch.tensor(2**40),
+        "buffer/positions": torch.randn(4, 2, dtype=torch.float64),
+        "weight/a.weight@0": torch.randn(7),
+        "exp_avg/b@13": torch.randn(950)[50:],
+        "weight/frozen@0": torch.randn(3, 5).bfloat16().T,
+        "buffer/flags": torch.tensor([True, False, True]),
+    }
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
-    home = torch.randn(1000)
-    states = {kind: torch.randn(1000) for kind in KINDS[1:]}
-    held = Held([Piece("a.weight", 0, 7, home, 0), Piece("b", 13, 900, home, 50)], states)
-    buffers = {
-        "steps": torch.tensor(2**40),
-        "half": torch.randn(3, 5).bfloat16(),
-        "flags": torch.tensor([True, False, True]),
-        "positions": torch.randn(4, 2, dtype=torch.float64),
-    }
-    written = write(tmp_path / "rank", contents(held, buffers))  # type: ignore[arg-type]
-    verify_file(tmp_path / "rank", written)
-    assert written.bytes == (tmp_path / "rank").stat().st_size
+    tensors = tensors_of_all_kinds()
+    record = write(tmp_path / "rank", tensors)
+    verify_file(tmp_path / "rank", record)
+    assert record.bytes == (tmp_path / "rank").stat().st_size
     found = load_file(tmp_path / "rank")
-    assert found.keys() == {
-        *(f"{kind}/{place}" for kind in KINDS for place in ("a.weight@0", "b@13")),
-        *(f"buffer/{name}" for name in buffers),
-    }
-    assert torch.equal(found["weight/b@13"], home[50:950])
-    assert torch.equal(found["exp_avg_sq/a.weight@0"], states["exp_avg_sq"][:7])
-    for name, value in buffers.items():
-        assert found[f"buffer/{name}"].dtype == value.dtype
-        assert torch.equal(found[f"buffer/{name}"], value)
-    assert read_buffers(tmp_path / "rank").keys() == buffers.keys()
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
 
 
 def test_copies_are_of_the_moment_and_their_memory_is_kept(tmp_path: Path) -> None:
-    home = torch.zeros(100)
-    held = Held([Piece("a", 0, 100, home, 0)], dict.fromkeys(KINDS, home))
-    tensors = contents(held, {"steps": torch.tensor(5), "flag": torch.tensor(True)})  # type: ignore[arg-type]
+    weight = torch.zeros(100)
+    tensors = {"buffer/steps": torch.tensor(5), "weight/a@0": weight, "buffer/flag": torch.tensor(True)}
     memory = HostMemory()
     memory.reserve(tensors)
     reserved = memory._memory.data_ptr()
     for value in (1.0, 2.0):
-        home.fill_(value)
+        weight.fill_(value)
         copies = memory.copy(tensors)
-        home.fill_(-1)
+        weight.fill_(-1)
         write(tmp_path / "rank", copies)
         found = load_file(tmp_path / "rank")
         assert torch.equal(found["weight/a@0"], torch.full((100,), value))
@@ -85,10 +68,7 @@ def resident_bytes() -> int:
 
 
 def test_a_file_is_the_same_from_copies_and_as_it_is(tmp_path: Path) -> None:
-    home = torch.randn(100)
-    held = Held([Piece("a", 3, 40, home, 9)], dict.fromkeys(KINDS, home))
-    buffers = {"half": torch.randn(3, 5).bfloat16().T, "flag": torch.tensor(True)}
-    tensors = contents(held, buffers)  # type: ignore[arg-type]
+    tensors = tensors_of_all_kinds()
     assert write(tmp_path / "copied", HostMemory().copy(tensors)) == write(tmp_path / "direct", tensors)
 
 
@@ -98,16 +78,15 @@ cuts = st.lists(st.integers(1, 59), max_size=6, unique=True).map(sorted)
 @given(cuts, cuts, st.integers(0, 5))
 def test_any_cut_is_read_by_any_other(tmp_path_factory, written: list[int], read: list[int], first: int) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("cut")
-    whole = {(kind, name): torch.randn(60) for kind in KINDS for name in ("a.b", "c@d/e")}
-    places = list(zip([0, *written], [*written, 60], strict=True))
+    whole = {(kind, name): torch.randn(60) for kind in ("weight", "momentum_buffer") for name in ("a.b", "c@d/e")}
     files = []
-    for rank, (low, high) in enumerate(places):
-        pieces = {f"{kind}/{name}@{low}": value[low:high].clone() for (kind, name), value in whole.items()}
+    for rank, (low, high) in enumerate(zip([0, *written], [*written, 60], strict=True)):
+        slices = {f"{kind}/{name}@{low}": value[low:high].clone() for (kind, name), value in whole.items()}
         files.append(folder / f"{rank}")
-        save_file(pieces, files[-1])
+        save_file(slices, files[-1])
     files = files[first % len(files) :] + files[: first % len(files)]
     for low, high in zip([0, *read], [*read, 60], strict=True):
-        wanted = [Wanted(kind, name, low, torch.full((high - low,), torch.nan)) for kind, name in whole]
-        fill(wanted, files)
-        for stretch in wanted:
-            assert torch.equal(stretch.target, whole[stretch.kind, stretch.name][low:high])
+        items = [ReadItem(kind, name, low, torch.full((high - low,), torch.nan)) for kind, name in whole]
+        read_slices(items, files)
+        for item in items:
+            assert torch.equal(item.target, whole[item.kind, item.name][low:high])

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.trainer.checkpoints.layout import complete, step_of
+from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints.retention import prune
 from mixmae.trainer.recipe.schema import Checkpoint
-from tests.trainer.checkpoints.test_layout import make
+from tests.trainer.checkpoints.test_manifest import make
 
 
 def grow(run_dir: Path, settings: Checkpoint, losses: dict[int, float | None]) -> list[int]:
-    """Steps of the checkpoints left when each was saved and the folder pruned behind it."""
+    """Steps of the checkpoints left when the folder was pruned after each save."""
     for step, loss in losses.items():
         prune(run_dir, make(run_dir, step, loss), settings)
-    return [step_of(folder) for folder in complete(run_dir)]
+    return [checkpoint_step(folder) for folder in complete_checkpoints(run_dir)]
 
 
 FALLING: dict[int, float | None] = {step: 1 - step / 100 for step in range(4, 41, 4)}
@@ -38,8 +38,17 @@ def test_what_is_kept(
     assert grow(tmp_path, Checkpoint.model_validate(settings), losses) == left
 
 
-def test_a_history_that_was_given_up_goes(tmp_path: Path) -> None:
+def test_an_abandoned_history_is_removed(tmp_path: Path) -> None:
     for step in (4, 8, 12):
         make(tmp_path, step)
     prune(tmp_path, make(tmp_path, 6), Checkpoint(keep=2))
-    assert [step_of(folder) for folder in complete(tmp_path)] == [4, 6]
+    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == [4, 6]
+
+
+@pytest.mark.parametrize(("mode", "left"), [("max", [4, 12, 20]), ("min", [8, 16, 20])])
+def test_the_best_by_a_metric_of_the_evaluation(tmp_path: Path, mode: str, left: list[int]) -> None:
+    settings = Checkpoint.model_validate({"keep": 1, "keep_best": 2, "best_metric": "top1", "best_mode": mode})
+    for step, top1 in {4: 0.7, 8: 0.1, 12: 0.6, 16: 0.2, 20: None}.items():
+        make(tmp_path, step, loss=step, metrics={} if top1 is None else {"top1": top1})
+    prune(tmp_path, complete_checkpoints(tmp_path)[-1], settings)
+    assert [checkpoint_step(folder) for folder in complete_checkpoints(tmp_path)] == left

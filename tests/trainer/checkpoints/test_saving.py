@@ -1,4 +1,4 @@
-"""Saves while training goes on; what is damaged is stepped over, what cannot be written costs nothing (two ranks)."""
+"""Saves while training goes on; damaged checkpoints are skipped, and failed saves cost no other (two ranks)."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import CHECKPOINTS, complete_checkpoints
 from mixmae.trainer.checkpoints.claim import Claim
-from mixmae.trainer.checkpoints.layout import FOLDER, MANIFEST, Manifest, complete
-from mixmae.trainer.checkpoints.pieces import KINDS
-from mixmae.trainer.checkpoints.resume import NothingWholeError
+from mixmae.trainer.checkpoints.manifest import MANIFEST, Manifest
+from mixmae.trainer.checkpoints.resume import NoIntactCheckpointError
 from mixmae.trainer.checkpoints.saver import Saver
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
@@ -28,6 +28,8 @@ from mixmae.trainer.run.loop import fit, train_step
 from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.run.saving import SaveError
 from tests.helpers import run_ranks, tiny_recipe
+
+pytestmark = pytest.mark.distributed
 
 
 def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
@@ -43,7 +45,7 @@ def recipe_for(shards: Path, run_dir: Path, **changes: Any) -> Recipe:
     )
 
 
-def fit_in_words(run: Run) -> str:
+def fit_to_message(run: Run) -> str:
     """Trains to the end; returns the message of what ended it earlier, if anything did."""
     try:
         fit(run)
@@ -56,9 +58,9 @@ def train(ranks: Ranks, recipe: Recipe) -> str:
     """Trains to the end; returns the message of what ended it earlier, if anything did."""
     try:
         run = prepare(check(recipe, ranks), ranks)
-    except NothingWholeError as error:
+    except NoIntactCheckpointError as error:
         return str(error)
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     run.reporter.close()
     run.engine.destroy()
     return message
@@ -72,8 +74,14 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_end(a: Path, b: Path) -> bool:
-    ends = [[master_weights(complete(run_dir)[-1], kind) for kind in KINDS] for run_dir in (a, b)]
-    return all(torch.equal(value, y[name]) for x, y in zip(*ends, strict=True) for name, value in x.items())
+    return same_content(complete_checkpoints(a)[-1], complete_checkpoints(b)[-1])
+
+
+def same_content(a: Path, b: Path) -> bool:
+    """Whether two checkpoints hold the same weights and moments."""
+    contents = [[master_weights(folder), *optimizer_states(folder).values()] for folder in (a, b)]
+    assert [len(content) for content in contents] == [3, 3]
+    return all(torch.equal(value, y[name]) for x, y in zip(*contents, strict=True) for name, value in x.items())
 
 
 def flip(checkpoint: Path) -> None:
@@ -105,43 +113,45 @@ FAULTS: dict[Callable[[Path], None], str] = {
 
 
 @pytest.mark.parametrize("damage", FAULTS, ids=lambda damage: damage.__name__)
-def test_damaged_checkpoints_are_stepped_over(
+def test_damaged_checkpoints_are_skipped(
     whole: Path, shards: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
-    shutil.rmtree(complete(copy)[-1])
-    (copy / FOLDER / "newest").write_text("step-00000008\n")
-    damage(complete(copy)[-1])
+    shutil.rmtree(complete_checkpoints(copy)[-1])
+    (copy / CHECKPOINTS / "newest").write_text("step-00000008\n")
+    damage(complete_checkpoints(copy)[-1])
     assert run_ranks(train, 2, recipe_for(shards, copy)) == ["", ""]
     (note,) = read_events(copy, "fallback")
     assert "step-00000008 is damaged and was set aside: " + FAULTS[damage] in note["message"]
     assert note["step"] == 4
-    assert (copy / FOLDER / "damaged-step-00000008").is_dir()
+    assert (copy / CHECKPOINTS / "damaged-step-00000008").is_dir()
     assert same_end(whole, copy)
 
 
-def test_a_run_never_starts_over_where_nothing_is_whole(whole: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_run_never_starts_over_where_nothing_is_intact(whole: Path, shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
-    for checkpoint in complete(copy):
+    for checkpoint in complete_checkpoints(copy):
         flip(checkpoint)
     with pytest.raises(UsageError, match="is damaged: rank-00001"):
-        master_weights(complete(copy)[-1])
+        master_weights(complete_checkpoints(copy)[-1])
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
-        assert "is whole: step-00000012 is damaged and was set aside" in message
+        assert "is intact: step-00000012 is damaged and was set aside" in message
         assert "name another run_dir to start from the beginning" in message
     for message in run_ranks(train, 2, recipe_for(shards, copy)):  # nor when it is tried again, as by --max-restarts
-        assert "is whole: there are only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
+        assert (
+            "is intact: there are only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
+        )
 
 
 def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
-    for checkpoint in complete(copy):
+    for checkpoint in complete_checkpoints(copy):
         shutil.rmtree(checkpoint)
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
-        assert "is whole: there are only newest; restore one from a copy" in message
+        assert "is intact: there are only newest; restore one from a copy" in message
 
 
 def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
@@ -151,10 +161,10 @@ def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
     let_go = threading.Event()
     write = Saver._write_own
 
-    def held(self: Saver, partial: Path, tensors: Any) -> Any:
+    def held(self: Saver, folder: Path, tensors: Any) -> Any:
         let_go.wait()
         order.append("written")
-        return write(self, partial, tensors)
+        return write(self, folder, tensors)
 
     Saver._write_own = held  # type: ignore[method-assign]
     for _ in range(4):
@@ -178,10 +188,7 @@ def test_training_goes_on_while_a_save_is_written(shards: Path, tmp_path: Path) 
         assert order == ["step"] * 4 + ["written"]
     changed = {"checkpoint.every": "2 steps", "checkpoint.keep": 9, "checkpoint.asynchronous": False}
     run_ranks(train, 2, recipe_for(shards, tmp_path / "plain", **changed))
-    for kind in KINDS:
-        a = master_weights(complete(held.run_dir)[0], kind)
-        b = master_weights(complete(plain.run_dir)[0], kind)
-        assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert same_content(complete_checkpoints(held.run_dir)[0], complete_checkpoints(plain.run_dir)[0])
 
 
 def memory_of_saves(ranks: Ranks, recipe: Recipe) -> list[int]:
@@ -241,7 +248,7 @@ def test_an_old_checkpoint_that_stays_costs_no_new_one(shards: Path, tmp_path: P
     kept = list(read_events(recipe.run_dir, "checkpoint_kept"))
     assert [event["step"] for event in kept] == [8, 12]
     assert "could not be removed: Directory not empty" in kept[0]["message"]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000012"]
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000012"]
 
 
 def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_step: int) -> str:
@@ -255,7 +262,7 @@ def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_s
         return fetch(images)
 
     run.to_device = limited  # type: ignore[assignment]
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     run.reporter.close()
     run.engine.destroy()
@@ -267,8 +274,8 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole: Path, shards: Pat
     assert run_ranks(train_with_a_full_disk, 2, recipe, 7, 8) == ["", ""]
     (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
     assert "rank 1: File too large" in failed["message"]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004", "step-00000012"]
-    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000004", "step-00000012"]
+    assert not list((recipe.run_dir / CHECKPOINTS).glob("partial-*"))
     assert same_end(whole, recipe.run_dir)
 
 
@@ -299,7 +306,7 @@ def test_an_input_output_error_costs_a_checkpoint_and_not_the_run(
     (failed,) = read_events(recipe.run_dir, "checkpoint_failed")
     assert failed["step"] == 4
     assert f"rank {bad}: Input/output error" in failed["message"]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000008", "step-00000012"]
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000008", "step-00000012"]
     assert same_end(whole, recipe.run_dir)
 
 
@@ -308,18 +315,18 @@ def train_with_a_broken_claim(ranks: Ranks, recipe: Recipe) -> str:
     run = prepare(check(recipe, ranks), ranks)
     if ranks.is_main:
         (recipe.run_dir / "claimed.json").write_text("")
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     run.reporter.close()
     run.engine.destroy()
     return message
 
 
-def test_whatever_ends_a_save_is_told(shards: Path, tmp_path: Path) -> None:
+def test_whatever_ends_a_save_is_reported(shards: Path, tmp_path: Path) -> None:
     """Also what nobody thought of, in a thread that nobody waits for: no run ends as if all were saved."""
     recipe = recipe_for(shards, tmp_path / "run")
     for message in run_ranks(train_with_a_broken_claim, 2, recipe):
         assert "3 saves in a row failed, the last with rank 0: JSONDecodeError(" in message
-    assert complete(recipe.run_dir) == []
+    assert complete_checkpoints(recipe.run_dir) == []
 
 
 def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None:
@@ -329,7 +336,7 @@ def test_too_many_failed_saves_end_the_run(shards: Path, tmp_path: Path) -> None
     assert messages[0] == messages[1]
     assert "the run ends at step 7: 2 saves in a row failed, the last with rank 1: File too large" in messages[0]
     assert "make room" in messages[0]
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000002"]
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000002"]
 
 
 def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
@@ -343,7 +350,7 @@ def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
         return fetch(images)
 
     run.to_device = interfere  # type: ignore[assignment]
-    message = fit_in_words(run)
+    message = fit_to_message(run)
     run.reporter.close()
     run.engine.destroy()
     return message
@@ -353,12 +360,12 @@ def test_an_earlier_start_leaves_the_run_to_a_later_one(shards: Path, tmp_path: 
     recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.asynchronous": False})
     for message in run_ranks(train_twice_at_once, 2, recipe):
         assert message.startswith("the run ends at step 9: the run was started again on ")
-    assert [folder.name for folder in complete(recipe.run_dir)] == ["step-00000004"]
-    assert not list((recipe.run_dir / FOLDER).glob("partial-*"))
+    assert [folder.name for folder in complete_checkpoints(recipe.run_dir)] == ["step-00000004"]
+    assert not list((recipe.run_dir / CHECKPOINTS).glob("partial-*"))
 
 
 def test_the_last_save_must_succeed(shards: Path, tmp_path: Path) -> None:
     recipe = recipe_for(shards, tmp_path / "run")
     for message in run_ranks(train_with_a_full_disk, 2, recipe, 11, 99):
         assert "the run ends at step 12: 1 saves in a row failed" in message
-    assert Manifest.read(complete(recipe.run_dir)[-1]).step == 8
+    assert Manifest.read(complete_checkpoints(recipe.run_dir)[-1]).step == 8

@@ -64,7 +64,7 @@ def directory(folder: Path, bad: Members, classes: int = 3) -> Path:
 
 
 def recipe_for(shards: Path | str, share: float = 0.1, workers: int = 0) -> Recipe:
-    changes = {"data.shards": str(shards), "data.num_workers": workers, "data.max_bad_share": share}
+    changes = {"data.shards": str(shards), "data.num_workers": workers, "data.max_corrupt_fraction": share}
     return tiny_recipe(**{**changes, "data.network": {"timeout": 1.0, "retries": 2}})
 
 
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
 def stream_two_epochs(index: ShardIndex, tmp_path: Path, workers: int = 0) -> Outcome:
     record = tmp_path / "replaced.jsonl"
     recipe = recipe_for(index.store.location, workers=workers)
-    require_usable(index, recipe.data.max_bad_share)
+    require_usable(index, recipe.data.max_corrupt_fraction)
     shown = []
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint), record) as stream:
         for batch in itertools.islice(stream, 2 * len(index) // recipe.train.micro_batch):
@@ -231,7 +231,9 @@ def test_a_missing_shard_below_the_share_is_said_and_stepped_over(tmp_path: Path
     outcome = stream_two_epochs(index, tmp_path)
     assert not {14, 15} & set(outcome.shown)
     assert outcome.counts == {Reason.SHARD_GONE: 4}
-    with pytest.raises(UsageError, match=r"2 of 40 samples.*07\.tar \(missing\); more than data.max_bad_share=0.04"):
+    with pytest.raises(
+        UsageError, match=r"2 of 40 samples.*07\.tar \(missing\); more than data.max_corrupt_fraction=0.04"
+    ):
         require_usable(index, 0.04)
 
 
@@ -242,7 +244,7 @@ def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[Shard
     recipe = tiny_recipe(
         **{
             "data.shards": f"{server.url}/shards",
-            "data.max_bad_share": 0.1,
+            "data.max_corrupt_fraction": 0.1,
             "data.network": network,
             "data.cache": cache,
         }
@@ -354,7 +356,7 @@ def test_shell_commands_are_refused_and_nothing_is_unpickled(tmp_path: Path) -> 
 def test_faults_are_counted_in_their_own_epoch(tmp_path: Path) -> None:
     """Of 40 images one is bad, in a global batch of 80: streams are two epochs apart, and 5 % would be two."""
     index = open_index(directory(tmp_path / "shards", [("x.jpg", b"")]))
-    changes = {"train.global_batch": 80, "train.micro_batch": 8, "data.max_bad_share": 0.05}
+    changes = {"train.global_batch": 80, "train.micro_batch": 8, "data.max_corrupt_fraction": 0.05}
     recipe = tiny_recipe(**{"data.shards": str(tmp_path / "shards"), **changes})
     with Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint)) as stream:
         for _ in range(30):  # six epochs
@@ -398,13 +400,14 @@ def lose_a_shard(ranks: Ranks, recipe: Recipe, victim: str) -> str:
         run.engine.destroy()
 
 
+@pytest.mark.distributed
 def test_ranks_stop_together_when_they_together_met_too_much(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     for number in range(5):
         write_tar(folder / f"{number}.tar", good(16 * number, 16))
     write_index(folder)
-    changes = {"data.shards": str(folder), "run_dir": str(tmp_path / "run"), "data.max_bad_share": 0.15}
+    changes = {"data.shards": str(folder), "run_dir": str(tmp_path / "run"), "data.max_corrupt_fraction": 0.15}
     recipe = tiny_recipe(**{**changes, "train.duration": "12 steps", "monitoring.enabled": False})
     ends = run_ranks(lose_a_shard, 2, recipe, str(folder / "1.tar"))
     assert all("of epoch 0 could not be used" in end and "shards: 1.tar" in end for end in ends), ends

@@ -6,6 +6,8 @@ from mixmae.trainer.doctor.gather.bandwidth import WrongSumError, measure_reduct
 from mixmae.trainer.engine.distributed import Ranks
 from tests.helpers import run_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 def measure(ranks: Ranks) -> tuple[tuple[Reduction, ...], tuple[Pair, ...]]:
     return measure_reductions(ranks, (1 << 16, 1 << 20)), measure_pairs(ranks, (0, 1, 2), {0: "a", 1: "b", 2: "c"})

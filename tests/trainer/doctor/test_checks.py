@@ -78,8 +78,10 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
     ),
     "no torch GPUs": (healthy(ranks=tuple(replace(rank_facts(r), gpus=0, gpu="") for r in range(4))), E, "GPUs",
                       "node1", "2, of which torch sees none"),
-    "too many ranks": (healthy(ranks=tuple(replace(rank_facts(r), gpus=1) for r in range(4))), E, "GPUs", "node1",
-                       "1 for 2 ranks"),
+    "too many ranks": (healthy(ranks=tuple(replace(rank_facts(r), local_rank=r) for r in range(4))), E, "GPUs",
+                       "node2", "2 for 4 ranks"),
+    "too many ranks of one GPU": (healthy(ranks=tuple(replace(rank_facts(r), gpus=1, gpu=f"{1 + r // 2}-0")
+                                                      for r in range(4))), E, "GPUs", "node1", "ranks 0, 1 share 1-0"),
     "shared GPU": (healthy(ranks=(*map(rank_facts, (0, 1, 2)), replace(rank_facts(3), gpu="2-0"))), E, "GPUs", "node2",
                    "ranks 2, 3 share 2-0"),
     "other GPU": (with_gpu(name="V100"), W, "GPUs", "node2 GPU 1", "V100, 80 GiB, expected A100, 80 GiB"),
@@ -151,6 +153,10 @@ def test_ranks_without_gpus_are_only_a_note() -> None:
     cluster = healthy(hosts=hosts, ranks=ranks, network=None)
     assert not trouble(cluster)
     assert "none: ranks compute on the hosts' cores" in [f.found for f in run_checks(cluster)]
+
+
+def test_tasks_may_see_one_gpu_each() -> None:
+    assert not trouble(healthy(ranks=tuple(replace(rank_facts(rank), gpus=1) for rank in range(4))))
 
 
 def test_gpus_that_nvml_does_not_show_are_named() -> None:

@@ -40,8 +40,8 @@ def test_two_nodes_that_are_well(cluster: Cluster, shards: Path, tmp_path: Path)
     assert not (cluster.shared / "run").exists()
 
 
-def test_a_node_that_is_ill_in_many_ways(mended: Cluster, shards: Path, tmp_path: Path) -> None:
-    cluster, node1, node2 = mended, *mended.hosts
+def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
+    cluster, node1, node2 = repaired, *repaired.hosts
     run_dir, local = cluster.shared / "run", cluster.local
     run_dir.mkdir(exist_ok=True)
     for node in (node1, node2):
@@ -69,15 +69,15 @@ def test_a_node_that_is_ill_in_many_ways(mended: Cluster, shards: Path, tmp_path
     assert not [finding for finding in found if finding.level is Level.ERROR and finding.where != "node2"]
 
 
-def test_a_full_disk(mended: Cluster, shards: Path, tmp_path: Path) -> None:
-    node1 = mended.hosts[0]
-    run_dir = mended.shared / "small"
+def test_a_full_disk(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
+    node1 = repaired.hosts[0]
+    run_dir = repaired.shared / "small"
     run_dir.mkdir()
     node1.mount_tmpfs(run_dir, "8M")
     try:
         node1.run(["dd", "if=/dev/zero", f"of={run_dir}/filler", "bs=1M"])
         recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards)
-        found = examine(mended, recipe, nodes="--nodes=1 --nodelist=node1")
+        found = examine(repaired, recipe, nodes="--nodes=1 --nodelist=node1")
     finally:
         node1.unmount(run_dir)
         run_dir.rmdir()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.ports import free_port
-from mixmae.trainer.checkpoints.layout import Manifest, newest_checkpoint
+from mixmae.base.run_directory import newest_checkpoint
+from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.gather.recipe import probe_recipe
@@ -21,6 +22,9 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import ROOT
 from tests.trainer.doctor.recipes import write_recipe
+from tests.warm import run_module
+
+pytestmark = pytest.mark.distributed
 
 SECONDS = 120
 
@@ -82,8 +86,7 @@ def test_two_healthy_ranks(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_as_large_as_foretold(recipe: Path, tmp_path: Path) -> None:
-    arguments = ["-m", "mixmae.trainer.train", str(recipe), "train.duration=3 steps", "monitoring.enabled=false"]
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, timeout=SECONDS)
+    run_module("mixmae.trainer.train", str(recipe), "train.duration=3 steps", "monitoring.enabled=false")
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
     content = load_recipe(recipe)
@@ -194,7 +197,7 @@ def output_of_main(ranks: "list[subprocess.Popen[str]]") -> tuple[str, str]:
 def test_a_main_rank_that_cannot_be_reached() -> None:
     script = "from mixmae.trainer.doctor import message_store; message_store.ARRIVAL_SECONDS = 2.0; " \
              "from mixmae.trainer.doctor import __main__ as d; " \
-             "from mixmae.base.errors import run_in_words; import sys; sys.exit(run_in_words(d.main, []))"  # fmt: skip
+             "from mixmae.base.errors import run_cli; import sys; sys.exit(run_cli(d.main, []))"  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment(1, 2, free_port()),

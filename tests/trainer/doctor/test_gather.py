@@ -191,7 +191,7 @@ def test_a_recipe_is_held_against_what_training_refuses(shards: Path, tmp_path: 
     assert good.parameters
     refused = probe_recipe(recipe, Ranks(world_size=3)).refused
     assert "does not divide" in refused
-    bad = recipe.model_copy(update={"model": recipe.model.model_copy(update={"encoder": "swin"})})
+    bad = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"name": "swin"})})
     assert probe_recipe(bad, Ranks()).parameters is None
 
 

@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.recipe.schema import ActivationCheckpointing
+from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import tiny_recipe
 
 
 def gradients(dtype: torch.dtype, **settings: Any) -> dict[str, Tensor]:
-    model = build_model(tiny_recipe(**{"model.sizes.depths": [2, 1, 2, 1]})).to(dtype)
+    model = build_model(tiny_recipe(**{"encoder.depths": [2, 1, 2, 1]})).to(dtype)
     checkpoint_activations(model, ActivationCheckpointing(**settings))
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     mix = draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
@@ -45,7 +45,7 @@ def flat(values: dict[str, Tensor]) -> Tensor:
 
 def saved_bytes(**settings: Any) -> int:
     """Bytes that the forward pass keeps for the backward pass."""
-    model = build_model(tiny_recipe(**{"model.sizes.depths": [2, 2, 2, 2]}))
+    model = build_model(tiny_recipe(**{"encoder.depths": [2, 2, 2, 2]}))
     checkpoint_activations(model, ActivationCheckpointing(**settings))
     kept: dict[int, int] = {}
 
@@ -67,7 +67,7 @@ def test_recomputing_the_first_stages_saves_memory() -> None:
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.3])
 def test_selective_recomputes_no_product(drop_path_rate: float) -> None:
     """Nor another mask of drop path than was used; how little it keeps beside that is for the plan to say."""
-    recipe = tiny_recipe(**{"model.sizes.depths": [2, 1, 2, 1], "model.sizes.drop_path_rate": drop_path_rate})
+    recipe = tiny_recipe(**{"encoder.depths": [2, 1, 2, 1], "encoder.drop_path_rate": drop_path_rate})
     images, mix = torch.randn(4, 3, 64, 64), draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
     operations, found = [], []
     for kind in ("none", "selective"):

@@ -3,14 +3,14 @@ import copy
 import torch
 from torch import nn
 
-from mixmae.trainer.engine.cpu import widen_products
+from mixmae.trainer.engine.cpu import upcast_matmuls
 
 
 def test_widened_products_equal_native_bf16_ones() -> None:
     torch.manual_seed(0)
     native = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), nn.Linear(16, 8)).bfloat16()
     widened = copy.deepcopy(native)
-    widen_products(widened)
+    upcast_matmuls(widened)
     x = torch.randn(2, 3, 16, 16).bfloat16()
     results = []
     for net in (native, widened):
@@ -25,5 +25,5 @@ def test_widened_products_equal_native_bf16_ones() -> None:
 def test_names_and_modules_stay() -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     names = list(net.state_dict())
-    widen_products(net)
+    upcast_matmuls(net)
     assert list(net.state_dict()) == names

@@ -1,7 +1,16 @@
+import os
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.engine.distributed import read_ranks
+from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.distributed import Ranks, background_group, join, read_ranks
+from tests.helpers import run_ranks
 
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -56,3 +65,72 @@ def test_a_local_rank_alone_is_half_set() -> None:
 def test_numbers_are_expected() -> None:
     with pytest.raises(UsageError, match="RANK=first"):
         read_ranks({**LAUNCHER, "RANK": "first"})
+
+
+def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, uuid: str = "GPU-1") -> None:
+    """Stand-ins for a host that shows this task so many GPUs."""
+    shown = {"is_available": lambda: True, "device_count": lambda: count, "set_device": lambda device: None}
+    for name, stand_in in {**shown, "get_device_properties": lambda device: SimpleNamespace(uuid=uuid)}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.mark.parametrize(("count", "index"), [(8, 3), (1, 0)])
+def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.MonkeyPatch, count: int, index: int) -> None:
+    """Under Slurm's --gpus-per-task=1 each task sees one GPU, which is its number 0."""
+    see_gpus(monkeypatch, count)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    told: dict[str, Any] = {}
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **given: told.update(given))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=lambda key, one: 1))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: told.update(cudnn=enabled))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
+    ranks = Ranks(rank=11, world_size=16, local_rank=3)
+    join(ranks, stuck_seconds=100)
+    assert ranks.device == torch.device("cuda", index)
+    assert os.environ["LOCAL_RANK"] == str(index)  # which DeepSpeed reads
+    assert told["dist_backend"] == "nccl"
+    assert told["timeout"].total_seconds() > 300  # the supervisor's thrice stuck_seconds
+    assert told["cudnn"] is False
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 2)
+    with pytest.raises(UsageError, match="LOCAL_RANK=3, but this host shows 2 GPUs"):
+        join(Ranks(rank=3, world_size=4, local_rank=3))
+
+
+def test_a_gpu_that_another_rank_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 1)
+    taken: Counter[str] = Counter()
+
+    def add(key: str, one: int) -> int:
+        taken[key] += one
+        return taken[key]
+
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=add))
+    distributed._refuse_shared_gpu(Ranks(rank=0, world_size=2, local_rank=0))
+    with pytest.raises(UsageError, match="GPU-1, which another rank has taken"):
+        distributed._refuse_shared_gpu(Ranks(rank=1, world_size=2, local_rank=1))
+
+
+def timeouts(ranks: Ranks) -> list[float]:
+    """Seconds that collectives of all groups wait: torch's, DeepSpeed's own, and those of this project."""
+    from deepspeed.utils import groups
+
+    join(ranks, stuck_seconds=100)
+    all_groups = [dist.group.WORLD, groups._get_data_parallel_group(), background_group()]
+    return [group._get_backend(ranks.device).options._timeout.total_seconds() for group in all_groups]
+
+
+def test_no_collective_gives_up_before_the_supervisor() -> None:
+    assert min(run_ranks(joined_again, 1)[0]) > 300
+
+
+def joined_again(ranks: Ranks) -> list[float]:
+    dist.destroy_process_group()
+    import deepspeed.comm.comm as of_deepspeed
+
+    of_deepspeed.cdb = None
+    return timeouts(ranks)

@@ -1,97 +1,64 @@
-import copy
-import math
+"""The optimizer that a task chose: its class, its groups, and at which ZeRO stages it runs."""
+
+from typing import Any
 
 import pytest
-import timm.scheduler
 import torch
 from torch import nn
 
 from mixmae.base.errors import UsageError
-from mixmae.models import create_encoder
-from mixmae.trainer.engine.optimizer import GuardedAdamW, Schedule, build_schedule, parameter_groups, refuse_non_finite
+from mixmae.trainer.engine.guard import Guarded
+from mixmae.trainer.engine.lars import LARS
+from mixmae.trainer.engine.optimizer import build_optimizer, lars
 from tests.helpers import tiny_recipe
+from tests.trainer.checkpoints.small import Small
 
 
-def test_schedule_equals_timms_cosine() -> None:
-    schedule = Schedule(peak_lr=0.3, min_lr=0.01, warmup_steps=10, total_steps=100)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    theirs = timm.scheduler.CosineLRScheduler(
-        optimizer, t_initial=90, lr_min=0.01, warmup_t=10, warmup_lr_init=0.0, warmup_prefix=True, t_in_epochs=False
-    )
-    for step in range(100):
-        theirs.step_update(step)
-        assert schedule.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+class Exempting(Small):
+    def no_weight_decay(self) -> set[str]:
+        return {"body"}
 
 
-def test_durations_become_steps() -> None:
-    recipe = tiny_recipe(**{"train.duration": "10 epochs", "optim.warmup": "80 samples", "optim.base_lr": 1e-3})
-    schedule = build_schedule(recipe, 100)
-    assert (schedule.total_steps, schedule.warmup_steps) == (125, 10)
-    assert schedule.peak_lr == pytest.approx(1e-3 * 8 / 256)
+def test_adamw_is_the_default_and_guarded_where_deepspeed_does_not_do_it() -> None:
+    model = Exempting()
+    changes: dict[str, Any] = {"optim.betas": [0.8, 0.9], "optim.clip_grad": 0.7}
+    for stage in range(4):
+        optimizer = build_optimizer(tiny_recipe(**changes, **{"train.zero_stage": stage}), model)
+        assert isinstance(optimizer, torch.optim.AdamW)
+        assert isinstance(optimizer, Guarded) == (stage == 0)
+        assert [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups] == [
+            (0.05, 1),
+            (0.0, 2),
+        ]
+        assert optimizer.defaults["betas"] == (0.8, 0.9)
 
 
-@pytest.mark.parametrize("changes", [{"optim.warmup": "8 steps"}, {"train.duration": "1 sample"}])
-def test_impossible_schedules_are_refused(changes: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=r"train\.duration"):
-        build_schedule(tiny_recipe(**changes), 100)
+def test_lars_is_refused_where_parameters_are_split() -> None:
+    for stage in (1, 2, 3):
+        with pytest.raises(UsageError, match=f"zero_stage={stage} splits parameters .* LARS .* set train.zero_stage=0"):
+            build_optimizer(tiny_recipe(**{"train.zero_stage": stage}), Small(), lars())
+    optimizer = build_optimizer(tiny_recipe(**{"train.zero_stage": 0}), Small(), lars(), lambda _: 0.5)
+    assert isinstance(optimizer, LARS)
+    assert isinstance(optimizer, Guarded)
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [0.5, 0.5]
 
 
-def test_weight_decay_spares_vectors_and_named_tables() -> None:
-    encoder = create_encoder("mixmae_swin_nano")
-    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
-    decayed, exempt = parameter_groups(encoder.named_parameters(), 0.05, ("relative_position_bias_table",))
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
-    exempt_names = {names[id(p)] for p in exempt["params"]}
-    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
-    assert all(n.endswith(("bias", "bias_table")) or "norm" in n for n in exempt_names)
-    assert all(p.ndim > 1 for p in decayed["params"])
-    literal, _ = parameter_groups(encoder.named_parameters(), 0.05, ())
-    tables = [name for name in names.values() if name.endswith("bias_table")]
-    assert len(literal["params"]) == len(decayed["params"]) + len(tables)
-
-
-@pytest.fixture
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
-
-
-def test_guarded_adamw_is_adamw_with_clipping(model: nn.Module) -> None:
-    twin = copy.deepcopy(model)
-    guarded = GuardedAdamW(model.parameters(), clip_grad=0.5, lr=0.1, fused=True)
-    plain = torch.optim.AdamW(twin.parameters(), lr=0.1, fused=True)
-    for step in range(5):
-        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-        for net, optimizer in ((model, guarded), (twin, plain)):
-            optimizer.zero_grad()
-            net(x).square().sum().backward()
-            if net is twin:
-                norm = nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
-            optimizer.step()
-        assert guarded._global_grad_norm == pytest.approx(norm.item())
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_guarded_adamw_skips_what_is_not_finite(model: nn.Module, bad: float) -> None:
-    optimizer = GuardedAdamW(model.parameters(), clip_grad=None, lr=0.1, fused=True)
-    before = copy.deepcopy(model.state_dict())
-    (model(torch.ones(2, 4)).sum() * bad).backward()
+def test_lars_by_hand() -> None:
+    """Two steps: a matrix with trust ratio and weight decay, a vector with neither, a matrix of zeros at ratio 1."""
+    matrix, vector, zeros = (nn.Parameter(values) for values in (torch.ones(2, 2), torch.ones(2), torch.zeros(2, 2)))
+    optimizer = LARS([matrix, vector, zeros], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.01)
+    for parameter in (matrix, vector, zeros):
+        parameter.grad = torch.full_like(parameter, 3.0)
     optimizer.step()
-    assert optimizer.overflow
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    optimizer.zero_grad()
-    model(torch.ones(2, 4)).sum().backward()
+    # |weights| = 2, |gradient + decay| = 2 * 3.1: the step is lr * trust * 2 in the gradient's direction
+    assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.5 * 0.01))
+    assert torch.allclose(vector, torch.full((2,), 1 - 0.5 * 3.0))
+    assert torch.allclose(zeros, torch.full((2, 2), -0.5 * 3.0))
     optimizer.step()
-    assert not optimizer.overflow
-
-
-@pytest.mark.parametrize(("loss", "finite"), [(2.0, True), (math.inf, False), (math.nan, False)])
-def test_a_non_finite_loss_has_a_non_finite_gradient(loss: float, finite: bool) -> None:
-    weight = torch.zeros((), requires_grad=True)
-    refuse_non_finite(weight * 3 + loss).backward()
-    assert weight.grad is not None
-    assert bool(weight.grad.isfinite()) == finite
-    if finite:
-        assert weight.grad == 3
+    assert torch.allclose(vector, torch.full((2,), -0.5 - 0.5 * (0.9 * 3.0 + 3.0)))
+    assert torch.allclose(matrix, torch.full((2, 2), 0.995 - 0.5 * (0.9 * 0.01 + 0.00995)))
+    zeros.grad = torch.zeros(2, 2)
+    zeros.data.zero_()
+    optimizer.state.clear()
+    optimizer.step()
+    assert torch.equal(zeros, torch.zeros(2, 2))

@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.layout import complete
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
-from mixmae.trainer.engine.optimizer import build_schedule, parameter_groups
+from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
+from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import DivergedError, fit
 from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe
+
+pytestmark = pytest.mark.distributed
 
 WORLD_SIZE, STEPS = 2, 8
 CPU = torch.device("cpu")
@@ -41,7 +44,7 @@ def recipe_for(shards: Path, folder: Path, stage: int, precision: str) -> Recipe
             "train.precision": precision,
             "optim.clip_grad": 0.05,
             "optim.base_lr": 0.2,
-            "model.sizes.drop_path_rate": 0.2,
+            "encoder.drop_path_rate": 0.2,
             "checkpoint.every": "4 steps",
             "log.pictures": "4 steps",
         }
@@ -72,7 +75,7 @@ def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run_dir: Path) -> dict[str, Tensor]:
-    return master_weights(complete(run_dir)[-1])
+    return master_weights(complete_checkpoints(run_dir)[-1])
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -92,8 +95,8 @@ def plain_loop(
     model = copy.deepcopy(masters).to(dtype)
     index = open_index(recipe.data.shards)
     schedule = build_schedule(recipe, len(index))
-    groups = parameter_groups(masters.named_parameters(), recipe.optim.weight_decay, recipe.optim.no_decay)
-    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas)
+    groups = parameter_groups(masters, recipe.optim.weight_decay, exempt_from_decay(recipe, masters))
+    optimizer = torch.optim.AdamW(optimizer_groups(groups, dict(masters.named_parameters())), betas=recipe.optim.betas)
     streams = [Stream(recipe, Ranks(rank, world_size), index, Position(0, 0, "")) for rank in range(world_size)]
     accumulation = recipe.accumulation(world_size)
     means = []
@@ -136,7 +139,7 @@ def micro_losses(
         for micro_step in range(accumulation):
             images = to_device(next(batches).images)
             mix = draw_mix(
-                len(images), 2, (2, 2), torch_at(Purpose.MIX, recipe.seed, step, rank * accumulation + micro_step)
+                len(images), 2, (2, 2), torch_at(Purpose.INPUTS, recipe.seed, step, rank * accumulation + micro_step)
             )
             torch.manual_seed(seed_at(Purpose.DROP_PATH, recipe.seed, step, rank * accumulation + micro_step))
             yield model(images, *mix.to(device))

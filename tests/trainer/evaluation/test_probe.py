@@ -5,10 +5,10 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.models import create_encoder
 from mixmae.trainer.evaluation.probe import main, probe
-from mixmae.trainer.export.encoder_directory import write_artifact
+from mixmae.trainer.export.encoder_directory import write_encoder_directory
 
 
 def clusters(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +33,9 @@ def test_neighbours_agree_with_scikit_learn() -> None:
 
 
 def test_command(shards: Path, tmp_path: Path) -> None:
-    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict())
+    write_encoder_directory(
+        tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict()
+    )
     assert main([str(tmp_path / "encoder"), str(shards), "--json", str(tmp_path / "probe.json")]) == 0
     found = json.loads((tmp_path / "probe.json").read_text())
     assert found["classes"] == 18
@@ -43,5 +45,5 @@ def test_command(shards: Path, tmp_path: Path) -> None:
 def test_a_directory_without_encoder_is_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_in_words(main, [str(tmp_path), str(shards)]) == 2
+    assert run_cli(main, [str(tmp_path), str(shards)]) == 2
     assert "mixmae export" in capsys.readouterr().err

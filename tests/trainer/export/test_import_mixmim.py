@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.models.encoders.registry import create_encoder
 from mixmae.trainer.export.import_mixmim import main
 from tests.helpers import ROOT
@@ -40,7 +40,7 @@ def test_pretraining_checkpoint(released: dict[str, Tensor], pooled: tuple[Tenso
     assert main([str(tmp_path / "release.pth"), str(tmp_path / "out")]) == 0
     encoder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     torch.testing.assert_close(encoder(pooled[0]), pooled[1], atol=1e-4, rtol=0)
-    assert "mask_token" in load_file(tmp_path / "out" / "decoder.safetensors")
+    assert "decoder.mask_token" in load_file(tmp_path / "out" / "method.safetensors")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["embed_dim"] == 16
 
 
@@ -50,7 +50,7 @@ def test_fine_tuned_checkpoint(released: dict[str, Tensor], tmp_path: Path) -> N
     assert main([str(tmp_path / "release.pth"), str(tmp_path / "out")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert torch.equal(model.head.fc.weight, state["head.weight"])
-    assert not (tmp_path / "out" / "decoder.safetensors").exists()
+    assert not (tmp_path / "out" / "method.safetensors").exists()
 
 
 def test_sizes_of_the_paper_are_recognised(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_anything_unknown_is_one_clear_line(
         file.write_bytes(b"something else")
     elif change == "no file":
         file.unlink()
-    assert run_in_words(main, [str(file), str(tmp_path / "out")]) == 2
+    assert run_cli(main, [str(file), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -12,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixmae.models import MixMAE
-from mixmae.models.methods.mixing import draw_mix
+from mixmae.models.contract import Trainable
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.planning.activation_memory import describe, measure
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.registry import build_model, task_of
 from tests.helpers import tiny_recipe
 from tests.trainer.planning.allocations import peak_allocated
 
@@ -36,10 +36,10 @@ def small_swin(precision: str = "fp32", **changes: Any) -> Recipe:
     sizes = {"embed_dim": 32, "num_heads": [1, 2, 4, 8], "depths": [2, 2, 4, 2], "window_size": [8, 8, 8, 4]}
     return tiny_recipe(
         **{
-            "model.img_size": 128,
-            "model.sizes": sizes,
-            "model.decoder_dim": 64,
-            "model.decoder_depth": 2,
+            "encoder.img_size": 128,
+            "encoder": sizes,
+            "method.decoder_dim": 64,
+            "method.decoder_depth": 2,
             "train.precision": precision,
             "train.zero_stage": 1,
             **changes,
@@ -47,7 +47,7 @@ def small_swin(precision: str = "fp32", **changes: Any) -> Recipe:
     )
 
 
-def real_model(recipe: Recipe, policy: ActivationCheckpointing, device: torch.device) -> MixMAE:
+def real_model(recipe: Recipe, policy: ActivationCheckpointing, device: torch.device) -> Trainable:
     """As DeepSpeed makes it: parameters in the recipe's precision, buffers as they are."""
     model = build_model(recipe)
     checkpoint_activations(model, policy)
@@ -58,20 +58,14 @@ def real_model(recipe: Recipe, policy: ActivationCheckpointing, device: torch.de
 
 
 def blank(recipe: Recipe, micro_batch: int) -> Tensor:
-    return torch.zeros(micro_batch, 3, recipe.model.img_size, recipe.model.img_size, dtype=torch.uint8)
+    return torch.zeros(micro_batch, 3, recipe.encoder.img_size, recipe.encoder.img_size, dtype=torch.uint8)
 
 
-def one_pass(model: MixMAE, recipe: Recipe, pixels: Tensor, device: torch.device) -> Tensor:
+def one_pass(model: Trainable, recipe: Recipe, pixels: Tensor, device: torch.device) -> Tensor:
     to_device = ToDevice(device, recipe.data.mean, recipe.data.std)
-    mix = draw_mix(
-        len(pixels),
-        recipe.model.num_images,
-        model.grid,
-        torch.Generator().manual_seed(0),
-        per_sample=recipe.model.group_map == "sample",
-    ).to(device)
+    inputs = [part.to(device) for part in task_of(recipe).example_inputs(model, len(pixels))]
     images = to_device(pixels)  # lives as long as in the training loop
-    loss: Tensor = model(images, *mix)
+    loss: Tensor = model(images, *inputs)
     loss.backward()
     return loss
 
@@ -110,10 +104,10 @@ def test_a_pass_takes_what_was_planned(policy: ActivationCheckpointing, precisio
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model.group_map": "sample"},
-        {"model.num_images": 4, "train.micro_batch": 4, "model.dual": False},
-        {"model.separate_groups": False, "model.norm_pix_loss": False},
-        {"model.sizes.drop_path_rate": 0.3},
+        {"method.group_map": "sample"},
+        {"method.num_images": 4, "train.micro_batch": 4, "method.dual": False},
+        {"method.separate_groups": False, "method.norm_pix_loss": False},
+        {"encoder.drop_path_rate": 0.3},
     ],
     ids=str,
 )
@@ -126,7 +120,7 @@ def test_so_do_other_models(changes: dict[str, Any]) -> None:
 
 def test_the_plan_for_a_gpu_would_not_do_for_a_cpu() -> None:
     """A control: the plain attention of a CPU keeps whole matrices, which the tolerance above would not hide."""
-    recipe, devices = small_swin("bf16", **{"model.sizes.window_size": [16, 16, 8, 4]}), ("cuda", "cpu")
+    recipe, devices = small_swin("bf16", **{"encoder.window_size": [16, 16, 8, 4]}), ("cuda", "cpu")
     gpu, cpu = (measure(recipe, POLICIES["none"], device).peak(12, False) for device in devices)  # type: ignore[arg-type]
     assert gpu < (1 - 5 * TOLERANCE) * cpu
 
@@ -152,8 +146,7 @@ def test_offloading_counts_the_inputs_of_blocks_on_the_host() -> None:
     footprint = measure(recipe, offloaded)
     model = real_model(recipe, ActivationCheckpointing(), torch.device("cpu"))
     inputs: list[int] = []
-    stages = [model.encoder.stage_blocks(stage) for stage in (1, 2, 3, 4)]
-    for block in [*(block for stage in stages for block in stage), *model.decoder.blocks]:
+    for block in chain.from_iterable(model.block_groups().values()):
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].numel() * args[0].element_size()))
     one_pass(model, recipe, blank(recipe, micro_batch), torch.device("cpu"))
     assert footprint.on_host == sum(inputs) / micro_batch

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.trainer.planning.cli import main
 from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import tiny_recipe
@@ -26,7 +26,7 @@ def recipe(tmp_path: Path) -> str:
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    assert run_in_words(main, [*argv, "--json"]) == 0
+    assert run_cli(main, [*argv, "--json"]) == 0
     result: dict[str, Any] = json.loads(capsys.readouterr().out)
     return result
 
@@ -95,16 +95,16 @@ def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFix
         (["--gpus", "12", "--gpu", "h100"], "--gpus 12 is not a whole number of nodes of 8"),
         (["--gpus", "16", "--gpu", "h100", "--link", "fast"], "--link fast: expected"),
         (["--gpus", "3", "--gpu", "h100"], "3 ranks cannot share data.streams=256"),
-        (["--gpus", "256", "--gpu", "h100"], "fewer than the model.num_images=2"),
+        (["--gpus", "256", "--gpu", "h100"], "fewer than the method.num_images=2"),
         (["--gpus", "3", "--gpu", "h100", "data.streams=1"], "3 ranks cannot share"),
         (["--gpus", "8", "--gpu", "h100", "train.duration=1 sample"], "less than one step"),
         (["--gpus", "8", "--gpu", "h100", "train.micro_batsch=8"], "did you mean 'train.micro_batch'?"),
-        (["--gpus", "8", "--gpu", "a10", "model.sizes.embed_dim=4096"], "nothing fits 8 x a10: the least is"),
+        (["--gpus", "8", "--gpu", "a10", "encoder.embed_dim=4096"], "nothing fits 8 x a10: the least is"),
     ],
     ids=str,
 )
 def test_mistakes_are_explained(recipe: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_in_words(main, [recipe, *argv]) == 2
+    assert run_cli(main, [recipe, *argv]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -119,8 +119,8 @@ def test_options_out_of_range_are_refused(recipe: str, argv: list[str], capsys: 
 
 
 def test_what_would_fit_is_said_and_does(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    large = "model.sizes.embed_dim=1536"
-    assert run_in_words(main, [recipe, "--gpus", "1", "--gpu", "a10", large]) == 2
+    large = "encoder.embed_dim=1536"
+    assert run_cli(main, [recipe, "--gpus", "1", "--gpu", "a10", large]) == 2
     error = capsys.readouterr().err
     assert "nothing fits 1 x a10" in error
     gpus, gpu = error.split("--gpus ")[1].split()[0], error.split("--gpu ")[1].split()[0]

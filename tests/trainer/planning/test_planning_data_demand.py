@@ -53,17 +53,17 @@ def test_a_rate_at_the_recipes_size_is_preferred(tmp_path: Path) -> None:
     }
     (tmp_path / "data-a.json").write_text(json.dumps(entry))
     (tmp_path / "data-b.json").write_text(json.dumps({**entry, "img_size": 64, "num_workers": 1}))
-    rate = worker_rate(tiny_recipe(**{"model.img_size": 64}), tmp_path)
+    rate = worker_rate(tiny_recipe(**{"encoder.img_size": 64}), tmp_path)
     assert rate is not None
     assert (rate.images_per_second, rate.file) == (900, "data-b.json")
-    larger = worker_rate(tiny_recipe(**{"model.img_size": 224, "model.sizes.window_size": [7, 7, 7, 7]}), tmp_path)
+    larger = worker_rate(tiny_recipe(**{"encoder.img_size": 224, "encoder.window_size": [7, 7, 7, 7]}), tmp_path)
     assert larger is not None
     assert (larger.images_per_second, larger.file) == (450, "data-a.json")
     assert worker_rate(tiny_recipe(**{"data.decoder": "pillow"}), tmp_path) is None
 
 
 def test_cores_and_workers_bring_the_rate() -> None:
-    recipe = tiny_recipe(**{"model.img_size": 64, "data.num_workers": 3, "data.prefetch_factor": 2})
+    recipe = tiny_recipe(**{"encoder.img_size": 64, "data.num_workers": 3, "data.prefetch_factor": 2})
     rate = worker_rate(recipe, Path("benchmarks/results"))
     assert rate is not None
     data = corpus(recipe, 10, 1000)

@@ -1,8 +1,8 @@
 import pytest
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.engine.flops import PEAKS
 from mixmae.trainer.planning.devices import GPUS, build_cluster, find_gpu
+from mixmae.trainer.tasks.flops import PEAKS
 
 
 def test_each_gpu_has_a_peak_and_sane_figures() -> None:

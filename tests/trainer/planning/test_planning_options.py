@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.engine.flops import model_flops
 from mixmae.trainer.planning.activation_memory import measure, on_meta
 from mixmae.trainer.planning.devices import GPUS, Cluster, build_cluster
 from mixmae.trainer.planning.options import Workload, best, micro_batches, option, options, policies
 from mixmae.trainer.planning.speed import Speed
 from mixmae.trainer.planning.states import Limits, count_parameters
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.flops import model_flops
 from tests.helpers import tiny_recipe
 
 PACE = Speed(1e14, 0.3, "given")
@@ -28,7 +28,9 @@ def workload(compiled: bool = False) -> Workload:
     recipe, limits = recipe_of(**{"train.compile": compiled}), Limits(reduce_bucket=1000)
     chosen = policies(recipe)
     footprints = {name: measure(recipe, policy) for name, policy in chosen.items()}
-    return Workload(recipe, count_parameters(on_meta(recipe), limits), limits, model_flops(recipe), chosen, footprints)
+    return Workload(
+        recipe, count_parameters(on_meta(recipe), limits), limits, model_flops(recipe), chosen, footprints, 2
+    )
 
 
 def with_memory(cluster: Cluster, usable: float) -> Cluster:
@@ -56,9 +58,8 @@ def test_the_largest_micro_batch_is_the_last_that_fits(stage: int, policy: str, 
 @settings(deadline=None, max_examples=60)
 @given(batch=st.integers(1, 4096), gpus=st.integers(1, 128), mixed=st.integers(2, 5))
 def test_micro_batches_share_the_batch_or_it_is_said_what_would(batch: int, gpus: int, mixed: int) -> None:
-    recipe = recipe_of(**{"train.global_batch": batch, "model.num_images": mixed, "train.micro_batch": mixed})
     try:
-        found = micro_batches(recipe, gpus)
+        found = micro_batches(batch, gpus, mixed)
     except UsageError:
         assert batch % gpus or batch // gpus < mixed
         return
@@ -68,11 +69,11 @@ def test_micro_batches_share_the_batch_or_it_is_said_what_would(batch: int, gpus
 
 def test_remedies_work() -> None:
     with pytest.raises(UsageError, match=r"not divide by 3 GPUs; train.global_batch=255 or train.global_batch=258"):
-        micro_batches(recipe_of(), 3)
+        micro_batches(256, 3, 2)
     with pytest.raises(UsageError, match=r"leaves 1 images .* train.global_batch=512 would do, or --gpus 128"):
-        micro_batches(recipe_of(), 256)
-    assert micro_batches(recipe_of(), 128) == [2]
-    assert micro_batches(recipe_of(**{"train.global_batch": 512}), 256) == [2]
+        micro_batches(256, 256, 2)
+    assert micro_batches(256, 128, 2) == [2]
+    assert micro_batches(512, 256, 2) == [2]
 
 
 def test_the_best_is_the_fastest_that_fits() -> None:

@@ -7,6 +7,7 @@ import pytest
 from mixmae.base.errors import UsageError
 from mixmae.trainer.planning.devices import find_gpu
 from mixmae.trainer.planning.speed import ASSUMED_MFU, speed
+from mixmae.trainer.recipe.loading import default_recipe
 from tests.helpers import tiny_recipe
 
 RECIPE = tiny_recipe(**{"train.precision": "bf16", "train.zero_stage": 1})
@@ -39,7 +40,7 @@ def test_the_best_measurement_of_this_model_on_this_gpu(tmp_path: Path) -> None:
     found = speed(RECIPE, A100, None, folder)
     assert found.flops == 93.6e12
     assert found.mfu == pytest.approx(0.3)
-    assert found.source == "measured: step-1.json"
+    assert found.source == "measured: step-1.json, variant plain, batch 64"
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,18 @@ def test_results_of_other_benchmarks_are_no_measurement_of_steps() -> None:
 
 def test_a_list_of_measurements(tmp_path: Path) -> None:
     (tmp_path / "steps.json").write_text(json.dumps([{**RESULT, "device": "B200"}, RESULT]))
-    assert speed(RECIPE, A100, None, tmp_path).source == "measured: steps.json"
+    assert speed(RECIPE, A100, None, tmp_path).source.startswith("measured: steps.json, ")
 
 
 def test_a_broken_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "steps.json").write_text("{")
     with pytest.raises(UsageError, match=r"steps.json is not JSON"):
         speed(RECIPE, A100, None, tmp_path)
+
+
+@pytest.mark.parametrize("encoder", ["mixmae_swin_huge", "mixmae_swin_base_w14"])
+def test_an_h200_plans_with_what_one_was_measured_to_do(encoder: str) -> None:
+    recipe = default_recipe([f"encoder.name={encoder}"])
+    found = speed(recipe, find_gpu("h200"), None, Path(__file__).parents[3] / "benchmarks" / "results")
+    assert found.source.startswith(f"measured: step-nvidia-h200-{encoder}-bf16.json, variant compiled-triton")
+    assert 0.15 < found.mfu < ASSUMED_MFU

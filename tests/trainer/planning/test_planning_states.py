@@ -11,11 +11,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.engine import engine as trainer_engine
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, build_model, deepspeed_config
+from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.planning.activation_memory import measure, on_meta
 from mixmae.trainer.planning.memory import peak_memory
 from mixmae.trainer.planning.states import Limits, States, count_parameters, states
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.planning.allocations import Held, peak_allocated
 
@@ -41,13 +42,13 @@ def recipe_for(case: Case, ranks: int) -> Recipe:
     stage, precision, accumulation = case
     return tiny_recipe(
         **{
-            "model.sizes": {
+            "encoder": {
                 "embed_dim": 32,
                 "num_heads": [1, 1, 2, 2],
                 "depths": [1, 1, 2, 3],
                 "window_size": [4, 4, 4, 2],
             },
-            "model.decoder_dim": 64,
+            "method.decoder_dim": 64,
             "train.zero_stage": stage,
             "train.precision": precision,
             "train.global_batch": 2 * ranks * accumulation,
@@ -106,6 +107,7 @@ def planned(case: Case, world_size: int) -> tuple[States, float]:
     return held, peak_memory(held, footprint, 2, accumulation > 1).total
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_stays_is_what_was_planned(world_size: int) -> None:
     """Between steps: weights and optimizer states, and what is never given back."""
@@ -127,6 +129,7 @@ def small_and_own_weights(case: Case, world_size: int) -> float:
     return size * (model.total / world_size + small + BUCKET) + model.buffers
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradients_are_what_was_planned(world_size: int) -> None:
     """After the last backward pass of the first step, with activations gone; AdamW has no moments yet."""
@@ -138,6 +141,7 @@ def test_gradients_are_what_was_planned(world_size: int) -> None:
             assert kept == pytest.approx(found["backward"], rel=0.02), case
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_takes_what_was_planned_at_its_peak(world_size: int) -> None:
     """At most 2 % below what torch allocated, and 10 % above: buckets and activations do not peak together."""

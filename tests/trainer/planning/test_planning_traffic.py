@@ -51,6 +51,7 @@ def expected(recipe: Recipe, limits: Limits) -> dict[str, float]:
     return {**dict.fromkeys(OPERATIONS, 0.0), **planned(recipe, WORLD_SIZE, limits)}
 
 
+@pytest.mark.distributed
 def test_engines_send_what_was_planned() -> None:
     """To 1 %: buffers are padded, and norms are reduced too."""
     recipes = [recipe_for(case, WORLD_SIZE) for case in CASES]
@@ -60,6 +61,7 @@ def test_engines_send_what_was_planned() -> None:
             assert counted[operation] == pytest.approx(sent, rel=0.01, abs=2000), (case, operation)
 
 
+@pytest.mark.distributed
 def test_zero_3_gathers_again_what_it_did_not_keep() -> None:
     """Where fewer weights may be there at once than the model has, with blocks that are computed twice too; to 5 %,
     since whole tensors are kept."""

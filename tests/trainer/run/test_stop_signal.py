@@ -1,8 +1,12 @@
 """A wish of one rank is known to all at the next step."""
 
+import pytest
+
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.run.stop_signal import Vote, Wish
 from tests.helpers import run_ranks
+
+pytestmark = pytest.mark.distributed
 
 
 def cast(ranks: Ranks, wishes: list[list[Wish]]) -> list[Wish]:

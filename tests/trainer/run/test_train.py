@@ -18,16 +18,19 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixmae.base.errors import run_in_words
+from mixmae.base.errors import run_cli
 from mixmae.base.ports import free_port
+from mixmae.base.run_directory import complete_checkpoints, newest_checkpoint, newest_step
 from mixmae.models import create_encoder
-from mixmae.trainer.checkpoints.layout import complete, newest_checkpoint, newest_step
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.export.export import main as export
 from mixmae.trainer.run.run_directory import Events, check_run_dir, read_events, write_run_dir
 from mixmae.trainer.train import main
 from tests.helpers import ROOT, tiny_recipe
+from tests.warm import run_module
+
+LAUNCH = [sys.executable, "-m", "mixmae.launch.cli", "launch"]
 
 
 def start(*argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -66,11 +69,21 @@ def recipe_file(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(recipe_file: Path) -> Path:
+    """The run directory of a run of one rank."""
+    done = run_module("mixmae.trainer.train", str(recipe_file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 8/8  loss" in done.stdout
+    return recipe_file.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def launched(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a run under the DeepSpeed launcher on two ranks."""
-    done = start(sys.executable, "-m", "mixmae.launch.cli", "launch", str(recipe_file), "--local", "2")
+    run_dir = tmp_path_factory.mktemp("launched") / "run"
+    done = start(*LAUNCH, str(recipe_file), "--local", "2", f"run_dir={run_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 8/8 loss" in done.stdout
-    return recipe_file.parent / "run"
+    return run_dir
 
 
 def test_a_run_leaves_its_record(finished: Path) -> None:
@@ -110,13 +123,11 @@ def test_own_normalisation_travels_with_the_encoder(finished: Path, tmp_path: Pa
 
 def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
     export([str(finished), str(tmp_path / "encoder")])
-    done = start(
-        sys.executable,
-        "-m",
+    done = run_module(
         "mixmae.trainer.train",
         str(recipe_file),
         f"run_dir={tmp_path / 'next'}",
-        f"model.init={tmp_path / 'encoder'}",
+        f"encoder.init={tmp_path / 'encoder'}",
         "train.duration=1 step",
         "optim.warmup=0 steps",
         "optim.base_lr=1e-30",
@@ -130,6 +141,7 @@ def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Pat
     )
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -148,19 +160,17 @@ def test_an_exported_encoder_starts_another_run(finished: Path, recipe_file: Pat
     ],
 )
 def test_every_launcher_gives_the_same_losses(
-    finished: Path, recipe_file: Path, tmp_path: Path, launcher: list[str]
+    launched: Path, recipe_file: Path, tmp_path: Path, launcher: list[str]
 ) -> None:
     done = start(*launcher, str(recipe_file), f"run_dir={tmp_path / 'run'}", "log.pictures=null")
     assert done.returncode == 0, done.stderr
-    expected, actual = ([e["loss"] for e in read_events(d, "step")] for d in (finished, tmp_path / "run"))
+    expected, actual = ([e["loss"] for e in read_events(d, "step")] for d in (launched, tmp_path / "run"))
     tolerance = 0.05 if "torch.distributed.run" not in launcher else 0.0  # one rank mixes other partners than two do
     assert actual == pytest.approx(expected, abs=tolerance, rel=0)
 
 
 def test_srun_variables_are_enough(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
-    done = start(
-        sys.executable,
-        "-m",
+    done = run_module(
         "mixmae.trainer.train",
         str(recipe_file),
         f"run_dir={tmp_path / 'run'}",
@@ -177,7 +187,7 @@ def test_srun_variables_are_enough(finished: Path, recipe_file: Path, tmp_path: 
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished: Path, recipe_file: Path) -> None:
-    done = start(sys.executable, "-m", "mixmae.launch.cli", "launch", str(recipe_file), "--local", "2")
+    done = run_module("mixmae.trainer.train", str(recipe_file))
     assert done.returncode == 0, done.stderr
     assert "finished at step 8" in done.stdout
     assert len(read_events(finished, "step")) == 8
@@ -187,12 +197,13 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     (copy / "checkpoints" / "newest").unlink()
-    done = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), f"run_dir={copy}")
+    done = run_module("mixmae.trainer.train", str(recipe_file), f"run_dir={copy}")
     assert done.returncode == 0, done.stderr
-    assert "newest names no checkpoint that is there, the last one was taken; going on from step 8" in done.stdout
+    assert "newest names no checkpoint that exists, the last one was taken; going on from step 8" in done.stdout
     assert "finished at step 8" in done.stdout
 
 
+@pytest.mark.distributed
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, tmp_path: Path) -> None:
     """One of two ranks is asked, twice; both stop at the same step, and end with the bits of an undisturbed run."""
     options = ["data.num_workers=1", "checkpoint.every=1000 steps", "log.pictures=null", "train.duration=60 steps"]
@@ -214,7 +225,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
     for run_dir in (whole, parts):
         done = start(*command, f"run_dir={run_dir}")
         assert done.returncode == 0, done.stderr
-    expected, actual = (master_weights(complete(run_dir)[-1]) for run_dir in (whole, parts))
+    expected, actual = (master_weights(complete_checkpoints(run_dir)[-1]) for run_dir in (whole, parts))
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     losses = [[event["loss"] for event in read_events(run_dir, "step")] for run_dir in (whole, parts)]
     assert losses[0] == losses[1]
@@ -230,20 +241,20 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
         (["monitoring.certfile={tmp}/nowhere", "run_dir={tmp}/other"], "monitoring.certfile="),
         (["data.shards={tmp}"], "holds no .tar files"),
         (["train.global_batch=7"], "does not divide"),
-        (["model.img_size=96", "run_dir={tmp}/other"], "would fit"),
-        (["model.img_size=100", "run_dir={tmp}/other"], "nearest that does"),
-        (["model.num_images=4"], "raise it to 4"),
-        (["model.encoder=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
-        (["model.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
-        (["--world-size=3"], "1 ranks were started, but --world-size=3"),
+        (["encoder.img_size=96", "run_dir={tmp}/other"], "would fit"),
+        (["encoder.img_size=100", "run_dir={tmp}/other"], "nearest that does"),
+        (["method.num_images=4"], "raise it to 4"),
+        (["encoder.name=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
+        (["encoder.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
+        (["--world-size=3"], "expected world size 3, got 1; refusing to start"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
         (["optim.warmup=9 steps"], "shorten it"),
         (
             [
-                "model.num_images=3",
+                "method.num_images=3",
                 "train.micro_batch=4",
-                "model.img_size=32",
-                "model.sizes.window_size=[8,4,2,1]",
+                "encoder.img_size=32",
+                "encoder.window_size=[8,4,2,1]",
                 "run_dir={tmp}/other",
             ],
             "no room for 3 images",
@@ -259,7 +270,7 @@ def test_mistakes_are_one_clear_line(
     message: str,
 ) -> None:
     argv = [str(recipe_file), *(override.format(tmp=tmp_path) for override in overrides)]
-    assert run_in_words(main, argv) == 2
+    assert run_cli(main, argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1
@@ -274,17 +285,19 @@ def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:
 
 
 def test_initial_weights_must_fit(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mixmae.trainer.export.encoder_directory import write_artifact
+    from mixmae.trainer.export.encoder_directory import write_encoder_directory
 
-    write_artifact(tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict())
-    argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"model.init={tmp_path / 'encoder'}"]
-    assert run_in_words(main, argv) == 2
+    write_encoder_directory(
+        tmp_path / "encoder", "mixmae_swin_nano", {}, create_encoder("mixmae_swin_nano").state_dict()
+    )
+    argv = [str(recipe_file), f"run_dir={tmp_path / 'run'}", f"encoder.init={tmp_path / 'encoder'}"]
+    assert run_cli(main, argv) == 2
     assert "does not fit the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["{tmp}/nowhere", "{tmp}/out"], ["{tmp}", "{tmp}/out"]])
 def test_exporting_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
-    assert run_in_words(export, [a.format(tmp=tmp_path) for a in argv]) == 2
+    assert run_cli(export, [a.format(tmp=tmp_path) for a in argv]) == 2
     assert "is not a run directory" in capsys.readouterr().err
 
 
@@ -292,7 +305,7 @@ def test_checkpoints_are_named_only_when_complete(finished: Path, tmp_path: Path
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     (copy / "checkpoints" / "partial-00000012").mkdir()
-    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    assert [folder.name for folder in complete_checkpoints(copy)] == ["step-00000008"]
     newest = newest_checkpoint(copy)
     assert newest is not None
     assert newest.name == "step-00000008"
@@ -304,13 +317,13 @@ def test_a_history_that_was_given_up_does_not_cost_the_new_one(
     """Back to step 4 by hand although later ones exist, keep=1: the checkpoints of the new history stay."""
     copy = tmp_path / "run"
     options = [f"run_dir={copy}", "log.pictures=null", "data.num_workers=0"]
-    first = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=3")
+    first = run_module("mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=3")
     assert first.returncode == 0, first.stderr
     (copy / "checkpoints" / "step-00000008").rename(copy / "checkpoints" / "step-00000099")
     (copy / "checkpoints" / "newest").write_text("step-00000004\n")
-    again = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=1")
+    again = run_module("mixmae.trainer.train", str(recipe_file), *options, "checkpoint.keep=1")
     assert again.returncode == 0, again.stderr
-    assert [folder.name for folder in complete(copy)] == ["step-00000008"]
+    assert [folder.name for folder in complete_checkpoints(copy)] == ["step-00000008"]
     assert [event["step"] for event in read_events(copy, "step")] == list(range(1, 9))
 
 
@@ -328,12 +341,13 @@ def test_half_a_line_in_the_record_is_stepped_over(tmp_path: Path) -> None:
     assert [(event["step"], event.get("loss", 0)) for event in read_events(tmp_path, "step")] == [(1, 0), (2, None)]
 
 
+@pytest.mark.distributed
 def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mixmae.launch.cli", "launch", str(recipe_file), "--local", "2"]
+    command = [*LAUNCH, str(recipe_file), "--local", "2"]
     early = start(*command, f"data.shards={tmp_path / 'nowhere'}")
     assert early.returncode == 2
     assert early.stderr.count("error:") == 1
-    late = start(*command, f"run_dir={tmp_path / 'run'}", "model.img_size=96")
+    late = start(*command, f"run_dir={tmp_path / 'run'}", "encoder.img_size=96")
     assert late.returncode != 0
     assert re.search(
         r"mixmae: error: (rank 1: )?model: img_size 96x96", late.stderr
@@ -341,11 +355,12 @@ def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path
     assert "Traceback" not in late.stderr
 
 
+@pytest.mark.distributed
 def test_deepspeed_typed_by_hand_never_becomes_a_smaller_run(recipe_file: Path, tmp_path: Path) -> None:
     """DeepSpeed's launcher goes on alone where it finds no hostfile; the number of ranks that is asked for tells."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "nowhere")]
     run = ["--num_gpus", "1", "--master_port", str(free_port()), "--module", "mixmae.trainer.train", str(recipe_file)]
     done = start(*launcher, *run, f"run_dir={tmp_path / 'run'}", "--world-size=2")
     assert done.returncode != 0
-    assert "mixmae: error: 1 ranks were started, but --world-size=2" in done.stderr
+    assert "mixmae: error: expected world size 2, got 1; refusing to start" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """A run and its exporter: what is told, what it costs, and that losing it costs nothing."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -20,15 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.base.errors import UsageError
 from mixmae.base.phases import PHASES
-from mixmae.monitoring.exporter.discovery import targets_folder
+from mixmae.base.run_directory import targets_folder
+from mixmae.models import MixMAE
 from mixmae.monitoring.metrics import BY_NAME, ENDS, PREFIX, Source
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
-from mixmae.trainer.engine.flops import model_flops
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.run_directory import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
+from mixmae.trainer.tasks.flops import model_flops
+from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from tests.helpers import run_ranks, tiny_recipe
@@ -58,6 +60,8 @@ def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, A
     """Trains to the end; returns what the exporter said before it ended."""
     run = prepare(check(recipe, ranks), ranks)
     fit(run)
+    if ranks.is_main:
+        run.observer.evaluation({"top1": 0.25, "loss": math.nan})
     torch.distributed.barrier()
     found = scrape(recipe.run_dir) if ranks.is_main else {}
     torch.distributed.barrier()
@@ -86,6 +90,7 @@ def value(found: dict[str, list[dict[str, Any]]], name: str, **labels: str) -> f
     return float(sample["value"])
 
 
+@pytest.mark.distributed
 def test_all_that_a_cpu_run_can_tell_is_told(scraped: dict[str, list[dict[str, Any]]]) -> None:
     told = {name.removeprefix(PREFIX) for name in scraped}
     expected = {name.removesuffix("_total") for name in BY_NAME}
@@ -94,6 +99,7 @@ def test_all_that_a_cpu_run_can_tell_is_told(scraped: dict[str, list[dict[str, A
     assert told == expected - only_on_gpus - only_when_it_happens
 
 
+@pytest.mark.distributed
 def test_ranks_tell_their_own_and_the_main_one_the_runs(scraped: dict[str, list[dict[str, Any]]]) -> None:
     for metric in BY_NAME.values():
         samples = scraped.get(PREFIX + metric.name.removesuffix("_total"), [])
@@ -103,6 +109,7 @@ def test_ranks_tell_their_own_and_the_main_one_the_runs(scraped: dict[str, list[
             assert not any("rank" in sample for sample in samples), metric
 
 
+@pytest.mark.distributed
 def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) -> None:
     assert value(scraped, "step", rank="1") == value(scraped, "target_steps") == 8
     assert value(scraped, "images_total", rank="0") == 32
@@ -117,14 +124,17 @@ def test_numbers_are_those_of_the_run(scraped: dict[str, list[dict[str, Any]]]) 
     assert 0 < value(scraped, "communication_seconds_total", rank="0", operation="all_reduce") < 60
     assert value(scraped, "world_size") == 2
     assert value(scraped, "skipped_steps_total") == 0
+    assert value(scraped, "evaluation", metric="top1") == 0.25
+    assert math.isnan(value(scraped, "evaluation", metric="loss"))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_tell_where_they_are(scraped: dict[str, list[dict[str, Any]]], rank: str) -> None:
     accumulated, logged, saved = 4 * 2, 1, 2
     assert value(scraped, "parts_total", rank=rank) == 8 * (accumulated + logged) + saved
-    places = {place: value(scraped, "rank_part", rank=rank, part=place) for place in PHASES}
-    assert places == {place: float(place == "ending") for place in PHASES}
+    phases = {phase: value(scraped, "rank_part", rank=rank, part=phase) for phase in PHASES}
+    assert phases == {phase: float(phase == "ending") for phase in PHASES}
     assert time.time() - 300 < value(scraped, "alive_timestamp_seconds", rank=rank) <= time.time()
 
 
@@ -133,6 +143,7 @@ def test_flops_are_those_of_a_real_pass() -> None:
     recipe = tiny_recipe()
     model = build_model(recipe)
     counts = []
+    assert isinstance(model, MixMAE)
     for model.separate_groups in (False, True):
         with FlopCounterMode(display=False) as counter:
             model(torch.randn(2, 3, 64, 64), torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 1], [1, 0]]))
@@ -165,9 +176,9 @@ def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[Counter[str]]:
         run = prepare(check(recipe, ranks), ranks)
         with ExitStack() as stack:
             if not recipe.monitoring.enabled:  # what an observer without a recorder does is left out too
-                for verb in ("at", "data", "process", "logged", "checkpoint", "step"):
+                for verb in ("set_phase", "data", "process", "logged", "checkpoint", "step"):
                     stack.enter_context(mock.patch.object(Observer, verb))
-                stack.enter_context(mock.patch.object(StepClock, "part", return_value=nullcontext()))
+                stack.enter_context(mock.patch.object(StepClock, "phase", return_value=nullcontext()))
             waits = {name: stack.enter_context(mock.patch(name)) for name in WAITS}
             counter = stack.enter_context(CountReads())
             fit(run)
@@ -242,6 +253,7 @@ def test_a_run_goes_on_without_room_for_its_numbers(shards: Path, tmp_path: Path
     assert "No space left" in str(silent)
 
 
+@pytest.mark.distributed
 def test_blocks_of_remote_shards_are_counted(shards: Path, tmp_path: Path) -> None:
     with http_server(shards) as server:
         changes = {"data.shards": server.url, "data.cache.dir": str(tmp_path / "cache"), "data.num_workers": 2}

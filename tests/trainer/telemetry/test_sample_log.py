@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from mixmae.base.run_directory import SAMPLES
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.telemetry.sample_log import FOLDER, SampleLog, read_samples
+from mixmae.trainer.telemetry.sample_log import SampleLog, read_samples
 from tests.helpers import run_ranks
+
+pytestmark = pytest.mark.distributed
 
 
 def use(ranks: Ranks, run_dir: Path, starts: list[tuple[float, int, int, int]]) -> None:
@@ -45,7 +48,7 @@ def test_fewer_ranks_go_on_where_more_left_off(tmp_path: Path) -> None:
 
 def test_a_line_that_a_killed_rank_left_is_passed_over(tmp_path: Path) -> None:
     run_ranks(use, 2, tmp_path, [(100.0, 1, 2, 0)])
-    with (tmp_path / FOLDER / "rank-00001.jsonl").open("a") as file:
+    with (tmp_path / SAMPLES / "rank-00001.jsonl").open("a") as file:
         file.write('{"started": 100.0, "step": 3, "samp')
     run_ranks(use, 2, tmp_path, [(200.0, 3, 2, 0)])
     assert read_samples(tmp_path) == {step: batch(step) for step in range(1, 5)}

@@ -23,7 +23,9 @@ import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
+from mixmae.base.files import atomic_write, publish
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
@@ -226,12 +228,7 @@ def _read_record(plan: _BuildPlan, number: int) -> _BuiltShard | None:
 
 def _write_record(file: Path, done: _BuiltShard) -> None:
     content = done._asdict() | {"shard": done.shard and done.shard._asdict(), "table": done.table.tolist()}
-    partial = file.with_suffix(".partial")
-    with partial.open("w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
+    atomic_write(file, json.dumps(content))
 
 
 def _write_shard(plan: _BuildPlan, number: int) -> _BuiltShard:
@@ -240,27 +237,24 @@ def _write_shard(plan: _BuildPlan, number: int) -> _BuiltShard:
     states: dict[int, int] = {}
     skipped: list[SkippedImage] = []
     unchanged = 0
-    with partial.open("wb") as stream:
-        # No times or owners in the tars: the same images give the same bytes.
-        with webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
-            for entry in (plan.source.entries[i] for i in plan.assignment[number]):
-                try:
-                    extension, content, state, is_changed = _prepare(plan, entry)
-                except UnusableError as error:
-                    skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label))
-                else:
-                    states[xxhash.xxh3_64_intdigest(content)] = state
-                    unchanged += not is_changed
-                    label = {"cls": entry.label} if entry.label >= 0 else {}
-                    tar.write({"__key__": entry.key, extension: content, **label})
-                advance()
-        stream.flush()
-        os.fsync(stream.fileno())
+    # No times or owners in the tars: the same images give the same bytes.
+    with partial.open("wb") as stream, webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
+        for entry in (plan.source.entries[i] for i in plan.assignment[number]):
+            try:
+                extension, content, state, is_changed = _prepare(plan, entry)
+            except UnusableError as error:
+                skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label))
+            else:
+                states[xxhash.xxh3_64_intdigest(content)] = state
+                unchanged += not is_changed
+                label = {"cls": entry.label} if entry.label >= 0 else {}
+                tar.write({"__key__": entry.key, extension: content, **label})
+            advance()
     if not states:
         partial.unlink()
         done = _BuiltShard(None, np.array([], dtype=SAMPLE), skipped, 0)
     else:
-        partial.rename(file)
+        publish(partial, file)
         # The tar is read back, but its images were already decoded above.
         scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], plan.source.classes)
         done = _BuiltShard(scanned.shard, scanned.table, skipped, unchanged)
@@ -309,9 +303,8 @@ def _finish(plan: _BuildPlan, done: list[_BuiltShard], out: Path) -> BuildResult
         )
     save_index(plan.folder, scanned, plan.source.classes)
     if skipped:
-        lines = [json.dumps(one._asdict()) + "\n" for one in skipped]
-        (plan.folder / SKIPPED).write_text("".join(lines))
-    plan.folder.rename(out)
+        jsonl.append(plan.folder / SKIPPED, *(one._asdict() for one in skipped))
+    publish(plan.folder, out)
     shutil.rmtree(out / _NOTES)
     unchanged = sum(built.unchanged for built in done) if plan.seekable else 0
     return BuildResult(open_index(out), skipped, unchanged)

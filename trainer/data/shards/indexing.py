@@ -1,13 +1,14 @@
 """Building the index of a shard directory: every shard is read once, every image decoded."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import atomic_write, replacing
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.index import FORMAT, INDEX, SAMPLES, ShardIndex, fingerprint_of, open_index
 from mixmae.trainer.data.shards.files import shard_files, total_size
@@ -72,12 +73,7 @@ def save_index(directory: Path, scanned: Sequence[ScannedShard], classes: Sequen
         "classes": classes,
         "shards": [shard._asdict() for shard in shards],
     }
-    _replace(directory / SAMPLES, lambda file: np.save(file, samples))
-    _replace(directory / INDEX, lambda file: file.write_text(json.dumps(content, indent=1) + "\n"))
+    with replacing(directory / SAMPLES) as partial, partial.open("wb") as stream:
+        np.save(stream, samples)
+    atomic_write(directory / INDEX, json.dumps(content, indent=1) + "\n")
     return open_index(directory)
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    partial_file = file.with_name("." + file.name)
-    write(partial_file)
-    partial_file.rename(file)

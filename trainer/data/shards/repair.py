@@ -1,7 +1,6 @@
 """Rewriting damaged shards with the samples that can be recovered. The damaged files are kept beside them."""
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,9 @@ import webdataset
 import xxhash
 from tqdm import tqdm
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
+from mixmae.base.files import replacing
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
 from mixmae.trainer.data.shards.files import REPAIRS, open_regular, shard_bytes
@@ -87,17 +88,16 @@ def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[Rewritt
 
 
 def _append_to_record(file: Path, rewritten: Sequence[RewrittenShard]) -> None:
-    with file.open("a") as stream:
-        for one in rewritten:
-            kept = one.scanned.shard.samples if one.scanned else 0
-            counts = {"kept": kept, "lost": len(one.lost), "lost_labels": len(one.lost_labels)}
-            stream.write(json.dumps({"shard": one.name, **counts, "original": one.original}) + "\n")
-            stream.writelines(json.dumps(lost._asdict()) + "\n" for lost in (*one.lost, *one.lost_labels))
+    for one in rewritten:
+        kept = one.scanned.shard.samples if one.scanned else 0
+        counts = {"kept": kept, "lost": len(one.lost), "lost_labels": len(one.lost_labels)}
+        line = {"shard": one.name, **counts, "original": one.original}
+        jsonl.append(file, line, *(lost._asdict() for lost in (*one.lost, *one.lost_labels)))
 
 
 def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     """Rewrites one shard; runs in a worker process."""
-    file, partial = expected.directory / name, expected.directory / f".{name}.partial"
+    file = expected.directory / name
     unpacked = _unpack(file)
     unused = Unused()
     found, fault = find_members(unpacked, unused)
@@ -112,16 +112,16 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     if not salvaged.samples:
         file.rename(original)
         return RewrittenShard(name, None, original.name, lost, salvaged.lost_labels)
-    with partial.open("wb") as stream:
-        with webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar:
+    with replacing(file) as partial:
+        with (
+            partial.open("wb") as stream,
+            webdataset.TarWriter(stream, mtime=0, user="", group="", encoder=False) as tar,
+        ):
             for key, files in salvaged.samples.items():
                 tar.write({"__key__": key, **files})
-        stream.flush()
-        os.fsync(stream.fileno())
-    states = salvaged.states
-    scanned = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], expected.classes)
-    os.link(file, original)
-    partial.replace(file)  # at every moment one of the two has the name
+        states = salvaged.states
+        scanned = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], expected.classes)
+        os.link(file, original)  # at every moment one of the two has the name
     scanned = scanned._replace(shard=scanned.shard._replace(name=name))
     return RewrittenShard(name, scanned, original.name, lost, salvaged.lost_labels)
 

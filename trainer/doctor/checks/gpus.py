@@ -30,7 +30,7 @@ def visible(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(
                 Level.ERROR, "GPUs", host.host, f"{len(host.gpus)}, of which torch sees none", "all of them", advice
             )
-        elif least and most >= least:
+        elif least > 1 and most >= least:  # a task that sees one GPU takes that, see `_shared_gpus`
             advice = "start no more ranks on a host than it has GPUs: slots in the hostfile, --gpus-per-node"
             yield Finding(Level.ERROR, "GPUs", host.host, f"{least} for {most + 1} ranks", f"{most + 1}", advice)
     with_gpus = [rank.host for rank in cluster.ranks if rank.gpus]

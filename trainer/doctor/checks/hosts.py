@@ -129,8 +129,8 @@ def _batches_ahead(cluster: Cluster) -> int:
     """Bytes of the batches that a rank's workers hold ready."""
     if cluster.recipe is None:
         return 0
-    data, model = cluster.recipe.data, cluster.recipe.model
-    pixels = 3 * model.img_size * model.img_size
+    data, side = cluster.recipe.data, cluster.recipe.encoder.img_size
+    pixels = 3 * side * side
     return data.num_workers * data.prefetch_factor * cluster.recipe.train.micro_batch * pixels
 
 

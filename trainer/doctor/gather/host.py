@@ -23,7 +23,7 @@ _LEFT_OVER = "deepspeed_allreduce_buffer_*"
 def rank_facts(ranks: Ranks) -> RankFacts:
     """This process. Allocates nothing on a GPU."""
     gpus = torch.cuda.device_count()
-    takes_one = ranks.device.type == "cuda" and ranks.local_rank < gpus
+    takes_one = ranks.device.type == "cuda" and ranks.device.index < gpus
     return RankFacts(
         ranks.rank,
         ranks.local_rank,
@@ -31,7 +31,7 @@ def rank_facts(ranks: Ranks) -> RankFacts:
         socket.gethostname(),
         _machine(),
         sum(1 << core for core in os.sched_getaffinity(0)),
-        str(torch.cuda.get_device_properties(ranks.local_rank).uuid) if takes_one else "",
+        str(torch.cuda.get_device_properties(ranks.device).uuid) if takes_one else "",
         gpus,
     )
 

@@ -3,12 +3,12 @@
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.checkpoints.layout import complete
+from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.doctor.facts import RecipeFacts
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_model
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.tasks.registry import build_model
 
 
 def probe_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
@@ -23,4 +23,4 @@ def probe_recipe(recipe: Recipe, ranks: Ranks) -> RecipeFacts:
             parameters = sum(one.numel() for one in build_model(recipe).parameters())
         except UsageError:  # the model is what is refused
             parameters = None
-    return RecipeFacts(refused, parameters, len(complete(recipe.run_dir)))
+    return RecipeFacts(refused, parameters, len(complete_checkpoints(recipe.run_dir)))

@@ -24,14 +24,14 @@ def probe_shards(recipe: Recipe, seconds: float) -> ShardFacts:
     except UsageError as error:
         return ShardFacts(refused=str(error))
     try:
-        return _look_into(index, recipe.data.max_bad_share, seconds)
+        return _look_into(index, recipe.data.max_corrupt_fraction, seconds)
     finally:
         index.store.close()
 
 
-def _look_into(index: ShardIndex, max_bad_share: float, seconds: float) -> ShardFacts:
+def _look_into(index: ShardIndex, max_corrupt_fraction: float, seconds: float) -> ShardFacts:
     try:
-        note = require_usable(index, max_bad_share) or ""
+        note = require_usable(index, max_corrupt_fraction) or ""
     except UsageError as error:
         return ShardFacts(index.fingerprint, len(index), refused=str(error))
     tried, read, unreadable = 0, 0, []

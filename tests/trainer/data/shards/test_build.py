@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.shards import build
@@ -331,7 +331,7 @@ def _built_when_free(out: Path) -> ShardIndex:
 )
 def test_wrong_calls_are_one_line(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert run_in_words(main, [a.format(empty=tmp_path / "empty") for a in argv]) == 2
+    assert run_cli(main, [a.format(empty=tmp_path / "empty") for a in argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.shards.check import check_shards
@@ -282,7 +282,7 @@ def test_missing_unknown_and_empty_shards(copy: Path, capsys: pytest.CaptureFixt
     assert found(copy) == {Kind.SHARD_GONE: 1, Kind.SHARD_UNKNOWN: 2}
     assert main(["check", str(copy), "--jobs", "1"]) == 1
     assert "restore what is missing" in capsys.readouterr().out.splitlines()[-1]
-    assert run_in_words(main, ["check", str(copy), "--repair", "--jobs", "1"]) == 2
+    assert run_cli(main, ["check", str(copy), "--repair", "--jobs", "1"]) == 2
     assert "000000.tar is missing" in capsys.readouterr().err
     assert main(["index", str(copy), "--jobs", "1"]) == 0
     before = {file.name: file.read_bytes() for file in copy.glob("*.tar")}
@@ -310,7 +310,7 @@ def test_a_damaged_index_is_a_finding(content: str, copy: Path) -> None:
 
 def test_a_repair_of_nothing_that_is_left(tmp_path: Path) -> None:
     foreign(tmp_path, {"a.jpg": b"no image"})
-    assert run_in_words(main, ["check", str(tmp_path), "--repair", "--jobs", "1"]) == 2
+    assert run_cli(main, ["check", str(tmp_path), "--repair", "--jobs", "1"]) == 2
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0.tar.damaged", "repair.jsonl"]
 
 
@@ -342,7 +342,7 @@ def test_an_unreadable_shard_is_left_alone(copy: Path, capsys: pytest.CaptureFix
 def test_wrong_calls_are_one_line(
     command: str, location: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_in_words(main, [command, location.format(empty=tmp_path)]) == 2
+    assert run_cli(main, [command, location.format(empty=tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.errors import UsageError, run_in_words
+from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.files import shard_bytes
@@ -102,12 +102,12 @@ def test_hostile_tars_end_in_words(kind: str, tmp_path: Path, capsys: pytest.Cap
     assert all(0 <= member.offset <= member.offset + member.size <= len(HOSTILE[kind]) for member in found)
     with suppress(DamagedTarError):
         members(file)
-    assert run_in_words(main, ["index", str(tmp_path), "--jobs", "1"]) in (0, 2)
+    assert run_cli(main, ["index", str(tmp_path), "--jobs", "1"]) in (0, 2)
     told = capsys.readouterr()
     assert "Traceback" not in told.err
     assert any(words in told.err + told.out for words in ("0.tar", "1 shards", "hold no images"))
-    assert run_in_words(main, ["check", str(tmp_path), "--jobs", "1"]) == 1
-    assert run_in_words(main, ["check", str(tmp_path), "--jobs", "1", "--repair"]) in (0, 2)
+    assert run_cli(main, ["check", str(tmp_path), "--jobs", "1"]) == 1
+    assert run_cli(main, ["check", str(tmp_path), "--jobs", "1", "--repair"]) in (0, 2)
 
 
 def test_a_flood_of_damage_takes_no_longer_than_reading(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_fifo_is_no_shard(command: str, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "shards" / "0.tar").write_bytes(GOOD)
     os.mkfifo(tmp_path / "shards" / "1.tar")
     arguments = [command, str(tmp_path / "shards"), *([str(tmp_path / "out")] if command == "build" else [])]
-    assert run_in_words(main, [*arguments, "--jobs", "1"]) == (1 if command == "check" else 2)
+    assert run_cli(main, [*arguments, "--jobs", "1"]) == (1 if command == "check" else 2)
     told = capsys.readouterr()
     assert "is a FIFO, expected a regular file" in told.err + told.out
 
@@ -148,9 +148,9 @@ def test_other_things_called_tar_are_no_shards(kind: str, tmp_path: Path, capsys
         (tmp_path / "1.tar").mkdir()
     else:
         (tmp_path / "1.tar").symlink_to("1.tar" if kind == "circle of links" else "nowhere")
-    assert run_in_words(main, ["index", str(tmp_path), "--jobs", "1"]) == 2
+    assert run_cli(main, ["index", str(tmp_path), "--jobs", "1"]) == 2
     assert "1.tar" in capsys.readouterr().err
-    assert run_in_words(main, ["check", str(tmp_path), "--jobs", "1"]) == 1
+    assert run_cli(main, ["check", str(tmp_path), "--jobs", "1"]) == 1
     assert "unreadable shard" in capsys.readouterr().out
 
 

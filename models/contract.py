@@ -1,0 +1,42 @@
+"""What the trainer's engine, planner and benchmarks ask of the module that a run trains."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Self
+
+from torch import Tensor, nn
+
+
+class Trainable(nn.Module):
+    """`module(images, *inputs) -> loss`: a method around an encoder, or an encoder with a head and its loss."""
+
+    min_batch = 1
+    """The fewest images that a micro-batch needs."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, *inputs: Tensor) -> Tensor:
+        """The loss, an fp32 scalar, for normalised fp32 images [B, 3, H, W]."""
+
+    @abstractmethod
+    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
+        """The blocks that are compiled, and may be recomputed, by the names that recipes use, such as `1` to `4` for an
+        encoder's stages and `decoder`."""
+
+    @abstractmethod
+    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
+        """Recomputes the blocks of these groups in the backward pass."""
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """What is compiled beside the blocks: modules without a graph break, of static shapes."""
+        return []
+
+    def set_fused_attention(self) -> None:
+        """Attention in a kernel of this project's own, on GPUs; nothing where there is none for it."""
+
+    def no_weight_decay(self) -> Collection[str]:
+        """Names of parameters that weight decay leaves alone, beside all 1-D ones."""
+        return set()
+
+    def as_counted(self) -> Self:
+        """The module whose operations published figures count; one that is made for counting may be changed."""
+        return self

@@ -1,0 +1,58 @@
+"""What a method is: how an encoder learns from images without labels.
+
+To add one, write a file beside this one with a subclass of `Method`, and put `register_method` before it; a plugin of a
+user's own does the same in a module that the recipe names under `plugins:`. The constructor's keyword arguments are the
+keys of the recipe's `method:` section, with their types and defaults.
+"""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixmae.models.contract import Trainable
+from mixmae.models.encoders.contract import Encoder
+
+
+class Column(NamedTuple):
+    """One column of a picture: a title, and normalised images [rows, 3, H, W]."""
+
+    title: str
+    images: Tensor
+
+
+class Method(Trainable):
+    """`method(images, *inputs) -> loss`, where `inputs = method.draw(len(images), generator)`.
+
+    Args:
+        encoder: what is pretrained; a checkpoint holds its weights under `encoder.`.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    @abstractmethod
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """All that is random about a micro-batch, on the CPU; moved to the device it is what `forward` takes.
+
+        Nothing else may be random but drop path: a step is a function of its images and of these tensors.
+        """
+
+    def reconstruct(self, images: Tensor, *inputs: Tensor, rows: int = 4) -> list[Column]:
+        """What the model makes of the first `rows` images, for pictures; a method without pixels has no columns."""
+        return []
+
+    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
+
+    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
+        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
+
+    def set_fused_attention(self) -> None:
+        self.encoder.set_fused_attention()
+
+    def no_weight_decay(self) -> Collection[str]:
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}

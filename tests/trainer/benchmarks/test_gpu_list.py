@@ -1,0 +1,49 @@
+"""The list for a GPU, on whatever there is: what it does on a lent one must not fail for a silly reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixmae.trainer.benchmarks.gpu import Part, parts, run, small
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_what_matters_most_comes_first_and_fits_in_eight_minutes() -> None:
+    names = [part.name for part in parts()]
+    assert names[0] == "parity"
+    assert names[1].startswith("step swin_huge 64,128")
+    assert len(set(names)) == len(names)
+    assert sum(part.seconds for part in parts()[:3]) <= 480  # those have their whole time, whatever happens
+
+
+@pytest.mark.slow
+def test_the_whole_list_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("configs", "tests", "trainer", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    assert run([small(part) for part in parts()], 1800) == []
+    written = {file.name: json.loads(file.read_text()) for file in (tmp_path / "benchmarks" / "results").glob("*.json")}
+    steps = [found for name, content in written.items() if name.startswith("step-") for found in content]
+    assert {(found["variant"], found["num_images"]) for found in steps} >= {("plain-autocast", 2), ("grouped", 4)}
+    assert len([name for name in written if name.startswith("loop-gpu-")]) == 2
+    assert any(name.startswith("data-photos-") for name in written)
+    assert "grouped" in (tmp_path / "benchmarks" / "results" / "kernels.txt").read_text()
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = tmp_path / "told"
+    fails = Part("fails", 30, ("-c", "raise SystemExit(3)"))
+    hangs = Part("hangs", 0.5, ("-c", "import time; time.sleep(60)"))
+    tells = Part("tells", 30, ("-c", f"open({str(told)!r}, 'w').write('here')"))
+    late = Part("late", 3000, ("-c", "raise SystemExit('started')"))
+    assert run([fails, hangs, tells], 60) == ["fails", "hangs"]
+    assert told.read_text() == "here"
+    assert run([late], 1) == ["late"]
+    out = capfd.readouterr().out
+    assert "== fails: failed with 3" in out
+    assert "== hangs: ended after its 0 s" in out
+    assert "== late: left out: no time" in out

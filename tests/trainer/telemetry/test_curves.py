@@ -1,0 +1,31 @@
+"""The curves of a run show what it logged and what its task measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from mixmae.base.run_directory import RECIPE
+from mixmae.trainer.run.run_directory import Events
+from mixmae.trainer.telemetry.curves import draw
+from tests.helpers import tiny_recipe
+
+
+def test_every_evaluated_metric_has_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / RECIPE).write_text(tiny_recipe().to_yaml())
+    events = Events(tmp_path)
+    for step in range(1, 7):
+        events.write("step", step=step, loss=1 / step if step > 1 else float("nan"), lr=1e-3, grad_norm=1.0)
+        if step % 2 == 0:
+            metrics = {"top1": step / 10} | ({"top5": step / 8} if step > 2 else {})
+            events.write("evaluation", step=step, samples=8 * step, metrics=metrics)
+    events.close()
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(tmp_path, tmp_path / "curves.png")
+    drawn: dict[str, Any] = {axes.get_ylabel(): axes.lines[0] for axes in figures[0].axes}
+    assert list(drawn) == ["loss", "learning rate", "gradient norm", "eval/top1", "eval/top5"]
+    assert list(drawn["eval/top1"].get_xdata()) == [2, 4, 6]
+    assert list(drawn["eval/top5"].get_ydata()) == [0.5, 0.75]
+    assert list(drawn["loss"].get_xdata()) == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,42 @@
+"""Copies of tensors in this host's memory, to be written while training goes on."""
+
+import mmap
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class HostMemory:
+    """Memory of this host for copies of what a rank saves: reused by every save, pinned where there is a GPU."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Allocates room for copies of these tensors, unless it has that; nothing is left to allocate for `copy`.
+
+        Each page is written to, because the system commits memory only then, which takes several times as long as a
+        copy. numpy does that in one thread, and releases the interpreter for the threads that train.
+        """
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._memory.numel() != size:
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=_on_gpu(tensors))
+            self._memory.numpy()[:: mmap.PAGESIZE] = 0
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the tensors, valid until the next call; returns when they are complete."""
+        self.reserve(tensors)
+        copies = {}
+        end = 0
+        for name, tensor in tensors.items():
+            start, end = end, end + tensor.nbytes
+            copies[name] = self._memory[start:end].view(tensor.dtype).view(tensor.shape)
+            copies[name].copy_(tensor, non_blocking=True)
+        if _on_gpu(tensors):
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
+def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors.values())

@@ -1,0 +1,112 @@
+"""What a task is: the part of a run that says what is trained, on what, and how it is judged.
+
+To add one, write a file beside this one with a subclass of `Task`, and put `register_task` before it; a plugin of a
+user's own does the same in a module that the recipe names under `plugins:`. A task holds no state of the run: what it
+returns is a function of the recipe and of its arguments, so that a resumed run goes on bit for bit.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
+from mixmae.models.methods.contract import Column
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
+from mixmae.trainer.recipe.schema import Recipe
+
+
+class Task(ABC):
+    """One object for a run, made from its recipe on every rank.
+
+    Attributes:
+        recipe: with the keys of its encoder and method checked, and every default filled in.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = self.resolve(recipe)
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        """The recipe with every default of its components.
+
+        Raises:
+            UsageError: a key, or a combination, that this task or its components do not have.
+        """
+        return recipe
+
+    @abstractmethod
+    def build(self) -> Trainable:
+        """The module that is trained, with random weights that are a function of the seed; on the default device.
+
+        Raises:
+            UsageError: sizes that do not fit each other.
+        """
+
+    def initialise(self, module: Trainable) -> None:  # noqa: B027  (most start from random weights)
+        """Loads the weights that the recipe starts from; not called where a checkpoint is resumed.
+
+        Raises:
+            UsageError: no such weights, or they do not fit.
+        """
+
+    def check_data(self, index: ShardIndex) -> None:  # noqa: B027  (images are enough for some)
+        """Looks at whether the shards hold what the task needs, such as labels.
+
+        Raises:
+            UsageError: what is missing.
+        """
+
+    def optimizer(self) -> OptimizerChoice:
+        """The optimizer; AdamW with the recipe's settings unless a task takes another."""
+        return adamw(self.recipe.optim)
+
+    def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
+        """Parameters' learning rates over the schedule's, by name; None for 1.0 everywhere."""
+        return None
+
+    def require_batch(self, module: Trainable) -> None:
+        """Raises UsageError if a micro-batch has fewer images than the module needs."""
+        given = self.recipe.train.micro_batch
+        if given < module.min_batch:
+            raise UsageError(
+                f"train.micro_batch={given} is less than the {module.min_batch} images that are needed at once "
+                f"({self.describe()}); raise it to {module.min_batch} or more"
+            )
+
+    def check(self) -> None:
+        """Everything about the model that can be found out without memory for it.
+
+        Raises:
+            UsageError: sizes that do not fit each other, or too small a micro-batch.
+        """
+        with torch.device("meta"):
+            module = self.build()
+        self.require_batch(module)
+
+    @abstractmethod
+    def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """What the module takes beside the images, on the CPU: targets, and all that is random about a step."""
+
+    def pictures(self, module: Trainable, images: Tensor, inputs: Sequence[Tensor], rows: int) -> list[Column]:
+        """What the module makes of some images; no columns, no picture. All ranks call it together."""
+        return []
+
+    def evaluate(self, module: Trainable, device: torch.device) -> dict[str, float]:
+        """Figures of an evaluation, the same on all ranks, which call it together; the module is in eval mode.
+
+        Names are those of metrics: val_loss, top1. They become curves, events and gauges, and `checkpoint.best_metric`
+        may name one.
+        """
+        return {}
+
+    @abstractmethod
+    def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
+        """Inputs of a step of `batch` images, for plans and benchmarks."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The task in a few words, such as its encoder and method, for logs and plans."""

@@ -1,0 +1,43 @@
+"""Operations that a model takes, and that a device can do."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.registry import task_of
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "V100": 112e12,
+}
+"""Dense bf16 operations per second by a part of the device's name (V100: fp16), from the data sheets."""
+
+
+def model_flops(recipe: Recipe) -> float:
+    """Operations of one image's forward and backward pass, decoder or head included, without recomputation.
+
+    The forward pass is counted on the meta device; the backward one takes twice as many. Counted is what published
+    figures count (`Trainable.as_counted`), and not how it is computed here: computing less makes no model smaller.
+    """
+    task, side = task_of(recipe), recipe.encoder.img_size
+    with torch.device("meta"):
+        model = task.build().as_counted()
+    count = model.min_batch
+    inputs = [tensor.to("meta") for tensor in task.example_inputs(model, count)]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(count, 3, side, side), *inputs)
+    return 3 * counter.get_total_flops() / count
+
+
+def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
+    """What a device can do in a second; None where nobody knows."""
+    if recipe.monitoring.peak_flops is not None or device.type != "cuda":
+        return recipe.monitoring.peak_flops
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)

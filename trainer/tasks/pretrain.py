@@ -1,0 +1,69 @@
+"""Pretraining: an encoder learns from images without labels, by a method."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
+from mixmae.models.encoders.registry import create_encoder, family_of
+from mixmae.models.methods.contract import Column, Method
+from mixmae.models.methods.registry import method_class
+from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.export import encoder_directory
+from mixmae.trainer.recipe.components import check_settings
+from mixmae.trainer.recipe.schema import MethodSection, Recipe
+from mixmae.trainer.tasks.contract import Task
+from mixmae.trainer.tasks.registry import register_task
+
+_TIMM = ("img_size", "num_classes", "global_pool")
+"""Arguments of encoders that a recipe sets elsewhere, or not at all."""
+
+
+@register_task("pretrain")
+class Pretrain(Task):
+    """The recipe's `encoder:` under its `method:`."""
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        try:
+            family, _ = family_of(recipe.encoder.name)
+            method = method_class(recipe.method.name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
+        settings = check_settings("method", method.__init__, recipe.method.settings, ("self", "encoder"))
+        return recipe.model_copy(update={"method": MethodSection(name=recipe.method.name, **settings)})
+
+    def build(self) -> Method:
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        try:
+            encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
+        except ValueError as error:
+            raise UsageError(f"encoder: {error}") from error
+        try:
+            return method_class(recipe.method.name)(encoder, **recipe.method.settings)
+        except ValueError as error:
+            raise UsageError(f"method: {error}") from error
+
+    def initialise(self, module: Trainable) -> None:
+        if self.recipe.encoder.init is not None:
+            encoder_directory.initialise(_method(module), self.recipe.encoder.init, self.recipe.method.name)
+
+    def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return _method(module).draw(len(batch.images), generator)
+
+    def pictures(self, module: Trainable, images: Tensor, inputs: Sequence[Tensor], rows: int) -> list[Column]:
+        return _method(module).reconstruct(images, *inputs, rows=rows)
+
+    def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
+        return _method(module).draw(batch, torch.Generator().manual_seed(0))
+
+    def describe(self) -> str:
+        return f"{self.recipe.encoder.name} by {self.recipe.method.name}"
+
+
+def _method(module: Trainable) -> Method:
+    assert isinstance(module, Method)
+    return module
