@@ -194,18 +194,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_resized_crop(
-    content: bytes, state: int, size: int, settings: Data, random: Random, out: Tensor | None = None
+    content: bytes,
+    state: int,
+    size: int,
+    settings: Data,
+    random: Random,
+    out: Tensor | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """A random crop, resized (bicubic) and perhaps flipped.
 
     Args:
-        state: what `judge` said of the content.
+        state: the content's, as `inspect_image` gave it.
         out: where the crop is written, uint8 [3, size, size] in channels-last memory; None allocates.
+        max_pixels: of the whole image.
 
     Raises:
-        UnusableError: the content cannot be decoded after all.
+        UnusableError: the content cannot be decoded after all, or has more pixels.
+        OutOfMemoryError: the machine's memory does not suffice.
     """
-    source = open_encoded(content, state, settings.decoder)
+    source = open_encoded(content, state, settings.decoder, max_pixels)
     plan = plan_random_crop(source, size, settings, random)
     return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 
@@ -248,8 +256,8 @@ def _raise_if_out_of_memory(error: BaseException) -> None:
     """Raises OutOfMemoryError for MemoryError and for what libjpeg, Pillow and torch say instead."""
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         raise OutOfMemoryError(
-            f"this process ran out of memory while it decoded an image ({error or 'MemoryError'}); lower --jobs, "
-            "data.num_workers or data.max_pixels, or raise the limit of memory ('ulimit -v')"
+            f"this process ran out of memory while it decoded an image ({error or 'MemoryError'}); lower --jobs or "
+            "data.num_workers, or raise the limit of memory ('ulimit -v')"
         ) from error
 
 

@@ -411,7 +411,7 @@ def test_want_of_memory_is_no_damage(error: Exception, kind: str, monkeypatch: p
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
     monkeypatch.setattr(Image.Image, "crop", fail)
-    with pytest.raises(OutOfMemoryError, match=r"lower --jobs, data\.num_workers"):
+    with pytest.raises(OutOfMemoryError, match=r"lower --jobs or data\.num_workers"):
         inspect_image(content)
     with pytest.raises(OutOfMemoryError):
         random_resized_crop(content, state, 32, FAST, Random(0))

@@ -173,6 +173,7 @@ def test_a_missing_jpegtran_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg.require_jpegtran.cache_clear()
 
 
+@pytest.mark.services
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_table_of_another_image_is_not_trusted(mode: str) -> None:
     """Its lengths add up to the image's end, but no restart markers stand where it says."""
