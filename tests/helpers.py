@@ -36,7 +36,7 @@ def is_marked(*names: str) -> None:
 
 def needs_jpegtran() -> None:
     """Skips a test where jpegtran is missing; fails it in CI, which installs it."""
-    is_marked("services")
+    is_marked("services", "slow")
     if shutil.which("jpegtran") is None:
         lacks("needs the program jpegtran: apt-get install libjpeg-turbo-progs")
 

@@ -7,7 +7,8 @@ reference, and `fast`, which decodes no more of a JPEG than the box needs and re
 import io
 import math
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from random import Random
 from typing import Literal, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.recipe.schema import Data
 
 Pixels = npt.NDArray[np.uint8]
@@ -30,6 +31,10 @@ Decoder = Literal["fast", "pillow"]
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 """Images with more pixels are taken for decompression bombs, as Pillow takes them: 179 million."""
+MAX_SCANS = 100
+"""Scans that a JPEG may have; encoders write ten."""
+MAX_COST = 10 * MAX_PIXELS
+"""Pixels that all scans of a JPEG may have together."""
 _ASPECT = (3 / 4, 4 / 3)
 _ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside down
     1: (False, False, False),
@@ -43,6 +48,7 @@ _ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside 
 }
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
 """Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
+_OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What may be decoded: among Pillow's further formats are some that start programs."""
 
@@ -139,16 +145,32 @@ class PartialJpeg:
 
 
 class WholeImage:
-    """Any image, decoded as a whole by Pillow."""
+    """Any image, decoded as a whole by Pillow, and converted to RGB box by box.
 
-    def __init__(self, content: bytes) -> None:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        self.orientation = _orientation(content, image)
-        self.image = to_rgb(image)
+    Raises:
+        Image.DecompressionBombError: it has too many pixels, or scans.
+    """
+
+    def __init__(self, content: bytes, max_pixels: int = MAX_PIXELS) -> None:
+        self.image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
         self.width, self.height = self.image.size
+        _require_affordable(content, self.width * self.height, max_pixels)
+        self.orientation = _orientation(content, self.image)
+        self.image.load()
+        to_rgb(self.image.crop((0, 0, 1, 1)))  # what cannot be converted is found out now
 
     def pixels(self, box: Box, reduction: int) -> Pixels:
-        return np.array(self.image.crop(box))
+        return np.array(to_rgb(self.image.crop(box)))
+
+
+def _require_affordable(content: bytes, pixels: int, max_pixels: int, one_scan: bool = False) -> None:
+    """Raises DecompressionBombError for what takes more memory, or time, than an image of its size should."""
+    if pixels > max_pixels:
+        raise Image.DecompressionBombError(f"{pixels} pixels, more than {max_pixels}")
+    # A decoder stops at a second scan of an image that began with all components in one.
+    scans = jpeg.count_scans(content) if jpeg.is_jpeg(content) and not one_scan else 1
+    if scans > MAX_SCANS or scans * pixels > MAX_COST:
+        raise Image.DecompressionBombError(f"{scans} scans of {pixels} pixels")
 
 
 def _orientation(content: bytes, image: Image.Image) -> int:
@@ -163,7 +185,7 @@ def _orientation(content: bytes, image: Image.Image) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it."""
     if image.mode.startswith("I"):
-        high = np.asarray(image).astype(np.int64) >> 8
+        high = np.asarray(image) >> 8  # uint16, or int32 of mode I
         return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -172,18 +194,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_resized_crop(
-    content: bytes, state: int, size: int, settings: Data, random: Random, out: Tensor | None = None
+    content: bytes,
+    state: int,
+    size: int,
+    settings: Data,
+    random: Random,
+    out: Tensor | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """A random crop, resized (bicubic) and perhaps flipped.
 
     Args:
-        state: what `judge` said of the content.
+        state: the content's, as `inspect_image` gave it.
         out: where the crop is written, uint8 [3, size, size] in channels-last memory; None allocates.
+        max_pixels: of the whole image.
 
     Raises:
-        UnusableError: the content cannot be decoded after all.
+        UnusableError: the content cannot be decoded after all, or has more pixels.
+        OutOfMemoryError: the machine's memory does not suffice.
     """
-    source = open_encoded(content, state, settings.decoder)
+    source = open_encoded(content, state, settings.decoder, max_pixels)
     plan = plan_random_crop(source, size, settings, random)
     return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 
@@ -196,14 +226,39 @@ def center_resized_crop(content: bytes, state: int, size: int) -> Tensor:
     return resize_crop(decode_crop(source, plan), plan, size)
 
 
-def open_encoded(content: bytes, state: int, decoder: Decoder = "fast") -> EncodedImage:
-    """Raises UnusableError for bytes that do not decode as their state says."""
-    try:
+def open_encoded(content: bytes, state: int, decoder: Decoder = "fast", max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """Opens an image for decoding.
+
+    Raises:
+        UnusableError: bytes that do not decode as their state says, or too many pixels.
+        OutOfMemoryError: the machine's memory does not suffice.
+    """
+    with _decoding():
         if state == JPEG and decoder == "fast" and (header := jpeg.read_header(content)).fast:
+            _require_affordable(content, header.width * header.height, max_pixels, header.one_scan)
             return PartialJpeg(content, header)
-        return WholeImage(content)  # also of an index that called more kinds of JPEG fast
-    except Exception as error:  # decoders raise all kinds of errors
+        return WholeImage(content, max_pixels)  # also of an index that called more kinds of JPEG fast
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turns whatever decoders raise into UnusableError, but for want of memory, which says nothing of the image."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise UnusableError(Reason.TOO_LARGE, str(error)) from error
+    except Exception as error:
+        _raise_if_out_of_memory(error)
         raise UnusableError(Reason.DAMAGED, str(error)) from error
+
+
+def _raise_if_out_of_memory(error: BaseException) -> None:
+    """Raises OutOfMemoryError for MemoryError and for what libjpeg, Pillow and torch say instead."""
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        raise OutOfMemoryError(
+            f"this process ran out of memory while it decoded an image ({error or 'MemoryError'}); lower --jobs or "
+            "data.num_workers, or raise the limit of memory ('ulimit -v')"
+        ) from error
 
 
 def plan_random_crop(source: EncodedImage, size: int, settings: Data, random: Random) -> CropPlan:
@@ -220,10 +275,8 @@ def _upright_size(source: EncodedImage) -> tuple[int, int]:
 
 def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:
     """The pixels of the planned box. Raises UnusableError if the decoder finds damage in them."""
-    try:
+    with _decoding():
         return source.pixels(plan.box, plan.reduction)
-    except Exception as error:  # decoders raise all kinds of errors
-        raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
 def resize_crop(
@@ -245,14 +298,19 @@ def resize_crop(
 
 
 def inspect_image(content: bytes) -> int:
-    """How an image's bytes decode: `JPEG`, `PILLOW`, or the `Reason` why they do not. Decodes the whole image."""
+    """How an image's bytes decode: `JPEG`, `PILLOW`, or the `Reason` why they do not. Decodes the whole image.
+
+    Raises:
+        OutOfMemoryError: the machine's memory does not suffice.
+    """
     if not content:
         return Reason.EMPTY
     try:
         if jpeg.is_jpeg(content) and (state := _inspect_jpeg(content)) is not None:
             return state
         return _inspect_with_pillow(content)
-    except Exception:  # decoders raise all kinds of errors
+    except Exception as error:  # decoders raise all kinds of errors
+        _raise_if_out_of_memory(error)
         return Reason.DAMAGED
 
 
@@ -262,13 +320,16 @@ def _inspect_jpeg(content: bytes) -> int | None:
         header = jpeg.read_header(content)
     except ValueError:
         return None
-    if header.width * header.height > MAX_PIXELS:
+    try:
+        _require_affordable(content, header.width * header.height, MAX_PIXELS, header.one_scan)
+    except Image.DecompressionBombError:
         return Reason.TOO_LARGE
     if not header.fast or header.components not in (1, 3):
         return None
     try:
         simplejpeg.decode_jpeg(content)
     except ValueError as error:
+        _raise_if_out_of_memory(error)
         return Reason.DAMAGED if any(sign in str(error).lower() for sign in _DAMAGE) else None
     return JPEG
 

@@ -59,6 +59,12 @@ class UnusableError(ValueError):
         self.reason = reason
 
 
+class OutOfMemoryError(UsageError):
+    """The machine's memory does not suffice for an image, of which that says nothing."""
+
+    exit_code = 1
+
+
 class TooManyFaultsError(UsageError):
     """More unusable samples than the recipe allows: the data failed, not the call."""
 

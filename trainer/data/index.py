@@ -19,9 +19,9 @@ import numpy.typing as npt
 import xxhash
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
 from mixmae.trainer.data.stores.open_store import open_store
-from mixmae.trainer.data.stores.store import Store
+from mixmae.trainer.data.stores.store import Store, is_plain
 from mixmae.trainer.recipe.schema import Cache, Network
 
 INDEX, SAMPLES = "index.json", "samples.npy"
@@ -36,6 +36,10 @@ UNLABELLED = -1
 INVALID_LABEL = -2
 """There is a label, but it is neither a class number nor a class name."""
 Table = npt.NDArray[Any]
+_STATES = np.array([JPEG, PILLOW, *Reason])
+_MAPPED = 64 * 2**20
+"""Bytes of a sample table from which on the processes of a node share its pages. A smaller one is read into memory,
+where another program that truncates the file does not reach it."""
 
 
 class Shard(NamedTuple):
@@ -123,7 +127,10 @@ class ShardIndex:
 
     def first_difference(self, earlier: dict[str, Any]) -> str:
         """How this directory first differs from an earlier `listing`."""
-        before = [Shard(**shard) for shard in earlier["shards"]]
+        try:
+            before = [Shard(**shard) for shard in earlier["shards"]]
+        except (KeyError, TypeError):
+            return f"fingerprint {self.fingerprint[:12]}, then {str(earlier.get('fingerprint'))[:12]}"
         for then, now in zip(before, self.shards, strict=False):
             for field in Shard._fields:
                 if (a := getattr(then, field)) != (b := getattr(now, field)):
@@ -156,13 +163,14 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
         samples = _read_samples(store)
         shards = tuple(Shard(**shard) for shard in content["shards"])
         classes, fingerprint = tuple(content["classes"]), content["fingerprint"]
+        _require_types(shards, classes)
     except FileNotFoundError as error:
         no_shards = store.directory is not None and not any(store.directory.glob("*.tar"))
         hint = "it holds no .tar files" if no_shards else again
         raise UsageError(f"{location} has no {Path(str(error.filename or INDEX)).name}: {hint}") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except Exception as error:  # JSON and NumPy raise many kinds of errors of what is damaged on purpose
         raise UsageError(f"the index of {location} is damaged or out of reach ({error}); {again}") from error
     if not len(samples):
         raise UsageError(f"the shards in {location} hold no images")
@@ -172,7 +180,42 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
         )
     if fingerprint_of(shards, classes, samples) != fingerprint:
         raise UsageError(f"{INDEX} and {SAMPLES} of {location} do not belong together; {again}")
+    if (wrong := _contradiction(shards, samples)) is not None:
+        raise UsageError(f"the index of {location} contradicts itself ({wrong}); {again}")
     return ShardIndex(store, shards, classes, samples, fingerprint)
+
+
+def _require_types(shards: Sequence[Shard], classes: Sequence[str]) -> None:
+    """Raises ValueError for values that JSON can hold and an index cannot."""
+    for shard in shards:
+        numbers = (shard.samples, shard.bytes)
+        if not isinstance(shard.name, str) or not shard.name.isprintable() or not is_plain(shard.name):
+            raise ValueError(f"a shard is called {shard.name!r}; expected a name without folders")
+        if not isinstance(shard.sha256, str):
+            raise ValueError(f"{shard.name} has the checksum {shard.sha256!r}")
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"{shard.name} has {shard.samples} samples and {shard.bytes} bytes")
+    if not all(isinstance(name, str) for name in classes):
+        raise ValueError("class names that are no text")
+
+
+def _contradiction(shards: Sequence[Shard], samples: Table) -> str | None:
+    """What makes a table unusable although its fingerprint fits; None if nothing does."""
+    counts = [shard.samples for shard in shards]
+    if not np.array_equal(samples["shard"], np.repeat(np.arange(len(shards)), counts)):
+        return f"{SAMPLES} does not list the samples shard by shard, as many as {INDEX} says"
+    ends = samples["offset"].astype(np.float64) + samples["size"]
+    sizes = np.repeat(np.array([shard.bytes for shard in shards], dtype=np.float64), counts)
+    for wrong, what in (
+        (samples["offset"] < 0, "starts before its shard"),
+        (samples["size"] < 0, "has a negative size"),
+        (ends > sizes, "ends behind its shard"),
+        (~np.isin(samples["state"], _STATES), "has a state that is unknown here"),
+        (samples["label"] < INVALID_LABEL, "has a negative label"),
+    ):
+        if wrong.any():
+            return f"sample {int(np.flatnonzero(wrong)[0])} {what}"
+    return None
 
 
 def fingerprint_of(shards: Sequence[Shard], classes: Sequence[str], samples: Table) -> str:
@@ -183,6 +226,11 @@ def fingerprint_of(shards: Sequence[Shard], classes: Sequence[str], samples: Tab
 
 
 def _read_samples(store: Store) -> Table:
-    if store.directory is not None:  # all ranks and workers of a node share its pages
-        return np.load(store.directory / SAMPLES, mmap_mode="r")
-    return np.load(io.BytesIO(store.read_whole(SAMPLES)))
+    """The sample table. Raises ValueError for what is none."""
+    if store.directory is not None and store.size(SAMPLES) > _MAPPED:
+        table: Table = np.load(store.directory / SAMPLES, mmap_mode="r")
+    else:
+        table = np.load(io.BytesIO(store.read_whole(SAMPLES)))
+    if not isinstance(table, np.ndarray) or table.dtype != SAMPLE or table.ndim != 1:
+        raise ValueError(f"{SAMPLES} is no table of samples")
+    return table

@@ -8,6 +8,7 @@ pixels are bit for bit those of the whole file.
 Layout of the file: ITU-T T.81, annex B; the orientation: Exif 2.3, section 4.6.4.
 """
 
+import re
 import shutil
 import struct
 import subprocess
@@ -21,10 +22,11 @@ from mixmae.base.errors import UsageError
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
-_START, _END = b"\xff\xd8", b"\xff\xd9"
+_START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _FRAMES = (*_SEQUENTIAL, _PROGRESSIVE)
 _RESTART = 0xD0
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA))
 _TABLE, _NAME = 0xEB, b"mixmae\0"
 """The application segment (APP11) in which `add_restarts` lists the lengths of segments: a search takes long."""
@@ -60,6 +62,19 @@ class Header(NamedTuple):
     """Of the segments between restart markers, as `add_restarts` noted them; empty in other files."""
 
 
+def count_scans(content: bytes) -> int:
+    """The scans of a JPEG. A few hundred kilobytes can hold thousands, each of which passes over the whole image."""
+    scans, at = 0, 2
+    while found := _MARKER.search(content, at):
+        marker, at = content[found.end() - 1], found.end()
+        if marker == _END[1]:
+            break  # what follows may be another file, such as a phone's video
+        if marker not in _WITHOUT_LENGTH:
+            at += int.from_bytes(content[at : at + 2], "big")
+        scans += marker == _SCAN
+    return scans
+
+
 def is_jpeg(content: bytes) -> bool:
     return content[:3] == b"\xff\xd8\xff"
 
@@ -78,7 +93,7 @@ def read_header(content: bytes) -> Header:
             # read another frame header than this function, which would skip what looks like their length.
             if content[at] != 0xFF or size < 2 or marker in _WITHOUT_LENGTH:
                 raise ValueError(f"no JPEG segment at byte {at}")
-            if marker == 0xDA:
+            if marker == _SCAN:
                 break
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
                 if frame is not None:
@@ -186,14 +201,19 @@ def _restart_segments(content: bytes, header: Header) -> tuple[Offsets, Offsets]
 def _listed_markers(coded: Bytes, header: Header) -> Offsets | None:
     """Where the markers are by the file's own table, and the image's end; None if it has none that fits the file.
 
-    Another program may have re-encoded the image and kept the table: then the lengths do not add up to the image's end.
+    Another program may have re-encoded the image and kept the table: then no restart markers stand where it says.
     """
     lengths = np.frombuffer(header.lengths, ">u2")
     if not len(lengths):
         return None
     markers = header.scan_at - 2 + np.cumsum(lengths + np.int64(2))
     end = int(markers[-1])
-    return markers if coded[end : end + 2].tobytes() == _END else None
+    if coded[end : end + 2].tobytes() != _END:
+        return None
+    restarts = markers[:-1]
+    counted = _RESTART + np.arange(len(restarts)) % 8
+    fits = (coded[restarts] == 0xFF).all() and (coded[restarts + 1] == counted).all()
+    return markers if fits else None
 
 
 def _find_markers(coded: Bytes, header: Header) -> Offsets:

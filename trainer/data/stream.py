@@ -123,8 +123,9 @@ class BatchReader(Dataset[Batch]):
         try:
             for i, ref in enumerate(request.samples):
                 samples.append(self._read(ref, buffers, i, faults))
-        except UsageError as error:  # raised here it would reach the main process as a traceback
-            return Batch(buffers.images, buffers.targets, samples, faults, 0, 0, usage_error=str(error))
+        except (UsageError, MemoryError) as error:  # raised here it would reach the main process as a traceback
+            why = str(error) or "a data worker ran out of memory; lower data.num_workers or data.prefetch_factor"
+            return Batch(buffers.images, buffers.targets, samples, faults, 0, 0, usage_error=why)
         return Batch(
             buffers.images,
             buffers.targets,

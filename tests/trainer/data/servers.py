@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 from unittest import mock
+from urllib.parse import urlsplit
 
 Fault = Literal["403", "404", "503", "stall", "cut", "no ranges", "reset"]
 _BINARY = {"Content-Type": "application/octet-stream"}  # urllib's own would have moto look for a form
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = cut
 
     def _file(self) -> Path | None:
-        file = self.served.directory / urllib.request.url2pathname(self.path.partition("?")[0]).lstrip("/")
+        file = self.served.directory / urllib.request.url2pathname(urlsplit(self.path).path).lstrip("/")
         if file.is_file():
             return file
         self._head(HTTPStatus.NOT_FOUND, 0)

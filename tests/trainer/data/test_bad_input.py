@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from mixmae.base.errors import UsageError
@@ -452,3 +453,23 @@ def test_a_task_that_needs_labels_says_what_is_missing(label: bytes, message: st
     else:
         with pytest.raises(UsageError, match=message):
             require_labels(index, "finetuning")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_want_of_memory_ends_a_run_and_blames_no_image(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = open_index(directory(tmp_path / "shards", []))
+    record = tmp_path / "replaced.jsonl"
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    recipe = recipe_for(index.store.location, workers=workers)
+    with (
+        Stream(recipe, Ranks(), index, Position(0, 0, index.fingerprint), record) as stream,
+        pytest.raises(UsageError, match=r"ran out of memory .* lower --jobs or data\.num_workers"),
+    ):
+        next(stream)
+    assert not record.exists()

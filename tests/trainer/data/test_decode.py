@@ -1,9 +1,12 @@
 import io
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +30,7 @@ from mixmae.trainer.data.decode import (
     random_resized_crop,
     sample_crop_box,
 )
-from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.recipe.schema import Data
 
 FAST, PLAIN = Data(decoder="fast"), Data(decoder="pillow")
@@ -346,3 +349,90 @@ def test_a_second_frame_header_is_refused() -> None:
     with pytest.raises(ValueError, match="two frame headers"):
         jpeg.read_header(content[:at] + frame + content[at:])
     assert inspect_image(content[:at] + frame + content[at:]) != JPEG
+
+
+def with_scans(content: bytes, count: int) -> bytes:
+    """A progressive JPEG with its last scan `count` times."""
+    last = content.rindex(b"\xff\xda")
+    return content[:-2] + content[last:-2] * (count - 1) + content[-2:]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_cost_of_scans_is_bounded_before_decoding(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(small_photo().convert(mode), "JPEG", progressive=True)
+    honest, bomb = with_scans(content, 20), with_scans(content, 3000)
+    assert jpeg.count_scans(bomb) == jpeg.count_scans(content) + 2999
+    state = inspect_image(honest)
+    assert state in (JPEG, PILLOW)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
+    monkeypatch.setattr(Image.Image, "load", None)
+    assert inspect_image(bomb) == Reason.TOO_LARGE
+    for judged in (JPEG, PILLOW):  # also by an index that calls it good
+        with pytest.raises(UnusableError, match="scans of") as caught:
+            open_encoded(bomb, judged)
+        assert caught.value.reason == Reason.TOO_LARGE
+
+
+def test_scans_are_counted_up_to_the_images_end() -> None:
+    content = encoded(small_photo(), "JPEG", progressive=True)
+    comment = b"\xff\xfe\0\x0c" + b"\xff\xda\xff\xd9" * 2 + b"\xff\xda"
+    assert jpeg.count_scans(content) == 10
+    assert jpeg.count_scans(content[:2] + comment + content[2:] + b"\xff\xda" * 9) == 10
+    assert jpeg.count_scans(encoded(small_photo(), "JPEG", restart_marker_blocks=1)) == 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_pixels_are_bounded_by_the_caller(kind: str) -> None:
+    content = encoded(small_photo(), kind)
+    width, height = small_photo().size
+    state = inspect_image(content)
+    assert open_encoded(content, state, max_pixels=width * height).width == width
+    with pytest.raises(UnusableError, match="more than") as caught:
+        open_encoded(content, state, max_pixels=width * height - 1)
+    assert caught.value.reason == Reason.TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError("out of memory error when reading image file"),
+        ValueError("Insufficient memory (case 4)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_want_of_memory_is_no_damage(error: Exception, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(small_photo(), kind)
+    state = inspect_image(content)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    monkeypatch.setattr(Image.Image, "crop", fail)
+    with pytest.raises(OutOfMemoryError, match=r"lower --jobs or data\.num_workers"):
+        inspect_image(content)
+    with pytest.raises(OutOfMemoryError):
+        random_resized_crop(content, state, 32, FAST, Random(0))
+
+
+def test_a_large_image_takes_little_more_memory_than_its_pixels() -> None:
+    """In a process of its own, whose address space is bounded: 36 million RGBA pixels are 144 MB."""
+    script = (
+        "import io, resource, zlib, struct\n"
+        "from random import Random\n"
+        "from mixmae.trainer.data.decode import random_resized_crop, inspect_image\n"
+        "from mixmae.trainer.recipe.schema import Data\n"
+        "chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + "
+        "struct.pack('>I', zlib.crc32(kind + data))\n"
+        "rows = zlib.compress(bytes(6000 * (1 + 4 * 6000)), 1)\n"
+        "header = struct.pack('>IIBBBBB', 6000, 6000, 8, 6, 0, 0, 0)\n"
+        "png = b'\\x89PNG\\r\\n\\x1a\\n' + chunk(b'IHDR', header) + chunk(b'IDAT', rows) + chunk(b'IEND', b'')\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 420_000_000,) * 2)\n"
+        "assert inspect_image(png) == 1\n"
+        "random_resized_crop(png, 1, 64, Data(crop_scale=(0.2, 0.3)), Random(0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,8 +1,12 @@
 import hashlib
 import json
+import os
 import shutil
 import tarfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import webdataset
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.index import SAMPLE, Shard, Table, fingerprint_of, open_index
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.indexing import write_index
 from tests.helpers import tar_of
@@ -140,3 +144,134 @@ def test_what_cannot_be_indexed_is_explained(damage: str, message: str, tmp_path
         (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"x" * 2000})[:1500])
     with pytest.raises(UsageError, match=message):
         main(["index", str(tmp_path), "--jobs", "1"])
+
+
+@pytest.mark.parametrize("listing", [{}, {"shards": None}, {"shards": [1]}, {"shards": [{"name": "a"}]}])
+def test_a_damaged_listing_of_a_run_is_no_traceback(listing: dict[str, Any], shards: Path) -> None:
+    assert "then abc" in open_index(shards).first_difference({"fingerprint": "abc", **listing})
+
+
+def change_rows(**fields: object) -> Callable[[Table, dict[str, Any]], None]:
+    def change(samples: Table, content: dict[str, Any]) -> None:
+        for field, value in fields.items():
+            samples[field][3] = value
+
+    return change
+
+
+def change_shard(**fields: object) -> Callable[[Table, dict[str, Any]], None]:
+    return lambda samples, content: content["shards"][1].update(fields)
+
+
+def change_index(**fields: object) -> Callable[[Table, dict[str, Any]], None]:
+    return lambda samples, content: content.update(fields)
+
+
+def move_counts(samples: Table, content: dict[str, Any]) -> None:
+    content["shards"][0]["samples"] += 1
+    content["shards"][1]["samples"] -= 1
+
+
+def negative_count(samples: Table, content: dict[str, Any]) -> None:
+    first = content["shards"][0]["samples"] + 1
+    content["shards"][1]["samples"] += first
+    content["shards"][0]["samples"] = -1
+
+
+CONTRADICTIONS = {
+    "negative offset": change_rows(offset=-5),
+    "offset behind the end": change_rows(offset=2**62),
+    "largest offset": change_rows(offset=2**63 - 1),
+    "negative size": change_rows(size=-1),
+    "size of 2 GiB": change_rows(size=2**31 - 1),
+    "shard that is not there": change_rows(shard=99),
+    "shard -1": change_rows(shard=-1),
+    "unknown state": change_rows(state=17),
+    "state between": change_rows(state=5),
+    "largest state": change_rows(state=255),
+    "label -3": change_rows(label=-3),
+    "rows reversed": lambda samples, content: samples.__setitem__(slice(None), samples[::-1].copy()),
+    "counts moved": move_counts,
+    "count below 0": negative_count,
+    "count that is no whole number": change_shard(samples=10.5),
+    "count that is true": change_shard(samples=True),
+    "count that is text": change_shard(samples="12"),
+    "bytes below 0": change_shard(bytes=-1),
+    "fewer bytes than there are": change_shard(bytes=10),
+    "name with folders": change_shard(name="../../etc/passwd"),
+    "name with NUL": change_shard(name="x\0y"),
+    "name that commands a terminal": change_shard(name="a\x1b[31m.tar"),
+    "name that is no text": change_shard(name=5),
+    "empty name": change_shard(name=""),
+    "further key": change_shard(extra=1),
+    "classes that are a number": change_index(classes=5),
+    "classes that are no text": change_index(classes=[1, None]),
+    "shards that are text": change_index(shards="abc"),
+    "no shards": change_index(shards=[]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_an_index_that_contradicts_itself_is_one_line(kind: str, shards: Path, tmp_path: Path) -> None:
+    """Also one whose fingerprint was made to fit."""
+    shutil.copytree(shards, tmp_path / "copy")
+    samples = np.load(tmp_path / "copy" / "samples.npy")
+    content = json.loads((tmp_path / "copy" / "index.json").read_text())
+    CONTRADICTIONS[kind](samples, content)
+    with suppress(TypeError):  # of what is no list of shards
+        content["fingerprint"] = fingerprint_of([Shard(**s) for s in content["shards"]], content["classes"], samples)
+    np.save(tmp_path / "copy" / "samples.npy", samples)
+    (tmp_path / "copy" / "index.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError) as caught:
+        open_index(tmp_path / "copy")
+    assert str(tmp_path / "copy") in str(caught.value)
+    assert "mixmae shards index" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        np.zeros(54),
+        np.zeros((54, 1), SAMPLE),
+        np.zeros(54, [*SAMPLE.descr, ("more", "u1")]),
+        np.zeros(54, SAMPLE.newbyteorder(">")),
+    ],
+)
+def test_a_table_of_another_kind_is_refused(table: Table, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    np.save(tmp_path / "copy" / "samples.npy", table)
+    with pytest.raises(UsageError, match="is no table of samples"):
+        open_index(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("text", ["{" * 100_000, "[" * 100_000, "NaN", "null", '"text"', '{"format": NaN}', "\0"])
+def test_json_that_is_no_index(text: str, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    (tmp_path / "copy" / "index.json").write_text(text)
+    with pytest.raises(UsageError, match="index"):
+        open_index(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["index.json", "samples.npy"])
+def test_a_fifo_in_place_of_an_index_is_refused(name: str, shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink()
+    os.mkfifo(tmp_path / "copy" / name)
+    with pytest.raises(UsageError, match="not a regular file"):
+        open_index(tmp_path / "copy")
+
+
+def test_a_fifo_in_place_of_a_shard_costs_its_samples_and_no_time(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    index = open_index(tmp_path / "copy")
+    (tmp_path / "copy" / index.shards[0].name).unlink()
+    os.mkfifo(tmp_path / "copy" / index.shards[0].name)
+    with pytest.raises(UnusableError, match="not a regular file"):
+        index.read(0)
+
+
+def test_a_table_that_is_truncated_under_a_run_does_not_reach_it(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    index = open_index(tmp_path / "copy")
+    (tmp_path / "copy" / "samples.npy").write_bytes(b"")
+    assert len(index.read(len(index) - 1)) == index.samples["size"][-1]

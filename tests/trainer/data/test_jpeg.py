@@ -171,3 +171,25 @@ def test_a_missing_jpegtran_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="apt-get install libjpeg-turbo-progs"):
         jpeg.require_jpegtran()
     jpeg.require_jpegtran.cache_clear()
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_table_of_another_image_is_not_trusted(mode: str) -> None:
+    """Its lengths add up to the image's end, but no restart markers stand where it says."""
+    needs_jpegtran()
+    content = jpeg.add_restarts(encode(picture(130, 110, mode)))
+    header = jpeg.read_header(content)
+    lengths = np.frombuffer(header.lengths, ">u2")
+    whole = pixels(content)
+    for shift in (1, 2, 7):
+        wrong = lengths.copy()
+        wrong[3], wrong[4] = wrong[3] + shift, wrong[4] - shift
+        stale = content.replace(header.lengths, wrong.tobytes(), 1)
+        part = jpeg.lossless_crop(stale, jpeg.read_header(stale), (32, 40, 80, 72))
+        found = pixels(bytes(part.content))[40 - part.top : 72 - part.top, 32 - part.left : 80 - part.left]
+        assert np.array_equal(found, whole[40:72, 32:80])
+    swapped = content.replace(header.lengths, lengths[::-1].tobytes(), 1)
+    part = jpeg.lossless_crop(swapped, jpeg.read_header(swapped), (32, 40, 80, 72))
+    found = pixels(bytes(part.content))[40 - part.top : 72 - part.top, 32 - part.left : 80 - part.left]
+    assert np.array_equal(found, whole[40:72, 32:80])

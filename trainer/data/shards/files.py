@@ -59,7 +59,8 @@ class ShardBytes:
 
     def __init__(self, file: Path, stream: BinaryIO) -> None:
         self._file, self._stream = file, stream
-        self._size = os.fstat(stream.fileno()).st_size
+        self._status = self._stat()
+        self._size = self._status[0]
 
     def __len__(self) -> int:
         return self._size
@@ -78,6 +79,15 @@ class ShardBytes:
             parts.append(found)
             start += len(found)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def require_unchanged(self) -> None:
+        """Raises OSError if the file was written to since it was opened."""
+        if self._stat() != self._status:
+            raise OSError(f"{self._file} was changed while it was read")
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self._stream.fileno())
+        return status.st_size, status.st_mtime_ns
 
     def blocks(self, size: int = 2**20) -> Iterator[bytes]:
         """The whole file, in blocks."""

@@ -52,6 +52,7 @@ def scan_shard(file: Path, inspect: Callable[[bytes], int], classes: Sequence[st
         samples = SampleTable(members(file, unused), content, inspect, classes)
         samples.count_unused(unused)
         shard = Shard(file.name, len(samples.table), len(content), checksum(content))
+        content.require_unchanged()
         return ScannedShard(shard, samples.table, samples.class_names, unused)
 
 

@@ -99,6 +99,10 @@ class RemoteStore(CachedStore):
         key = (os.getpid(), self.location)
         if key not in _FILESYSTEMS:
             options = self._class._get_kwargs_from_urls(self.location)
+            if self._scheme in ("http", "https"):
+                # Proxies as curl finds them (s3fs does so by itself); bytes as they are stored, and never unpacked.
+                headers = {"Accept-Encoding": "identity"}
+                options["client_kwargs"] = {"trust_env": True, "auto_decompress": False, "headers": headers}
             _FILESYSTEMS[key] = self._class(**options, skip_instance_cache=True)
         return _FILESYSTEMS[key]
 

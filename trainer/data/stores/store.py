@@ -6,6 +6,7 @@ A store is opened before workers are forked and used in all of them, by one thre
 
 import errno
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -102,7 +103,8 @@ class LocalStore(Store):
         return self._read(name, offset, size)
 
     def read_whole(self, name: str) -> bytes:
-        return self._file(name).read_bytes()
+        with os.fdopen(_open_regular(self._file(name)), "rb") as file:
+            return file.read()
 
     def size(self, name: str) -> int:
         return self._file(name).stat().st_size
@@ -134,7 +136,7 @@ class LocalStore(Store):
         if name in self._descriptors:
             self._descriptors.move_to_end(name)
         else:
-            self._descriptors[name] = os.open(self._file(name), os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[name] = _open_regular(self._file(name))
             if len(self._descriptors) > _DESCRIPTORS:
                 self._close(next(iter(self._descriptors)))
         return self._descriptors[name]
@@ -147,8 +149,22 @@ class LocalStore(Store):
         return self.directory / plain_name(name)
 
 
+def _open_regular(file: Path) -> int:
+    """A descriptor of a file; a FIFO, whose writer may never come, is an OSError."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{file} is not a regular file")
+    return descriptor
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name stays within its folder."""
+    return "/" not in name and "\0" not in name and name not in ("", ".", "..")
+
+
 def plain_name(name: str) -> str:
     """A name that stays within its folder, as an index may come from elsewhere."""
-    if "/" in name or name in ("", ".", ".."):
+    if not is_plain(name):
         raise UsageError(f"the index names a file {name!r}; expected a name without folders")
     return name

@@ -167,6 +167,7 @@ def test_a_shard_that_is_truncated_while_it_is_read_is_an_error(tmp_path: Path) 
 
 def test_shards_that_shrink_under_a_reader_never_kill_it(tmp_path: Path) -> None:
     file = tmp_path / "0.tar"
+    file.write_bytes(GOOD)
     stop = threading.Event()
 
     def harass() -> None:

@@ -492,3 +492,14 @@ def test_a_missing_package_is_named(scheme: str, module: str, extra: str, monkey
 def test_a_cache_without_room_for_a_block_is_refused() -> None:
     with pytest.raises(UsageError, match=r"data\.cache\.max_bytes=1000000, expected room for a block of 8388608"):
         open_store("https://host/photos", cache=Cache(max_bytes=10**6))
+
+
+def test_http_goes_through_the_proxy_of_the_environment(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's name resolves to nothing: only a proxy knows it."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    with closing(RemoteStore("http://data.invalid", Network(retries=0, timeout=5.0), Cache())) as store:
+        assert store.read("a.tar", 8, 7) == _content("a.tar")[8:15]
+        assert store.read_whole("a.tar") == _content("a.tar")
+    assert {path for path, _ in server.requests} == {"http://data.invalid/a.tar"}
