@@ -80,5 +80,6 @@ def tiny_recipe(**changes: Any) -> Recipe:
         here = content
         for section in sections:
             here = here.setdefault(section, {})
-        here[key] = value
+        before = here.get(key)
+        here[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return parse_recipe(content, "tiny")

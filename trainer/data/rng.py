@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     DROP_PATH = 4
     WINDOW = 5
     REPLACEMENT = 6
+    EVALUATION = 7
 
 
 def numpy_at(purpose: Purpose, *key: int) -> np.random.Generator:

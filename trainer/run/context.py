@@ -26,6 +26,7 @@ class Run:
     Attributes:
         stop: what notes that this rank is asked to stop; None where nothing can.
         loss: mean over all ranks at the last logged step.
+        metrics: figures of the last evaluation.
     """
 
     recipe: Recipe
@@ -43,6 +44,7 @@ class Run:
     stop: StopRequest | None = None
     vote: Vote = field(default_factory=Vote)
     loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     sample_log: SampleLog | None = None
 
     @property

@@ -62,6 +62,9 @@ def fit(run: Run) -> str | None:
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
             show(run, batch)
             meter.restart()
+        if recipe.evaluate.shards is not None and due(run, recipe.evaluate.every):
+            evaluate(run)
+            meter.restart()
         if due(run, recipe.checkpoint.every):
             with observer.clock.phase("checkpoint"):
                 saving.save(run)
@@ -177,6 +180,17 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
         )
         + f"{names}; lower optim.base_lr, set optim.clip_grad, or look at these images"
     )
+
+
+def evaluate(run: Run) -> None:
+    """Asks the task for its figures, on all ranks, and reports them."""
+    run.engine.eval()
+    with torch.no_grad():
+        run.metrics = run.task.evaluate(run.engine.module, run.ranks)
+    run.engine.train()
+    if run.ranks.is_main:
+        run.reporter.evaluation(run.state.step, run.state.samples, run.metrics)
+        run.observer.evaluation(run.metrics)
 
 
 def show(run: Run, batch: Batch) -> None:

@@ -19,7 +19,8 @@ class SaveError(UsageError):
 def save(run: Run) -> None:
     """Begins a save; where it is not asynchronous, also ends it."""
     state = run.state
-    run.saver.save(Progress(state.step, run.epoch, run.loss, state.state_dict(), vars(run.position)))
+    progress = Progress(state.step, run.epoch, run.loss, state.state_dict(), vars(run.position), run.metrics)
+    run.saver.save(progress)
 
 
 def tell(run: Run) -> None:

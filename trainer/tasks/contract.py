@@ -16,6 +16,7 @@ from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -95,11 +96,12 @@ class Task(ABC):
         """What the module makes of some images; no columns, no picture. All ranks call it together."""
         return []
 
-    def evaluate(self, module: Trainable, device: torch.device) -> dict[str, float]:
-        """Figures of an evaluation, the same on all ranks, which call it together; the module is in eval mode.
+    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+        """Figures of an evaluation, by name (val_loss, top1); none where the recipe asks for none.
 
-        Names are those of metrics: val_loss, top1. They become curves, events and gauges, and `checkpoint.best_metric`
-        may name one.
+        All ranks call it together, with the module in eval mode and without gradients, and get the same figures. They
+        become curves, events and gauges, and `checkpoint.best_metric` may name one. A run's numbers do not depend on
+        whether it is evaluated: what is random here has generators of its own.
         """
         return {}
 

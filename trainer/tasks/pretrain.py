@@ -10,7 +10,11 @@ from mixmae.models.contract import Trainable
 from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
-from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.rng import Purpose, torch_at
+from mixmae.trainer.data.stream import Batch, ToDevice
+from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
+from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export import encoder_directory
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import MethodSection, Recipe
@@ -56,6 +60,24 @@ class Pretrain(Task):
 
     def pictures(self, module: Trainable, images: Tensor, inputs: Sequence[Tensor], rows: int) -> list[Column]:
         return _method(module).reconstruct(images, *inputs, rows=rows)
+
+    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+        """The loss on `evaluate.shards`, drawn alike each time: `val_loss`."""
+        recipe = self.recipe
+        if recipe.evaluate.shards is None:
+            return {}
+        index = open_index(recipe.evaluate.shards, recipe.data.network, recipe.data.cache)
+        to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
+        total = torch.zeros(2, device=ranks.device)
+        batches = held_out_batches(index, recipe.encoder.img_size, recipe.train.micro_batch, ranks)
+        for number, (images, counted) in enumerate(batches):
+            generator = torch_at(Purpose.EVALUATION, recipe.seed, ranks.rank, number)
+            inputs = _method(module).draw(len(images), generator)
+            loss = module(to_device(images), *(part.to(ranks.device) for part in inputs))
+            total += torch.stack([loss * counted, torch.tensor(float(counted), device=ranks.device)])
+        index.store.close()
+        loss_sum, count = all_reduce_sum(total).tolist()
+        return {"val_loss": loss_sum / count}
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
         return _method(module).draw(batch, torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ OTHERS = [name for name in VARIANTS if not name.startswith("plain")]
 
 def recipe_of(precision: str, k: int) -> Recipe:
     sizes = {"embed_dim": 32, "num_heads": [1, 2, 4, 8], "depths": [1, 1, 2, 1], "window_size": [8, 8, 8, 4]}
-    model = {"encoder.img_size": 128, "encoder": sizes, "method.num_images": k}
+    model = {"encoder": {"img_size": 128, **sizes}, "method.num_images": k}
     return tiny_recipe(**{**model, "train.precision": precision, "train.zero_stage": 1, "train.micro_batch": 8})
 
 

@@ -67,6 +67,9 @@ def test_numbers_are_expected() -> None:
         read_ranks({**LAUNCHER, "RANK": "first"})
 
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+
+
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, uuid: str = "GPU-1") -> None:
     """Stand-ins for a host that shows this task so many GPUs."""
     shown = {"is_available": lambda: True, "device_count": lambda: count, "set_device": lambda device: None}
@@ -78,7 +81,7 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, uuid: str = "GPU-1") -
 def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.MonkeyPatch, count: int, index: int) -> None:
     """Under Slurm's --gpus-per-task=1 each task sees one GPU, which is its number 0."""
     see_gpus(monkeypatch, count)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in RANK_VARIABLES:
         monkeypatch.setenv(name, "")
     told: dict[str, Any] = {}
     monkeypatch.setattr("deepspeed.init_distributed", lambda **given: told.update(given))
@@ -97,6 +100,8 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 2)
+    for name in RANK_VARIABLES:  # which joining sets
+        monkeypatch.setenv(name, "")
     with pytest.raises(UsageError, match="LOCAL_RANK=3, but this host shows 2 GPUs"):
         join(Ranks(rank=3, world_size=4, local_rank=3))
 

@@ -27,7 +27,7 @@ POLICIES = {
     "none": ActivationCheckpointing(),
     "selective": ActivationCheckpointing(kind="selective"),
     "torch": ActivationCheckpointing(kind="torch"),
-    "torch 1-2": ActivationCheckpointing(kind="torch", stages=(1, 2)),
+    "torch 1-2": ActivationCheckpointing(kind="torch", stages=("1", "2")),
     "fairscale": ActivationCheckpointing(kind="fairscale"),
 }
 
@@ -36,8 +36,7 @@ def small_swin(precision: str = "fp32", **changes: Any) -> Recipe:
     sizes = {"embed_dim": 32, "num_heads": [1, 2, 4, 8], "depths": [2, 2, 4, 2], "window_size": [8, 8, 8, 4]}
     return tiny_recipe(
         **{
-            "encoder.img_size": 128,
-            "encoder": sizes,
+            "encoder": {"img_size": 128, **sizes},
             "method.decoder_dim": 64,
             "method.decoder_depth": 2,
             "train.precision": precision,

@@ -95,7 +95,7 @@ def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFix
         (["--gpus", "12", "--gpu", "h100"], "--gpus 12 is not a whole number of nodes of 8"),
         (["--gpus", "16", "--gpu", "h100", "--link", "fast"], "--link fast: expected"),
         (["--gpus", "3", "--gpu", "h100"], "3 ranks cannot share data.streams=256"),
-        (["--gpus", "256", "--gpu", "h100"], "fewer than the method.num_images=2"),
+        (["--gpus", "256", "--gpu", "h100"], "fewer than the 2 that the method needs"),
         (["--gpus", "3", "--gpu", "h100", "data.streams=1"], "3 ranks cannot share"),
         (["--gpus", "8", "--gpu", "h100", "train.duration=1 sample"], "less than one step"),
         (["--gpus", "8", "--gpu", "h100", "train.micro_batsch=8"], "did you mean 'train.micro_batch'?"),

@@ -49,7 +49,7 @@ def test_a_plugin_trains_and_is_watched(trained: Path) -> None:
     assert len(losses) == 6
     assert losses[-1] < losses[0]
     assert len(list((trained / "pictures").glob("*.png"))) == 1
-    (start,) = [event for event in read_events(trained, "start")]
+    (start,) = read_events(trained, "start")
     assert "toy_patches by toy_colour" in start["message"]
 
 
@@ -79,7 +79,10 @@ def test_a_plugin_is_exported_and_loaded(trained: Path, tmp_path: Path) -> None:
         ({"method": {"name": "toy_color"}}, "did you mean 'toy_colour'"),
         ({"method": {"name": "toy_colour", "noises": 1}}, "did you mean 'method.noise'"),
         ({"method": {"name": "toy_colour", "noise": "loud"}}, "method.noise='loud': expected a valid number"),
-        ({"encoder": {"name": "toy_patches", "depths": [1]}}, "unknown key 'encoder.depths'; known: in_chans, embed_dim"),
+        (
+            {"encoder": {"name": "toy_patches", "depths": [1]}},
+            "unknown key 'encoder.depths'; known: in_chans, embed_dim",
+        ),
         ({"task": "pretrian"}, "did you mean 'pretrain'"),
     ],
 )

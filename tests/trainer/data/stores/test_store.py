@@ -222,7 +222,7 @@ def test_a_child_leaves_its_parents_connection_alone(server: HttpServer) -> None
         store.read("a.tar", 0, 1)
         child = FORK.Process(target=use_and_drop)
         child.start()
-        child.join(10)
+        child.join(120)
         assert child.exitcode == 0
         assert store.read("b.tar", 0, 10) == _content("b.tar")[:10]
 
