@@ -4,8 +4,8 @@ from pathlib import Path
 
 _TEXT = """
 run_dir: {run_dir}
-model: {{encoder: mixmae_swin_nano, img_size: 96, sizes: {{window_size: [12, 12, 6, 3]}}, num_images: 2,
-        decoder_dim: 64, decoder_depth: 4, decoder_num_heads: 4}}
+encoder: {{name: mixmae_swin_nano, img_size: 96, window_size: [12, 12, 6, 3]}}
+method: {{num_images: 2, decoder_dim: 64, decoder_depth: 4, decoder_num_heads: 4}}
 data: {{shards: {shards}, num_workers: 1}}
 train: {{duration: 20 steps, global_batch: 8, micro_batch: 2}}
 optim: {{warmup: 2 steps}}
