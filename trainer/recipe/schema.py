@@ -53,8 +53,8 @@ class Evaluate(Section):
 
     every: Duration = Span(5, "epoch")
     shards: str | None = None
-    """Held-out shards for the task's evaluation, a directory or URL; None evaluates nothing. Images are read by the ranks
-    themselves, between two steps: some thousands of them will do."""
+    """Held-out shards for the task's evaluation, a directory or URL; None evaluates nothing. The ranks themselves read
+    the images, between two steps: some thousands of them will do."""
 
 
 class Network(Section):

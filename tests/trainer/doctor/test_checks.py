@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
                       "node1", "2, of which torch sees none"),
     "too many ranks": (healthy(ranks=tuple(replace(rank_facts(r), local_rank=r) for r in range(4))), E, "GPUs",
                        "node2", "2 for 4 ranks"),
-    "too many ranks of one GPU": (healthy(ranks=tuple(replace(rank_facts(r), gpus=1, gpu=("1-0", "1-0", "2-0", "2-1")[r])
+    "too many ranks of one GPU": (healthy(ranks=tuple(replace(rank_facts(r), gpus=1, gpu=f"{1 + r // 2}-{r // 2 * r}")
                                                       for r in range(4))), E, "GPUs", "node1", "ranks 0, 1 share 1-0"),
     "shared GPU": (healthy(ranks=(*map(rank_facts, (0, 1, 2)), replace(rank_facts(3), gpu="2-0"))), E, "GPUs", "node2",
                    "ranks 2, 3 share 2-0"),
