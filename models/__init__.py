@@ -1,7 +1,7 @@
 """What is learned: encoders, methods and their parts. Importing it registers the encoders with timm."""
 
-from mixmae.models.encoders import swin
+from mixmae.models.encoders import pvt, resnet, swin, twins, vit
 from mixmae.models.encoders.registry import create_encoder
 from mixmae.models.methods.mixmae import MixMAE
 
-__all__ = ["MixMAE", "create_encoder", "swin"]
+__all__ = ["MixMAE", "create_encoder", "pvt", "resnet", "swin", "twins", "vit"]

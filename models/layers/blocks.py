@@ -14,11 +14,13 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
 class Block(nn.Module):
     """Pre-norm Transformer block around any attention; what else the attention needs is passed through."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.0, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

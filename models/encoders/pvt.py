@@ -1,0 +1,142 @@
+"""PVT encoders, version 1 (Wang et al. 2021) for MixMAE.
+
+In every stage the spatial reduction makes one key and value of a cell of 32 px, so that groups separate as cells. There
+is no class token, which in stage 4 would see all groups; features are pooled by their mean.
+"""
+
+import re
+from collections.abc import Sequence
+
+from timm.layers import calculate_drop_path_rates
+from torch import Tensor, nn
+
+from mixmae.models.encoders.registry import register_encoder
+from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
+from mixmae.models.layers.blocks import Block, init_weights
+from mixmae.models.layers.cell_order import SubsampledAttention, by_cell
+from mixmae.models.layers.patch_embedding import PatchEmbedding
+from mixmae.models.layers.positions import LearnedPositions
+
+_EPS = 1e-6
+
+
+class PVTStage(Stage):
+    """Patch embedding and positions, then blocks that keep their tokens cell by cell."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        patch: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path: Sequence[float],
+        cells: tuple[int, int],
+        reduction: int,
+    ) -> None:
+        super().__init__()
+        self.cells = cells
+        self.reduction = reduction
+        self.patch_embed = PatchEmbedding(in_dim, dim, patch)
+        self.pos_embed = LearnedPositions(self._grid(), dim)
+        self.blocks.extend(
+            Block(dim, SubsampledAttention(dim, num_heads, reduction), mlp_ratio, rate, _EPS) for rate in drop_path
+        )
+
+    def _grid(self) -> tuple[int, int]:
+        return (self.cells[0] * self.reduction, self.cells[1] * self.reduction)
+
+    def set_cells(self, cells: tuple[int, int]) -> None:
+        """Another cell grid; positions are resized."""
+        self.cells = cells
+        self.pos_embed.set_grid(self._grid())
+
+    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        x = self.pos_embed(self.patch_embed(x))
+        layout = by_cell(x, self.cells, groups, num_groups)
+        tokens = layout.arrangement.sort(x)
+        for block in self.blocks:
+            tokens = self.run(block, tokens, layout)
+        return layout.arrangement.restore(tokens, self._grid())
+
+
+class PVT(StagedEncoder):
+    """`encoder(images, groups=None) -> features`.
+
+    Args:
+        img_size: pixels, one side or (height, width).
+        num_classes: 0 leaves the head out; with `global_pool=""` the features stay a map [B, H/32, W/32, C].
+
+    Raises:
+        ValueError: the image does not divide into 32 px cells, or a width into its heads.
+    """
+
+    first_conv = "stages.0.patch_embed.proj"
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 8, 27, 3),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        strides = [patch_size * 2**i for i in range(NUM_STAGES)]
+        super().__init__(img_size, strides[-1], embed_dims, strides, num_classes, global_pool, drop_rate)
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        self.stages = nn.ModuleList(
+            PVTStage(
+                embed_dims[i - 1] if i else in_chans,
+                embed_dims[i],
+                2 if i else patch_size,
+                num_heads[i],
+                mlp_ratios[i],
+                drop_path[i],
+                self.grid,
+                self.stride // strides[i],
+            )
+            for i in range(NUM_STAGES)
+        )
+        self.norm = nn.LayerNorm(embed_dims[-1], _EPS)
+        self.apply(init_weights)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        super().set_input_size(img_size)
+        for stage in self.stages:
+            assert isinstance(stage, PVTStage)
+            stage.set_cells(self.grid)
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' names, and ours; their class token is left out."""
+        if "patch_embed1.proj.weight" not in state:
+            return dict(state)
+        state = dict(state)
+        if state.pop("cls_token", None) is not None:
+            state["pos_embed4"] = state["pos_embed4"][:, 1:]
+        return {_own_name(name): value for name, value in state.items()}
+
+
+def _own_name(name: str) -> str:
+    name = re.sub(r"^pos_embed(\d)$", r"pos_embed\1.weight", name)
+    name = re.sub(r"^block(\d)", r"blocks\1", name)
+    name = re.sub(r"^(patch_embed|pos_embed|blocks)(\d)", lambda match: f"stages.{int(match[2]) - 1}.{match[1]}", name)
+    return re.sub(r"^head\.", "head.fc.", name)
+
+
+register_encoder(
+    "mixmae_pvt_nano",
+    PVT,
+    img_size=128,
+    embed_dims=(16, 32, 40, 64),
+    depths=(1, 1, 2, 1),
+)
+register_encoder("mixmae_pvt_tiny", PVT, depths=(2, 2, 2, 2))
+register_encoder("mixmae_pvt_small", PVT, depths=(3, 4, 6, 3))
+register_encoder("mixmae_pvt_medium", PVT, depths=(3, 4, 18, 3))
+register_encoder("mixmae_pvt_large", PVT)

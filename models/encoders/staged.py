@@ -1,0 +1,183 @@
+"""What encoders of four stages share: features, classifier, checkpointing, timm's contract.
+
+Maps are [B, H, W, C] everywhere, so that a map is a row of tokens without a copy.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixmae.models.encoders.contract import Encoder
+from mixmae.models.layers.positions import LearnedPositions
+
+NUM_STAGES = 4
+
+
+class Stage(nn.Module):
+    """Blocks of one width; `forward(x, groups, num_groups)` takes a map to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList()
+
+    def run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """A block's output, which is recomputed in the backward pass where that is asked for."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training)
+            return out
+        return block(*inputs)
+
+
+class StagedEncoder(Encoder):
+    """An encoder of four stages, a final norm and a classifier; families add their stages.
+
+    Args:
+        img_size: pixels, one side or (height, width).
+        stride: pixels along a cell's side.
+        dims: width of each stage.
+        reductions: pixels along a token's side in each stage.
+
+    Raises:
+        ValueError: the image does not divide into cells.
+    """
+
+    stages: nn.ModuleList
+    norm: nn.Module
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        stride: int,
+        dims: Sequence[int],
+        reductions: Sequence[int],
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self._set_size(img_size)
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
+        ]
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
+
+    def _set_size(self, img_size: int | tuple[int, int]) -> None:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"img_size {height}x{width} does not divide into cells of {self.stride} px")
+        self.img_size = (height, width)
+        self.grid = (height // self.stride, width // self.stride)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Another size of images; learned positions are resized (bicubic).
+
+        Raises:
+            ValueError: the image does not divide into cells.
+        """
+        self._set_size(img_size)
+
+    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        """Images [B, 3, H, W], normalised; groups [Gh, Gw] or [B, Gh, Gw], or None for unmixed images."""
+        return self.forward_head(self.forward_features(images, groups, num_groups))
+
+    def forward_features(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        """The final norm's map, [B, H/stride, W/stride, C] of the last stage."""
+        x = self._embed(images, groups)
+        for stage in self.stages:
+            x = stage(x, groups, num_groups)
+        return self._normalise(x, groups)
+
+    def _embed(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
+        """The map that the first stage takes."""
+        if tuple(images.shape[2:]) != self.img_size:
+            raise ValueError(
+                f"images are {images.shape[2]}x{images.shape[3]} px and the encoder is for "
+                f"{self.img_size[0]}x{self.img_size[1]}; resize them, or call set_input_size"
+            )
+        return images.permute(0, 2, 3, 1)
+
+    def _normalise(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        """The last stage's map behind the final norm."""
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's feature-extraction contract: the maps behind the stages `indices`."""
+        take, last = feature_take_indices(NUM_STAGES, indices)
+        maps = []
+        x = self._embed(x)
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                out = self._normalise(x) if norm and i == NUM_STAGES - 1 else x
+                maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
+        if intermediates_only:
+            return maps
+        return x if stop_early and last < NUM_STAGES - 1 else self._normalise(x), maps
+
+    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] | None = None) -> None:
+        for number, stage in enumerate(self.stages, start=1):
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable and (stages is None or number in stages)
+
+    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
+        chosen = self.stages[stage - 1]
+        assert isinstance(chosen, Stage)
+        return list(chosen.blocks)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """timm's layer groups, from the image to the head, for layer-wise learning-rate decay."""
+        fine = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)", (0,)),  # what comes before a stage's blocks is of its first block's group
+            (r"^norm", (99999,)),
+        ]
+        stem = r"^stem|^patch_embed|^pos_embed|^stages\.0\.(?:patch_embed|pos_embed)"
+        return {"stem": stem, "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of this encoder, or timm's of the same architecture; learned positions are resized (bicubic).
+
+        Raises:
+            ValueError: positions to be resized are not of a square image.
+        """
+        state = self.own_names(state)
+        for name, module in self.named_modules():
+            if isinstance(module, LearnedPositions) and f"{name}.weight" in state:
+                state[f"{name}.weight"] = module.fit(state[f"{name}.weight"])
+        return state
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state of timm's model of the same architecture under this encoder's names, which stay as they are."""
+        return dict(state)
+
+    def no_weight_decay(self) -> Collection[str]:
+        """Learned positions."""
+        return {name for name, _ in self.named_parameters() if name.endswith("pos_embed.weight")}
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)

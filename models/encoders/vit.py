@@ -1,0 +1,105 @@
+"""ViT encoders (Dosovitskiy et al. 2021) for MixMAE: a cell is one patch of 16 px (supplement, Table 7).
+
+There is no class token, which would see all groups; features are pooled by their mean. The blocks stand in four stages
+of one quarter of the depth each, all at stride 16, so that stages can be named here as in every encoder.
+"""
+
+import re
+
+from timm.layers import calculate_drop_path_rates
+from torch import Tensor, nn
+
+from mixmae.models.encoders.registry import register_encoder
+from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
+from mixmae.models.layers.blocks import Block, init_weights
+from mixmae.models.layers.cell_order import SelfAttention, by_cell
+from mixmae.models.layers.patch_embedding import PatchEmbedding
+from mixmae.models.layers.positions import LearnedPositions
+
+_EPS = 1e-6
+
+
+class ViTStage(Stage):
+    """A quarter of the blocks; attention is global."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: list[float]) -> None:
+        super().__init__()
+        self.blocks.extend(Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path)
+
+    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+        grid = (x.shape[1], x.shape[2])
+        layout = by_cell(x, grid, groups, num_groups)
+        tokens = layout.arrangement.sort(x)
+        for block in self.blocks:
+            tokens = self.run(block, tokens, layout)
+        return layout.arrangement.restore(tokens, grid)
+
+
+class ViT(StagedEncoder):
+    """`encoder(images, groups=None) -> features`.
+
+    Positions are learned, and begin as MAE's fixed sin-cos ones.
+
+    Args:
+        img_size: pixels, one side or (height, width).
+        depth: blocks, a multiple of four.
+        num_classes: 0 leaves the head out; with `global_pool=""` the features stay a map [B, H/16, W/16, C].
+
+    Raises:
+        ValueError: the image does not divide into patches, or the depth into four stages.
+    """
+
+    stride = 16
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        if depth % NUM_STAGES or embed_dim % 4:
+            raise ValueError(f"depth {depth} and embed_dim {embed_dim}: expected multiples of {NUM_STAGES} and 4")
+        dims, reductions = [embed_dim] * NUM_STAGES, [patch_size] * NUM_STAGES
+        super().__init__(img_size, patch_size, dims, reductions, num_classes, global_pool, drop_rate)
+        self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch_size, norm=False)
+        self.pos_embed = LearnedPositions(self.grid, embed_dim)
+        rates = calculate_drop_path_rates(drop_path_rate, [depth // NUM_STAGES] * NUM_STAGES, stagewise=True)
+        self.stages = nn.ModuleList(ViTStage(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, _EPS)
+        self.apply(init_weights)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        super().set_input_size(img_size)
+        self.pos_embed.set_grid(self.grid)
+
+    def _embed(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
+        return self.pos_embed(self.patch_embed(super()._embed(images)))
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """timm's names, and ours; a class token is left out."""
+        depth = len(self.stage_blocks(1))
+
+        def own(name: str) -> str:
+            name = re.sub(r"^blocks\.(\d+)", lambda m: "stages.{}.blocks.{}".format(*divmod(int(m[1]), depth)), name)
+            return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name.replace("pos_embed", "pos_embed.weight"))
+
+        if "blocks.0.attn.qkv.weight" not in state:
+            return dict(state)
+        state = dict(state)
+        if state.pop("cls_token", None) is not None:
+            state["pos_embed"] = state["pos_embed"][:, 1:]
+        return {own(name): value for name, value in state.items()}
+
+
+register_encoder("mixmae_vit_nano", ViT, img_size=128, embed_dim=64, depth=4, num_heads=2)
+register_encoder("mixmae_vit_small", ViT, embed_dim=384, num_heads=6)
+register_encoder("mixmae_vit_base", ViT)
+register_encoder("mixmae_vit_large", ViT, embed_dim=1024, depth=24, num_heads=16)
