@@ -36,7 +36,7 @@ COMMANDS = {
 
 _HEAD = """usage: mixmae COMMAND ...
 
-MixMAE pretraining of Swin backbones under DeepSpeed, from WebDataset shards to a timm encoder.
+Pretraining of hierarchical vision backbones under DeepSpeed, from WebDataset shards to a timm encoder.
 
 commands:
 """

@@ -1,6 +1,7 @@
 """The layers hold, room by room: each imports only what stands below it."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,3 +75,14 @@ def test_login_nodes_need_no_torch(room: str) -> None:
 def test_models_use_torch_timm_and_triton_alone() -> None:
     used = {name.split(".")[0] for file in files_of("mixmae.models") for name in imports(file)}
     assert used - sys.stdlib_module_names <= {"torch", "timm", "triton", "mixmae"}
+
+
+@pytest.mark.parametrize("room", ["run", "engine", "checkpoints", "telemetry"])
+def test_these_rooms_know_models_by_contract_alone(room: str) -> None:
+    for file in files_of(f"mixmae.trainer.{room}"):
+        named = re.findall(r"MixMAE|draw_mix|Swin", file.read_text())
+        assert not named, f"{file}: {named}"
+
+
+def test_no_file_of_the_trainer_lies_loose_but_the_entry_point() -> None:
+    assert {file.name for file in (ROOT / "trainer").glob("*.py")} == {"__init__.py", "train.py"}

@@ -19,7 +19,7 @@ from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.recipe.schema import Recipe
 
 _BUCKET = 100_000_000
-"""Elements reduced at once: DeepSpeed's own default is one bucket for a whole Swin-H."""
+"""Elements reduced at once: DeepSpeed's own default is one bucket for a whole model of 500 M parameters."""
 
 
 def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:

@@ -134,10 +134,11 @@ def explain(detail: Any, schema: type[BaseModel] = Recipe, section: str = "") ->
 
 
 def _nearest(path: str, schema: type[BaseModel], section: str) -> str:
-    known = list(_paths(schema, f"{section}." if section else ""))
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]]
-    nearest = by_leaf or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(schema.model_fields)}"
+    prefix = f"{section}." if section else ""
+    known, wanted = list(_paths(schema)), path.removeprefix(prefix)
+    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == wanted.rsplit(".", 1)[-1]]
+    nearest = by_leaf or difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
+    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else f"; known: {', '.join(schema.model_fields)}"
 
 
 def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
