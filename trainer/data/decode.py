@@ -327,7 +327,10 @@ def _inspect_jpeg(content: bytes) -> int | None:
     if not header.fast or header.components not in (1, 3):
         return None
     try:
+        simplejpeg.decode_jpeg_header(content)
         simplejpeg.decode_jpeg(content)
+    except KeyError:  # a sampling that simplejpeg has no name for
+        return None
     except ValueError as error:
         _raise_if_out_of_memory(error)
         return Reason.DAMAGED if any(sign in str(error).lower() for sign in _DAMAGE) else None

@@ -25,6 +25,8 @@ Offsets = npt.NDArray[np.int64]
 _START, _END, _SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _FRAMES = (*_SEQUENTIAL, _PROGRESSIVE)
+_UNNAMED_SAMPLING = (1, 4)
+"""4:4:1, which libjpeg-turbo decodes and simplejpeg has no name for."""
 _RESTART = 0xD0
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _WITHOUT_LENGTH = (0x00, 0x01, *range(0xD0, 0xDA))
@@ -122,7 +124,7 @@ def read_header(content: bytes) -> Header:
         unit_width=8 * across,
         unit_height=8 * down,
         context=(int(across > 1), int(down > 1)),
-        fast=kind in _FRAMES and precision == 8,
+        fast=kind in _FRAMES and precision == 8 and (across, down) != _UNNAMED_SAMPLING,
         one_scan=kind in _SEQUENTIAL and in_scan == components,
         restart_interval=restart,
         scan_at=at + 2 + size,

@@ -436,3 +436,18 @@ def test_a_large_image_takes_little_more_memory_than_its_pixels() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SAMPLINGS = {"4:4:4": 0x11, "4:2:2": 0x21, "4:4:0": 0x12, "4:2:0": 0x22, "4:1:1": 0x41, "4:4:1": 0x14, "4:1:0": 0x42}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_what_is_judged_fast_is_decoded_fast(sampling: str) -> None:
+    """A grey image, of which any sampling of its luma can be claimed. simplejpeg has no name for 4:4:1."""
+    content = bytearray(encoded(Image.new("RGB", (64, 64), (90, 90, 90)), "JPEG", subsampling="4:4:4"))
+    content[content.index(b"\xff\xc0") + 11] = SAMPLINGS[sampling]
+    state = inspect_image(bytes(content))
+    assert jpeg.read_header(bytes(content)).fast == (sampling != "4:4:1")
+    if state in (JPEG, PILLOW):
+        open_encoded(bytes(content), state).pixels((8, 8, 40, 40), 1)
+        assert state == PILLOW or jpeg.read_header(bytes(content)).fast
