@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from mixmae.trainer.doctor.message_store import MessageStore
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe
-from tests.helpers import ROOT
 from tests.trainer.doctor.recipes import write_recipe
 from tests.warm import WarmProcess, run_module
 
@@ -174,20 +171,19 @@ def output_of_main(ranks: list[WarmProcess]) -> tuple[str, str]:
     return output, errors
 
 
-def test_a_main_rank_that_cannot_be_reached() -> None:
-    script = "from mixmae.trainer.doctor import message_store; message_store.ARRIVAL_SECONDS = 2.0; " \
-             "from mixmae.trainer.doctor import __main__ as d; " \
-             "from mixmae.base.errors import run_cli; import sys; sys.exit(run_cli(d.main, []))"  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment(1, 2, free_port()),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+def test_a_main_rank_that_cannot_be_reached(tmp_path: Path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(
+        "import sys\n"
+        "from mixmae.base.errors import run_cli\n"
+        "from mixmae.trainer.doctor import message_store, __main__\n"
+        "message_store.ARRIVAL_SECONDS = 2.0\n"
+        "sys.exit(run_cli(__main__.main, []))\n"
     )
-    assert done.returncode == 1
-    assert "rank 1: cannot reach the main rank at 127.0.0.1 port" in done.stderr.splitlines()[-1]
+    rank = WarmProcess(str(script), env=environment(1, 2, free_port()))
+    _, errors = rank.communicate(SECONDS)
+    assert rank.returncode == 1
+    assert "rank 1: cannot reach the main rank at 127.0.0.1 port" in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
