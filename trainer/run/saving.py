@@ -1,5 +1,7 @@
 """When a run saves, what it says of it, and how it ends."""
 
+import math
+
 import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
@@ -19,7 +21,8 @@ class SaveError(UsageError):
 def save(run: Run) -> None:
     """Begins a save; where it is not asynchronous, also ends it."""
     state = run.state
-    progress = Progress(state.step, run.epoch, run.loss, state.state_dict(), vars(run.position), run.metrics)
+    metrics = {name: value for name, value in run.metrics.items() if math.isfinite(value)}
+    progress = Progress(state.step, run.epoch, run.loss, state.state_dict(), vars(run.position), metrics)
     run.saver.save(progress)
 
 

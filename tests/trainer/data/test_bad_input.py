@@ -349,7 +349,7 @@ def test_shell_commands_are_refused_and_nothing_is_unpickled(tmp_path: Path) -> 
         open_index(f"pipe:touch {tmp_path}/ran; cat {{}}")
     shards = directory(tmp_path / "shards", [])
     np.save(shards / "samples.npy", np.array([{"a": 1}], dtype=object))
-    with pytest.raises(UsageError, match=r"damaged.*Python objects"):
+    with pytest.raises(UsageError, match=r"damaged.*[Oo]bject"):
         open_index(shards)
     assert not (tmp_path / "ran").exists()
 
