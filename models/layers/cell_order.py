@@ -103,8 +103,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     units = sum(count * size for count, size in layout.problems)
     out, start = [], 0
     for count, size in layout.problems:
-        problems = (_problems(x, units, start, count, size) for x in (q, k, v))
-        part = sdpa.attend_unbiased(*problems, layout.mask)
+        queries, keys, values = (_problems(x, units, start, count, size) for x in (q, k, v))
+        part = sdpa.attend_unbiased(queries, keys, values, layout.mask)
         out.append(part.transpose(1, 2).reshape(len(q), -1, q.shape[2] * q.shape[3]))
         start += count * size
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)

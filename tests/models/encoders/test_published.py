@@ -121,7 +121,7 @@ def test_pvt_is_that_of_its_authors() -> None:
         for number, actual in enumerate(maps[:3], start=1):
             torch.testing.assert_close(actual, reference[f"stage{number}"], atol=1e-5, rtol=1e-5)
         # The fourth stage has a class token there: it is put before ours.
-        stage = model.stages[3]
+        stage: Any = model.stages[3]
         tokens = stage.pos_embed(stage.patch_embed(maps[2].permute(0, 2, 3, 1))).flatten(1, 2)
         class_token = (state["cls_token"] + state["pos_embed4"][:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([class_token, tokens], dim=1)
