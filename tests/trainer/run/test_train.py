@@ -82,7 +82,7 @@ def launched(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     run_dir = tmp_path_factory.mktemp("launched") / "run"
     done = start(*LAUNCH, str(recipe_file), "--local", "2", f"run_dir={run_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 8/8 loss" in done.stdout
+    assert "step 8/8  loss" in done.stdout
     return run_dir
 
 
@@ -350,7 +350,7 @@ def test_mistakes_under_the_launcher_end_with_code_2(recipe_file: Path, tmp_path
     late = start(*command, f"run_dir={tmp_path / 'run'}", "encoder.img_size=96")
     assert late.returncode != 0
     assert re.search(
-        r"mixmae: error: (rank 1: )?model: img_size 96x96", late.stderr
+        r"mixmae: error: (rank 1: )?encoder: img_size 96x96", late.stderr
     )  # the launcher ends the other rank
     assert "Traceback" not in late.stderr
 
