@@ -299,7 +299,7 @@ def _gather(x: Tensor, present: Tensor, kernel: int, stride: int) -> Tensor:
     padded = F.pad(x, (0, 0, half, half, half, half))
     out = x.new_empty(*x.shape[:1], x.shape[1] // stride, x.shape[2] // stride, kernel**2, x.shape[3])
     for tap, (rows, cols) in enumerate(_taps(x, kernel, stride)):
-        torch.mul(padded[:, rows, cols], present[..., tap, None], out=out[..., tap, :])
+        out[..., tap, :] = padded[:, rows, cols] * present[..., tap, None]  # with out= torch.compile stops at the view
     return out.flatten(3)
 
 
