@@ -181,7 +181,7 @@ def test_the_page_tells_what_held_and_what_did_not(rig: Rig, tmp_path: Path) -> 
     bad = Outcome("requeued", "scontrol requeue", "slurm", 1, "requeued", "started again", 3.0, 9.0, 40, ("no end",))
     write_report(tmp_path / "page.md", [good, good, bad], "python -m tests.drill", 11.0)
     page = (tmp_path / "page.md").read_text()
-    assert "All of this was so 2 of 3 times" in page
+    assert "All of this was true for 2 of 3 runs" in page
     assert "- slurm, scontrol requeue (requeued): no end" in page
     assert "| SIGKILL of a rank | local | 2 | rank 0 killed | went on |  | 12, 12 |" in page
     assert max(len(line) for line in page.splitlines() if not line.startswith("|")) <= 120

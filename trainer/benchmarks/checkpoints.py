@@ -46,13 +46,13 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(args.recipe, [*args.overrides, "train.zero_stage=0", "train.precision=fp32"])
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-", dir=args.folder) as folder:
         result = measure(recipe.model_copy(update={"run_dir": Path(folder)}), args.saves)
-    print(_in_words(result))
+    print(_describe(result))
     if args.json:
         write_result(RESULTS / f"checkpoints-{args.recipe.stem}.json", result)
     return 0
 
 
-def _in_words(result: dict[str, Any]) -> str:
+def _describe(result: dict[str, Any]) -> str:
     def told(name: str) -> str:
         return f"{result[f'{name}_seconds']:.2f} s (first {result[f'first_{name}_seconds']:.2f} s)"
 

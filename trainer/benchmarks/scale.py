@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             own = [f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
             recipe = recipe_of(args.model, args.batch, [*own, *args.overrides], world_size)
             found.append({**measure(recipe, world_size, args.steps), **circumstances()})
-            print(_in_words(found[-1]))
+            print(_describe(found[-1]))
     if args.json:
         write_measurements(RESULTS / f"scale-{args.model}.json", found)
     return 0
@@ -139,7 +139,7 @@ def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
     return step, engine.destroy
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _describe(found: dict[str, Any]) -> str:
     traffics = "; ".join(
         f"{name} {found['bytes'][name] / 1e6:.2f} MB, planned {plan / 1e6:.2f}"
         for name, plan in found["planned_bytes"].items()

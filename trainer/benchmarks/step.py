@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     for batch in args.batch.split(","):
         recipe = recipe_of(args.model, int(batch), [f"train.precision={args.precision}", *args.overrides])
         for found, kernels in measure(recipe, names, args.steps, device):
-            print(_in_words(found), flush=True)
+            print(_describe(found), flush=True)
             if args.json:
                 chip = found["device"].split("(")[0].strip().lower().replace(" ", "-")
                 file = RESULTS / f"step-{chip}-{args.model}-{recipe.train.precision}.json"
@@ -222,7 +222,7 @@ def _title(found: dict[str, Any]) -> str:
     )
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _describe(found: dict[str, Any]) -> str:
     low, high = found["step_seconds_spread"]
     ratio = "" if found["ratio_to_plain"] is None else f", {found['ratio_to_plain']:.2f} times plain"
     largest = ", ".join(f"{name} {share:.0%}" for name, share in list(found["kernel_shares"].items())[:5])

@@ -12,7 +12,7 @@ from mixmae.trainer.engine.schedule import Schedule
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run.state import TrainState
-from mixmae.trainer.run.stop_signal import Vote
+from mixmae.trainer.run.stop_signal import StopSignalReducer
 from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.telemetry.observer import Observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
@@ -42,7 +42,7 @@ class Run:
     observer: Observer
     saver: Saver
     stop: StopRequest | None = None
-    vote: Vote = field(default_factory=Vote)
+    stop_signals: StopSignalReducer = field(default_factory=StopSignalReducer)
     loss: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     sample_log: SampleLog | None = None

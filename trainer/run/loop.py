@@ -17,7 +17,7 @@ from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run import saving
 from mixmae.trainer.run.context import Run, due
-from mixmae.trainer.run.stop_signal import Wish
+from mixmae.trainer.run.stop_signal import StopSignal
 from mixmae.trainer.telemetry import pictures
 from mixmae.trainer.telemetry.throughput import Throughput
 
@@ -44,8 +44,8 @@ def fit(run: Run) -> str | None:
     per_rank = recipe.train.global_batch // run.ranks.world_size
     meter = Throughput()
     window = torch.zeros(2, device=run.ranks.device)  # sum and number of finite losses since the last report
-    wish = Wish.GO_ON
-    while state.step < run.schedule.total_steps and wish is Wish.GO_ON:
+    signal = StopSignal.CONTINUE
+    while state.step < run.schedule.total_steps and signal is StopSignal.CONTINUE:
         losses, samples, batch = train_step(run)
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
         meter.count(recipe.train.global_batch)
@@ -71,9 +71,9 @@ def fit(run: Run) -> str | None:
             meter.restart()
         saving.tell(run)
         observer.step(state, per_rank)
-        wish = run.vote.cast(saving.wish(run))
+        signal = run.stop_signals.all_reduce(saving.stop_signal(run))
     observer.set_phase("ending")
-    return saving.conclude(run, wish)
+    return saving.conclude(run, signal)
 
 
 def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:

@@ -9,7 +9,7 @@ from mixmae.trainer.checkpoints.manifest import Progress
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.engine.distributed import from_main
 from mixmae.trainer.run.context import Run
-from mixmae.trainer.run.stop_signal import Wish
+from mixmae.trainer.run.stop_signal import StopSignal
 
 
 class SaveError(UsageError):
@@ -65,20 +65,20 @@ def _report(run: Run, saved: Saved) -> None:
         )
 
 
-def wish(run: Run) -> Wish:
-    """What this rank wants of the run after a step."""
+def stop_signal(run: Run) -> StopSignal:
+    """The stop signal of this rank after a step."""
     if run.ranks.is_main and (run.saver.superseded or run.saver.failures > run.recipe.checkpoint.max_failures):
-        return Wish.GIVE_UP
-    return Wish.GO_ON if _asked_to_stop(run) is None else Wish.STOP
+        return StopSignal.ABORT
+    return StopSignal.CONTINUE if _asked_to_stop(run) is None else StopSignal.STOP
 
 
-def conclude(run: Run, agreed: Wish) -> str | None:
+def conclude(run: Run, agreed: StopSignal) -> str | None:
     """Ends a run on all ranks, everything saved; returns what asked it to stop, if anything did.
 
     Raises:
         SaveError: the run had to give up, or its last state could not be saved.
     """
-    if agreed is not Wish.GIVE_UP and run.saver.begun != run.state.step:
+    if agreed is not StopSignal.ABORT and run.saver.begun != run.state.step:
         save(run)
     run.saver.wait()
     tell(run)

@@ -1,4 +1,4 @@
-"""What all ranks do at the same step although only one of them knows of a reason."""
+"""The stop signal: what all ranks do after the same step although only one of them knows of a reason."""
 
 import enum
 
@@ -8,36 +8,36 @@ import torch.distributed as dist
 from mixmae.trainer.engine.distributed import background_group
 
 
-class Wish(enum.IntEnum):
-    """What a rank wants of the run; of several wishes the highest counts."""
+class StopSignal(enum.IntEnum):
+    """What a rank asks for; of several signals the highest counts."""
 
-    GO_ON = 0
+    CONTINUE = 0
     STOP = 1
-    """Save, and end so that the run can be continued."""
-    GIVE_UP = 2
+    """Save, and end so that the run can be resumed."""
+    ABORT = 2
     """End as failed: checkpoints can no longer be saved."""
 
 
-class Vote:
-    """One small reduction a step, in the background: what is wished at a step is known to all at the next one.
+class StopSignalReducer:
+    """One small all-reduce a step, in the background: the signals of a step are known to all ranks at the next one.
 
     No rank waits for another here: a reduction is asked for its result one step after it was started.
     """
 
     def __init__(self) -> None:
         self._group = background_group()
-        self._wish = torch.zeros(1, dtype=torch.int32)
+        self._signal = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
-    def cast(self, wish: Wish) -> Wish:
-        """Says what this rank wishes, and returns what the ranks wished at the step before."""
-        agreed = self._result()
-        self._wish[0] = wish
-        self._pending = dist.all_reduce(self._wish, dist.ReduceOp.MAX, self._group, async_op=True)
-        return agreed
+    def all_reduce(self, signal: StopSignal) -> StopSignal:
+        """Starts to reduce this rank's signal, and returns the highest of all ranks at the step before."""
+        highest = self._result()
+        self._signal[0] = signal
+        self._pending = dist.all_reduce(self._signal, dist.ReduceOp.MAX, self._group, async_op=True)
+        return highest
 
-    def _result(self) -> Wish:
+    def _result(self) -> StopSignal:
         if self._pending is None:
-            return Wish.GO_ON
+            return StopSignal.CONTINUE
         self._pending.wait()
-        return Wish(int(self._wish))
+        return StopSignal(int(self._signal))

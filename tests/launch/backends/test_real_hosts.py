@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED
@@ -68,7 +70,12 @@ def saved(run_dir: Path) -> bool:
 
 def left(cluster: Cluster, run_dir: Path) -> list[Sequence[str]]:
     """What still runs of a run, on any host."""
-    return [process.cmdline() for host in (*cluster.hosts, cluster.login) for process in host.processes(str(run_dir))]
+    found = []
+    for host in (*cluster.hosts, cluster.login):
+        for process in host.processes(str(run_dir)):
+            with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+                found.append(process.cmdline())
+    return found
 
 
 @pytest.mark.timeout(SECONDS)
