@@ -70,7 +70,7 @@ def saved(run_dir: Path) -> bool:
 
 def left(cluster: Cluster, run_dir: Path) -> list[Sequence[str]]:
     """What still runs of a run, on any host."""
-    found = []
+    found: list[Sequence[str]] = []
     for host in (*cluster.hosts, cluster.login):
         for process in host.processes(str(run_dir)):
             with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
