@@ -1,7 +1,6 @@
 """Starts on real hosts: sshd, pdsh and Slurm of the test cluster."""
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED
+from mixmae.base.exit_codes import FAILED, PREEMPTED
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Site
 from mixmae.launch.backends.slurm import SlurmRequest, slurm_script
@@ -27,7 +26,7 @@ from tests.launch.stand_in import SETTINGS
 
 pytestmark = pytest.mark.services
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SECONDS = 240.0
+SECONDS = 600.0
 START = """
 import sys
 from pathlib import Path
@@ -36,10 +35,10 @@ from mixmae.launch.backends.hostfile_parser import read_hostfile
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.supervision.restart_loop import run_with_restarts
 from mixmae.trainer.recipe.schema import Launch
-hostfile, run_dir, port, restarts, *settings = sys.argv[1:]
+hostfile, run_dir, *settings = sys.argv[1:]
 hosts = read_hostfile(Path(hostfile))
-job = JobSpec("tests.launch.stand_in", (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=int(port)))
-sys.exit(run_with_restarts(job, HostfileBackend(hosts, master_address(hosts)), int(restarts)))
+job = JobSpec("tests.launch.stand_in", (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=21000))
+sys.exit(run_with_restarts(job, HostfileBackend(hosts, master_address(hosts)), 0))
 """
 
 
@@ -49,11 +48,11 @@ def run_dir(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
 
 
 def on_hosts(
-    cluster: Cluster, run_dir: Path, *settings: str, port: int = 21000, restarts: int = 0
+    cluster: Cluster, run_dir: Path, *settings: str
 ) -> "subprocess.Popen[str]":
     """A run of stand-in ranks, one on each host, started from the login host."""
     hostfile = cluster.hostfile(slots=1)
-    command = [sys.executable, "-c", START, str(hostfile), str(run_dir), str(port), str(restarts), *settings]
+    command = [sys.executable, "-c", START, str(hostfile), str(run_dir), *settings]
     return cluster.login.popen(command, ENVIRONMENT, ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -89,26 +88,6 @@ def test_one_killed_rank_ends_both_hosts(cluster: Cluster, run_dir: Path) -> Non
     assert output.splitlines()[-1] == f"mixmae: error: {reason}"
     assert "rank-00001.log, rank 1 on node2:" in output
     assert left(cluster, run_dir) == []
-
-
-@pytest.mark.timeout(SECONDS)
-def test_two_runs_share_hosts_and_ports(cluster: Cluster, run_dir: Path) -> None:
-    runs = [on_hosts(cluster, run_dir / name, "steps=40", port=22000) for name in ("a", "b")]
-    outputs = [started.communicate()[0] for started in runs]
-    assert [started.returncode for started in runs] == [FINISHED, FINISHED], outputs
-    ports = {port for output in outputs for port in re.findall(r"from step 0, port (\d+)", output)}
-    assert len(ports) == 2
-
-
-@pytest.mark.timeout(SECONDS)
-def test_a_failed_run_starts_again_while_it_gets_on(cluster: Cluster, run_dir: Path) -> None:
-    started = on_hosts(cluster, run_dir, "steps=30", "at=17", "rank=1", "how=kill", restarts=2)
-    output = started.communicate()[0]
-    # It gets to step 15 and fails at 18 each time: one restart with progress, then two without.
-    assert started.returncode == FAILED
-    assert "not restarted: 2 restarts without progress; the newest checkpoint is still step 15" in output
-    records = read_restarts(run_dir)
-    assert [(record["step"], record["rank"], record["host"]) for record in records] == [(15, 1, "node2")] * 2
 
 
 @pytest.mark.timeout(SECONDS)

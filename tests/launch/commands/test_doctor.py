@@ -222,10 +222,10 @@ def on_shared(cluster: Cluster, tmp_path: Path, shards: Path) -> Iterator[Path]:
 @pytest.mark.services
 def test_two_hosts_of_a_hostfile(cluster: Cluster, on_shared: Path) -> None:
     before = set(Path(tempfile.gettempdir()).glob("mixmae-doctor-*"))
-    found = on_cluster(cluster, on_shared, "--hostfile", cluster.hostfile(), "--link", "1Mbps")
+    found = on_cluster(cluster, on_shared, "--hostfile", cluster.hostfile(slots=1), "--link", "1Mbps")
     assert {finding.level for finding in found} <= {Level.OK, Level.NOTE}
     by_check = {finding.check: finding.found for finding in found}
-    assert by_check["ranks"] == "4 arrived: 2 on node1, 2 on node2"
+    assert by_check["ranks"] == "2 arrived: 1 on node1, 1 on node2"
     assert {"ssh", "ports", "all-reduce", "clock", "run directory", "shards"} <= by_check.keys()
     assert set(Path(tempfile.gettempdir()).glob("mixmae-doctor-*")) == before
 
@@ -270,7 +270,7 @@ def test_a_host_whose_packages_are_broken(cluster: Cluster, on_shared: Path) -> 
         host.run(["mkdir", packages], check=True)
     cluster.hosts[1].run(["sh", "-c", f"echo 'raise ImportError(\"no libcudnn\")' > {packages}/torch.py"], check=True)
     try:
-        argv = on_shared, "--hostfile", cluster.hostfile()
+        argv = on_shared, "--hostfile", cluster.hostfile(slots=1)
         found = on_cluster(cluster, *argv, code=1, PYTHONPATH=f"{packages}:{ROOT}")
     finally:
         for host in cluster.hosts:
@@ -282,12 +282,12 @@ def test_a_host_whose_packages_are_broken(cluster: Cluster, on_shared: Path) -> 
 
 @pytest.mark.services
 def test_two_nodes_of_slurm(cluster: Cluster, on_shared: Path) -> None:
-    argv = "--slurm", "--nodes", "2", "--gpus-per-node", "2", "--link", "1Mbps"
+    argv = "--slurm", "--nodes", "2", "--gpus-per-node", "1", "--link", "1Mbps"
     found = on_cluster(cluster, on_shared, *argv)
     assert {finding.level for finding in found} <= {Level.OK, Level.NOTE}
     by_check = {finding.check: finding.found for finding in found}
     assert by_check["Slurm"] == "2 usable nodes"
-    assert by_check["ranks"] == "4 arrived: 2 on node1, 2 on node2"
+    assert by_check["ranks"] == "2 arrived: 1 on node1, 1 on node2"
 
 
 @pytest.mark.services

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -89,13 +89,12 @@ def allocated(recipe: Recipe, policy: ActivationCheckpointing, micro_batch: int,
     return peak_allocated(work)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_a_pass_takes_what_was_planned(policy: ActivationCheckpointing, precision: str) -> None:
+@pytest.mark.parametrize(("name", "precision"), [*product(POLICIES, ["bf16"]), ("none", "fp32"), ("selective", "fp32")])
+def test_a_pass_takes_what_was_planned(name: str, precision: str) -> None:
     """Micro-batches other than those that the plan is drawn through, with gradients kept and dropped."""
-    recipe = small_swin(precision)
+    recipe, policy = small_swin(precision), POLICIES[name]
     footprint = measure(recipe, policy, "cpu")
-    for micro_batch, with_gradients in ((3, True), (3, False), (12, False)):
+    for micro_batch, with_gradients in ((3, True), (6, False)):
         real = allocated(recipe, policy, micro_batch, with_gradients)
         assert footprint.peak(micro_batch, with_gradients) == pytest.approx(real, rel=TOLERANCE)
 
@@ -112,8 +111,8 @@ def test_a_pass_takes_what_was_planned(policy: ActivationCheckpointing, precisio
 )
 def test_so_do_other_models(changes: dict[str, Any]) -> None:
     recipe = small_swin("bf16", **changes)
-    real = allocated(recipe, POLICIES["none"], 12, with_gradients=False)
-    planned = measure(recipe, POLICIES["none"], "cpu").peak(12, with_gradients=False)
+    real = allocated(recipe, POLICIES["none"], 6, with_gradients=False)
+    planned = measure(recipe, POLICIES["none"], "cpu").peak(6, with_gradients=False)
     assert planned == pytest.approx(real, rel=TOLERANCE)
 
 

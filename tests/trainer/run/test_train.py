@@ -24,10 +24,15 @@ from mixmae.base.run_directory import complete_checkpoints, newest_checkpoint, n
 from mixmae.models import create_encoder
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
+from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.export.export import main as export
+from mixmae.trainer.recipe.loading import load_recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.run_directory import Events, check_run_dir, read_events, write_run_dir
 from mixmae.trainer.train import main
-from tests.helpers import ROOT, tiny_recipe
+from tests.helpers import ROOT, run_ranks, tiny_recipe
 from tests.warm import run_module
 
 LAUNCH = [sys.executable, "-m", "mixmae.launch.cli", "launch"]
@@ -203,6 +208,16 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     assert "finished at step 8" in done.stdout
 
 
+def train(ranks: Ranks, recipes: list[Recipe]) -> None:
+    """Trains each recipe to its end, one behind the other in the same processes."""
+    for recipe in recipes:
+        run = prepare(check(recipe, ranks), ranks)
+        fit(run)
+        run.batches.close()
+        run.reporter.close()
+        run.engine.destroy()
+
+
 @pytest.mark.distributed
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, tmp_path: Path) -> None:
     """One of two ranks is asked, twice; both stop at the same step, and end with the bits of an undisturbed run."""
@@ -222,9 +237,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
     assert newest_step(parts) == preempted["step"]
     # Which of two signals a process notes first is the kernel's to choose.
     assert re.search(rf"stopped at step {preempted['step']} by SIG(USR1|TERM) on rank 1, all saved", said)
-    for run_dir in (whole, parts):
-        done = start(*command, f"run_dir={run_dir}")
-        assert done.returncode == 0, done.stderr
+    run_ranks(train, 2, [load_recipe(recipe_file, [*options, f"run_dir={run_dir}"]) for run_dir in (whole, parts)])
     expected, actual = (master_weights(complete_checkpoints(run_dir)[-1]) for run_dir in (whole, parts))
     assert all(torch.equal(value, actual[name]) for name, value in expected.items())
     losses = [[event["loss"] for event in read_events(run_dir, "step")] for run_dir in (whole, parts)]
