@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mixmae demo
 
 # Tests come in tiers, told apart by pytest's markers (pyproject.toml); a process for each core, a file at a time.
-TIER := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --timeout 900 -m
+TIER := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --timeout 900 -m
 
 # Whatever proves numbers and data: no test of these starts several ranks, or needs a program of a Debian package.
 test: $(VENV)/.installed-test
