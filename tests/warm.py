@@ -43,6 +43,13 @@ class WarmProcess:
         self._process = context.Process(target=_run, args=(program, argv, dict(env), self._outputs))
         self._process.start()
 
+    def __enter__(self) -> "WarmProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._process.join()
+
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode

@@ -6,18 +6,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mixmae.base.heartbeat import HEARTBEAT, Heartbeat, begin_heartbeat, read_beat
+from mixmae.base.heartbeat import HEARTBEAT, Beat, Heartbeat, begin_heartbeat, read_beat
 from tests.helpers import ROOT, tiny_recipe
+from tests.warm import run_module
 
 RANK = """
 import sys, time
 from pathlib import Path
 from mixmae.base.heartbeat import Heartbeat
-beat = Heartbeat(Path(sys.argv[1]))
+beat = Heartbeat(Path(sys.argv[1]), interval=0.01)
 beat.set_phase("backward", 7)
 print("there", flush=True)
 time.sleep(60)
@@ -38,31 +40,36 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert found.since <= before
 
 
+def beat_of(file: Path, holds: Callable[[Beat], bool]) -> Beat:
+    """What is written, once it is as wanted."""
+    deadline = time.monotonic() + 100
+    while (beat := read_beat(file)) is None or not holds(beat):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return beat
+
+
 def test_a_stopped_process_does_not_tick(tmp_path: Path) -> None:
     file = tmp_path / "rank"
     with subprocess.Popen([sys.executable, "-c", RANK, str(file)], stdout=subprocess.PIPE, text=True) as rank:
         assert rank.stdout is not None
         assert rank.stdout.readline() == "there\n"
-        time.sleep(2.2)
-        running = read_beat(file)
+        beat_of(file, lambda beat: beat.ticked > beat.since)
         os.kill(rank.pid, signal.SIGSTOP)
-        time.sleep(0.2)
-        stopped_at = read_beat(file)
-        time.sleep(2.2)
+        os.waitid(os.P_PID, rank.pid, os.WSTOPPED)
         stopped = read_beat(file)
+        time.sleep(0.2)  # as long as twenty ticks
+        assert read_beat(file) == stopped
         rank.kill()
-    assert running is not None
     assert stopped is not None
-    assert running.ticked > running.since
-    assert stopped == stopped_at
     assert (stopped.step, stopped.phase) == (7, "backward")
 
 
 def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> None:
     recipe, beat = tmp_path / "recipe.yaml", tmp_path / "beat"
     recipe.write_text(tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path / "run")}).to_yaml())
-    command = [sys.executable, "-m", "mixmae.trainer.train", str(recipe), "monitoring.enabled=false"]
-    subprocess.run(command, env={**os.environ, HEARTBEAT: str(beat), "OMP_NUM_THREADS": "1"}, check=True)
+    done = run_module("mixmae.trainer.train", str(recipe), "monitoring.enabled=false", **{HEARTBEAT: str(beat)})
+    assert done.returncode == 0, done.stderr
     last = read_beat(beat)
     assert last is not None
     assert (last.step, last.phase) == (8, "ending")

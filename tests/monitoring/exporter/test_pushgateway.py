@@ -4,10 +4,10 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from mixmae.base.ports import free_port
 from mixmae.monitoring.exporter.server import ENDED_JOB
 from mixmae.monitoring.prometheus.local import Monitor, find_programs
 from tests.helpers import ROOT, tiny_recipe
-from tests.monitoring.prometheus.test_local import eventually, query
+from tests.monitoring.prometheus.test_local import ask, eventually, query
 from tests.monitoring.services import needs
+from tests.warm import WarmProcess, run_module
 
 pytestmark = pytest.mark.services
+TRAIN = "mixmae.trainer.train"
 GROUP = {"job": ENDED_JOB, "run": "run", "node": socket.gethostname()}
 
 
@@ -73,14 +75,10 @@ def recipe(gateway: str, shards: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder / "recipe.yaml"
 
 
-def command(recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "mixmae.trainer.train", str(recipe), *overrides]
-
-
 @pytest.fixture(scope="module")
 def ended(recipe: Path) -> None:
     """A run of seconds, which no Prometheus would have seen."""
-    subprocess.run(command(recipe), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run_module(TRAIN, str(recipe)).returncode == 0
 
 
 def test_the_last_numbers_of_a_run_arrive(gateway: str, ended: None) -> None:
@@ -93,6 +91,12 @@ def test_the_last_numbers_of_a_run_arrive(gateway: str, ended: None) -> None:
     assert 0 < found["mixmae_loss"][0]["value"] < 10
     assert found["mixmae_checkpoint_seconds_count"][0]["value"] == 1
     assert found["mixmae_run_info"][0]["encoder"] == "mixmae_swin_nano"
+
+
+def evaluations(monitor: Monitor) -> list[float]:
+    """When each group of rules was evaluated last."""
+    groups = ask(f"{monitor.url}/api/v1/rules")["data"]["groups"]
+    return [datetime.fromisoformat(group["lastEvaluation"]).timestamp() for group in groups]
 
 
 def test_prometheus_keeps_their_labels_and_alarms_nobody(gateway: str, ended: None, tmp_path: Path) -> None:
@@ -117,7 +121,8 @@ def test_prometheus_keeps_their_labels_and_alarms_nobody(gateway: str, ended: No
         (step,) = eventually(lambda: query(monitor, "mixmae_step"))
         assert {**GROUP, "rank": "0"}.items() <= step["metric"].items()
         assert step["value"][1] == "8"
-        time.sleep(3)  # as long as three evaluations of the rules
+        seen = time.time()
+        eventually(lambda: all(last > seen for last in evaluations(monitor)))
         assert query(monitor, '{__name__=~"run.*:mixmae_.*"}') == []
         assert query(monitor, "ALERTS") == []
 
@@ -127,13 +132,11 @@ def test_a_second_start_takes_them_back_and_its_end_brings_the_new(
 ) -> None:
     """Of a run of the same name: the gateway knows it by that."""
     before = pushed(gateway)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run_dir = tmp_path / "run"
-    again = command(recipe, f"run_dir={run_dir}")
-    with subprocess.Popen([*again, "train.duration=100000 steps"], env=environment) as longer:
+    again = [str(recipe), f"run_dir={run_dir}"]
+    with WarmProcess(TRAIN, *again, "train.duration=100000 steps", env=os.environ):
         eventually(lambda: groups(gateway) == [] and (run_dir / "events.jsonl").exists())
-        longer.kill()
-    subprocess.run([*again, "train.duration=4 steps"], check=True, env=environment)
+    assert run_module(TRAIN, *again, "train.duration=4 steps").returncode == 0
     after = pushed(gateway)
     assert groups(gateway) == [GROUP]
     assert {name: len(samples) for name, samples in after.items()} == {name: len(s) for name, s in before.items()}
@@ -144,7 +147,8 @@ def test_a_second_start_takes_them_back_and_its_end_brings_the_new(
 def test_a_gateway_that_does_not_answer_costs_a_line(recipe: Path, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     overrides = (f"run_dir={tmp_path / 'run'}", f"monitoring.pushgateway={url}")
-    done = subprocess.run(command(recipe, *overrides), check=True, capture_output=True, text=True)
+    done = run_module(TRAIN, str(recipe), *overrides)
+    assert done.returncode == 0
     told = [line for line in done.stderr.splitlines() if "pushgateway" in line]
     assert len(told) == 2  # at the start, and at the end
     assert all(line.startswith(f"mixmae: monitoring.pushgateway={url} accepts no metrics") for line in told)

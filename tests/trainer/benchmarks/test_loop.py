@@ -1,13 +1,11 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mixmae.base.errors import run_cli
 from mixmae.trainer.benchmarks.cli import main
-from tests.helpers import ROOT
+from tests.warm import run_module
 
 SIZES = ["embed_dim=8", "depths=[1,1,1,1]", "num_heads=[1,1,2,2]", "window_size=[4,4,4,2]"]
 DECODER = ["dim=16", "depth=1", "num_heads=2"]
@@ -22,8 +20,7 @@ def test_the_loop_is_compared_with_the_bare_step(tmp_path: Path) -> None:
     """As a process of its own: it joins a process group, and takes signals for itself."""
     out = tmp_path / "out.json"
     options = [*TINY, "--batch", "4", "--rounds", "2", "--json", str(out)]
-    command = [sys.executable, "-m", "mixmae.launch.cli", "bench", "loop", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_module("mixmae.launch.cli", "bench", "loop", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(out.read_text())
     assert (result["rounds"], result["log_every"], result["batch"]) == (2, 3, 4)
