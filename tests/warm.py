@@ -20,6 +20,7 @@ PRELOADED = [
     "hypothesis",
 ]
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 600.0
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells a rank."""
 
@@ -70,12 +71,12 @@ class WarmProcess:
         return out, err
 
 
-def run_module(module: str, *argv: str, timeout: float = 300, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run_module(module: str, *argv: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """What `python -m module argv...` did, in an environment that no launcher made."""
     clean = {key: value for key, value in os.environ.items() if key not in PLACE}
     process = WarmProcess(module, *argv, env={**clean, **environment})
     try:
-        out, err = process.communicate(timeout)
+        out, err = process.communicate(TIMEOUT)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
