@@ -1,14 +1,15 @@
 """The lot that faults are drawn by, and what runs inherit of a drill."""
 
+import os
 import random
-import subprocess
-import sys
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.drill.faults import BACKENDS, all_faults, draw
+from tests.warm import WarmProcess
 
 PAIRS = sum(len(fault.backends) for fault in all_faults())
 
@@ -44,15 +45,15 @@ def test_some_can_be_drawn_alone() -> None:
     assert Counter(fault.name for fault, _ in drawn) == {"killed_rank": 2, "flipped_bit": 2}
 
 
-def test_runs_of_a_drill_under_nohup_hear_a_hangup() -> None:
+def test_runs_of_a_drill_under_nohup_hear_a_hangup(tmp_path: Path) -> None:
     child = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)"
-    drill = f"""
+    drill = tmp_path / "drill.py"
+    drill.write_text(f"""
 import signal, subprocess, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from tests.drill.runs import clean_environment
 clean_environment()
 signal.raise_signal(signal.SIGHUP)
 subprocess.run([sys.executable, "-c", {child!r}], check=True)
-"""
-    done = subprocess.run([sys.executable, "-c", drill], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+""")
+    assert WarmProcess(str(drill), env=os.environ).communicate()[0] == "True\n"

@@ -52,6 +52,7 @@ def test_what_is_frozen_is_the_recipe(tmp_path: Path, name: str) -> None:
     assert load_recipe(frozen_file(tmp_path, frozen.launch)) == recipe
 
 
+@pytest.mark.distributed
 def test_restarts_read_the_recipe_of_the_launch(recipe: Path) -> None:
     """The ranks themselves change the file to nonsense before one of them is killed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

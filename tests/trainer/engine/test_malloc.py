@@ -1,8 +1,10 @@
+import os
 import platform
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests.warm import WarmProcess
 
 FAULTS = """
 import resource
@@ -15,21 +17,25 @@ from mixmae.trainer.engine.malloc import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
-torch.manual_seed(0)
-net = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(1024, 1024), nn.GELU())))
-x = torch.randn(2048, 1024)
-for step in range(40):
-    if step == 20:  # the first ones' memory is new to the process either way
+net = nn.Sequential(*(nn.GELU() for _ in range(12)))
+x = torch.ones(2048, 1024, requires_grad=True)
+for step in range(20):
+    if step == 10:  # the first ones' memory is new to the process either way
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    net(x).square().sum().backward()
-    net.zero_grad()
+    net(x).sum().backward()
+    x.grad = None
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has another malloc")
-def test_a_step_finds_the_memory_of_the_last_one() -> None:
+def test_a_step_finds_the_memory_of_the_last_one(tmp_path: Path) -> None:
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS)
+
     def faults(way: str) -> int:
-        return int(subprocess.run([sys.executable, "-c", FAULTS, way], check=True, capture_output=True).stdout)
+        out, err = WarmProcess(str(script), way, env=os.environ).communicate()
+        assert out, err
+        return int(out)
 
     assert faults("kept") < faults("given back") / 10
