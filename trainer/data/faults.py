@@ -1,5 +1,6 @@
 """Unusable samples: why, how many, and how many are too many."""
 
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from mixmae.base.errors import UsageError
 
 JPEG, PILLOW = 0, 1
 """States of a usable sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Reason(IntEnum):
@@ -144,4 +148,8 @@ def first_names(names: Sequence[str], shown: int = 3, count: int | None = None) 
 
 def printable(name: str) -> str:
     """A file's name for a terminal, which its control characters could otherwise command."""
-    return name if name.isprintable() else name.encode("unicode_escape").decode()
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
+
+
+def has_control_characters(name: str) -> bool:
+    return _CONTROL.search(name) is not None

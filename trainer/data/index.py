@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError, has_control_characters
 from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.store import Store, is_plain
 from mixmae.trainer.recipe.schema import Cache, Network
@@ -36,6 +36,8 @@ UNLABELLED = -1
 INVALID_LABEL = -2
 """There is a label, but it is neither a class number nor a class name."""
 Table = npt.NDArray[Any]
+_ROWS = 2**20
+"""Rows that are checked at once: a table may be larger than memory."""
 _STATES = np.array([JPEG, PILLOW, *Reason])
 _MAPPED = 64 * 2**20
 """Bytes of a sample table from which on the processes of a node share its pages. A smaller one is read into memory,
@@ -189,7 +191,7 @@ def _require_types(shards: Sequence[Shard], classes: Sequence[str]) -> None:
     """Raises ValueError for values that JSON can hold and an index cannot."""
     for shard in shards:
         numbers = (shard.samples, shard.bytes)
-        if not isinstance(shard.name, str) or not shard.name.isprintable() or not is_plain(shard.name):
+        if not isinstance(shard.name, str) or has_control_characters(shard.name) or not is_plain(shard.name):
             raise ValueError(f"a shard is called {shard.name!r}; expected a name without folders")
         if not isinstance(shard.sha256, str):
             raise ValueError(f"{shard.name} has the checksum {shard.sha256!r}")
@@ -201,20 +203,21 @@ def _require_types(shards: Sequence[Shard], classes: Sequence[str]) -> None:
 
 def _contradiction(shards: Sequence[Shard], samples: Table) -> str | None:
     """What makes a table unusable although its fingerprint fits; None if nothing does."""
-    counts = [shard.samples for shard in shards]
-    if not np.array_equal(samples["shard"], np.repeat(np.arange(len(shards)), counts)):
-        return f"{SAMPLES} does not list the samples shard by shard, as many as {INDEX} says"
-    ends = samples["offset"].astype(np.float64) + samples["size"]
-    sizes = np.repeat(np.array([shard.bytes for shard in shards], dtype=np.float64), counts)
-    for wrong, what in (
-        (samples["offset"] < 0, "starts before its shard"),
-        (samples["size"] < 0, "has a negative size"),
-        (ends > sizes, "ends behind its shard"),
-        (~np.isin(samples["state"], _STATES), "has a state that is unknown here"),
-        (samples["label"] < INVALID_LABEL, "has a negative label"),
-    ):
-        if wrong.any():
-            return f"sample {int(np.flatnonzero(wrong)[0])} {what}"
+    ends = np.cumsum([shard.samples for shard in shards])
+    sizes = np.array([shard.bytes for shard in shards], dtype=np.int64)
+    for first in range(0, len(samples), _ROWS):
+        rows = samples[first : first + _ROWS]
+        shard = np.searchsorted(ends, np.arange(first, first + len(rows)), side="right")
+        for wrong, what in (
+            (rows["shard"] != shard, f"is not in the shard that {INDEX} says"),
+            (rows["offset"] < 0, "starts before its shard"),
+            (rows["size"] < 0, "has a negative size"),
+            (rows["offset"] > sizes[shard] - rows["size"], "ends behind its shard"),
+            (~np.isin(rows["state"], _STATES), "has a state that is unknown here"),
+            (rows["label"] < INVALID_LABEL, "has a negative label"),
+        ):
+            if wrong.any():
+                return f"sample {first + int(np.flatnonzero(wrong)[0])} {what}"
     return None
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mixmae.base.errors import UsageError
 from mixmae.trainer.data.index import INDEX, SAMPLES
 from mixmae.trainer.data.shards.unused import Unused
 
@@ -22,8 +23,15 @@ _KINDS = {
 
 
 def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:
-    """What is called `*.tar` in a directory, sorted; counts everything else but the project's own files as unused."""
-    entries = sorted(directory.iterdir())
+    """What is called `*.tar` in a directory, sorted; counts everything else but the project's own files as unused.
+
+    Raises:
+        UsageError: the directory cannot be listed.
+    """
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError as error:
+        raise UsageError(f"cannot list {directory}: {error.strerror or error}") from error
     for entry in entries if unused is not None else ():
         name = entry.name
         if entry.suffix == ".tar" or name in _OWN_FILES or name.startswith(".") or ".tar.damaged" in name:

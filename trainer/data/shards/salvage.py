@@ -3,6 +3,7 @@
 An index tells which images are unchanged and what their labels were, and it locates images whose names are lost.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from mixmae.trainer.data.shards.check import name_at
 from mixmae.trainer.data.shards.files import ShardBytes
 from mixmae.trainer.data.shards.labels import LabelCodes
 from mixmae.trainer.data.shards.members import Member
-from mixmae.trainer.data.shards.scan import LABEL, encode_label, group, images_of, label_of
+from mixmae.trainer.data.shards.scan import LABEL, MAX_FILE_BYTES, encode_label, group, images_of, label_of
 
 _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 
@@ -48,6 +49,9 @@ class Salvage:
         """Samples that are kept without their labels."""
         self._shard, self._content, self._classes = shard, content, classes
         self._rows = {(int(row["offset"]), int(row["size"])): row for row in indexed}
+        labels = {(int(row["offset"]), int(row["size"]), int(row["label"])) for row in indexed}
+        # Where a tar has links, two samples of one image may differ in their labels.
+        self._ambiguous = {place for place, count in Counter(label[:2] for label in labels).items() if count > 1}
 
     def collect(self, found: Sequence[Member], is_damaged: bool) -> None:
         """Collects what is intact among the members that were found.
@@ -85,6 +89,9 @@ class Salvage:
         self.samples[key] = others | sample
 
     def _is_intact(self, name: str, file: Member) -> bool:
+        if file.size > MAX_FILE_BYTES:
+            self._lose(name, Reason.TOO_LARGE.label)
+            return False
         image = self._bytes(file)
         image_hash, state = xxhash.xxh3_64_intdigest(image), inspect_image(image)
         row = self._rows.get((file.offset, file.size))
@@ -99,8 +106,9 @@ class Salvage:
 
     def _label(self, image: Member, file: Member | None) -> bytes | None:
         """The label's text: the indexed one, or that of the tar if it is one; None without."""
-        row = self._rows.get((image.offset, image.size))
-        if row is not None and row["label"] > UNLABELLED:
+        place = image.offset, image.size
+        row = self._rows.get(place)
+        if row is not None and row["label"] > UNLABELLED and place not in self._ambiguous:
             return b"%d" % row["label"]
         if file is None or encode_label(file, self._content, LabelCodes(self._classes)) == INVALID_LABEL:
             return None
