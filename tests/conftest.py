@@ -5,6 +5,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ from tests import helpers
 
 pytest_plugins = ["tests.cluster.fixtures"]
 
-# Beside the workers of pytest-xdist, which take a core each.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
-# A machine may be busy.
+# More threads than idle cores wait for each other, and a machine may be busy.
+torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and interrupt.
@@ -43,6 +43,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpus") / "shards"
     build_shards(Synthetic(54, 72, seed=0), out, shard_bytes=60_000, seed=0, jobs=1)
     return out
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test puts into the environment is gone after it."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -21,7 +21,9 @@ ENDED = frozenset(
 def start_munge(host: Host) -> None:
     files = {"log-file": host.logs / "munged.log", "pid-file": "/run/munge/munged.pid", "seed-file": "/run/munge/seed"}
     host.run(["mkdir", "--parents", "/run/munge"], check=True)
-    host.run(["munged", *(f"--{name}={path}" for name, path in files.items())], check=True)
+    options = [f"--{name}={path}" for name, path in files.items()]
+    # Its two threads of default refuse whom they cannot serve at once, as on a busy machine.
+    host.run(["munged", "--num-threads=10", *options], check=True)
 
 
 def set_environment(host: Host, environment: Mapping[str, str]) -> None:
