@@ -47,9 +47,7 @@ def run_dir(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
     return cluster.shared / request.node.name.replace("[", "-").rstrip("]")
 
 
-def on_hosts(
-    cluster: Cluster, run_dir: Path, *settings: str
-) -> "subprocess.Popen[str]":
+def on_hosts(cluster: Cluster, run_dir: Path, *settings: str) -> "subprocess.Popen[str]":
     """A run of stand-in ranks, one on each host, started from the login host."""
     hostfile = cluster.hostfile(slots=1)
     command = [sys.executable, "-c", START, str(hostfile), str(run_dir), *settings]

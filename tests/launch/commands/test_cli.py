@@ -26,9 +26,7 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_has_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process, which has imported what some commands import first."""
     monkeypatch.setattr(sys, "argv", ["mixmae", name, "--help"])
     with pytest.raises(SystemExit) as ended:
