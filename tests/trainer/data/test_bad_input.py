@@ -240,7 +240,7 @@ def test_a_missing_shard_below_the_share_is_said_and_stepped_over(tmp_path: Path
 
 def stream_from(server: HttpServer, tmp_path: Path, retries: int) -> tuple[ShardIndex, Recipe]:
     directory(tmp_path / "shards", [("x.jpg", picture(99))])
-    network = {"timeout": 1.0, "retries": retries}
+    network = {"timeout": 3.0, "retries": retries}
     cache = {"dir": str(tmp_path / "cache")}
     recipe = tiny_recipe(
         **{
@@ -268,7 +268,7 @@ def _attempts(fault: Fault) -> int:
 def test_a_network_that_recovers_costs_nothing_but_a_retry(fault: Fault, tmp_path: Path) -> None:
     with http_server(tmp_path) as server:
         index, recipe = stream_from(server, tmp_path, retries=2)
-        server.stall = 2.0
+        server.stall = 6.0
         server.fail(*[fault] * _attempts(fault))
         outcome = consume(index, recipe)
     assert (outcome.counts, outcome.retried) == ({}, 1)
@@ -289,7 +289,7 @@ def test_a_network_that_recovers_costs_nothing_but_a_retry(fault: Fault, tmp_pat
 def test_a_network_that_fails_costs_the_sample(fault: Fault, reason: Reason, tmp_path: Path) -> None:
     with http_server(tmp_path) as server:
         index, recipe = stream_from(server, tmp_path, retries=0)
-        server.stall = 2.0
+        server.stall = 6.0
         server.fail(*[fault] * _attempts(fault))
         outcome = consume(index, recipe)
     assert outcome.counts == {reason: 1}

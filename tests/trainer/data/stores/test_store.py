@@ -281,8 +281,8 @@ def test_places_with_equal_names_are_kept_apart(server: HttpServer, folder: Path
 @pytest.mark.parametrize("fault", ["503", "cut", "stall"])
 def test_failures_that_pass_are_tried_again(server: HttpServer, fault: Fault) -> None:
     server.fail(fault, fault)
-    server.stall = 1.0
-    with closing(_remote(server.url, timeout=0.2)) as store:
+    server.stall = 4.0
+    with closing(_remote(server.url, timeout=2.0 if fault == "stall" else 60.0)) as store:
         assert store.read("a.tar", 1500, 1000) == _content("a.tar")[1500:2500]
         assert store.retried == 2
         _in_three_processes(store)
@@ -311,7 +311,7 @@ def test_failures_that_last_are_named(
     server: HttpServer, fault: Fault, kind: type[OSError], message: str, tries: int
 ) -> None:
     server.always, server.stall = fault, 0.5
-    with closing(_remote(server.url, timeout=0.1 if fault == "stall" else 5)) as store:
+    with closing(_remote(server.url, timeout=0.1 if fault == "stall" else 60)) as store:
         with pytest.raises(kind, match=f"{server.url}/{message}"):
             store.read("a.tar", 0, 10)
         assert store.retried == tries - 1
@@ -453,7 +453,7 @@ def test_a_name_is_no_part_of_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_a_failing_command_is_named(command: str, kind: type[OSError], message: str) -> None:
-    network = Network(allow_shell=True, retries=1, timeout=0.2)
+    network = Network(allow_shell=True, retries=1, timeout=0.2 if kind is TimeoutError else 60.0)
     with closing(PipeStore(f"pipe:{command}", network, Cache(), first_delay=0.01)) as store:
         with pytest.raises(kind, match=message):
             store.read("a.tar", 0, 1)
@@ -461,8 +461,8 @@ def test_a_failing_command_is_named(command: str, kind: type[OSError], message: 
 
 
 def test_a_slow_command_may_go_on(folder: Path) -> None:
-    network = Network(allow_shell=True, retries=0, timeout=0.5)
-    command = f"pipe:for i in 1 2 3 4 5; do sleep 0.2; echo $i; done; cat {folder}/{{}}"
+    network = Network(allow_shell=True, retries=0, timeout=1.5)
+    command = f"pipe:for i in 1 2 3 4 5; do sleep 0.4; echo $i; done; cat {folder}/{{}}"
     with closing(PipeStore(command, network, Cache())) as store:
         assert store.read("a.tar", 0, 11) == b"1\n2\n3\n4\n5\n" + _content("a.tar")[:1]
 
