@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.base.run_directory import newest_checkpoint
+from mixmae.base.software import versions
 from mixmae.monitoring.exporter.discovery import remove_targets
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
@@ -25,7 +26,6 @@ from mixmae.trainer.data.stream import Stream
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.resume_rules import recipe_id
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.flops import model_flops, peak_flops
 from mixmae.trainer.telemetry.clock import StepClock

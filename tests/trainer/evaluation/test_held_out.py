@@ -13,7 +13,7 @@ from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation import held_out
-from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import tiny_recipe
 from tests.warm import run_module
 
