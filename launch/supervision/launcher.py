@@ -14,7 +14,7 @@ from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
 from mixmae.launch.backends.job_spec import Attempt, Command
 from mixmae.launch.supervision.child import Child, ended_within
-from mixmae.launch.supervision.guard import Guard
+from mixmae.launch.supervision.orphans import Guard
 from mixmae.launch.supervision.outcome import USER, Outcome, read_outcome
 from mixmae.launch.supervision.output import Console
 from mixmae.launch.supervision.protocol import Connection, connect

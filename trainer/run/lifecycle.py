@@ -16,8 +16,8 @@ from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe

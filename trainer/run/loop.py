@@ -12,7 +12,7 @@ from mixmae.trainer.data.faults import Reason, too_many
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
 from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.engine.distributed import all_reduce_sum, peak_memory
-from mixmae.trainer.engine.guard import refuse_non_finite
+from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run import saving

@@ -18,7 +18,7 @@ from mixmae.launch.supervision.output import KEPT_LINES
 
 GUARDED = """
 import os, signal, subprocess, sys
-from mixmae.launch.supervision.guard import Guard
+from mixmae.launch.supervision.orphans import Guard
 guard = Guard()
 many = ["sh", "-c", "sleep 1000 & sleep 1000 & wait"]
 group = subprocess.Popen(many, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)

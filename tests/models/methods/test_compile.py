@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from mixmae.models import MixMAE, create_encoder
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.engine import compile_parts
+from mixmae.trainer.engine.deepspeed_engine import compile_parts
 from mixmae.trainer.recipe.schema import ActivationCheckpointing
 
 
