@@ -1,4 +1,4 @@
-"""What a benchmark's result says beside its figures."""
+"""Metadata of a benchmark's result: machine, versions, command."""
 
 import json
 import os

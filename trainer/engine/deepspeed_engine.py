@@ -1,4 +1,4 @@
-"""The model under DeepSpeed: one pure function makes its configuration, another the engine."""
+"""Builds the DeepSpeed engine around a model: its configuration, then the engine."""
 
 import contextlib
 import importlib

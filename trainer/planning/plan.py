@@ -1,4 +1,4 @@
-"""A recipe on a cluster, worked out before anything is started."""
+"""Plans a recipe on a cluster before anything is started: memory, time, communication, data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -88,7 +88,7 @@ class Data(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     streams: int | None = Field(None, gt=0)
-    """Canonical streams, dealt to the ranks in whole numbers; None: up to 512 that divide global_batch."""
+    """Canonical streams, a whole number for each rank; None: up to 512 that divide global_batch."""
     shuffle_window: int = Field(64, gt=0)
     """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
     drop_last: bool = False
@@ -312,7 +312,7 @@ class Recipe(Section):
         """The streams that a rank serves.
 
         Raises:
-            UsageError: the streams cannot be dealt to so many ranks.
+            UsageError: the streams cannot be split evenly among so many ranks.
         """
         if self.streams % world_size:
             allowed = [str(n) for n in range(1, self.streams + 1) if self.streams % n == 0]

@@ -1,4 +1,4 @@
-"""The main job, from a recipe that was read to the end of its run."""
+"""A training run from its recipe to its end: check, join, build the engine, resume, fit, close."""
 
 import os
 from dataclasses import dataclass

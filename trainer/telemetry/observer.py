@@ -1,4 +1,4 @@
-"""A rank's metrics for its node's exporter, in shared memory, and its heartbeat for the launcher."""
+"""Records a rank's metrics for its node's exporter, in shared memory, and its heartbeat for the launcher."""
 
 import math
 import shutil

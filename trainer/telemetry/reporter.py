@@ -1,4 +1,4 @@
-"""The run's record on the main rank: events, TensorBoard, Weights & Biases, and a line per logged step."""
+"""Logs the run on its main rank: events, TensorBoard, Weights & Biases, and a line per logged step."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
