@@ -48,6 +48,15 @@ class MethodSection(Component):
     name: str = "mixmae"
 
 
+class Probe(Section):
+    """How well frozen features of unmixed images tell classes apart, measured while the encoder is pretrained."""
+
+    shards: str
+    """A directory or URL. With labels: accuracy of k nearest neighbours and of a linear classifier, on a half of the
+    images after learning from the other. Without any: effective rank and mean cosine, which show collapse, alone."""
+    every: Duration = Span(10, "epoch")
+
+
 class Evaluate(Section):
     """What is measured while the run goes on; its figures become curves, gauges and criteria for `keep_best`."""
 
@@ -55,6 +64,8 @@ class Evaluate(Section):
     shards: str | None = None
     """Held-out shards for the task's evaluation, a directory or URL; None evaluates nothing. The ranks themselves read
     the images, between two steps: some thousands of them will do."""
+    probe: Probe | None = None
+    """What is probed while an encoder is pretrained; some thousands of images will do here too."""
 
 
 class Network(Section):
