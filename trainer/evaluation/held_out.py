@@ -1,6 +1,7 @@
 """Images of held-out shards, dealt to the ranks in equal numbers of batches, so that all compute together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,22 @@ from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.engine.distributed import Ranks
 
 
-def held_out_batches(index: ShardIndex, size: int, batch: int, ranks: Ranks) -> Iterator[tuple[Tensor, int]]:
-    """This rank's batches, and how many of a batch's images count.
+class HeldOut(NamedTuple):
+    """A batch of held-out images."""
 
-    Centre crops, uint8 [batch, 3, size, size]. Every image counts once, on one rank; what fills up the last batches is
-    shown a second time and does not count.
+    images: Tensor
+    """Centre crops, uint8 [batch, 3, size, size]."""
+    samples: Sequence[int]
+    """Index numbers of the first images, which count; those behind them fill up the batch, and were shown before."""
+
+
+def held_out_batches(
+    index: ShardIndex, size: int, batch: int, ranks: Ranks, crop_ratio: float = 1.0
+) -> Iterator[HeldOut]:
+    """This rank's batches. Every image counts once, on one rank.
+
+    Args:
+        crop_ratio: side of the crop over the image's shorter side.
 
     Raises:
         UsageError: an image cannot be read.
@@ -26,11 +38,12 @@ def held_out_batches(index: ShardIndex, size: int, batch: int, ranks: Ranks) -> 
     for first in range(0, batches * batch, batch):
         counted = own[first : first + batch]
         filling = [own[i % len(own)] if len(own) else 0 for i in range(batch - len(counted))]
-        yield torch.stack([_view(index, sample, size) for sample in (*counted, *filling)]), len(counted)
+        views = [_view(index, sample, size, crop_ratio) for sample in (*counted, *filling)]
+        yield HeldOut(torch.stack(views), counted)
 
 
-def _view(index: ShardIndex, sample: int, size: int) -> Tensor:
+def _view(index: ShardIndex, sample: int, size: int, crop_ratio: float) -> Tensor:
     try:
-        return center_resized_crop(index.read(sample), int(index.samples[sample]["state"]), size)
+        return center_resized_crop(index.read(sample), int(index.samples[sample]["state"]), size, crop_ratio)
     except UnusableError as error:
         raise UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}") from error

@@ -20,15 +20,18 @@ from tests.warm import run_module
 
 @pytest.mark.parametrize(("images", "batch", "world_size"), [(7, 2, 1), (7, 2, 2), (9, 4, 3), (2, 4, 3), (8, 2, 4)])
 def test_every_image_counts_once(monkeypatch: pytest.MonkeyPatch, images: int, batch: int, world_size: int) -> None:
-    monkeypatch.setattr(held_out, "_view", lambda index, sample, size: torch.tensor(sample))
+    monkeypatch.setattr(held_out, "_view", lambda index, sample, size, ratio: torch.tensor(sample))
     index: Any = SimpleNamespace(__len__=lambda: images)
     index = type("Index", (), {"__len__": lambda self: images})()
-    counted, batches = [], set()
+    counted: list[int] = []
+    batches = set()
     for rank in range(world_size):
         own = list(held_out.held_out_batches(index, 8, batch, Ranks(rank, world_size)))
         batches.add(len(own))
-        counted += [int(sample) for samples, count in own for sample in samples[:count]]
-        assert all(len(samples) == batch for samples, _ in own)
+        for images_of, samples in own:
+            assert images_of[: len(samples)].tolist() == list(samples)
+            assert len(images_of) == batch
+            counted += samples
     assert sorted(counted) == list(range(images))
     assert len(batches) == 1
 
