@@ -67,10 +67,10 @@ def sample_crop_box(width: int, height: int, scale: tuple[float, float], random:
     return center_crop_box(width, height, _ASPECT)
 
 
-def center_crop_box(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0), share: float = 1.0) -> Box:
-    """The largest crop around the middle with an aspect (width over height) in the bounds, its sides times `share`."""
-    w = max(1, round(min(width, round(height * aspect[1])) * share))
-    h = max(1, round(min(height, round(width / aspect[0])) * share))
+def center_crop_box(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0)) -> Box:
+    """The largest crop around the middle with an aspect (width over height) within the bounds."""
+    w = min(width, round(height * aspect[1]))
+    h = min(height, round(width / aspect[0]))
     left, upper = (width - w) // 2, (height - h) // 2
     return left, upper, left + w, upper + h
 
@@ -218,15 +218,13 @@ def random_resized_crop(
     return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 
 
-def center_resized_crop(content: bytes, state: int, size: int, crop_pct: float = 1.0) -> Tensor:
-    """A centred square, resized; uint8 [3, size, size].
-
-    Args:
-        crop_pct: its side over the image's shorter side; 224 / 256 is what is left of an image that is resized to 256
-            and cropped to 224.
-    """
+def center_resized_crop(content: bytes, state: int, size: int, ratio: float = 1.0) -> Tensor:
+    """A centred square of `ratio` of the shorter side, resized; uint8 [3, size, size]."""
     source = open_encoded(content, state)
-    box = center_crop_box(*_upright_size(source), share=crop_pct)
+    width, height = _upright_size(source)
+    left, upper, right, lower = center_crop_box(width, height)
+    margin = round((right - left) * (1 - ratio) / 2)
+    box = left + margin, upper + margin, right - margin, lower - margin
     plan = plan_crop(box, source.width, source.height, source.orientation, False, size)
     return resize_crop(decode_crop(source, plan), plan, size)
 

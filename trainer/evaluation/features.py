@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmae.models.encoders.contract import Encoder
+from mixmae.trainer.evaluation.held_out import HeldOut
 
 
 def pooled(encoder: Encoder) -> Callable[[Tensor], Tensor]:
@@ -21,7 +22,7 @@ def pooled(encoder: Encoder) -> Callable[[Tensor], Tensor]:
 
 @torch.no_grad()
 def features_of(
-    pool: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, int]], to_device: Callable[[Tensor], Tensor]
+    pool: Callable[[Tensor], Tensor], batches: Iterable[HeldOut], to_device: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Features fp32 [n, C], on the device, of this rank's share of the images; each is computed once.
 
@@ -29,7 +30,7 @@ def features_of(
         pool: images [B, 3, H, W] to features [B, C].
         batches: of `held_out_batches`.
     """
-    return torch.cat([pool(to_device(images))[:counted].float() for images, counted in batches])
+    return torch.cat([pool(to_device(images))[: len(samples)].float() for images, samples in batches])
 
 
 def effective_rank(x: Tensor) -> float:

@@ -1,8 +1,9 @@
 """Images of held-out shards, dealt to the ranks in equal numbers of batches, so that all compute together."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,16 +28,22 @@ def require_readable(index: ShardIndex, purpose: str) -> None:
         )
 
 
-def held_out_batches(
-    index: ShardIndex, size: int, batch: int, ranks: Ranks, crop_pct: float = 1.0, threads: int = 1
-) -> Iterator[tuple[Tensor, int]]:
-    """This rank's batches, and how many of a batch's images count.
+class HeldOut(NamedTuple):
+    """A batch of held-out images."""
 
-    Centre crops, uint8 [batch, 3, size, size]. Every image counts once, on one rank: rank r of W has images r, r + W,
-    r + 2W, ... in this order. What fills up the last batches is shown a second time and does not count.
+    images: Tensor
+    """Centre crops, uint8 [batch, 3, size, size]."""
+    samples: Sequence[int]
+    """Index numbers of the first images, which count; those behind them fill up the batch, and were shown before."""
+
+
+def held_out_batches(
+    index: ShardIndex, size: int, batch: int, ranks: Ranks, crop_ratio: float = 1.0, threads: int = 1
+) -> Iterator[HeldOut]:
+    """This rank's batches. Every image counts once, on one rank: rank r of W has images r, r + W, ... in this order.
 
     Args:
-        crop_pct: side of the crop over the image's shorter side.
+        crop_ratio: side of the crop over the image's shorter side.
         threads: that decode; one batch is decoded ahead.
 
     Raises:
@@ -44,24 +51,22 @@ def held_out_batches(
     """
     own = range(ranks.rank, len(index), ranks.world_size)
     batches = -(-len(range(0, len(index), ranks.world_size)) // batch)
-    ahead: deque[tuple[list[Future[Tensor]], int]] = deque()
+    ahead: deque[tuple[list[Future[Tensor]], Sequence[int]]] = deque()
     with ThreadPoolExecutor(max(1, threads), "decode") as pool:
         for first in range(0, batches * batch, batch):
             counted = own[first : first + batch]
             filling = [own[i % len(own)] if len(own) else 0 for i in range(batch - len(counted))]
             # Read here, one after the other: a store belongs to one thread.
-            ahead.append(
-                ([pool.submit(_view, index, s, _read(index, s), size, crop_pct) for s in (*counted, *filling)],
-                 len(counted))
-            )  # fmt: skip
+            read = ((sample, _read(index, sample)) for sample in (*counted, *filling))
+            ahead.append(([pool.submit(_view, index, *image, size, crop_ratio) for image in read], counted))
             if len(ahead) > 1:
                 yield _collected(*ahead.popleft())
         while ahead:
             yield _collected(*ahead.popleft())
 
 
-def _collected(views: list[Future[Tensor]], counted: int) -> tuple[Tensor, int]:
-    return torch.stack([view.result() for view in views]), counted
+def _collected(views: list[Future[Tensor]], counted: Sequence[int]) -> HeldOut:
+    return HeldOut(torch.stack([view.result() for view in views]), counted)
 
 
 def _read(index: ShardIndex, sample: int) -> bytes:
@@ -71,9 +76,9 @@ def _read(index: ShardIndex, sample: int) -> bytes:
         raise _refusal(index, sample, error) from error
 
 
-def _view(index: ShardIndex, sample: int, content: bytes, size: int, crop_pct: float) -> Tensor:
+def _view(index: ShardIndex, sample: int, content: bytes, size: int, crop_ratio: float) -> Tensor:
     try:
-        return center_resized_crop(content, int(index.samples[sample]["state"]), size, crop_pct)
+        return center_resized_crop(content, int(index.samples[sample]["state"]), size, crop_ratio)
     except UnusableError as error:
         raise _refusal(index, sample, error) from error
 

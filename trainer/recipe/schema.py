@@ -18,6 +18,7 @@ class Section(BaseModel):
 _STREAMS = 512
 """The most that a recipe which does not say how many gets."""
 Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0)]
 
 
@@ -39,7 +40,8 @@ class EncoderSection(Component):
     name: str = "mixmae_swin_base_w14"
     img_size: int = Field(224, gt=0)
     init: Path | None = None
-    """Encoder directory to start from (`mixmae import`, `mixmae export`); None starts from random weights."""
+    """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
+    weights."""
 
 
 class MethodSection(Component):
@@ -57,6 +59,35 @@ class Probe(Section):
     every: Duration = Span(10, "epoch")
 
 
+class Classification(Section):
+    """Classes, where images have labels."""
+
+    num_classes: int | None = Field(None, gt=1)
+    """None: as many as `data.shards` has."""
+    classes: tuple[str, ...] | None = None
+    """Their names, in the order of their numbers; None: those of `data.shards`, () where they have numbers alone."""
+    multi_label: bool = False
+    """Whether an image has any number of classes: its label is a list of names, separated by commas."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Augment(Section):
+    """What is done to images with labels, beside crop and flip."""
+
+    rand_augment: str | None = None
+    """RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1."""
+    random_erasing: Fraction = 0.0
+    """Probability that a box of an image becomes noise."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of CutMix; 0 for none."""
+    mix_prob: Fraction = 1.0
+    """Probability that a micro-batch is mixed."""
+    switch_prob: Fraction = 0.5
+    """Probability of CutMix where both are on."""
+
+
 class Evaluate(Section):
     """What is measured while the run goes on; its figures become curves, gauges and criteria for `keep_best`."""
 
@@ -66,6 +97,8 @@ class Evaluate(Section):
     the images, between two steps: some thousands of them will do."""
     probe: Probe | None = None
     """What is probed while an encoder is pretrained; some thousands of images will do here too."""
+    crop_ratio: float | None = Field(None, gt=0, le=1)
+    """Side of the centre crop over the image's shorter side; None: 0.875 (256 to 224 px) up to 224 px, 1 above."""
 
 
 class Network(Section):
@@ -185,6 +218,11 @@ class Optim(Section):
     no_decay: tuple[str, ...] | None = None
     """Parts of names exempt from weight decay, beside all 1-D parameters; None exempts what the model names (bias
     tables, mask tokens), () decays that too, as the release does."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer's learning rate over that of the layer above it, where an encoder is fine-tuned."""
+    layer_decay_rule: Literal["standard", "mixmim", "simmim"] = "standard"
+    """Which layer is which: `standard` gives final norm and head the full rate, as BEiT; `mixmim` (the release) that of
+    a layer below; `simmim` as standard, with patch merging of the layer before it, not behind."""
     warmup: Duration = Span(40, "epoch")
     clip_grad: float | None = Field(None, gt=0)
 
@@ -277,7 +315,9 @@ class Recipe(Section):
     """Modules that register tasks, methods and encoders of your own; imported before the recipe is checked."""
     encoder: EncoderSection = EncoderSection()
     method: MethodSection = MethodSection()
+    classification: Classification = Classification()
     data: Data = Data()
+    augment: Augment = Augment()
     train: Train = Train()
     optim: Optim = Optim()
     evaluate: Evaluate = Evaluate()

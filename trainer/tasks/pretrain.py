@@ -82,11 +82,11 @@ class Pretrain(Task):
         batches = held_out_batches(
             index, recipe.encoder.img_size, recipe.train.micro_batch, ranks, threads=recipe.data.num_workers
         )
-        for number, (images, counted) in enumerate(batches):
+        for number, (images, samples) in enumerate(batches):
             generator = torch_at(Purpose.EVALUATION, recipe.seed, ranks.rank, number)
             inputs = _method(module).draw(len(images), generator)
             loss = module(to_device(images), *(part.to(ranks.device) for part in inputs))
-            total += torch.stack([loss * counted, torch.tensor(float(counted), device=ranks.device)])
+            total += torch.stack([loss * len(samples), torch.tensor(float(len(samples)), device=ranks.device)])
         index.store.close()
         loss_sum, count = all_reduce_sum(total).tolist()
         return {"val_loss": loss_sum / count}

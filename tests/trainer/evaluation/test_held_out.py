@@ -45,8 +45,10 @@ def test_every_image_counts_once(monkeypatch: pytest.MonkeyPatch, images: int, b
     for rank in range(world_size):
         own = list(held_out_batches(index, 8, batch, Ranks(rank, world_size), threads=2))
         batches.add(len(own))
-        counted += [int(sample) for samples, count in own for sample in samples[:count]]
-        assert all(len(samples) == batch for samples, _ in own)
+        for shown, samples in own:
+            assert len(shown) == batch
+            assert shown[: len(samples)].tolist() == list(samples)
+            counted += samples
     assert sorted(counted) == list(range(images))
     assert len(batches) == 1
 
