@@ -19,7 +19,10 @@ from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.faults import UnusableError
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import ToDevice
-from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder
+from mixmae.trainer.export.encoder_directory import load_encoder, read_config
+
+_LEAST = 4
+"""Images of which half have a standard deviation."""
 
 
 class Accuracy(NamedTuple):
@@ -39,8 +42,7 @@ def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, d
         UsageError: not an encoder directory.
     """
     encoder = load_encoder(directory, pretrained, num_classes=0).eval()
-    facts: dict[str, Any] = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]
-    return encoder, facts
+    return encoder, read_config(directory).pretrained_cfg.model_dump()
 
 
 @torch.inference_mode()
@@ -114,8 +116,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
     index = open_index(args.shards)
-    if len(index) < 2:
-        raise UsageError(f"{args.shards} holds one image; a probe needs some to learn from and some to test on")
+    if len(index) < _LEAST:
+        raise UsageError(f"{args.shards} holds {len(index)} images; a probe needs {_LEAST}, half of them to test on")
     if (index.samples["label"] < 0).any():
         raise UsageError(f"{args.shards} holds images without a label; a probe needs a .cls beside every image")
     found: dict[str, Any] = {"classes": int(index.samples["label"].max()) + 1}
