@@ -59,7 +59,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
     """The sections of a run's recipe; empty where it is missing or damaged."""
     try:
         content = yaml.safe_load(file.read_text())
-    except (FileNotFoundError, yaml.YAMLError):
+    except (FileNotFoundError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     complete = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("encoder", "train"))
     return content if complete else {}
