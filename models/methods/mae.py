@@ -16,7 +16,7 @@ from mixmae.models.encoders.contract import Encoder
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.decoder import KeptDecoder
 from mixmae.models.methods.masking import blank, check_ratio, draw_order, first_of
-from mixmae.models.methods.reconstruction import ReconstructionLoss, denormalize_patches, patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import ReconstructionLoss, denormalize_patches, patchify, unpatchify
 from mixmae.models.methods.registry import register_method
 
 _EPS = 1e-6

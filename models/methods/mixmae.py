@@ -1,6 +1,6 @@
 """MixMAE: an encoder of mixed images, a decoder of all of them, and the dual reconstruction loss (paper section 3.2).
 
-Shapes are those of `mixmae.models.methods.mixing` and `mixmae.models.methods.reconstruction`; L = Gh*Gw patches.
+Shapes are those of `mixmae.models.methods.mixing` and `mixmae.models.methods.reconstruction_loss`; L = Gh*Gw patches.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +23,7 @@ from mixmae.models.methods.mixing import (
     mix_images,
     upsample_groups,
 )
-from mixmae.models.methods.reconstruction import ReconstructionLoss, denormalize_patches, patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import ReconstructionLoss, denormalize_patches, patchify, unpatchify
 from mixmae.models.methods.registry import register_method
 
 Fill = Literal["mix", "zero", "learnable", "shuffle", "zoomin"]

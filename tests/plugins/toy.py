@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.methods.contract import Column, Method
-from mixmae.models.methods.reconstruction import patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import patchify, unpatchify
 from mixmae.models.methods.registry import register_method
 
 

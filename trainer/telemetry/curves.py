@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.run.run_directory import read_events, read_recipe
+from mixmae.trainer.run.provenance import read_recipe
+from mixmae.trainer.telemetry.events import read_events
 
 TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
 

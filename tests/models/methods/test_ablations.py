@@ -12,7 +12,7 @@ from torch import Tensor
 from mixmae.models import MixMAE, create_encoder
 from mixmae.models.methods import filling
 from mixmae.models.methods.mixing import draw_groups, group_sizes
-from mixmae.models.methods.reconstruction import patchify
+from mixmae.models.methods.reconstruction_loss import patchify
 
 BATCH, SIDE, CELLS = 6, 128, 16
 FILLS = ["zero", "learnable", "shuffle", "zoomin"]

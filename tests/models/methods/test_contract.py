@@ -13,7 +13,7 @@ from mixmae.models import create_encoder
 from mixmae.models.methods.contract import Method
 from mixmae.models.methods.registry import method_class
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.engine import compile_parts
+from mixmae.trainer.engine.deepspeed_engine import compile_parts
 from mixmae.trainer.recipe.schema import ActivationCheckpointing
 
 FAMILIES = ["swin", "vit", "pvt", "twins", "resnet"]

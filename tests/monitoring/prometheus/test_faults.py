@@ -22,7 +22,7 @@ import yaml
 from mixmae.monitoring.boards import BOARDS
 from mixmae.monitoring.boards.panels import Board, Look
 from mixmae.monitoring.prometheus.configuration import HERE
-from tests.helpers import tiny_recipe
+from tests.helpers import coloured_shards, tiny_recipe
 from tests.monitoring.boards.test_dashboards import NOW, QUERIES, fill
 from tests.monitoring.browser import visit
 from tests.monitoring.exporter.test_server import fetch
@@ -73,7 +73,8 @@ def run(disk: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "monitoring.peak_flops": 1e12,
     }
     own = {"data.shards": str(copy), "run_dir": str(run_dir), "optim.base_lr": 1e-6}
-    recipe = tiny_recipe(**{**endless, **saving, **telling, **own})
+    probe = {"shards": str(coloured_shards(folder / "coloured")), "every": "20 steps"}
+    recipe = tiny_recipe(**{**endless, **saving, **telling, **own, "evaluate.probe": probe})
     with faulty_run(recipe, control) as ranks:
 
         def alive() -> bool:
@@ -125,6 +126,10 @@ def test_losses_that_are_not_finite(run: Run) -> None:
 
 def test_a_loss_that_rises(run: Run) -> None:
     switch(run, "steep", "MixmaeLossRising", "MixmaeGradientNormJump")
+
+
+def test_features_that_collapse(run: Run) -> None:
+    switch(run, "collapse", "MixmaeProbeFalling")
 
 
 def test_a_rank_that_gets_no_data_is_named(run: Run) -> None:

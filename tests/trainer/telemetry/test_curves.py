@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mixmae.base.run_directory import RECIPE
-from mixmae.trainer.run.run_directory import Events
 from mixmae.trainer.telemetry.curves import draw
+from mixmae.trainer.telemetry.events import Events
 from tests.helpers import tiny_recipe
 
 
