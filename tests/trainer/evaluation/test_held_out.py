@@ -41,7 +41,8 @@ class Numbered:
 def test_every_image_counts_once(monkeypatch: pytest.MonkeyPatch, images: int, batch: int, world_size: int) -> None:
     monkeypatch.setattr(held_out, "_view", lambda index, sample, content, size, share: torch.tensor(content))
     index: Any = Numbered(images)
-    counted, batches = [], set()
+    counted: list[int] = []
+    batches = set()
     for rank in range(world_size):
         own = list(held_out_batches(index, 8, batch, Ranks(rank, world_size), threads=2))
         batches.add(len(own))
