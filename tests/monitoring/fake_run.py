@@ -13,9 +13,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from mixmae.base.phases import PHASES
+from mixmae.base.software import versions
 from mixmae.monitoring.exporter.collector import family_of
 from mixmae.monitoring.metrics import ENDS, METRICS, STEP_BUCKETS, Kind, Metric, Source
-from mixmae.trainer.run.run_directory import versions
 
 GIB = 2.0**30
 CHECKPOINT_EVERY = 720.0

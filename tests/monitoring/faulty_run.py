@@ -16,8 +16,8 @@ import torch
 
 from mixmae.base.ports import free_port
 from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine.deepspeed_engine import build_engine
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
-from mixmae.trainer.engine.engine import build_engine
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit

@@ -1,4 +1,4 @@
-"""Images of held-out shards, dealt to the ranks in equal numbers of batches, so that all compute together."""
+"""Held-out images, split evenly among the ranks so that all run the same number of batches."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""All that a run's steps need, made once."""
+"""The context that all steps of a run share."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -20,7 +20,7 @@ from mixmae.trainer.evaluation.held_out import gather_rows, held_out_batches
 from mixmae.trainer.evaluation.knn import Bank, Neighbours, nearest
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
-from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import coloured_shards, run_ranks, tiny_recipe
 
 
