@@ -203,10 +203,15 @@ def _read(file: Path) -> bytes | None:
 
 
 def _parse(content: bytes | None) -> Owner | None:
+    """What a file says; None where it is not there, not yet written, or not what an owner writes."""
     try:
-        return Owner(**json.loads(content or b""))
-    except (ValueError, TypeError):  # none, or one that is only just being written
+        owner = Owner(**json.loads(content or b""))
+        time.localtime(owner.since)
+    except (ValueError, TypeError, OverflowError, OSError):
         return None
+    words = (owner.token, owner.host, owner.machine, owner.born, owner.job, owner.requeues)
+    sound = type(owner.pid) is int and owner.pid > 0 and all(type(word) is str and word.isprintable() for word in words)
+    return owner if sound else None
 
 
 def _machine() -> str:

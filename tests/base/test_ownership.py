@@ -1,12 +1,13 @@
 """A run that is alive is not taken over; one whose owner is gone is, without anybody's help."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -149,7 +150,11 @@ def test_a_requeued_job_follows_itself(tmp_path: Path, monkeypatch: pytest.Monke
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"token": 1}'])
+TRUE = asdict(Owner.this_process({}))
+LIES = [{**TRUE, "host": "\x1b[2J"}, {**TRUE, "pid": -1}, {**TRUE, "since": 1e99}]
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"token": 1}', *map(json.dumps, LIES)])
 def test_a_damaged_record_holds_nobody_up_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:

@@ -176,7 +176,7 @@ def _build(
         if changes:
             record_changes(recipe.run_dir, state.step, changes)
         write_run_dir(recipe, index)
-        observer.begin(schedule.total_steps, job.parameters)
+        observer.begin(schedule.total_steps, job.parameters, state.step)
     main = ranks.is_main
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.base.run_directory import runs_below
-from mixmae.trainer.run.provenance import read_recipe
+from mixmae.base.run_directory import EVENTS, runs_below
 from mixmae.trainer.telemetry.events import read_events
 
 TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+_LARGEST = 1e300
+"""More is no measurement, and breaks axes."""
 
 Curves = dict[str, tuple[list[int], list[float]]]
 """Steps and values by label."""
@@ -40,13 +42,15 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
         for color, (name, curves) in enumerate(runs.items()):
             at, values = curves.get(label, ([], []))
             axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "", color=f"C{color}", label=name)
-        axes.set_ylabel(label)
+        axes.set_ylabel(label, parse_math=False)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
     if len(runs) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(runs)))
+        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(runs)))
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     else:
-        figure.suptitle(str(run_dirs[0]))
+        figure.suptitle(str(run_dirs[0]), parse_math=False)
     try:
         figure.savefig(out, dpi=110)
     except ValueError as error:
@@ -55,11 +59,13 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
 
 def _curves(run_dir: Path) -> Curves:
     """Of the logged steps, then one for each metric that the task measured, in the order in which they came up."""
-    read_recipe(run_dir)
+    if not (run_dir / EVENTS).is_file():
+        raise UsageError(f"{run_dir} is not a run directory: it has no {EVENTS}")
     steps = read_events(run_dir, "step")
     if not steps:
         raise UsageError(f"{run_dir} has no logged steps yet")
-    measured = [{"step": event["step"], **event.get("metrics", {})} for event in read_events(run_dir, "evaluation")]
+    events = [event for event in read_events(run_dir, "evaluation") if isinstance(event.get("metrics"), dict)]
+    measured = [{**event["metrics"], "step": event["step"]} for event in events]
     names = dict.fromkeys(name for record in measured for name in record if name != "step")
     return {label: _curve(steps, name) for name, label in TRAINING.items()} | {
         f"eval/{name}": _curve([record for record in measured if name in record], name) for name in names
@@ -70,8 +76,8 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
     return [record["step"] for record in records], [_number(record.get(name)) for record in records]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
