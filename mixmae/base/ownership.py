@@ -54,7 +54,7 @@ class Owner:
     def this_process(cls, env: Mapping[str, str]) -> "Owner":
         job, requeues = env.get("SLURM_JOB_ID", ""), env.get("SLURM_RESTART_COUNT", "0")
         pid = os.getpid()
-        return cls(secrets.token_hex(8), platform.node(), _machine(), pid, _born(pid), time.time(), job, requeues)
+        return cls(secrets.token_hex(8), platform.node(), _machine(), pid, _born(pid) or "", time.time(), job, requeues)
 
     def describe(self) -> str:
         """`process 123 on node1 (job 41) since 2026-01-01 10:00:00`"""
@@ -162,15 +162,13 @@ def _may_live(file: Path, owner: Owner | None, successor: Owner) -> bool:
 
 def _lives(owner: Owner) -> bool:
     """Whether an owner on this machine is there."""
-    if born := _born(owner.pid):
-        return born == owner.born
     try:
         os.kill(owner.pid, 0)
-    except PermissionError:
-        return True  # another user's, which /proc may hide
     except ProcessLookupError:
-        pass
-    return False
+        return False
+    except PermissionError:
+        pass  # another user's, which /proc may hide
+    return _born(owner.pid) in (owner.born, None)
 
 
 def _is_silent(
@@ -210,7 +208,11 @@ def _parse(content: bytes | None) -> Owner | None:
     except (ValueError, TypeError, OverflowError, OSError):
         return None
     words = (owner.token, owner.host, owner.machine, owner.born, owner.job, owner.requeues)
-    sound = type(owner.pid) is int and owner.pid > 0 and all(type(word) is str and word.isprintable() for word in words)
+    sound = (
+        type(owner.pid) is int
+        and 0 < owner.pid < 2**31
+        and all(type(word) is str and word.isprintable() for word in words)
+    )
     return owner if sound else None
 
 
@@ -223,11 +225,11 @@ def _machine() -> str:
         return f"{platform.node()} {secrets.token_hex(8)}"  # unlike every other: nothing is known of its processes
 
 
-def _born(pid: int) -> str:
-    """When a process began; empty if there is none, or only what its parent has not yet reaped."""
+def _born(pid: int) -> str | None:
+    """When a process began; empty once it has ended and waits for its parent, None where that cannot be seen."""
     try:
         _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
     except OSError:
-        return ""
+        return None
     state, *rest = fields.split()
     return "" if state in "ZX" else rest[18]

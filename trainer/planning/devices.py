@@ -119,13 +119,13 @@ def find_gpu(
     if known is None and (memory is None or tflops is None):
         raise UsageError(_unknown(name))
     gpu = known or Gpu(name or "GPU", name or "GPU", 0.0, 0.0, 0.0, _PCIE4, _PCIE4)
-    changes = {
-        "memory": None if memory is None else memory * _GIB,
-        "bf16": None if tflops is None else tflops * 1e12,
-        "fp32": None if tflops is None else tflops * 1e12,
-        "peers": None if bandwidth is None else bandwidth * 1e9,
-    }
-    return replace(gpu, **{field: value for field, value in changes.items() if value is not None})
+    return replace(
+        gpu,
+        memory=gpu.memory if memory is None else memory * _GIB,
+        bf16=gpu.bf16 if tflops is None else tflops * 1e12,
+        fp32=gpu.fp32 if tflops is None else tflops * 1e12,
+        peers=gpu.peers if bandwidth is None else bandwidth * 1e9,
+    )
 
 
 def _unknown(name: str | None) -> str:
