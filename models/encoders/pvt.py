@@ -53,7 +53,7 @@ class PVTStage(Stage):
 
     def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
         x = self.pos_embed(self.patch_embed(x))
-        layout = by_cell(x, self.cells, groups, num_groups)
+        layout = by_cell(self._grid(), self.cells, groups, num_groups, x.dtype)
         tokens = layout.arrangement.sort(x)
         for block in self.blocks:
             tokens = self.run(block, tokens, layout)

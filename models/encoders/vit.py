@@ -22,17 +22,19 @@ _EPS = 1e-6
 class ViTStage(Stage):
     """A quarter of the blocks; attention is global."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: list[float]) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: list[float], grid: tuple[int, int]
+    ) -> None:
         super().__init__()
+        self.grid = grid
         self.blocks.extend(Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path)
 
     def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        grid = (x.shape[1], x.shape[2])
-        layout = by_cell(x, grid, groups, num_groups)
+        layout = by_cell(self.grid, self.grid, groups, num_groups, x.dtype)
         tokens = layout.arrangement.sort(x)
         for block in self.blocks:
             tokens = self.run(block, tokens, layout)
-        return layout.arrangement.restore(tokens, grid)
+        return layout.arrangement.restore(tokens, self.grid)
 
 
 class ViT(StagedEncoder):
@@ -72,13 +74,16 @@ class ViT(StagedEncoder):
         self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch_size, norm=False)
         self.pos_embed = LearnedPositions(self.grid, embed_dim)
         rates = calculate_drop_path_rates(drop_path_rate, [depth // NUM_STAGES] * NUM_STAGES, stagewise=True)
-        self.stages = nn.ModuleList(ViTStage(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.stages = nn.ModuleList(ViTStage(embed_dim, num_heads, mlp_ratio, rate, self.grid) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, _EPS)
         self.apply(init_weights)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         super().set_input_size(img_size)
         self.pos_embed.set_grid(self.grid)
+        for stage in self.stages:
+            assert isinstance(stage, ViTStage)
+            stage.grid = self.grid
 
     def _embed(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
         return self.pos_embed(self.patch_embed(super()._embed(images)))
