@@ -6,11 +6,12 @@ stage's first block, is a mixed one.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders.contract import unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
@@ -52,8 +53,14 @@ class TwinsStage(Stage):
         self.grid = (cells[0] * self.reduction, cells[1] * self.reduction)
         self.window = nearest_window(self.grid, self.window_size)
 
-    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        x = self.patch_embed(x)
+    def forward(
+        self,
+        x: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Tensor:
+        x = edit(self.patch_embed(x))
         layouts = (
             by_window(self.grid, self.window, groups, x.shape[0], x.dtype),
             by_cell(self.grid, self.cells, groups, num_groups, x.dtype),

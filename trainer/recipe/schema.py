@@ -20,6 +20,7 @@ _STREAMS = 512
 _SHOWN = 20
 """World sizes that a message proposes."""
 Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0)]
 Batch = Annotated[int, Field(gt=0, le=2**24)]
 Seconds = Annotated[float, Field(gt=0, le=1e7)]
@@ -44,13 +45,52 @@ class EncoderSection(Component):
     name: str = "mixmae_swin_base_w14"
     img_size: int = Field(224, gt=0, le=4096)
     init: Path | None = None
-    """Encoder directory to start from (`mixmae import`, `mixmae export`); None starts from random weights."""
+    """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
+    weights."""
 
 
 class MethodSection(Component):
     """How the encoder is pretrained."""
 
     name: str = "mixmae"
+
+
+class Probe(Section):
+    """How well frozen features of unmixed images tell classes apart, measured while the encoder is pretrained."""
+
+    shards: str
+    """A directory or URL. With labels: accuracy of k nearest neighbours and of a linear classifier, on a half of the
+    images after learning from the other. Without any: effective rank and mean cosine, which show collapse, alone."""
+    every: Duration = Span(10, "epoch")
+
+
+class Classification(Section):
+    """Classes, where images have labels."""
+
+    num_classes: int | None = Field(None, gt=1)
+    """None: as many as `data.shards` has."""
+    classes: tuple[str, ...] | None = None
+    """Their names, in the order of their numbers; None: those of `data.shards`, () where they have numbers alone."""
+    multi_label: bool = False
+    """Whether an image has any number of classes: its label is a list of names, separated by commas."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Augment(Section):
+    """What is done to images with labels, beside crop and flip."""
+
+    rand_augment: str | None = None
+    """RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1."""
+    random_erasing: Fraction = 0.0
+    """Probability that a box of an image becomes noise."""
+    mixup: float = Field(0.0, ge=0)
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = Field(0.0, ge=0)
+    """Alpha of CutMix; 0 for none."""
+    mix_prob: Fraction = 1.0
+    """Probability that a micro-batch is mixed."""
+    switch_prob: Fraction = 0.5
+    """Probability of CutMix where both are on."""
 
 
 class Evaluate(Section):
@@ -60,6 +100,10 @@ class Evaluate(Section):
     shards: str | None = None
     """Held-out shards for the task's evaluation, a directory or URL; None evaluates nothing. The ranks themselves read
     the images, between two steps: some thousands of them will do."""
+    probe: Probe | None = None
+    """What is probed while an encoder is pretrained; some thousands of images will do here too."""
+    crop_ratio: float | None = Field(None, gt=0, le=1)
+    """Side of the centre crop over the image's shorter side; None: 0.875 (256 to 224 px) up to 224 px, 1 above."""
 
 
 class Network(Section):
@@ -93,7 +137,7 @@ class Data(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     streams: int | None = Field(None, gt=0)
-    """Canonical streams, dealt to the ranks in whole numbers; None: up to 512 that divide global_batch."""
+    """Canonical streams, a whole number for each rank; None: up to 512 that divide global_batch."""
     shuffle_window: int = Field(64, gt=0, le=2**24)
     """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
     drop_last: bool = False
@@ -181,6 +225,11 @@ class Optim(Section):
     no_decay: tuple[str, ...] | None = None
     """Parts of names exempt from weight decay, beside all 1-D parameters; None exempts what the model names (bias
     tables, mask tokens), () decays that too, as the release does."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer's learning rate over that of the layer above it, where an encoder is fine-tuned."""
+    layer_decay_rule: Literal["standard", "mixmim", "simmim"] = "standard"
+    """Which layer is which: `standard` gives final norm and head the full rate, as BEiT; `mixmim` (the release) that of
+    a layer below; `simmim` as standard, with patch merging of the layer before it, not behind."""
     warmup: Duration = Span(40, "epoch")
     clip_grad: float | None = Field(None, gt=0)
 
@@ -273,7 +322,9 @@ class Recipe(Section):
     """Modules that register tasks, methods and encoders of your own; imported before the recipe is checked."""
     encoder: EncoderSection = EncoderSection()
     method: MethodSection = MethodSection()
+    classification: Classification = Classification()
     data: Data = Data()
+    augment: Augment = Augment()
     train: Train = Train()
     optim: Optim = Optim()
     evaluate: Evaluate = Evaluate()
@@ -327,7 +378,7 @@ class Recipe(Section):
         """The streams that a rank serves.
 
         Raises:
-            UsageError: the streams cannot be dealt to so many ranks.
+            UsageError: the streams cannot be split evenly among so many ranks.
         """
         if self.streams % world_size:
             allowed = [str(n) for n in range(1, self.streams + 1) if self.streams % n == 0][:_SHOWN]

@@ -16,7 +16,7 @@ import pytest
 from mixmae.base.exit_codes import FAILED, PREEMPTED
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Site
-from mixmae.launch.backends.slurm import SlurmRequest, slurm_script
+from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
 from mixmae.launch.supervision.restarts import read_restarts
 from mixmae.trainer.recipe.schema import Launch
 from tests.cluster.cluster import Cluster
@@ -106,7 +106,7 @@ def test_an_unreachable_host_ends_the_run_and_is_named(cluster: Cluster, run_dir
     started = on_hosts(cluster, run_dir, "steps=100000")
     wait_for(lambda: saved(run_dir))
     try:
-        cluster.host("node2").cut()
+        cluster.host("node2").disconnect()
         output = started.communicate()[0]
         assert started.returncode == FAILED
         assert "rank 1 on node2 has been silent for 20 s" in output.splitlines()[-1]
@@ -118,7 +118,7 @@ def test_an_unreachable_host_ends_the_run_and_is_named(cluster: Cluster, run_dir
 @pytest.mark.timeout(SECONDS)
 def test_a_host_that_is_down_from_the_start_is_named(cluster: Cluster, run_dir: Path) -> None:
     try:
-        cluster.host("node2").cut()
+        cluster.host("node2").disconnect()
         started = on_hosts(cluster, run_dir)
         output = started.communicate()[0]
         assert started.returncode == FAILED

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Container, Site, find_site, read_site
-from mixmae.launch.backends.slurm import SlurmRequest, slurm_script
 from mixmae.launch.backends.slurm_array import load_array, parse_array
+from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
 from mixmae.launch.supervision.outcome import ENDED
 from mixmae.trainer.recipe.schema import Launch
 from tests.helpers import ROOT

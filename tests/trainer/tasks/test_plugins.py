@@ -13,8 +13,8 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.loading import parse_recipe
-from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.tasks.registry import task_of
+from mixmae.trainer.telemetry.events import read_events
 from tests.warm import run_module
 
 TOY: dict[str, Any] = {

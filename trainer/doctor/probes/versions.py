@@ -1,0 +1,45 @@
+"""Which software a host runs, down to the project's own sources."""
+
+import hashlib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from mixmae.base.software import versions
+
+SOURCES = "mixmae's sources"
+_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "DS_", "UCX_", "FI_", "LD_", "PYTHONPATH")
+_BY_RANK = ("CUDA_VISIBLE_DEVICES",)
+"""Launchers set these for each rank as it should be."""
+
+
+def software(drivers: Mapping[str, str]) -> dict[str, str]:
+    """Versions by name: packages, what torch was built with, drivers, and a fingerprint of the project's sources."""
+    built = {"CUDA": torch.version.cuda or "none"}
+    if torch.cuda.is_available():
+        built["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return {**versions(), **built, **drivers, SOURCES: fingerprint_of(_packages())}
+
+
+def fingerprint_of(folders: list[Path]) -> str:
+    """Of all Python files below some folders; 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{folder.name}/{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _packages() -> list[Path]:
+    return sorted(folder for folder in Path(str(files("mixmae"))).iterdir() if folder.is_dir())
+
+
+def relevant(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that change how ranks compute or communicate."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(_PREFIXES) and name not in _BY_RANK
+    }

@@ -1,0 +1,123 @@
+"""Builds the DeepSpeed engine around a model: its configuration, then the engine."""
+
+import contextlib
+import importlib
+import io
+import os
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+
+from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
+from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
+from mixmae.trainer.engine.cpu import apply_cpu_workarounds
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
+from mixmae.trainer.recipe.schema import Recipe
+
+_BUCKET = 100_000_000
+"""Elements reduced at once: DeepSpeed's own default is one bucket for a whole model of 500 M parameters."""
+
+
+def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe.
+
+    Raises:
+        UsageError: the batch does not divide.
+    """
+    train = recipe.train
+    config: dict[str, Any] = {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": recipe.accumulation(world_size),
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_bucket_size": _BUCKET,
+            # Overlap together with contiguous gradients and bf16 has given NaN (DeepSpeed #8061).
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # It waits for the GPU twice in each micro-step, and the loop has a clock of its own that does not.
+        "timers": {"throughput": {"enabled": False}},
+    }
+    if (wandb := recipe.log.wandb) is not None:
+        config["wandb"] = {"enabled": True, "project": wandb.project, "group": wandb.group, "team": wandb.entity}
+    if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
+        config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
+    if train.zero_stage == 0:
+        # At this stage the optimizer clips by itself (`non_finite`).
+        return config
+    config["zero_allow_untested_optimizer"] = True  # the optimizer itself says whether ZeRO may split its parameters
+    config["gradient_clipping"] = recipe.optim.clip_grad or 0.0
+    config["bf16"] = {"enabled": train.precision == "bf16"}
+    if train.zero_stage == 3:
+        # Keeps stage 3 equal to stage 2 to the bit.
+        config["zero_optimization"]["memory_efficient_linear"] = False
+        config["zero_optimization"]["allgather_bucket_size"] = _BUCKET
+    return config
+
+
+def compile_parts(model: Trainable, **options: Any) -> None:
+    """Compiles each block, and what else the model names, by itself; shapes are static, and blocks of one shape share
+    their code.
+
+    Args:
+        options: more of `torch.compile`.
+    """
+    # All blocks are one function to torch, which gives up at 8 shapes and modes of it: five stages, each trained and
+    # evaluated, are more.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for part in chain(*model.block_groups().values(), model.compiled_parts()):
+        part.compile(fullgraph=True, dynamic=False, **options)
+
+
+def import_muon() -> None:
+    """Imports the optimizer that DeepSpeed compares every other with, without compiling it.
+
+    It is decorated with torch.compile, which would load all of torch's compiler: two seconds of every rank's start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE", "0")  # torch.compile reads it at each call
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def build_engine(
+    model: Trainable,
+    recipe: Recipe,
+    ranks: Ranks,
+    choice: OptimizerChoice | None = None,
+    lr_scale_of: Callable[[str], float] | None = None,
+) -> Any:
+    """DeepSpeed's engine around the model, its optimizer and its precision.
+
+    Args:
+        choice, lr_scale_of: the task's, see `build_optimizer`.
+    """
+    import deepspeed
+
+    import_muon()
+    config = deepspeed_config(recipe, ranks.world_size)
+    checkpoint_activations(model, recipe.train.activation_checkpointing)
+    model.to(ranks.device)
+    if recipe.train.precision == "bf16" and ranks.device.type == "cpu":
+        apply_cpu_workarounds(model)
+    if recipe.train.fused_attention:
+        if ranks.device.type != "cuda":
+            raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
+        model.set_fused_attention()
+    if recipe.train.compile:
+        compile_parts(model)
+    with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(recipe, model, choice, lr_scale_of),
+            config=config,
+            dist_init_required=False,
+        )
+    return engine
