@@ -157,9 +157,9 @@ class Launcher:
                            f"logs are in {self._folder}")  # fmt: skip
         reason = self._early_exit(child) or "DeepSpeed's launcher exited"
         mistake = child.ended is not None and child.ended.code == USAGE_ERROR
-        return Outcome(
-            USAGE_ERROR if mistake else FAILED, f"{reason}; its output is above, and in {self._folder / LOG}"
-        )
+        log = self._folder / LOG
+        code = USAGE_ERROR if mistake else FAILED
+        return Outcome(code, f"{reason}; its output is in {log}", log=str(log), lines=child.output.last_lines())
 
 
 def run_attempt(

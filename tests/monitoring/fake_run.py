@@ -100,7 +100,12 @@ class FakeRun(NamedTuple):
         if name == "resumes_total":
             return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}
         if name == "evaluation":
-            return {("top1",): 0.8 * done, ("loss",): 2.0 - done}
+            return {
+                ("top1",): 0.8 * done, ("loss",): 2.0 - done, ("probe_knn",): 0.6 * done, ("probe_linear",): 0.7 * done,
+                ("probe_mean_cosine",): 0.9 - done / 2, ("probe_effective_rank",): 40 + 60 * done,
+            }  # fmt: skip
+        if name == "evaluations_below_highest":
+            return {("probe_knn",): 0.0, ("probe_linear",): 0.0}
         return {(): single[name]}
 
     def _of_rank(self, name: str, rank: int, now: float) -> Values:

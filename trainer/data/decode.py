@@ -218,10 +218,13 @@ def random_resized_crop(
     return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 
 
-def center_resized_crop(content: bytes, state: int, size: int) -> Tensor:
-    """The largest centred square, resized; uint8 [3, size, size]."""
+def center_resized_crop(content: bytes, state: int, size: int, ratio: float = 1.0) -> Tensor:
+    """A centred square of `ratio` of the shorter side, resized; uint8 [3, size, size]."""
     source = open_encoded(content, state)
-    box = center_crop_box(*_upright_size(source))
+    width, height = _upright_size(source)
+    left, upper, right, lower = center_crop_box(width, height)
+    margin = round((right - left) * (1 - ratio) / 2)
+    box = left + margin, upper + margin, right - margin, lower - margin
     plan = plan_crop(box, source.width, source.height, source.orientation, False, size)
     return resize_crop(decode_crop(source, plan), plan, size)
 

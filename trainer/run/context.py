@@ -26,7 +26,7 @@ class Run:
     Attributes:
         stop: what notes that this rank is asked to stop; None where nothing can.
         loss: mean over all ranks at the last logged step.
-        metrics: figures of the last evaluation.
+        metrics: the newest figure of each name that evaluations gave.
     """
 
     recipe: Recipe

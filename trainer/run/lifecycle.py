@@ -149,7 +149,7 @@ def _build(
     tracker = Tracker.of(engine)
     if ranks.is_main:
         write_run_dir(recipe, index)
-        observer.begin(schedule.total_steps, job.parameters)
+        observer.begin(schedule.total_steps, job.parameters, state.step)
     main = ranks.is_main
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.

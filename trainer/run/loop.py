@@ -2,16 +2,18 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.data.faults import Reason, too_many
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
 from mixmae.trainer.data.stream import Batch
-from mixmae.trainer.engine.distributed import all_reduce_sum, peak_memory
+from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum, peak_memory
 from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.units import Span
@@ -62,8 +64,8 @@ def fit(run: Run) -> str | None:
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
             log_pictures(run, batch)
             meter.restart()
-        if recipe.evaluate.shards is not None and due(run, recipe.evaluate.every):
-            evaluate(run)
+        if measures := due_evaluations(run):
+            evaluate(run, measures)
             meter.restart()
         if due(run, recipe.checkpoint.every):
             with observer.clock.phase("checkpoint"):
@@ -182,15 +184,32 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     )
 
 
-def evaluate(run: Run) -> None:
+Measure = Callable[[Trainable, Ranks], dict[str, float]]
+
+
+def due_evaluations(run: Run) -> list[Measure]:
+    """What the task measures after this step."""
+    asked = run.recipe.evaluate
+    measures: list[Measure] = []
+    if asked.shards is not None and due(run, asked.every):
+        measures.append(run.task.evaluate)
+    if asked.probe is not None and due(run, asked.probe.every):
+        measures.append(run.task.probe)
+    return measures
+
+
+def evaluate(run: Run, measures: Sequence[Measure]) -> None:
     """Evaluates the task on all ranks, and reports its metrics."""
+    figures: dict[str, float] = {}
     run.engine.eval()
     with torch.no_grad():
-        run.metrics = run.task.evaluate(run.engine.module, run.ranks)
+        for measure in measures:
+            figures |= measure(run.engine.module, run.ranks)
     run.engine.train()
+    run.metrics = {**run.metrics, **figures}
     if run.ranks.is_main:
-        run.reporter.evaluation(run.state.step, run.state.samples, run.metrics)
-        run.observer.evaluation(run.metrics)
+        run.reporter.evaluation(run.state.step, run.state.samples, figures)
+        run.observer.evaluation(figures)
 
 
 def log_pictures(run: Run, batch: Batch) -> None:

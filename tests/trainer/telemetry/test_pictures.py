@@ -36,7 +36,7 @@ def test_a_perfect_prediction_is_the_image() -> None:
     images, mix = torch.rand(4, 3, 64, 64), draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
     target = normalize_patches(patchify(images, 32))
     visible = model.predict(images, *mix)[1]
-    model.predict = lambda images, groups, partners: (target[partners], visible)  # type: ignore[method-assign]
+    model.predict = lambda images, groups, partners, *drawn: (target[partners], visible)  # type: ignore[method-assign]
     torch.testing.assert_close(model.reconstruct(images, *mix)[2].images, images)
 
 
