@@ -25,7 +25,7 @@ from mixmae.trainer.evaluation import knn
 from mixmae.trainer.evaluation.features import effective_rank, features_of, mean_cosine
 from mixmae.trainer.evaluation.held_out import gather_rows, held_out_batches, require_readable
 from mixmae.trainer.evaluation.ridge import fit_ridge
-from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder
+from mixmae.trainer.export.encoder_directory import load_encoder, read_config
 
 ACCURACY, COLLAPSE = ("knn", "linear"), ("effective_rank", "mean_cosine")
 """Names of figures: with labels, and without."""
@@ -116,8 +116,7 @@ def _open(directory: Path, pretrained: bool, device: torch.device) -> tuple[nn.M
     """An encoder directory, or its twin with random weights, and timm's facts about its input."""
     torch.manual_seed(0)
     encoder = load_encoder(directory, pretrained, num_classes=0).eval().to(device)
-    facts: dict[str, Any] = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]
-    return encoder, facts
+    return encoder, read_config(directory).pretrained_cfg.model_dump()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write
 from mixmae.base.run_directory import RECIPE, REPLACED, SHARDS, VERSIONS, newest_checkpoint, rank_records
@@ -15,6 +13,8 @@ from mixmae.base.software import versions
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.words import shown
+from mixmae.trainer.recipe.yaml_files import parse_yaml, read_yaml
 from mixmae.trainer.tasks.registry import stored_recipe
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Raises UsageError if the run directory holds checkpoints of another recipe or other shards."""
     if newest_checkpoint(recipe.run_dir) is None:
         return
-    before = _intact(recipe.run_dir / RECIPE, yaml.safe_load, "run_dir")
+    before = _intact(recipe.run_dir / RECIPE, parse_yaml, "run_dir")
     if before is not None:
         require_same_recipe(recipe, stored_recipe(before, str(recipe.run_dir / RECIPE)), recipe.run_dir)
     earlier = _intact(recipe.run_dir / SHARDS, json.loads, "fingerprint")
@@ -41,7 +41,7 @@ def _intact(file: Path, parse: Callable[[str], Any], key: str) -> dict[str, Any]
         return None
     try:
         content = parse(file.read_bytes().decode())
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or key not in content:
         _logger.warning("%s is damaged and is written anew; the checkpoint's own copy counts", file)
@@ -71,4 +71,7 @@ def read_recipe(run_dir: Path) -> Recipe:
     file = run_dir / RECIPE
     if not file.is_file():
         raise UsageError(f"{run_dir} is not a run directory: it has no {RECIPE}")
-    return stored_recipe(yaml.safe_load(file.read_text()), str(file))
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} is damaged: it holds {shown(content)}; expected a recipe")
+    return stored_recipe(content, str(file))

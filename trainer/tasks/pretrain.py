@@ -46,11 +46,11 @@ class Pretrain(Task):
         torch.manual_seed(recipe.seed)
         try:
             encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise UsageError(f"encoder: {error}") from error
         try:
             return method_class(recipe.method.name)(encoder, **recipe.method.settings)
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise UsageError(f"method: {error}") from error
 
     def initialise(self, module: Trainable) -> None:

@@ -35,7 +35,9 @@ class Events:
 def read_events(run_dir: Path, event: str) -> list[dict[str, Any]]:
     """The events of one kind, by step; of a step that was done again after a restart, the last."""
     records = _records(run_dir)
-    by_step = {record["step"]: record for record in records if record["event"] == event and "step" in record}
+    by_step = {
+        record["step"]: record for record in records if record["event"] == event and isinstance(record.get("step"), int)
+    }
     return [by_step[step] for step in sorted(by_step)]
 
 

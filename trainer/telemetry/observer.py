@@ -11,19 +11,18 @@ from pathlib import Path
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.software import versions
-from mixmae.monitoring.exporter.discovery import remove_targets
+from mixmae.monitoring.exporter.discovery import remove_targets, run_label
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.monitoring.metrics import ENDS
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
-from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.distributed import Ranks, from_main
 from mixmae.trainer.recipe.resume_rules import recipe_id
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.state import TrainState
@@ -70,10 +69,10 @@ class Observer:
             recorder.set("world_size", ranks.world_size)
         self.heartbeat.add_listener(self._tick)
 
-    def export(self) -> None:
-        """Starts the node's exporter; for the node's first rank."""
+    def export(self, run: str) -> None:
+        """Starts the node's exporter, which calls the run so; for the node's first rank."""
         assert self.shared is not None
-        self.exporter = ExporterProcess(self.recipe, self.shared)
+        self.exporter = ExporterProcess(self.recipe, self.shared, run=run)
 
     def set_phase(self, phase: str) -> None:
         """The rank comes to one of `PHASES`."""
@@ -212,9 +211,8 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
         remove_targets(recipe.run_dir)
-    token = [uuid.uuid4().hex]
-    dist.broadcast_object_list(token, src=0)
-    shared = _shared_memory() / f"mixmae-{token[0]}"
+    token, run = from_main((uuid.uuid4().hex, run_label(recipe.run_dir)))  # hosts may mount it under other paths
+    shared = _shared_memory() / f"mixmae-{token}"
     try:
         recorder = Recorder(shared, ranks.rank)
     except OSError as error:
@@ -223,7 +221,7 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         ), f"no metrics are exported: {shared}: {error.strerror}"
     observer = Observer(recorder, recipe, ranks, shared, heartbeat)
     if ranks.local_rank == 0:
-        observer.export()
+        observer.export(run)
     return observer, None
 
 

@@ -170,7 +170,8 @@ def test_tasks_that_would_share_a_run_directory_are_refused() -> None:
         ("sbatch: [constraint=a100]", "expected an option of sbatch"),
         ("environment: {A-B: 1}", "expected a variable's name"),
         ('setup: ["a\\nb"]', "expected one line"),
-        ("modules: [", "is not YAML"),
+        ("modules: [", "is not valid YAML"),
+        ("modules: []\nmodules: []", "line 2"),
     ],
 )
 def test_bad_site_files_are_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -12,6 +12,8 @@ from mixmae.base.errors import UsageError, run_cli
 from mixmae.models import create_encoder
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.features import effective_rank, mean_cosine
 from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
@@ -116,3 +118,10 @@ def test_a_directory_without_encoder_is_refused(
 ) -> None:
     assert run_cli(main, [str(tmp_path), str(shards)]) == 2
     assert "mixmae export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_too_few_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], images: int) -> None:
+    build_shards(Synthetic(images, 32, seed=0), tmp_path / "shards", shard_bytes=60_000, seed=0, jobs=1)
+    assert run_cli(main, [str(tmp_path), str(tmp_path / "shards")]) == 2
+    assert f"holds {images} images; a probe needs 4" in capsys.readouterr().err
