@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from mixmae.base.errors import run_cli
+from mixmae.base.errors import UsageError, run_cli
 
 COMMANDS = {
     "launch": ("mixmae.launch.commands.launch", "start a pretraining run: on this machine, on hosts, or under Slurm"),
@@ -65,7 +65,12 @@ def main() -> int:
 
 def _run(command: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(COMMANDS[command][0])
-    return int(module.main(argv))
+    try:
+        return int(module.main(argv))
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 if __name__ == "__main__":
