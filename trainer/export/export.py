@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints, newest_checkpoint
+from mixmae.trainer.checkpoints.manifest import DamagedError
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.run.provenance import read_recipe
@@ -25,7 +26,10 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
     """
     recipe = read_recipe(run_dir)
     checkpoint = _checkpoint(run_dir, step)
-    weights = {name: value.float() for name, value in master_weights(checkpoint).items()}
+    try:
+        weights = {name: value.float() for name, value in master_weights(checkpoint).items()}
+    except DamagedError as error:
+        raise UsageError(f"{checkpoint} is damaged: {error}; restore it from a copy") from error
     encoder = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
     rest = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
     part, method = recipe.encoder, recipe.method
