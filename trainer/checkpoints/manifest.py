@@ -61,6 +61,7 @@ class Manifest(Progress):
             before its first step.
         optimizer_scalars: numbers that it keeps with each, by its names.
         files: one a rank, by name.
+        ema: whether they also hold the moving average of the weights.
     """
 
     world_size: int
@@ -72,6 +73,7 @@ class Manifest(Progress):
     optimizer_states: list[str]
     optimizer_scalars: Mapping[str, float]
     files: Mapping[str, FileRecord]
+    ema: bool = False
 
     @property
     def bytes(self) -> int:

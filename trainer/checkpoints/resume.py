@@ -14,6 +14,7 @@ from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.engine.ema import Ema
 
 
 class NoIntactCheckpointError(UsageError):
@@ -35,7 +36,7 @@ class Resumed:
     notes: tuple[str, ...]
 
 
-def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
+def resume(engine: Any, run_dir: Path, ranks: Ranks, ema: Ema | None = None) -> Resumed | None:
     """Loads the newest intact checkpoint into the engine; None in a run directory that has none. All ranks call it.
 
     Raises:
@@ -43,7 +44,7 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
     """
     found = _newest_intact(run_dir, ranks)
     if found is not None:
-        _load(engine, found.folder, found.manifest, ranks)
+        _load(engine, found.folder, found.manifest, ranks, ema)
     return found
 
 
@@ -95,11 +96,14 @@ def _lost_pointer(run_dir: Path) -> list[str]:
     return [f"{CHECKPOINTS}/{NEWEST} names no checkpoint that exists, the last one was taken"]
 
 
-def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
+def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, ema: Ema | None) -> None:
     slices = ModelSlices(engine)
     assert slices.shapes == dict(manifest.shapes), "the recipe was compared before; it makes the shapes"
     slices.begin_load(manifest.optimizer_states, manifest.optimizer_scalars)
     items = [ReadItem(kind, part.name, part.start, to) for part, kind, to in slices.to_read(manifest.optimizer_states)]
+    if ema is not None:
+        assert manifest.ema, "the recipe was compared before; it makes the average"
+        items += ema.to_read()
     read_slices(items, manifest.paths(folder, ranks.rank))
     restore_buffers(engine.module, manifest.paths(folder), ranks.rank, ranks.world_size)
     slices.end_load()

@@ -11,7 +11,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints.buffers import mean_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
-from mixmae.trainer.checkpoints.slices import WEIGHT
+from mixmae.trainer.checkpoints.slices import EMA, WEIGHT
 
 
 def master_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -31,8 +31,31 @@ def optimizer_states(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         UsageError: the checkpoint is not what was written.
     """
     manifest = _verified(checkpoint)
-    trained = [name for name in manifest.shapes if name not in manifest.frozen]
-    return {state: _assembled(checkpoint, manifest, state, trained) for state in manifest.optimizer_states}
+    return {state: _assembled(checkpoint, manifest, state, _trained(manifest)) for state in manifest.optimizer_states}
+
+
+def _trained(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.shapes if name not in manifest.frozen]
+
+
+def model_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What is exported, evaluated and started from: fp32 weights, by name, and the buffers that belong to the model's
+    state; the moving average of the weights where the run keeps one (`optim.ema_decay`).
+
+    Raises:
+        UsageError: the checkpoint is not what was written.
+    """
+    return {**master_weights(checkpoint), **averaged_weights(checkpoint), **saved_buffers(checkpoint)}
+
+
+def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The moving average of trained weights, by name; empty where the run keeps none.
+
+    Raises:
+        UsageError: the checkpoint is not what was written.
+    """
+    manifest = _verified(checkpoint)
+    return _assembled(checkpoint, manifest, EMA, _trained(manifest)) if manifest.ema else {}
 
 
 def saved_buffers(checkpoint: Path) -> dict[str, Tensor]:

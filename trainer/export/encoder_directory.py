@@ -10,13 +10,12 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import new_directory
 from mixmae.models.encoders.registry import create_encoder, default_cfg
-from mixmae.models.methods.contract import Method
 
 ENCODER, METHOD, CONFIG = "model.safetensors", "method.safetensors", "config.json"
 
@@ -28,7 +27,7 @@ def write_encoder_directory(
     encoder: dict[str, Tensor],
     method: tuple[str, dict[str, Tensor]] | None = None,
     facts: dict[str, Any] | None = None,
-    normalization: dict[str, tuple[float, ...]] | None = None,
+    input_facts: dict[str, Any] | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
@@ -36,7 +35,7 @@ def write_encoder_directory(
         architecture: a registered name; `model_args` are what differs from its defaults.
         encoder: the encoder's state dict, with a head if it has one.
         method: the name of the method that pretrained it, and the weights that it has beside the encoder.
-        normalization: mean and std of the input, if not ImageNet's.
+        input_facts: what timm's pretrained_cfg should say otherwise than usual: mean, std, crop_pct, label_names.
         facts: whatever else config.json should say of where the weights come from.
 
     Raises:
@@ -53,7 +52,7 @@ def write_encoder_directory(
         "num_features": num_features,
         "model_args": model_args,
         "pretrained_cfg": default_cfg(
-            architecture, model_args.get("img_size"), num_classes=num_classes, **(normalization or {})
+            architecture, model_args.get("img_size"), num_classes=num_classes, **(input_facts or {})
         ),
         **({} if method is None else {"method": method[0]}),
         **(facts or {}),
@@ -81,43 +80,9 @@ def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any)
     return model
 
 
-def initialise(model: Method, directory: Path, method: str) -> None:
-    """Loads an encoder directory into `model`: the encoder, and what else the same method pretrained.
-
-    Raises:
-        UsageError: no such directory, or weights that do not fit the model.
-    """
-    if not (directory / ENCODER).is_file():
-        raise UsageError(
-            f"encoder.init: {directory / ENCODER} does not exist; give a directory made by "
-            "'mixmae export' or 'mixmae import'"
-        )
-    weights = {name: value for name, value in load_file(directory / ENCODER).items() if not name.startswith("head.")}
-    _load(model.encoder, model.encoder.fit_state_dict(weights), directory / ENCODER)
-    if json.loads((directory / CONFIG).read_text()).get("method") == method:
-        own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-        found = load_file(directory / METHOD)
-        _require_fit(found, own, directory / METHOD)
-        model.load_state_dict(found, strict=False)
-
-
 def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names of weights that are missing or foreign; where there are none, of those of another shape."""
     return sorted(found.keys() ^ expected.keys()) or sorted(k for k in found if found[k].shape != expected[k].shape)
-
-
-def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    _require_fit(state, module.state_dict(), file)
-    module.load_state_dict(state)
-
-
-def _require_fit(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> None:
-    wrong = misfits(found, expected)
-    if wrong:
-        raise UsageError(
-            f"{file} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "
-            f"the first is {wrong[0]!r}; take the sizes of its config.json into the recipe"
-        )
 
 
 def _storable(state: dict[str, Tensor]) -> dict[str, Tensor]:

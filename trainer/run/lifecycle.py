@@ -11,11 +11,13 @@ from mixmae.base.signals import StopRequest
 from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.resume import Resumed, resume
 from mixmae.trainer.checkpoints.saver import Saver
+from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
@@ -150,16 +152,18 @@ def _build(
     prepare_wandb(recipe, ranks)
     with explain_wandb_errors(recipe):
         engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), job.task.lr_scale_of(job.model))
-    resumed = resume(engine, recipe.run_dir, ranks)
+    ema = None if recipe.optim.ema_decay is None else Ema(ModelSlices(engine), recipe.optim.ema_decay)
+    resumed = resume(engine, recipe.run_dir, ranks, ema)
     state, position = _state_of(resumed, recipe, index)
     tracker = Tracker.of(engine)
     if ranks.is_main:
         write_run_dir(recipe, index)
         observer.begin(schedule.total_steps, job.parameters)
     main = ranks.is_main
-    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
+    transform = job.task.transform(index)
+    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
-    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
+    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None, ema=ema)
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -173,6 +177,7 @@ def _build(
         reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
         observer=observer,
         saver=saver,
+        ema=ema,
         stop=stop,
         sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ def fit(run: Run) -> str | None:
     while state.step < run.schedule.total_steps and signal is StopSignal.CONTINUE:
         losses, samples, batch = train_step(run)
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
+        if run.ema is not None and not state.skipped_in_row:
+            run.ema.update(state.step - state.skipped)
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         if run.sample_log is not None:
@@ -183,9 +186,9 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Asks the task for its figures, on all ranks, and reports them."""
+    """Asks the task for its figures, on all ranks, and reports them; of the averaged weights where there are some."""
     run.engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
         run.metrics = run.task.evaluate(run.engine.module, run.ranks)
     run.engine.train()
     if run.ranks.is_main:

@@ -15,7 +15,7 @@ from mixmae.trainer.data.rng import Purpose, torch_at
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.held_out import held_out_batches
-from mixmae.trainer.export import encoder_directory
+from mixmae.trainer.export.initial_weights import initialise_method
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import MethodSection, Recipe
 from mixmae.trainer.tasks.contract import Task
@@ -29,7 +29,11 @@ _TIMM = ("img_size", "num_classes", "global_pool")
 class Pretrain(Task):
     """The recipe's `encoder:` under its `method:`."""
 
+    unused_sections = ("classification", "augment")
+
     def resolve(self, recipe: Recipe) -> Recipe:
+        if recipe.optim.layer_decay != 1:
+            raise UsageError(f"optim.layer_decay={recipe.optim.layer_decay}: pretraining has one rate; leave it out")
         try:
             family, _ = family_of(recipe.encoder.name)
             method = method_class(recipe.method.name)
@@ -53,7 +57,7 @@ class Pretrain(Task):
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
-            encoder_directory.initialise(_method(module), self.recipe.encoder.init, self.recipe.method.name)
+            initialise_method(_method(module), self.recipe.encoder.init, self.recipe.method.name)
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         return _method(module).draw(len(batch.images), generator)
