@@ -2,6 +2,8 @@
 
 from mixmae.models.encoders import pvt, resnet, swin, twins, vit
 from mixmae.models.encoders.registry import create_encoder
+from mixmae.models.methods.mae import MAE
 from mixmae.models.methods.mixmae import MixMAE
+from mixmae.models.methods.simmim import SimMIM
 
-__all__ = ["MixMAE", "create_encoder", "pvt", "resnet", "swin", "twins", "vit"]
+__all__ = ["MAE", "MixMAE", "SimMIM", "create_encoder", "pvt", "resnet", "swin", "twins", "vit"]

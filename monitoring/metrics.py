@@ -97,6 +97,8 @@ METRICS = (
     Metric("learning_rate", _G, _M, "Learning rate of the last logged step"),
     Metric("weight_decay", _G, _M, "Weight decay of the parameters that have one"),
     Metric("evaluation", _G, _M, "What the task measured at its last evaluation", ("metric",)),
+    Metric("evaluations_below_highest", _G, _M, "Evaluations in a row in which a figure was more than a tenth below its"
+           " highest of the run", ("metric",)),
     Metric("skipped_steps_total", _C, _M, "Steps that this process skipped because a loss or gradient was not finite"),
     # memory
     Metric("device_memory_allocated_bytes", _G, _R, "Memory of the device in use", unit="bytes"),

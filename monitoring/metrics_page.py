@@ -24,6 +24,7 @@ VALUES = {
     "communication_seconds_total": OPERATIONS,
     "replaced_samples_total": REASONS,
     "evaluation": EVALUATION_METRICS,
+    "evaluations_below_highest": EVALUATION_METRICS,
 }
 """At most so many values of a metric's label, whatever the size of the run."""
 PER_HISTOGRAM = len(STEP_BUCKETS) + 3

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mixmae.trainer.benchmarks import ranks
+from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from tests.warm import start_method
@@ -55,6 +58,22 @@ def tar_of(files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def coloured_shards(out: Path, images: int = 24) -> Path:
+    """Noise of 64 px, reddish or bluish and labelled so: a probe of any encoder tells them apart."""
+    generator = np.random.default_rng(0)
+    files: dict[str, bytes] = {}
+    for number in range(images):
+        noise = generator.integers(0, 100, (64, 64, 3), dtype=np.uint8)
+        noise[..., 2 * (number % 2)] += 150
+        jpeg = io.BytesIO()
+        Image.fromarray(noise).save(jpeg, "JPEG", quality=95)
+        files |= {f"{number:03d}.jpg": jpeg.getvalue(), f"{number:03d}.cls": (b"red", b"blue")[number % 2]}
+    out.mkdir(parents=True)
+    (out / "0.tar").write_bytes(tar_of(files))
+    write_index(out)
+    return out
 
 
 def tiny_recipe(**changes: Any) -> Recipe:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmae.trainer.engine.engine import deepspeed_config
+from mixmae.trainer.engine.deepspeed_engine import deepspeed_config
 from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.tasks.registry import build_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import ROOT, run_ranks, tiny_recipe
 from tests.trainer.engine.test_zero import train
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
 
     from mixmae.trainer.engine.distributed import read_ranks
-    from mixmae.trainer.run.lifecycle import pretrain
+    from mixmae.trainer.run.lifecycle import train
 
     ranks = read_ranks(os.environ)
     if args.world_size not in (None, ranks.world_size):
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
             f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start: check the hostfile or "
             "the job's size"
         )
-    return pretrain(recipe, ranks, stop, heartbeat)
+    return train(recipe, ranks, stop, heartbeat)
 
 
 if __name__ == "__main__":

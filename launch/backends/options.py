@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.launch.backends import slurm
 from mixmae.launch.backends.hostfile import HostfileBackend, master_address
 from mixmae.launch.backends.hostfile_parser import read_hostfile, select
 from mixmae.launch.backends.local import LocalBackend
+from mixmae.launch.backends.slurm_script import SlurmRequest
 
 _OPTIONS = {
     "hostfile": ("include", "exclude", "ranks", "master_addr", "ssh_port"),
@@ -80,7 +80,7 @@ def hostfile_backend(args: argparse.Namespace) -> HostfileBackend:
     return HostfileBackend(hosts, args.master_addr or master_address(hosts), args.ssh_port)
 
 
-def slurm_request(args: argparse.Namespace, name: str, array: str | None = None) -> slurm.SlurmRequest:
+def slurm_request(args: argparse.Namespace, name: str, array: str | None = None) -> SlurmRequest:
     """What to request from Slurm.
 
     Args:
@@ -91,7 +91,7 @@ def slurm_request(args: argparse.Namespace, name: str, array: str | None = None)
     """
     if args.gpus_per_node is None and args.tasks_per_node is None:
         raise UsageError("--slurm needs --gpus-per-node N, or --tasks-per-node N for ranks on CPUs")
-    return slurm.SlurmRequest(
+    return SlurmRequest(
         args.nodes or 1,
         args.gpus_per_node or args.tasks_per_node,
         args.gpus_per_node is not None,

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.recipe.loading import explain
 from mixmae.trainer.recipe.schema import Section
+from mixmae.trainer.recipe.words import explain
+from mixmae.trainer.recipe.yaml_files import read_yaml
 
 VARIABLE = "MIXMAE_SITE"
 SEARCH_PATHS = (Path("~/.config/mixmae/site.yaml"), Path("/etc/mixmae/site.yaml"))
@@ -89,9 +89,8 @@ def read_site(file: Path | None) -> Site:
     """
     if file is None:
         return Site()
+    content = read_yaml(file)
     try:
-        return Site.model_validate(yaml.safe_load(file.read_text()) or {})
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        return Site.model_validate({} if content is None else content)
     except ValidationError as error:
-        raise UsageError(f"{file}: {'; '.join(explain(detail, Site) for detail in error.errors()[:3])}") from error
+        raise UsageError(f"{file}: {explain(error, Site)}") from error

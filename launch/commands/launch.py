@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.base.exit_codes import FINISHED
-from mixmae.launch.backends import slurm, slurm_array
+from mixmae.launch.backends import slurm_array
 from mixmae.launch.backends.hostfile import HostfileBackend, require_pdsh
 from mixmae.launch.backends.job_spec import JobSpec, new_attempt
 from mixmae.launch.backends.options import (
@@ -20,6 +20,7 @@ from mixmae.launch.backends.options import (
     slurm_request,
 )
 from mixmae.launch.backends.site import find_site, read_site
+from mixmae.launch.backends.slurm_script import output_file, slurm_script, submit
 from mixmae.launch.preflight.preflight import preflight
 from mixmae.launch.supervision.restart_loop import run_with_restarts
 from mixmae.trainer.recipe.arguments import add_recipe
@@ -114,14 +115,14 @@ def _submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
         _require_ranks(recipe, request.ranks)
     site = read_site(find_site(args.site, os.environ))
     restarts = _SLURM_RESTARTS if args.max_restarts is None else args.max_restarts
-    script = slurm.slurm_script(job, request, site, restarts, preflight=not args.skip_preflight)
+    script = slurm_script(job, request, site, restarts, preflight=not args.skip_preflight)
     if args.dry_run:
         print(script, end="")
         _show(frozen)
         return 0
     frozen.write()
-    number = slurm.submit(script, job, args.array)
-    output = slurm.output_file(job, request).replace("%j", number)
+    number = submit(script, job, args.array)
+    output = output_file(job, request).replace("%j", number)
     read = job.arguments[0].replace(slurm_array.TASK, "%a")
     print(f"mixmae: job {number} is submitted; it reads {read} and writes {output}", file=sys.stderr)
     print(number)

@@ -11,12 +11,16 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.base.ports import PortError, free_port_from
-from mixmae.monitoring.prometheus.configuration import target_files
+from mixmae.launch.commands.watch import add_access_options
+from mixmae.monitoring.exporter.access import Access, AccessError
+from mixmae.monitoring.prometheus.configuration import Runs
 from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs
+from mixmae.monitoring.watch.text import plain
 
 _EVERY = 2.0
 """Seconds between two scans for new runs."""
-_FILES = """Runs below a folder are found as they begin. Runs are told apart by the names of their directories.
+_FILES = """Runs below a folder are found as they begin. Runs are told apart by the paths of their directories. A
+password goes only to exporters that prove to have the certificate: what a run directory says is not trusted.
 
 The servers listen on the loopback interface; from elsewhere: ssh -L 9090:127.0.0.1:9090 HOST."""
 
@@ -31,14 +35,22 @@ def main(argv: Sequence[str]) -> int:
     up.add_argument("--alertmanager-port", type=int, default=9093, metavar="PORT")
     up.add_argument("--data", type=Path, help="folder for what they store; default: a temporary one")
     up.add_argument("--dry-run", action="store_true", help="print commands and configuration instead of running them")
+    add_access_options(up)
     args = parser.parse_args(argv)
+    if args.auth_file is not None and args.certfile is None:
+        raise UsageError(
+            f"--auth-file {args.auth_file} would go to whatever address a run directory names; give the exporters' "
+            "certificate with --certfile too"
+        )
+    access = Access(args.certfile, args.auth_file)
     for folder in args.folders:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is a file; expected a run directory, or a directory of run directories")
     try:
+        access.check()
         with ExitStack() as stack:
             data = args.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixmae-monitor-")))
-            monitor = prepare(find_programs(), args.folders, data, args.port, args.alertmanager_port)
+            monitor = prepare(find_programs(), args.folders, data, args.port, args.alertmanager_port, access)
             if args.dry_run:
                 print(*map(shlex.join, monitor.commands.values()), f"\n{monitor.configuration}", sep="\n", end="")
                 return 0
@@ -46,20 +58,22 @@ def main(argv: Sequence[str]) -> int:
             stack.enter_context(monitor)
             print(addresses(monitor), flush=True)
             watch(monitor)
-    except (MonitorError, PortError) as error:
+    except (MonitorError, PortError, AccessError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         print("ended", flush=True)
     return 0
 
 
-def prepare(programs: Programs, folders: Sequence[Path], data: Path, port: int, alertmanager_port: int) -> Monitor:
+def prepare(
+    programs: Programs, folders: Sequence[Path], data: Path, port: int, alertmanager_port: int, access: Access
+) -> Monitor:
     """The servers on free ports; says where they differ from what was asked for."""
     if programs.alertmanager is None:
         print("Alertmanager is not on PATH: alerts are shown by Prometheus alone "
               "('apt-get install prometheus-alertmanager' gets it)")  # fmt: skip
     found = _port("Prometheus", port)
-    return Monitor(programs, folders, data, found, _port("Alertmanager", alertmanager_port, (found,)))
+    return Monitor(programs, folders, data, found, _port("Alertmanager", alertmanager_port, (found,)), access=access)
 
 
 def addresses(monitor: Monitor) -> str:
@@ -78,27 +92,33 @@ def watch(monitor: Monitor) -> None:
     """Follows the runs until it is interrupted.
 
     Raises:
-        MonitorError: a server ended.
+        MonitorError: a server ended, or there is no room for its files.
     """
-    known = None
+    known, told = None, set[str]()
     while True:
         monitor.check()
-        monitor.update()
-        found = target_files(monitor.folders)
-        if found != known:
-            print(_describe(found, monitor.folders), flush=True)
+        try:
+            monitor.update()
+        except OSError as error:
+            raise MonitorError(f"{monitor.data} cannot be written to: {error.strerror}") from error
+        if (found := _describe(monitor.runs, monitor.folders)) != known:
+            print(found, flush=True)
             known = found
+        for note in monitor.notes:
+            if note not in told:
+                print(f"mixmae: warning: {plain(note)}", flush=True)
+        told = set(monitor.notes)
         time.sleep(_EVERY)
 
 
-def _describe(files: Sequence[Path], folders: Sequence[Path]) -> str:
-    nodes: dict[str, int] = {}
-    for file in files:
-        run = file.parents[2].name
-        nodes[run] = nodes.get(run, 0) + 1
-    if not nodes:
+def _describe(runs: Runs, folders: Sequence[Path]) -> str:
+    if not runs:
         return f"waiting for a run to begin in {', '.join(map(str, folders))}"
-    return "watching " + ", ".join(f"{run} ({count} node{'s'[: count > 1]})" for run, count in nodes.items())
+    last_names = [run.name for run in runs]
+    shown = {run: run.name if last_names.count(run.name) == 1 else str(run) for run in runs}
+    return "watching " + ", ".join(
+        f"{plain(shown[run])} ({len(targets)} node{'s'[: len(targets) > 1]})" for run, targets in runs.items()
+    )
 
 
 def _port(server: str, wanted: int, taken: Sequence[int] = ()) -> int:

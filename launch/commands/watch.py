@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.base.errors import UsageError
+from mixmae.monitoring.exporter.access import PLAIN, Access, AccessError
 from mixmae.monitoring.watch.history import State, number
 from mixmae.monitoring.watch.scrape import Rank
 from mixmae.monitoring.watch.text import ASCII_BLOCKS, BLOCKS, amount, chart, clock, duration, packed, plain, size
@@ -52,7 +53,7 @@ _STYLES = {
 def frame(view: View, width: int, height: int | None = None, ascii_only: bool = False) -> RenderableType:
     """One picture of a run; as high as it needs to be, or not higher than `height` lines."""
     alerts = [*_alerts(view)]
-    notes = [_line(note, "yellow") for note in view.notes]
+    notes = [_line(plain(note), "yellow") for note in view.notes]
     room = RANKS + EVENTS if height is None else max(4, height - _OTHER_LINES - len(alerts) - len(notes))
     news = min(EVENTS, max(1, room // 3), len(view.log.news))
     parts: list[RenderableType] = [_title(view), *_progress(view, width)]
@@ -132,10 +133,10 @@ def _facts(view: View) -> Iterator[tuple[str, str, str]]:
     yield "learning rate", amount(number(last, "lr")), ""
     yield "gradient norm", amount(number(last, "grad_norm")), ""
     yield "skipped steps", f"{log.skipped:,}", "bold red" if log.skipped else ""
-    replaced = max(int(last.get("replaced_samples") or 0), sum(rank.replaced for rank in view.ranks))
+    replaced = max(int(last.get("replaced_samples", 0)), sum(rank.replaced for rank in view.ranks))
     yield "replaced samples", f"{replaced:,}", "yellow" if replaced else ""
     yield "peak memory", size(number(last, "peak_memory_bytes")), ""
-    retried = int(last.get("retried_reads") or 0)
+    retried = int(last.get("retried_reads", 0))
     yield "retried reads", f"{retried:,}", ""
 
 
@@ -213,19 +214,30 @@ def _line(text: str, style: str) -> Text:
 def describe(event: Mapping[str, Any]) -> str:
     """An event's fields in words."""
     fields = [(k, v) for k, v in event.items() if k not in ("event", "time", "message", "run", "target_steps")]
-    words = [f"{name.replace('_', ' ')} {amount(v) if isinstance(v, int | float) else v}" for name, v in fields]
+    words = [
+        f"{name.replace('_', ' ')} {amount(number(event, name)) if isinstance(value, int | float) else value}"
+        for name, value in fields
+    ]
     return plain(str(event.get("message") or ", ".join(words)))
 
 
-def open_run(what: str, interval: float, prometheus: str | None) -> Watched:
+def open_run(what: str, interval: float, prometheus: str | None, access: Access = PLAIN) -> Watched:
     """What an address or a directory stands for.
+
+    Args:
+        access: the reader's certificate and password for exporters.
 
     Raises:
         WatchError: no exporter of a run answers there, or it is not a run directory.
     """
     if "://" in what:
-        return WatchedEndpoint(what, interval, prometheus)
-    return WatchedRun(Path(what), interval, prometheus)
+        return WatchedEndpoint(what, interval, prometheus, access)
+    if access.auth_file is not None and access.certfile is None:
+        raise WatchError(
+            f"--auth-file {access.auth_file} would go to whatever address {what} names; give the exporters' "
+            "certificate with --certfile too, or name the exporter: http://NODE:PORT"
+        )
+    return WatchedRun(Path(what), interval, prometheus, access)
 
 
 def follow(run: Watched, console: Console, interval: float) -> None:
@@ -247,6 +259,13 @@ def show(view: View, console: Console) -> None:
     console.print(frame(view, console.width, ascii_only=console.options.ascii_only))
 
 
+def add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the reader's own files; those that a run's recipe names are not the reader's to send anywhere."""
+    parser.add_argument("--certfile", type=Path, metavar="FILE", help="certificate of exporters that speak TLS (PEM)")
+    parser.add_argument("--auth-file", type=Path, metavar="FILE", help="one line user:password, for exporters that ask "
+                        "for it; needs --certfile where a run directory names them")  # fmt: skip
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae watch", description=__doc__)
     parser.add_argument("run", help="run directory, or http://NODE:PORT of one node's exporter")
@@ -255,18 +274,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--prometheus", metavar="URL", help="also show this run's firing alerts, as this server has them"
     )
+    add_access_options(parser)
     args = parser.parse_args(argv)
     if not 0.1 <= args.interval < math.inf:
         raise UsageError(f"--interval {args.interval:g}: expected 0.1 seconds or more")
     console = Console(highlight=False)
     try:
-        run = open_run(args.run, args.interval, args.prometheus)
+        access = Access(args.certfile, args.auth_file)
+        access.check()
+        run = open_run(args.run, args.interval, args.prometheus, access)
         if args.once:
             run.settle()
             show(run.view(time.time()), console)
         else:
             follow(run, console, args.interval)
-    except WatchError as error:
+    except (WatchError, AccessError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         return 0

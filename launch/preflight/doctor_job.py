@@ -16,10 +16,10 @@ from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED, FINISHED
 from mixmae.base.run_directory import LOGS
-from mixmae.launch.backends import slurm
 from mixmae.launch.backends.hostfile import HostfileBackend
 from mixmae.launch.backends.job_spec import JobSpec, new_attempt
 from mixmae.launch.backends.site import Site
+from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script, submit
 from mixmae.launch.supervision.launcher import LOG, run_attempt
 from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.restart_loop import Backend
@@ -61,7 +61,7 @@ def _scratch(backend: Backend) -> Iterator[Path]:
 
 
 def run_doctor_under_slurm(
-    request: slurm.SlurmRequest, site: Site, base: Path, arguments: Sequence[str], settings: Launch
+    request: SlurmRequest, site: Site, base: Path, arguments: Sequence[str], settings: Launch
 ) -> list[Finding]:
     """The findings of the ranks of a batch job; waits until it has run.
 
@@ -80,7 +80,7 @@ def run_doctor_under_slurm(
         except OSError as error:
             return [_unusable(base, error)]
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        number = slurm.submit(slurm.slurm_script(job, request, site, 0), job, None)
+        number = submit(slurm_script(job, request, site, 0), job, None)
         _wait_for(number)
         output = _read_output(folder / LOGS / f"slurm-{number}.out")
         outcome = _outcome_in(folder / LOGS, number)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile_parser import HostSlots
-from mixmae.launch.backends.slurm import SlurmRequest
+from mixmae.launch.backends.slurm_script import SlurmRequest
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 from mixmae.trainer.recipe.schema import Recipe
 

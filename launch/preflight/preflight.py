@@ -9,7 +9,7 @@ from rich.console import Console
 from mixmae.base.exit_codes import FINISHED
 from mixmae.launch.backends.hostfile import HostfileBackend, require_pdsh
 from mixmae.launch.backends.site import Site
-from mixmae.launch.backends.slurm import SlurmRequest
+from mixmae.launch.backends.slurm_script import SlurmRequest
 from mixmae.launch.preflight.doctor_job import run_doctor, run_doctor_under_slurm
 from mixmae.launch.preflight.login_checks import check_batch, check_hosts, check_names, check_slurm
 from mixmae.launch.supervision.restart_loop import Backend

@@ -14,7 +14,7 @@ from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
 from mixmae.launch.backends.job_spec import Attempt, Command
 from mixmae.launch.supervision.child import Child, ended_within
-from mixmae.launch.supervision.guard import Guard
+from mixmae.launch.supervision.orphans import Guard
 from mixmae.launch.supervision.outcome import USER, Outcome, read_outcome
 from mixmae.launch.supervision.output import Console
 from mixmae.launch.supervision.protocol import Connection, connect
@@ -157,9 +157,9 @@ class Launcher:
                            f"logs are in {self._folder}")  # fmt: skip
         reason = self._early_exit(child) or "DeepSpeed's launcher exited"
         mistake = child.ended is not None and child.ended.code == USAGE_ERROR
-        return Outcome(
-            USAGE_ERROR if mistake else FAILED, f"{reason}; its output is above, and in {self._folder / LOG}"
-        )
+        log = self._folder / LOG
+        code = USAGE_ERROR if mistake else FAILED
+        return Outcome(code, f"{reason}; its output is in {log}", log=str(log), lines=child.output.last_lines())
 
 
 def run_attempt(

@@ -1,6 +1,7 @@
 """How a start of a run ended: one record, and the message that a user reads last."""
 
 import json
+import re
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from mixmae.base.errors import ERROR
 from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
 from mixmae.base.files import atomic_write
 from mixmae.base.run_directory import OUTCOME
@@ -16,6 +18,7 @@ ENDED = "ended"
 """An empty file in an attempt's folder: a supervisor has ended, and the others are about to."""
 USER = "the user"
 """Who stopped a run if the command that started it got the signal."""
+_RANK = re.compile(r"^rank \d+: ")
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,13 @@ class Outcome:
         """What the user reads last on the console; empty if the run finished, which its rank 0 has printed."""
         if self.code == FINISHED:
             return ""
+        where = "" if self.rank is None else f"rank {self.rank} on {self.host}"
+        errors = [line.removeprefix(ERROR) for line in self.lines if line.startswith(ERROR)]
+        if errors:  # the rank said what is wrong: nothing else needs to be read
+            return f"{ERROR}{_RANK.sub('', errors[-1])}{where and f' ({where})'}"
         shown = []
         if self.log is not None and self.lines:
-            shown.append(f"mixmae: last lines of {self.log}, rank {self.rank} on {self.host}:")
+            shown.append(f"mixmae: last lines of {self.log}{where and f', {where}'}:")
             shown += [f"    {line}" for line in self.lines]
         shown.append(f"mixmae: {'' if self.code == PREEMPTED else 'error: '}{self.reason}")
         return "\n".join(shown)

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import sys
 import threading
 from collections import deque
@@ -10,6 +11,10 @@ from pathlib import Path
 KEPT_LINES = 30
 _LONGEST_LINE = 500
 _CHUNK = 2**16
+_DEEPSPEED = rb"\[[\d :,-]+\] \[\w+\] \[(real_accelerator\.py:\d+:get_accelerator|launch\.py:\d+:sigkill_handler)\] "
+_LOG_ONLY = re.compile(rb"(mixmae: error: |" + _DEEPSPEED + rb").*\r?\n?")
+"""Lines that the console does without: errors, which the final message repeats, and DeepSpeed's of a missing GPU and of
+ranks that failed."""
 _WAITING = 1000
 """Chunks that wait for a slow console; more are dropped there."""
 
@@ -24,6 +29,7 @@ class Console:
         self._thread.start()
 
     def show(self, chunk: bytes) -> None:
+        chunk = b"".join(line for line in chunk.splitlines(keepends=True) if not _LOG_ONLY.fullmatch(line))
         if self._left_out and not self._queue.full():
             chunk = f"\n[{self._left_out} bytes dropped here; the log has them]\n".encode() + chunk
             self._left_out = 0

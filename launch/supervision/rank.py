@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.rank_env import read_rank_env
-from mixmae.launch.supervision.guard import Guard
 from mixmae.launch.supervision.membership import Limits
+from mixmae.launch.supervision.orphans import Guard
 from mixmae.launch.supervision.supervisor import TOKEN, RankSpec, supervise
 
 

@@ -19,8 +19,8 @@ from mixmae.base.rank_env import RankEnv
 from mixmae.base.run_directory import attempt_folder
 from mixmae.launch.supervision.child import Child, ended_within
 from mixmae.launch.supervision.coordinator import Coordinator
-from mixmae.launch.supervision.guard import Guard
 from mixmae.launch.supervision.membership import Limits
+from mixmae.launch.supervision.orphans import Guard
 from mixmae.launch.supervision.outcome import Outcome, log_file, mark_ended
 from mixmae.launch.supervision.output import Console
 from mixmae.launch.supervision.protocol import Connection, Message, connect

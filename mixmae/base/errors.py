@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+ERROR = "mixmae: error: "
+"""How the line begins that says what went wrong."""
 _INTERRUPTED = 130
 """What a shell reports of a command that SIGINT ended."""
 
@@ -20,7 +22,7 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return main(argv)
     except UsageError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"mixmae: error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+        print(f"{ERROR}{f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("mixmae: interrupted", file=sys.stderr, flush=True)

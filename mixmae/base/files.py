@@ -1,11 +1,14 @@
 """Files and directories that appear whole or not at all: written beside their place, then renamed into it."""
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def atomic_write(file: Path, content: bytes | str) -> None:
@@ -66,6 +69,32 @@ def publish(partial: Path, final: Path) -> None:
         sync(partial)
     partial.replace(final)
     sync(final.parent)
+
+
+def read_regular(file: Path, max_bytes: int = 2**20) -> bytes:
+    """The content of a small file that somebody else may have made: no FIFO is waited for, no device read.
+
+    Raises:
+        OSError: it is not there, cannot be read, is no regular file, or is larger.
+    """
+    with open_regular(file) as stream:
+        content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes} bytes", str(file))
+    return content
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Opens a file for reading.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is no regular file.
+    """
+    stream = os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return stream
 
 
 def sync(path: Path) -> None:

@@ -6,10 +6,15 @@ keyword arguments are the keys of the recipe's `encoder:` section, beside `name`
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
+
+MapEdit = Callable[[int, Tensor], Tensor]
+"""`edit(stage, x)`: what a method makes of the map [B, H, W, C] at the beginning of a stage, counted from 1: behind its
+patch embedding or merging, and before positions are added."""
 
 
 class Encoder(nn.Module):
@@ -31,16 +36,37 @@ class Encoder(nn.Module):
     """Width of the last stage."""
     feature_info: list[dict[str, Any]]
     """timm's: `num_chs`, `reduction` and `module` of each stage's map."""
+    edit_dims: Sequence[int] = ()
+    """Widths of the maps that `edit` is given, stage by stage; none where `forward` takes no `edit`."""
+    keep_map: Literal["sample", "micro_batch"] | None = None
+    """Whether `forward_kept` is there: where attention is global throughout, each sample may keep cells of its own, and
+    a class token may stand before them; else a micro-batch keeps the same ones."""
 
     @abstractmethod
-    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: MapEdit | None = None,
+    ) -> Tensor:
         """Images [B, 3, H, W], normalised. A position's features depend on positions of its own group only.
 
         Args:
             groups: [Gh, Gw] or [B, Gh, Gw] when the images are mixed; None for unmixed ones.
             num_groups: K, for maps whose groups have the sizes that `mixing.group_sizes` says, as those of `draw_mix`;
                 attention then works group by group. Without it a mask keeps the groups apart, whatever their sizes.
+            edit: changes maps on their way; see `MapEdit` and `edit_dims`.
         """
+
+    def forward_kept(self, images: Tensor, kept: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """Features of some cells as if there were no others, [B, n, num_features]; what is dropped costs nothing.
+
+        Args:
+            kept: int64 [B, n], or [1, n] for all samples (`keep_map`), cells counted row by row.
+            class_token: [1, 1, C], which goes before the cells, and comes back there.
+        """
+        raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
@@ -73,3 +99,13 @@ class Encoder(nn.Module):
 
     def set_fused_attention(self) -> None:
         """Attention in a kernel of this project's own, on GPUs, where problems are small enough; else nothing."""
+
+
+def edit_of(edit: MapEdit | None, stage: int) -> Callable[[Tensor], Tensor]:
+    """What happens to the map at the beginning of a stage."""
+    return unchanged if edit is None else partial(edit, stage)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """No edit."""
+    return x

@@ -5,11 +5,12 @@ is no class token, which in stage 4 would see all groups; features are pooled by
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders.contract import unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
@@ -51,8 +52,14 @@ class PVTStage(Stage):
         self.cells = cells
         self.pos_embed.set_grid(self._grid())
 
-    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        x = self.pos_embed(self.patch_embed(x))
+    def forward(
+        self,
+        x: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Tensor:
+        x = self.pos_embed(edit(self.patch_embed(x)))
         layout = by_cell(x, self.cells, groups, num_groups)
         tokens = layout.arrangement.sort(x)
         for block in self.blocks:

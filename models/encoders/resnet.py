@@ -4,12 +4,13 @@ Convolutions, the max pooling and the norms' statistics are mixed ones (`mixmae.
 position sees its own group only. Unmixed, the convolutions pad with zeros, and so does the max pooling, as BiT's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders.contract import MapEdit, unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.mixed_conv import Mix, MixedGroupNormReLU, StandardisedConv2d, mixed_max_pool2d
@@ -70,8 +71,15 @@ class ResNetStage(Stage):
             block = Bottleneck(in_dim if first else dim, dim, stride if first else 1, norm_groups, rate, first)
             self.blocks.append(block)
 
-    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Tensor:
         mix = None if groups is None else Mix.of(groups)
+        x = edit(x)
         for block in self.blocks:
             x = self.run(block, x, mix)
         return x
@@ -107,6 +115,7 @@ class ResNet(StagedEncoder):
         dims = [dim * width for dim in channels]
         strides = [4 * 2**i for i in range(NUM_STAGES)]
         super().__init__(img_size, strides[-1], dims, strides, num_classes, global_pool, drop_rate)
+        self.edit_dims = (dims[0] // 4, *dims[:-1])
         self.stem = Stem(in_chans, dims[0] // 4)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
@@ -118,7 +127,7 @@ class ResNet(StagedEncoder):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def _embed(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
+    def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
         return self.stem(super()._embed(images), None if groups is None else Mix.of(groups))
 
     def _normalise(self, x: Tensor, groups: Tensor | None = None) -> Tensor:

@@ -12,14 +12,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of
 from mixmae.models.layers.positions import LearnedPositions
 
 NUM_STAGES = 4
 
 
 class Stage(nn.Module):
-    """Blocks of one width; `forward(x, groups, num_groups)` takes a map to the next."""
+    """Blocks of one width; `forward(x, groups, num_groups, edit)` takes a map to the next."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +65,7 @@ class StagedEncoder(Encoder):
         self._set_size(img_size)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
+        self.edit_dims = tuple(dims)
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
@@ -86,19 +87,31 @@ class StagedEncoder(Encoder):
         """
         self._set_size(img_size)
 
-    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: MapEdit | None = None,
+    ) -> Tensor:
         """Images [B, 3, H, W], normalised; groups [Gh, Gw] or [B, Gh, Gw], or None for unmixed images."""
-        return self.forward_head(self.forward_features(images, groups, num_groups))
+        return self.forward_head(self.forward_features(images, groups, num_groups, edit))
 
-    def forward_features(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward_features(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: MapEdit | None = None,
+    ) -> Tensor:
         """The final norm's map, [B, H/stride, W/stride, C] of the last stage."""
-        x = self._embed(images, groups)
-        for stage in self.stages:
-            x = stage(x, groups, num_groups)
+        x = self._embed(images, groups, edit)
+        for number, stage in enumerate(self.stages, start=1):
+            x = stage(x, groups, num_groups, edit_of(edit, number))
         return self._normalise(x, groups)
 
-    def _embed(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
-        """The map that the first stage takes."""
+    def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
+        """The map that the first stage takes; edited where that stage does not begin with an embedding of its own."""
         if tuple(images.shape[2:]) != self.img_size:
             raise ValueError(
                 f"images are {images.shape[2]}x{images.shape[3]} px and the encoder is for "

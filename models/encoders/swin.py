@@ -13,13 +13,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
     by_group,
     by_window,
+    of_kept,
     relative_position_index,
     separated,
     window_order,
@@ -74,16 +75,35 @@ class Stage(nn.Module):
         self.grid, self.window = grid, window
         self._window_order = window_order(grid, window, device)
 
-    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        x = self.downsample(x)
+    def forward(
+        self,
+        x: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Tensor:
+        x = edit(self.downsample(x))
         arrangement = self._arrange(groups, num_groups, x.dtype)
-        tokens = arrangement.sort(x)
+        return arrangement.restore(self._run(arrangement.sort(x), arrangement), self.grid)
+
+    def forward_kept(self, x: Tensor, kept: Tensor, cells: tuple[int, int]) -> Tensor:
+        """Maps of single cells to the next ones, [B * n, r, r, C], which see each other where they share a window.
+
+        Args:
+            kept: [n], which of the cells Gh, Gw they are.
+        """
+        x = self.downsample(x)
+        arrangement = of_kept(kept, cells, self.grid, self.window, self.relative_position_index, x.dtype)
+        tokens = x.unflatten(0, (-1, len(kept))).flatten(1, 3)
+        return self._run(tokens, arrangement).reshape(x.shape)
+
+    def _run(self, tokens: Tensor, arrangement: Arrangement) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, arrangement, use_reentrant=False, preserve_rng_state=self.training)
             else:
                 tokens = block(tokens, arrangement)
-        return arrangement.restore(tokens, self.grid)
+        return tokens
 
     def _arrange(self, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
         is_global = self.grid == (self.window, self.window)
@@ -107,6 +127,7 @@ class Swin(Encoder):
 
     positions: Tensor
     num_stages = NUM_STAGES
+    keep_map = "micro_batch"
 
     def __init__(
         self,
@@ -134,6 +155,7 @@ class Swin(Encoder):
         self.grid = grids[-1]
         dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
         self.num_features = self.head_hidden_size = dims[-1]
+        self.edit_dims = tuple(dims)
         self.feature_info = [
             {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
         ]
@@ -151,16 +173,43 @@ class Swin(Encoder):
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: MapEdit | None = None,
+    ) -> Tensor:
         """Images [B, 3, H, W], normalised; groups [H/32, W/32] or [B, H/32, W/32], or None for unmixed images."""
-        return self.forward_head(self.forward_features(images, groups, num_groups))
+        return self.forward_head(self.forward_features(images, groups, num_groups, edit))
 
-    def forward_features(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward_features(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: MapEdit | None = None,
+    ) -> Tensor:
         """The final norm's tokens, [B, H/32, W/32, C]."""
-        x = self._embed(images)
-        for stage in self.stages:
-            x = stage(x, groups, num_groups)
+        x = self._embed(images, edit)
+        for number, stage in enumerate(self.stages, start=1):
+            x = stage(x, groups, num_groups, edit_of(edit if number > 1 else None, number))
         return self.norm(x)
+
+    def forward_kept(self, images: Tensor, kept: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """[B, n, C] of cells kept [1, n]: cut out of the images, and alone in every stage."""
+        assert class_token is None, "windows have no place for a class token"
+        kept = kept[0]
+        (rows, cols), side = self.grid, self.stride
+        cells = images.view(len(images), -1, rows, side, cols, side).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        pixels = cells.index_select(1, kept).flatten(0, 1)
+        x = self.patch_embed.norm(self.patch_embed.proj(pixels).permute(0, 2, 3, 1))
+        positions = self.positions.unflatten(1, (cols, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 1)
+        x = (x.unflatten(0, (-1, len(kept))) + positions.index_select(0, kept).to(x.dtype)).flatten(0, 1)
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            x = stage.forward_kept(x, kept, self.grid)
+        return self.norm(x.unflatten(0, (-1, len(kept))).flatten(1, 3))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -185,8 +234,8 @@ class Swin(Encoder):
                 maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
         return maps if intermediates_only else (self.norm(x) if last == NUM_STAGES - 1 else x, maps)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images)
+    def _embed(self, images: Tensor, edit: MapEdit | None = None) -> Tensor:
+        x = edit_of(edit, 1)(self.patch_embed(images))
         return x + self.positions.to(x.dtype)
 
     def set_input_size(
@@ -304,6 +353,8 @@ register_encoder(
     num_heads=(1, 2, 4, 8),
     window_size=(8, 8, 8, 4),
 )
+register_encoder("mixmae_swin_tiny", Swin, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
+register_encoder("mixmae_swin_small", Swin, embed_dim=96, num_heads=(3, 6, 12, 24))
 register_encoder("mixmae_swin_base", Swin, embed_dim=128, num_heads=(4, 8, 16, 32), window_size=(7, 7, 14, 7))
 register_encoder("mixmae_swin_base_w14", Swin, embed_dim=128, num_heads=(4, 8, 16, 32))
 register_encoder("mixmae_swin_large", Swin, embed_dim=192, num_heads=(6, 12, 24, 48))

@@ -6,11 +6,12 @@ stage's first block, is a mixed one.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders.contract import unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
@@ -51,8 +52,14 @@ class TwinsStage(Stage):
         self.cells = cells
         self.window = nearest_window((cells[0] * self.reduction, cells[1] * self.reduction), self.window_size)
 
-    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        x = self.patch_embed(x)
+    def forward(
+        self,
+        x: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Tensor:
+        x = edit(self.patch_embed(x))
         grid = (x.shape[1], x.shape[2])
         layouts = (by_window(x, self.window, groups), by_cell(x, self.cells, groups, num_groups))
         for i, block in enumerate(self.blocks):

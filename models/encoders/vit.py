@@ -5,14 +5,17 @@ of one quarter of the depth each, all at stride 16, so that stages can be named 
 """
 
 import re
+from collections.abc import Callable
 
+import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders.contract import MapEdit, edit_of, unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
-from mixmae.models.layers.cell_order import SelfAttention, by_cell
+from mixmae.models.layers.cell_order import SelfAttention, by_cell, dense
 from mixmae.models.layers.patch_embedding import PatchEmbedding
 from mixmae.models.layers.positions import LearnedPositions
 
@@ -22,11 +25,19 @@ _EPS = 1e-6
 class ViTStage(Stage):
     """A quarter of the blocks; attention is global."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: list[float]) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: list[float], is_first: bool) -> None:
         super().__init__()
+        self.is_first = is_first
         self.blocks.extend(Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path)
 
-    def forward(self, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: Callable[[Tensor], Tensor] = unchanged,
+    ) -> Tensor:
+        x = x if self.is_first else edit(x)  # the first map is edited before positions are added
         grid = (x.shape[1], x.shape[2])
         layout = by_cell(x, grid, groups, num_groups)
         tokens = layout.arrangement.sort(x)
@@ -50,6 +61,7 @@ class ViT(StagedEncoder):
     """
 
     stride = 16
+    keep_map = "sample"
 
     def __init__(
         self,
@@ -72,7 +84,9 @@ class ViT(StagedEncoder):
         self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch_size, norm=False)
         self.pos_embed = LearnedPositions(self.grid, embed_dim)
         rates = calculate_drop_path_rates(drop_path_rate, [depth // NUM_STAGES] * NUM_STAGES, stagewise=True)
-        self.stages = nn.ModuleList(ViTStage(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.stages = nn.ModuleList(
+            ViTStage(embed_dim, num_heads, mlp_ratio, rate, is_first=i == 0) for i, rate in enumerate(rates)
+        )
         self.norm = nn.LayerNorm(embed_dim, _EPS)
         self.apply(init_weights)
 
@@ -80,8 +94,21 @@ class ViT(StagedEncoder):
         super().set_input_size(img_size)
         self.pos_embed.set_grid(self.grid)
 
-    def _embed(self, images: Tensor, groups: Tensor | None = None) -> Tensor:
-        return self.pos_embed(self.patch_embed(super()._embed(images)))
+    def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
+        return self.pos_embed(edit_of(edit, 1)(self.patch_embed(super()._embed(images))))
+
+    def forward_kept(self, images: Tensor, kept: Tensor, class_token: Tensor | None = None) -> Tensor:
+        """[B, n, C], with a class token [B, 1 + n, C], of patches kept [B or 1, n]."""
+        x = self._embed(images).flatten(1, 2)
+        x = x.gather(1, kept[..., None].expand(len(x), -1, x.shape[-1]))
+        if class_token is not None:
+            x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
+        layout = dense(x.shape[1])
+        for stage in self.stages:
+            assert isinstance(stage, ViTStage)
+            for block in stage.blocks:
+                x = stage.run(block, x, layout)
+        return self.norm(x)
 
     def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's names, and ours; a class token is left out."""

@@ -152,6 +152,33 @@ def by_group(groups: Tensor, num_groups: int, grid: tuple[int, int], pairs: Tens
     return Arrangement(order, order.argsort(), tuple(problems))
 
 
+def of_kept(
+    kept: Tensor, cells: tuple[int, int], grid: tuple[int, int], window: int, pairs: Tensor, dtype: torch.dtype
+) -> Arrangement:
+    """Tokens of some cells, cell by cell, that see each other inside windows; others are not there.
+
+    They are one problem. Where a window is not the whole map, a mask hides what lies in other windows: in such stages a
+    window holds now more of them and now fewer, and shapes shall not depend on what is kept.
+
+    Args:
+        kept: [n], cells counted row by row.
+        pairs: those of `relative_position_index(window)`.
+        dtype: of the tokens.
+    """
+    rows, cols = grid[0] // cells[0], grid[1] // cells[1]
+    row = (kept // cells[1] * rows)[:, None, None] + torch.arange(rows, device=kept.device)[:, None]
+    col = (kept % cells[1] * cols)[:, None, None] + torch.arange(cols, device=kept.device)
+    inside = (row % window * window + col % window).flatten()
+    pairs = pairs.view(window**2, window**2)[inside[:, None], inside]
+    problems = Problems(1, len(inside), pairs.flatten()[None])
+    if grid != (window, window):
+        number = (row // window * (grid[1] // window) + col // window).flatten()
+        same = number[:, None] == number
+        bias = torch.zeros(same.shape, dtype=dtype, device=kept.device).masked_fill_(~same, float("-inf"))
+        problems = problems._replace(bias=bias[None, None])
+    return Arrangement(None, None, (problems,))
+
+
 def token_counts(num_groups: int, cells: Sequence[int], grid: tuple[int, int]) -> list[tuple[int, int]]:
     """(number of groups, tokens in each), one entry for each size, in the order of the groups."""
     per_cell = (grid[0] // cells[0]) * (grid[1] // cells[1])

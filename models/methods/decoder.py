@@ -15,6 +15,7 @@ class Decoder(nn.Module):
         in_dim: width of the encoder's last stage.
         grid: cells (Gh, Gw).
         cell_values: values predicted per cell, pixels times channels.
+        norm_eps: of all its LayerNorms.
     """
 
     positions: Tensor
@@ -27,6 +28,7 @@ class Decoder(nn.Module):
         dim: int = 512,
         depth: int = 8,
         num_heads: int = 16,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 4:
@@ -36,8 +38,10 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("positions", sincos_positions(grid, dim).flatten(0, 1), persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, Attention(dim, num_heads, qkv_bias=True)) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, Attention(dim, num_heads, qkv_bias=True), norm_eps=norm_eps) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, norm_eps)
         self.pred = nn.Linear(dim, cell_values)
         self.apply(init_weights)
 
@@ -51,13 +55,35 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         x = torch.where(visible[..., None], x, self.mask_token.to(x.dtype))
         shape = x.shape
-        x = x.flatten(0, 1) + self.positions.to(x.dtype)
+        x = self._run(x.flatten(0, 1) + self.positions.to(x.dtype))
+        return self.pred(self.norm(x)).view(*shape[:3], -1)
+
+    def _run(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return self.pred(self.norm(x)).view(*shape[:3], -1)
+        return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
+
+
+class KeptDecoder(Decoder):
+    """The same for tokens of kept cells alone: mask tokens stand in the places of the others (MAE, section 3)."""
+
+    def forward(self, tokens: Tensor, order: Tensor, num_prefix: int = 0) -> Tensor:
+        """Predicted cells [B, L, values].
+
+        Args:
+            tokens: encoder output [B, num_prefix + n, C]; those before the cells have no position, and predict nothing.
+            order: int64 [B or 1, L], the cells, kept ones first, in the order of their tokens.
+        """
+        x = self.embed(tokens)
+        masked = order.shape[1] - (tokens.shape[1] - num_prefix)
+        cells = torch.cat([x[:, num_prefix:], self.mask_token.to(x.dtype).expand(len(x), masked, -1)], dim=1)
+        place = order.argsort(dim=1)[..., None].expand(len(x), -1, x.shape[-1])
+        cells = cells.gather(1, place) + self.positions.to(x.dtype)
+        x = self._run(torch.cat([x[:, :num_prefix], cells], dim=1))
+        return self.pred(self.norm(x[:, num_prefix:]))

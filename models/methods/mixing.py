@@ -42,7 +42,7 @@ def draw_mix(
             f"{num_images} or more, or lower num_images"
         )
     return Mix(
-        _draw_groups(batch if per_sample else None, num_images, grid, generator),
+        draw_groups(batch if per_sample else None, num_images, grid, generator),
         _draw_partners(batch, num_images, generator),
     )
 
@@ -60,7 +60,8 @@ def group_sizes(num_images: int, cells: int) -> list[int]:
     return [cells // num_images + (group < cells % num_images) for group in range(num_images)]
 
 
-def _draw_groups(batch: int | None, num_images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+def draw_groups(batch: int | None, num_images: int, grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Random groups [Gh, Gw], or [batch, Gh, Gw], of the sizes that `group_sizes` says."""
     cells = grid[0] * grid[1]
     even_split = torch.arange(cells) % num_images
     if batch is None:

@@ -1,7 +1,8 @@
-"""How to reach a run's exporters, as its recipe says: over TLS, with authentication, or plainly."""
+"""How a reader reaches exporters: over TLS, with a password, or plainly, as the reader says and no run directory."""
 
 import base64
 import ssl
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -12,64 +13,102 @@ from typing import Any
 
 import yaml
 
+from mixmae.base.files import read_regular
+
 TIMEOUT = 1.5
 """Seconds until an endpoint counts as silent."""
+_LARGEST = 64 * 2**20
+"""Bytes of an answer: more than the largest node has to say."""
+
+
+class AccessError(ValueError):
+    """A file that the reader gave cannot be used."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """TLS and authentication of a run's exporters, from its recipe's section `monitoring`."""
+    """The reader's own files, as given on the command line."""
 
     certfile: Path | None = None
+    """PEM certificates of exporters: these very ones are trusted, on whatever node, and no others."""
     auth_file: Path | None = None
     """One line, `user:password`."""
+
+    def check(self) -> None:
+        """Raises AccessError if a file cannot be used."""
+        _ = self.credentials
+        if self.certfile is not None:
+            self._tls()
 
     @property
     def credentials(self) -> tuple[str, str] | None:
         """User and password.
 
         Raises:
-            OSError: the file cannot be read.
+            AccessError: the file cannot be read, or is no such line.
         """
         if self.auth_file is None:
             return None
-        user, _, password = self.auth_file.read_text().strip().partition(":")
+        try:
+            user, colon, password = self.auth_file.read_text().strip().partition(":")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AccessError(f"--auth-file {self.auth_file} cannot be read: {error}") from error
+        if not colon or "\n" in password:
+            raise AccessError(f"--auth-file {self.auth_file}: expected one line, user:password")
         return user, password
 
     @property
-    def scheme(self) -> str:
-        return "https" if self.certfile is not None else "http"
+    def of_named(self) -> "Access":
+        """For addresses that a run directory names: a password goes only where the certificate is proven."""
+        return self if self.certfile is not None else PLAIN
 
     def fetch(self, url: str) -> bytes:
-        """Fetches a page of an exporter, past the environment's proxies, which do not know a cluster's nodes."""
+        """Fetches a page of an exporter, past the environment's proxies, which do not know a cluster's nodes.
+
+        Raises:
+            OSError, http.client.HTTPException, ValueError: no answer, an error, or a redirection.
+        """
+        secure = url.startswith("https://")
         handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-        if self.certfile is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = False  # this very certificate is trusted, on whatever node, and no other
-            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            context.load_verify_locations(self.certfile)
-            handlers.append(urllib.request.HTTPSHandler(context=context))
+        if secure:
+            if self.certfile is None:
+                raise ValueError("it speaks TLS: give its certificate with --certfile")
+            handlers.append(urllib.request.HTTPSHandler(context=self._tls()))
         headers = {}
-        if self.auth_file is not None:
-            headers["Authorization"] = "Basic " + base64.b64encode(self.auth_file.read_bytes().strip()).decode()
+        if (credentials := self.credentials) is not None and (secure or self.certfile is None):
+            headers["Authorization"] = "Basic " + base64.b64encode(":".join(credentials).encode()).decode()
         return fetch(url, handlers, headers)
+
+    def _tls(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        try:
+            context.load_verify_locations(self.certfile)
+        except OSError as error:  # ssl.SSLError is one
+            raise AccessError(f"--certfile {self.certfile} cannot be used: {error}") from error
+        return context
+
+
+PLAIN = Access()
+"""Plain HTTP, without a password."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would take a password along to wherever an answer points."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def read_recipe(file: Path) -> dict[str, Any]:
-    """The sections of a run's recipe; empty where it is missing or damaged."""
+    """The sections of a run's recipe, to be shown; empty where it is missing or damaged."""
     try:
-        content = yaml.safe_load(file.read_text())
-    except (FileNotFoundError, yaml.YAMLError):
+        content = yaml.safe_load(read_regular(file).decode())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     complete = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("encoder", "train"))
     return content if complete else {}
-
-
-def access_of(recipe: Mapping[str, Any]) -> Access:
-    """What a recipe's sections say."""
-    settings = recipe.get("monitoring") or {}
-    paths = (settings.get(name) for name in ("certfile", "auth_file"))
-    return Access(*(Path(path) if path else None for path in paths))
 
 
 def fetch(
@@ -84,6 +123,8 @@ def fetch(
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url} is no http:// or https:// address")
     request = urllib.request.Request(url, headers=dict(headers))
-    with urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT) as response:
-        content: bytes = response.read()
+    with urllib.request.build_opener(_NoRedirects, *handlers).open(request, timeout=TIMEOUT) as response:
+        content: bytes = response.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"the answer is larger than {_LARGEST >> 20} MiB")
     return content

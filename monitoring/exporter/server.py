@@ -8,6 +8,7 @@ that Prometheus sees a node that is down. It has the rank's output for its own, 
 import argparse
 import base64
 import errno
+import functools
 import hmac
 import os
 import select
@@ -18,25 +19,29 @@ import ssl
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.exposition import basic_auth_handler, default_handler
 
 from mixmae.base.liveness import STALL_SECONDS
+from mixmae.base.redaction import redact
 from mixmae.monitoring.exporter.collector import NodeCollector
-from mixmae.monitoring.exporter.discovery import write_target
+from mixmae.monitoring.exporter.discovery import run_label, write_target
+from mixmae.monitoring.exporter.http_server import HttpServer, server_family
 from mixmae.monitoring.exporter.recorder import read_ranks
 
 PORTS = 100
 """Ports tried, from the wanted one on."""
 UNUSABLE = 2
 """Exit code where something the user gave cannot be used: another start would end the same way."""
+PUSHGATEWAY = "MIXMAE_PUSHGATEWAY"
+"""The environment variable with the gateway's URL, which may hold a password: command lines are seen by all users."""
 ENDED_JOB = "mixmae_ended"
 """The job of metrics on a Pushgateway: no alert looks at them, as nothing of an ended run is late."""
 _PARENT_CHECK = 1.0
@@ -63,6 +68,17 @@ class Settings:
     auth_file: Path | None = None
     """One line, `user:password`."""
     pushgateway: str | None = None
+    """http(s)://[user:password@]host:port"""
+    run: str | None = None
+    """What all nodes call the run; None: as `run_label` does."""
+
+    @property
+    def run_label(self) -> str:
+        return self.run or run_label(self.run_dir)
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.certfile is None else "https"
 
 
 class Exporter:
@@ -87,12 +103,13 @@ class Exporter:
     @property
     def target(self) -> str:
         """`host:port`, as another host would call it."""
-        everywhere = self.settings.address in ("", "0.0.0.0", "::")
-        return f"{socket.gethostname() if everywhere else self.settings.address}:{self._server.server_port}"
+        address = self.settings.address
+        host = socket.gethostname() if address in ("", "0.0.0.0", "::") else address
+        return f"{f'[{host}]' if ':' in host else host}:{self._server.server_port}"
 
     @property
     def url(self) -> str:
-        return f"{'https' if self.settings.certfile else 'http'}://{self.target}/metrics"
+        return f"{self.settings.scheme}://{self.target}/metrics"
 
     def close(self) -> None:
         self._server.shutdown()
@@ -111,19 +128,22 @@ class Exporter:
 
     def _call_gateway(self, call: Callable[..., None], **what: CollectorRegistry) -> None:
         gateway = str(self.settings.pushgateway)
-        node_of_run = {"run": self.settings.run_dir.resolve().name, "node": socket.gethostname()}
+        node_of_run = {"run": self.settings.run_label, "node": socket.gethostname()}
         try:
-            call(gateway, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, **what)
-        except (OSError, ValueError) as error:  # ValueError: no address
-            _say(sys.stderr, f"mixmae: monitoring.pushgateway={gateway} accepts no metrics: {error}")
+            address, handler = _gateway(gateway)
+            call(address, job=ENDED_JOB, grouping_key=node_of_run, timeout=_GATEWAY_TIMEOUT, handler=handler, **what)
+        except Exception as error:  # no address, no answer, no HTTP: whatever it is, the run has ended well
+            _say(sys.stderr, redact(f"mixmae: monitoring.pushgateway={gateway} accepts no metrics: {error}"))
 
     def _bind(self) -> Any:
         settings = self.settings
+        try:
+            family = server_family(settings.address)
+        except OSError as error:
+            raise ExporterError(f"monitoring.address={settings.address} is no address: {error}") from error
         for port in range(settings.port, settings.port + PORTS) if settings.port else (0,):
             try:
-                server = make_server(settings.address, port, self._answer, _QuietServer, _QuietHandler)
-            except socket.gaierror as error:
-                raise ExporterError(f"monitoring.address={settings.address} is no address: {error}") from error
+                server = HttpServer(settings.address, port, self._answer, family)
             except OSError as error:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):  # taken, or not ours to take
                     continue
@@ -168,17 +188,15 @@ class Exporter:
         return kind.lower() == "basic" and hmac.compare_digest(given, self._credentials)
 
 
-class _QuietServer(ThreadingWSGIServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that says nothing, or no TLS, or hangs up is its own trouble, not the run's."""
-
-
-class _QuietHandler(WSGIRequestHandler):
-    timeout = 10
-    """Seconds after which a scraper that says nothing is left."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are not logged."""
+def _gateway(url: str) -> tuple[str, Callable[..., Callable[[], None]]]:
+    """A Pushgateway's address without user and password, and what sends them."""
+    with_scheme = url if "://" in url else f"http://{url}"
+    user, at, host = urllib.parse.urlsplit(with_scheme).netloc.rpartition("@")
+    if not at:
+        return url, default_handler
+    name, _, password = map(urllib.parse.unquote, user.partition(":"))
+    address = urllib.parse.urlsplit(with_scheme)._replace(netloc=host).geturl()
+    return address, functools.partial(basic_auth_handler, username=name, password=password)
 
 
 def check_files(certfile: Path | None, keyfile: Path | None, auth_file: Path | None) -> None:
@@ -226,10 +244,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--address", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9400)
     parser.add_argument("--stall-seconds", type=float, default=STALL_SECONDS)
-    parser.add_argument("--pushgateway")
+    parser.add_argument("--run")
     parser.add_argument("--parent", type=int, default=os.getppid())
     given = vars(parser.parse_args(argv))
-    parent, settings = given.pop("parent"), Settings(**given)
+    parent, settings = given.pop("parent"), Settings(**given, pushgateway=os.environ.get(PUSHGATEWAY))
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks; the first of them ends this
@@ -238,7 +256,7 @@ def main(argv: Sequence[str]) -> int:
     except ExporterError as error:
         _say(sys.stderr, f"mixmae: no metrics are exported: {error}")
         return UNUSABLE
-    target = write_target(settings.run_dir, socket.gethostname(), exporter.target)
+    target = write_target(settings.run_dir, socket.gethostname(), exporter.target, settings.scheme, settings.run_label)
     _say(sys.stdout, f"metrics at {exporter.url}, announced in {target}")
     exporter.take_back()
     while not ended.wait(_PARENT_CHECK) and os.getppid() == parent:

@@ -1,19 +1,29 @@
-"""Prometheus' configuration for runs of this machine: the shipped one, with their folders and their passwords."""
+"""Prometheus' configuration for runs of this machine: the shipped one, with their exporters and the reader's password.
 
-from collections.abc import Iterable, Iterator
+Run directories may be somebody else's. Their target files are read here, not by Prometheus: what it gets are addresses,
+names of nodes and of directories, and nothing that a run directory could say beside.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mixmae.base.run_directory import RECIPE, targets_folder
-from mixmae.monitoring.exporter.access import Access, access_of, read_recipe
+from mixmae.monitoring.exporter.access import Access
+from mixmae.monitoring.exporter.discovery import Target, read_targets, run_label
 
 HERE = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 INTERVAL = "5s"
 """Between two scrapes: three times as often as shipped, since runs on one machine have few series and may be short."""
+PASSWORD = "password"
+"""File below the data folder."""
+
+Runs = Mapping[Path, list[Target]]
+"""The exporters that run directories announce now."""
 
 
 def run_dirs(folders: Iterable[Path]) -> list[Path]:
@@ -25,21 +35,45 @@ def run_dirs(folders: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def target_files(folders: Iterable[Path]) -> list[Path]:
-    """The target files that are there now."""
-    return [file for folder in run_dirs(folders) for file in sorted(targets_folder(folder).glob("*.json"))]
+def find_runs(folders: Iterable[Path], access: Access) -> tuple[Runs, list[str]]:
+    """The runs that announce exporters, and why some are not watched: one bad run keeps no other from it."""
+    found: dict[Path, list[Target]] = {}
+    notes: list[str] = []
+    for folder in run_dirs(folders):
+        targets, problems = read_targets(folder)
+        notes += [f"{problem} (the other runs are watched)" for problem in problems]
+        if any(target.scheme == "https" for target in targets) and access.certfile is None:
+            notes.append(f"{folder} is not watched: its exporters speak TLS; give their certificate with --certfile")
+            targets = [target for target in targets if target.scheme == "http"]
+        if targets:
+            found[folder] = targets
+    return found, notes
 
 
-def configuration(folders: Iterable[Path], data: Path, alertmanager_port: int | None, interval: str = INTERVAL) -> str:
-    """The shipped prometheus.yml for these folders, as YAML.
+def targets_file(data: Path, scheme: str) -> Path:
+    """Where Prometheus finds the exporters of one scheme."""
+    return data / f"targets-{scheme}.json"
+
+
+def target_groups(runs: Runs, scheme: str) -> str:
+    """The content of such a file."""
+    groups = [
+        {"targets": [target.address], "labels": {"run": run_label(folder), "node": target.node}}
+        for folder, targets in runs.items()
+        for target in targets
+        if target.scheme == scheme
+    ]
+    return json.dumps(groups, indent=1) + "\n"
+
+
+def configuration(data: Path, access: Access, alertmanager_port: int | None, interval: str = INTERVAL) -> str:
+    """The shipped prometheus.yml for the runs that `targets_file` lists, as YAML.
 
     Args:
-        data: where `password_files` are.
+        data: where that file and the one with the password are.
+        access: the reader's certificate and password for exporters that speak TLS.
         alertmanager_port: of the Alertmanager on this machine; None for none.
         interval: between scrapes and between evaluations of the rules, such as `5s`.
-
-    Raises:
-        OSError: a file with a password cannot be read.
     """
     content = yaml.safe_load((HERE / "prometheus.yml").read_text())
     content["global"] = {"scrape_interval": interval, "evaluation_interval": interval}
@@ -48,44 +82,20 @@ def configuration(folders: Iterable[Path], data: Path, alertmanager_port: int | 
         del content["alerting"]
     else:
         content["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [f"{HOST}:{alertmanager_port}"]
-    content["scrape_configs"] = [*_jobs(content["scrape_configs"][0], folders, data)]
+    content["scrape_configs"] = [*_jobs(content["scrape_configs"][0], data, access)]
     text: str = yaml.safe_dump(content, sort_keys=False)
     return text
 
 
-def password_files(folders: Iterable[Path], data: Path) -> dict[Path, str]:
-    """Files for Prometheus with the passwords alone, and what belongs into them.
-
-    Raises:
-        OSError: a recipe's own file cannot be read.
-    """
-    accesses = enumerate(_by_access(folders))
-    return {_password_file(data, n): one.credentials[1] for n, one in accesses if one.credentials is not None}
-
-
-def _jobs(shipped: dict[str, Any], folders: Iterable[Path], data: Path) -> Iterator[dict[str, Any]]:
-    """A scrape job for each kind of access; the label `job` of all is the shipped one."""
-    for number, (access, files) in enumerate(_by_access(folders).items()):
+def _jobs(shipped: dict[str, Any], data: Path, access: Access) -> Iterator[dict[str, Any]]:
+    """A scrape job for each scheme; the label `job` of both is the shipped one. No redirection is followed."""
+    for scheme in ("http", *(("https",) if access.certfile is not None else ())):
         job = deepcopy(shipped)
-        job["file_sd_configs"][0]["files"] = files
-        if number:
+        job["file_sd_configs"][0]["files"] = [str(targets_file(data, scheme))]
+        if scheme == "https":
             job["relabel_configs"] = [{"target_label": "job", "replacement": job["job_name"]}]
-            job["job_name"] += f"-{number}"
-        if access.certfile is not None:
-            job |= {"scheme": "https", "tls_config": {"ca_file": str(access.certfile.absolute())}}
-        if access.credentials is not None:
-            job["basic_auth"] = {"username": access.credentials[0], "password_file": str(_password_file(data, number))}
+            job["job_name"] += "-https"
+            job |= {"scheme": "https", "tls_config": {"ca_file": str(Path(str(access.certfile)).absolute())}}
+            if access.credentials is not None:
+                job["basic_auth"] = {"username": access.credentials[0], "password_file": str(data / PASSWORD)}
         yield job
-
-
-def _by_access(folders: Iterable[Path]) -> dict[Access, list[str]]:
-    """Patterns of target files by their runs' access; plain HTTP without authentication first."""
-    found: dict[Access, list[str]] = {Access(): []}
-    for folder in run_dirs(folders):
-        access = access_of(read_recipe(folder / RECIPE))
-        found.setdefault(access, []).append(str(targets_folder(folder) / "*.json"))
-    return {access: files for access, files in found.items() if files}
-
-
-def _password_file(data: Path, number: int) -> Path:
-    return data / f"password-{number}"

@@ -1,18 +1,28 @@
 """Prometheus and Alertmanager on this machine, with the shipped configuration, for some run directories."""
 
 import shutil
-import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mixmae.monitoring.prometheus.configuration import HERE, HOST, INTERVAL, configuration, password_files
+from mixmae.base.files import atomic_write
+from mixmae.monitoring.exporter.access import PLAIN, Access
+from mixmae.monitoring.prometheus.configuration import (
+    HERE,
+    HOST,
+    INTERVAL,
+    PASSWORD,
+    Runs,
+    configuration,
+    find_runs,
+    target_groups,
+    targets_file,
+)
 
 DOWNLOADS = "https://prometheus.io/download/"
 _STARTING, _ENDING = 30.0, 10.0
@@ -50,7 +60,12 @@ def find_programs() -> Programs:
 
 
 class Monitor:
-    """The servers as children of this process, from `with` to its end. Their output goes to files in `data`."""
+    """The servers as children of this process, from `with` to its end. Their output goes to files in `data`.
+
+    Attributes:
+        runs: those that announced exporters at the last update.
+        notes: why some are not watched.
+    """
 
     def __init__(
         self,
@@ -60,12 +75,15 @@ class Monitor:
         port: int,
         alertmanager_port: int,
         interval: str = INTERVAL,
+        access: Access = PLAIN,
     ) -> None:
         self.folders, self.data, self.port = folders, data.resolve(), port
         self.alertmanager_port = None if programs.alertmanager is None else alertmanager_port
-        self._programs, self._interval = programs, interval
+        self._programs, self._interval, self._access = programs, interval, access
+        self.runs: Runs = {}
+        self.notes: list[str] = []
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._written = ""
+        self._written: dict[Path, str] = {}
 
     @property
     def url(self) -> str:
@@ -77,13 +95,8 @@ class Monitor:
 
     @property
     def configuration(self) -> str:
-        """Of Prometheus, for the runs that are there now.
-
-        Raises:
-            MonitorError: a password that a run's recipe names cannot be read.
-        """
-        with self._reading():
-            return configuration(self.folders, self.data, self.alertmanager_port, self._interval)
+        """Of Prometheus."""
+        return configuration(self.data, self._access, self.alertmanager_port, self._interval)
 
     @property
     def commands(self) -> dict[str, list[str]]:
@@ -119,6 +132,11 @@ class Monitor:
         try:
             self.data.mkdir(parents=True, exist_ok=True)
             self.update()
+            (self.data / "prometheus.yml").write_text(self.configuration)
+            if (credentials := self._access.credentials) is not None:
+                (self.data / PASSWORD).unlink(missing_ok=True)
+                (self.data / PASSWORD).touch(mode=0o600)
+                (self.data / PASSWORD).write_text(credentials[1])
         except OSError as error:
             raise MonitorError(f"{self.data} cannot be written to: {error.strerror}; name another folder") from error
         try:
@@ -140,19 +158,17 @@ class Monitor:
         self._end()
 
     def update(self) -> None:
-        """Takes up runs that began below the folders since the last time; targets of known runs need no help."""
-        wanted = self.configuration
-        if wanted == self._written:
-            return
-        with self._reading():
-            passwords = password_files(self.folders, self.data)
-        for file, password in passwords.items():
-            file.touch(mode=0o600)
-            file.write_text(password)
-        (self.data / "prometheus.yml").write_text(wanted)
-        self._written = wanted
-        if "prometheus" in self._children:
-            self._children["prometheus"].send_signal(signal.SIGHUP)
+        """Tells Prometheus which exporters there are now; it notices the changed file by itself.
+
+        Raises:
+            OSError: there is no place for the file.
+        """
+        self.runs, self.notes = find_runs(self.folders, self._access)
+        for scheme in ("http", "https"):
+            file, groups = targets_file(self.data, scheme), target_groups(self.runs, scheme)
+            if self._written.get(file) != groups:
+                atomic_write(file, groups)
+                self._written[file] = groups
 
     def check(self) -> None:
         """Raises MonitorError with the last words of a server that ended."""
@@ -160,15 +176,6 @@ class Monitor:
             if child.poll() is not None:
                 words = self._log(name).read_text(errors="replace").splitlines()[-1:]
                 raise MonitorError(f"{name} ended with {child.returncode} ({self._log(name)}): {''.join(words)}")
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise MonitorError(
-                f"{error.filename}, which a run's recipe names, cannot be read: {error.strerror}"
-            ) from error
 
     def _log(self, name: str) -> Path:
         return self.data / f"{name}.log"

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from mixmae.base.files import open_regular
 from mixmae.base.jsonl import decode
 
 STALL_SECONDS, STALL_GAPS = 60.0, 5
@@ -31,6 +32,9 @@ class State(StrEnum):
     """Asked to stop, all saved; the same command goes on from there."""
 
 
+_COUNTS = ("step", "total_steps", "world_size", "skipped_steps", "replaced_samples", "retried_reads")
+"""Fields that are whole numbers; anything else there is left out."""
+_LARGEST_COUNT, _LARGEST, _LAST_TIME = 2**53, 1e300, 1e11
 _ENDS = {"end": State.FINISHED, "failed": State.FAILED, "preempted": State.PREEMPTED}
 
 
@@ -54,7 +58,7 @@ class Tail:
         Raises:
             OSError: there is no such file, or it cannot be read.
         """
-        with self._file.open("rb") as stream:  # anew each time: only an open sees what other hosts wrote to NFS
+        with open_regular(self._file) as stream:  # anew each time: only an open sees what other hosts wrote to NFS
             stream.seek(self._offset)
             for line in stream:
                 if not line.endswith(b"\n"):
@@ -96,8 +100,8 @@ class Log:
 
     def read(self, line: bytes) -> None:
         event = decode(line, "event", "time")
-        if event is not None and isinstance(event["event"], str) and math.isfinite(number(event, "time")):
-            self.take(event)
+        if event is not None and isinstance(event["event"], str) and 0 <= number(event, "time") < _LAST_TIME:
+            self.take({name: value for name, value in event.items() if name not in _COUNTS or _is_count(value)})
         elif line.strip():
             self.unreadable += 1
 
@@ -173,6 +177,10 @@ class Log:
 
 
 def number(event: Mapping[str, Any], name: str) -> float:
-    """A field of an event; NaN where it is missing or null, which stands for what is not finite."""
+    """A field of an event; NaN where it is missing, no number, or null, which stands for what is not finite."""
     value = event.get(name)
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < _LARGEST_COUNT and value == int(value)

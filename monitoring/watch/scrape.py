@@ -27,6 +27,10 @@ LATE_SECONDS, LATE_STEPS = 30.0, 5
 UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
 """How fetching a page can fail: no connection, no HTTP, or an answer of another kind."""
 
+_COUNTS = ("step", "target_steps", "rank_part", "replaced_samples_total", "skipped_steps_total", "world_size")
+_LARGEST_COUNT = 2**53
+_LONGEST_REASON = 120
+
 Numbers = Mapping[str, float]
 
 
@@ -87,6 +91,26 @@ def parse_scrape(text: str, at: float) -> Scrape:
     Raises:
         ValueError: not Prometheus' text format, or none of a run.
     """
+    try:
+        scrape = _parse(text, at)
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # of labels too
+        raise ValueError(f"the answer is damaged: {error!r}") from error
+    for numbers in (scrape.main, *scrape.ranks.values()):
+        for name in _COUNTS:
+            if not 0 <= numbers.get(name, 0.0) < _LARGEST_COUNT:
+                raise ValueError(f"the answer is damaged: {PREFIX}{name} is {numbers[name]}")
+        if int(numbers.get("rank_part", 0)) >= len(PHASES):
+            raise ValueError(f"the answer is damaged: a rank is in several of {PREFIX}rank_part")
+    return scrape
+
+
+def _parse(text: str, at: float) -> Scrape:
     # Buckets are most of the text and not needed: without them 64 nodes are read in passing.
     lines = [line for line in text.splitlines() if line.startswith(PREFIX) and "_bucket{" not in line]
     if not lines:
@@ -209,11 +233,12 @@ class Poller:
 def describe_error(error: Exception) -> str:
     """An error of `fetch` in a few words."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
+        return f"HTTP {error.code} {str(error.reason)[:_LONGEST_REASON]}"
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, TimeoutError):
         return f"no answer within {TIMEOUT:g} s"
-    return (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
+    words = (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
+    return str(words)[:_LONGEST_REASON]
 
 
 def reachable(address: str, node: str) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 NOT_FINITE = "x"
+_FAR = 1e11
+"""Seconds since 1970 that no calendar need show."""
 
 
 def chart(values: Sequence[float], width: int, rows: int = 1, blocks: str = BLOCKS) -> list[str]:
@@ -65,6 +67,8 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in at most two units; what the clocks of two hosts make negative is 0."""
+    if not math.isfinite(seconds):
+        return "-"
     whole = round(max(0.0, seconds))
     if whole < 90:
         return f"{whole} s"
@@ -77,6 +81,8 @@ def duration(seconds: float) -> str:
 
 def clock(when: float, now: float) -> str:
     """Local time; with the day if that is not today's."""
+    if not abs(when) < _FAR:
+        return "-"
     there, here = time.localtime(when), time.localtime(now)
     same_day = there[:3] == here[:3]
     near = abs(when - now) < 6 * 86400

@@ -1,6 +1,5 @@
 """A run as someone who watches it sees it: from its event file as that grows, or from one exporter alone."""
 
-import json
 import math
 import time
 import urllib.parse
@@ -9,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixmae.base.run_directory import EVENTS, RECIPE, targets_folder
-from mixmae.monitoring.exporter.access import TIMEOUT, Access, access_of, read_recipe
+from mixmae.base.run_directory import EVENTS, RECIPE
+from mixmae.monitoring.exporter.access import PLAIN, TIMEOUT, Access, read_recipe
+from mixmae.monitoring.exporter.discovery import Target, read_targets, run_label
 from mixmae.monitoring.watch.history import Log, State, Tail
 from mixmae.monitoring.watch.scrape import Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
 
@@ -84,10 +84,13 @@ class Watched(Protocol):
 
 
 class WatchedRun:
-    """A run directory; its endpoints where they answer."""
+    """A run directory, perhaps somebody else's; its endpoints where they answer."""
 
-    def __init__(self, run_dir: Path, interval: float, prometheus: str | None = None) -> None:
+    def __init__(self, run_dir: Path, interval: float, prometheus: str | None = None, access: Access = PLAIN) -> None:
         """Begins to watch.
+
+        Args:
+            access: the reader's own files; the run's recipe names none.
 
         Raises:
             WatchError: not a run directory.
@@ -101,21 +104,23 @@ class WatchedRun:
                 f"{run_dir} is not a run directory: it has neither {RECIPE} nor {EVENTS}; give a recipe's run_dir, or "
                 "http://NODE:PORT of an exporter"
             )
-        self.run_dir, self._interval = run_dir, interval
+        self.run_dir, self._interval, self._access = run_dir, interval, access.of_named
         self.name = run_dir.resolve().name
         self._log, self._tail, self._recipe = Log(), Tail(run_dir / EVENTS), dict[str, Any]()
-        self._endpoints: dict[tuple[str, str], tuple[Endpoint, Poller]] = {}
-        self._alerts = FiringAlerts(prometheus, {"run": self.name}, interval)
+        self._endpoints: dict[Target, tuple[Endpoint, Poller]] = {}
         self._find_endpoints()
+        called = {target.run for target in self._endpoints}  # by hosts that may see the directory under another path
+        label = called.pop() if len(called) == 1 else run_label(run_dir)
+        self._alerts = FiringAlerts(prometheus, {"run": label}, interval)
 
     def settle(self) -> None:
         wait_for([*(poller for _, poller in self._endpoints.values()), *self._alerts.pollers])
 
     def view(self, now: float) -> View:
         notes = [*self._read_events(), *self._alerts.notes()]
-        listed, elsewhere = self._find_endpoints()
+        listed, elsewhere, problems = self._find_endpoints()
         if self._log.ended is None:
-            notes += self._why_no_ranks(listed, elsewhere)
+            notes += [*problems, *self._why_no_ranks(listed, elsewhere)]
         ranks = sorted((r for e, _ in self._endpoints.values() for r in e.ranks(now)), key=lambda rank: rank.badness)
         return View(self.name, self._details(), self._log, now, ranks, notes, self._alerts.alerts)
 
@@ -132,17 +137,20 @@ class WatchedRun:
         if self._log.unreadable:
             yield f"lines of {EVENTS} that cannot be read and are left out: {self._log.unreadable}"
 
-    def _find_endpoints(self) -> tuple[int, list[str]]:
-        """Asks new endpoints, leaves gone ones; returns how many are listed, and which cannot be asked from here."""
-        targets = read_targets(self.run_dir)
-        here = {(address, node) for address, node in targets if reachable(address, node)}
-        access = access_of(self._read_recipe())
+    def _find_endpoints(self) -> tuple[int, list[str], list[str]]:
+        """Asks new endpoints, leaves gone ones.
+
+        Returns:
+            How many are listed, nodes that cannot be asked from here, and what is wrong with target files.
+        """
+        targets, problems = read_targets(self.run_dir)
+        here = {target for target in targets if reachable(target.address, target.node)}
         for gone in self._endpoints.keys() - here:
             self._endpoints.pop(gone)[1].stop()
-        for address, node in here - self._endpoints.keys():
-            endpoint = Endpoint(f"{access.scheme}://{address}/metrics", node, access)
-            self._endpoints[address, node] = endpoint, Poller(endpoint.ask, self._interval)
-        return len(targets), sorted(node for _, node in targets - here)
+        for target in here - self._endpoints.keys():
+            endpoint = Endpoint(target.url, target.node, self._access)
+            self._endpoints[target] = endpoint, Poller(endpoint.ask, self._interval)
+        return len(targets), sorted({target.node for target in targets} - {target.node for target in here}), problems
 
     def _read_recipe(self) -> dict[str, Any]:
         if not self._recipe:
@@ -167,14 +175,18 @@ class WatchedRun:
         recipe = self._read_recipe()
         encoder, batch = recipe.get("encoder", {}).get("name"), recipe.get("train", {}).get("global_batch")
         ranks = self._log.world_size
-        parts = [encoder, ranks and f"{ranks} rank{'s' * (ranks > 1)}", batch and f"{batch:,} images a step"]
+        parts = [
+            encoder if isinstance(encoder, str) else None,
+            f"{ranks} rank{'s' * (ranks > 1)}" if isinstance(ranks, int) else None,
+            f"{batch:,} images a step" if isinstance(batch, int) else None,
+        ]
         return ", ".join(part for part in parts if part)
 
 
 class WatchedEndpoint:
     """One exporter alone; the loss is followed from the first look on."""
 
-    def __init__(self, url: str, interval: float, prometheus: str | None = None) -> None:
+    def __init__(self, url: str, interval: float, prometheus: str | None = None, access: Access = PLAIN) -> None:
         """Begins to watch.
 
         Raises:
@@ -183,7 +195,7 @@ class WatchedEndpoint:
         parts = urllib.parse.urlsplit(url)
         self.name = parts.netloc
         path = parts.path if parts.path.strip("/") else "/metrics"
-        self._endpoint = Endpoint(parts._replace(path=path).geturl(), parts.hostname or "", Access())
+        self._endpoint = Endpoint(parts._replace(path=path).geturl(), parts.hostname or "", access)
         self._endpoint.ask(time.time())
         if self._endpoint.problem is not None:
             raise WatchError(f"{url} does not answer as a run's exporter: {self._endpoint.problem}")
@@ -253,24 +265,6 @@ def events_of(scrape: Scrape) -> Iterator[dict[str, Any]]:
         }
     if main.get("checkpoint_timestamp_seconds"):
         yield {"event": "checkpoint", "time": main["checkpoint_timestamp_seconds"]}
-
-
-def read_targets(run_dir: Path) -> set[tuple[str, str]]:
-    """Announced exporters: `host:port` and node.
-
-    Raises:
-        WatchError: a file that is no target file.
-    """
-    found = set()
-    for file in targets_folder(run_dir).glob("*.json"):
-        try:
-            groups = json.loads(file.read_text())
-            found |= {(address, group["labels"]["node"]) for group in groups for address in group["targets"]}
-        except FileNotFoundError:
-            continue  # its node has just ended
-        except (ValueError, TypeError, KeyError) as error:
-            raise WatchError(f"{file} is no Prometheus target file; remove it: {error!r}") from error
-    return found
 
 
 def wait_for(pollers: Iterable[Poller]) -> None:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixmae.trainer.run.run_directory import versions
+from mixmae.base.software import versions
 from tests.drill.rig import GLOBAL_BATCH, IMAGES, SAVE_EVERY, STEPS
 from tests.drill.session import Outcome
 

@@ -13,9 +13,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from mixmae.base.phases import PHASES
+from mixmae.base.software import versions
 from mixmae.monitoring.exporter.collector import family_of
 from mixmae.monitoring.metrics import ENDS, METRICS, STEP_BUCKETS, Kind, Metric, Source
-from mixmae.trainer.run.run_directory import versions
 
 GIB = 2.0**30
 CHECKPOINT_EVERY = 720.0
@@ -100,7 +100,12 @@ class FakeRun(NamedTuple):
         if name == "resumes_total":
             return {(reason,): float(reason == "preempted" and age > 2400) for reason in ENDS}
         if name == "evaluation":
-            return {("top1",): 0.8 * done, ("loss",): 2.0 - done}
+            return {
+                ("top1",): 0.8 * done, ("loss",): 2.0 - done, ("probe_knn",): 0.6 * done, ("probe_linear",): 0.7 * done,
+                ("probe_mean_cosine",): 0.9 - done / 2, ("probe_effective_rank",): 40 + 60 * done,
+            }  # fmt: skip
+        if name == "evaluations_below_highest":
+            return {("probe_knn",): 0.0, ("probe_linear",): 0.0}
         return {(): single[name]}
 
     def _of_rank(self, name: str, rank: int, now: float) -> Values:

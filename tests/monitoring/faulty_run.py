@@ -16,8 +16,8 @@ import torch
 
 from mixmae.base.ports import free_port
 from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.engine.deepspeed_engine import build_engine
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
-from mixmae.trainer.engine.engine import build_engine
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
@@ -62,7 +62,8 @@ class FaultyStream:
 
 
 def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) -> None:
-    """Trains as the main job does; `no-engine-1` holds up rank 1 while it starts, `nan` and `steep` spoil losses."""
+    """Trains as the main job does; `no-engine-1` holds up rank 1 while it starts, `nan` and `steep` spoil losses,
+    `collapse` the features that are probed."""
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in env.items()})
     ranks = read_ranks(os.environ)
@@ -87,7 +88,13 @@ def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) ->
             loss = loss * float("nan")
         return loss * 20 if control.on("steep") else loss
 
-    model.forward = faulty
+    encode: Callable[..., Any] = model.encoder.forward
+
+    def collapsed(*inputs: Any) -> Any:
+        features = encode(*inputs)
+        return features * 0 if control.on("collapse") and not model.training else features
+
+    model.forward, model.encoder.forward = faulty, collapsed
     fit(run)
     leave(0)
 

@@ -152,6 +152,24 @@ class Watching:
 
 
 @contextmanager
+def _updated(monitor: Monitor) -> Iterator[None]:
+    """Has the monitor follow its runs, as `mixmae monitor up` does."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(0.5):
+            monitor.update()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def watching(folders: Sequence[Path], data: Path, alive: Callable[[], bool]) -> Iterator[Watching]:
     """Prometheus and Alertmanager over run directories.
 
@@ -163,7 +181,7 @@ def watching(folders: Sequence[Path], data: Path, alive: Callable[[], bool]) -> 
     needs("prometheus-alertmanager", "prometheus-alertmanager")
     messages = Messages()
     try:
-        with QuickMonitor(find_programs(), folders, data, messages) as monitor:
+        with QuickMonitor(find_programs(), folders, data, messages) as monitor, _updated(monitor):
             yield Watching(monitor, messages, alive)
     finally:
         messages.shutdown()

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.methods.contract import Column, Method
-from mixmae.models.methods.reconstruction import patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import patchify, unpatchify
 from mixmae.models.methods.registry import register_method
 
 
@@ -30,14 +30,20 @@ class ToyEncoder(Encoder):
         self.num_classes, self.global_pool = num_classes, global_pool
         self.num_features = self.head_hidden_size = embed_dim
         self.feature_info = [{"num_chs": embed_dim, "reduction": 32, "module": "block"}]
-        self.grid = (img_size // 32, img_size // 32)
+        self.grid, self.edit_dims = (img_size // 32, img_size // 32), (embed_dim,)
         self.embed = nn.Conv2d(in_chans, embed_dim, 32, 32)
         self.block = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
 
-    def forward(self, images: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-        x = self.norm(self.block(self.embed(images).permute(0, 2, 3, 1)))
+    def forward(
+        self,
+        images: Tensor,
+        groups: Tensor | None = None,
+        num_groups: int | None = None,
+        edit: MapEdit | None = None,
+    ) -> Tensor:
+        x = self.norm(self.block(edit_of(edit, 1)(self.embed(images).permute(0, 2, 3, 1))))
         return self.head(x.mean((1, 2)) if self.global_pool else x)
 
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:

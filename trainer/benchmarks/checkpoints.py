@@ -23,8 +23,8 @@ from mixmae.trainer.checkpoints.resume import resume
 from mixmae.trainer.checkpoints.saver import Saved, Saver
 from mixmae.trainer.checkpoints.slices import WEIGHT, ModelSlices
 from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.deepspeed_engine import build_engine
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine
 from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe

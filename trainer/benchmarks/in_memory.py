@@ -1,4 +1,4 @@
-"""Batches that were read before, in place of a rank's input."""
+"""Batches read in advance, in place of a rank's data loader."""
 
 import math
 import multiprocessing

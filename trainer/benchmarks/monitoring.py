@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter.discovery import run_label
 from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.trainer.benchmarks.in_memory import InMemory
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
@@ -69,7 +70,7 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     shared = folder / "shared"
     observed = Observer(Recorder(shared, 0), recipe, Ranks(), shared)
     silent = Observer(NullRecorder(), recipe, Ranks())
-    observed.export()
+    observed.export(run_label(recipe.run_dir))
     assert observed.exporter is not None
     scraper = _scrape(recipe.run_dir)
     exporter = psutil.Process(observed.exporter.pid)

@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine, for what needs several of them."""
+"""Starts several ranks as processes of this machine."""
 
 import multiprocessing
 import os

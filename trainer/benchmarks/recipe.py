@@ -1,4 +1,4 @@
-"""The recipe that a benchmark of a step computes."""
+"""The recipe whose step a benchmark runs."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a benchmark's result says beside its figures."""
+"""Metadata of a benchmark's result: machine, versions, command."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixmae.trainer.run.run_directory import versions
+from mixmae.base.software import versions
 
 RESULTS = Path("benchmarks/results")
 

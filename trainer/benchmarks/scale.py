@@ -17,8 +17,8 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks.ranks import run_ranks
 from mixmae.trainer.benchmarks.recipe import recipe_of
 from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
+from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.planning.activation_memory import on_meta
 from mixmae.trainer.planning.states import Limits, count_parameters
 from mixmae.trainer.planning.traffic import traffic

@@ -17,7 +17,7 @@ from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.benchmarks.plain import make_plain
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.cpu import apply_cpu_workarounds
-from mixmae.trainer.engine.engine import compile_parts
+from mixmae.trainer.engine.deepspeed_engine import compile_parts
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from mixmae.trainer.tasks.registry import build_model

@@ -39,13 +39,14 @@ def _trained(manifest: Manifest) -> list[str]:
 
 
 def model_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """What is exported, evaluated and started from: fp32 weights, by name, and the buffers that belong to the model's
-    state; the moving average of the weights where the run keeps one (`optim.ema_decay`).
+    """What is exported and started from: fp32 weights, by name, and buffers of floating point numbers; the moving
+    average of the weights where the run keeps one (`optim.ema_decay`).
 
     Raises:
         UsageError: the checkpoint is not what was written.
     """
-    return {**master_weights(checkpoint), **averaged_weights(checkpoint), **saved_buffers(checkpoint)}
+    buffers = {name: value for name, value in saved_buffers(checkpoint).items() if value.is_floating_point()}
+    return {**master_weights(checkpoint), **averaged_weights(checkpoint), **buffers}
 
 
 def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from mixmae.trainer.doctor.facts import HostFacts, Pair, Plan, ProbeFacts, RankFacts, Reduction
-from mixmae.trainer.doctor.gather.bandwidth import measure_reductions, measure_ring
-from mixmae.trainer.doctor.gather.host import host_facts, rank_facts
-from mixmae.trainer.doctor.gather.network import Listener, address_towards, why_unreachable
-from mixmae.trainer.doctor.gather.run_dir import probe_run_dir
-from mixmae.trainer.doctor.gather.shards import probe_shards
 from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS, MessageStore
+from mixmae.trainer.doctor.probes.bandwidth import measure_reductions, measure_ring
+from mixmae.trainer.doctor.probes.host import host_facts, rank_facts
+from mixmae.trainer.doctor.probes.network import Listener, address_towards, why_unreachable
+from mixmae.trainer.doctor.probes.run_dir import probe_run_dir
+from mixmae.trainer.doctor.probes.shards import probe_shards
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe

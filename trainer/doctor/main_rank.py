@@ -19,10 +19,10 @@ from mixmae.trainer.doctor.follower import (
     probe_host,
     report_facts,
 )
-from mixmae.trainer.doctor.gather.network import Listener, address_towards
-from mixmae.trainer.doctor.gather.recipe import probe_recipe
-from mixmae.trainer.doctor.gather.run_dir import arrived, probe_folder, unusable
 from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS, MessageStore, NoAnswerError
+from mixmae.trainer.doctor.probes.network import Listener, address_towards
+from mixmae.trainer.doctor.probes.recipe import probe_recipe
+from mixmae.trainer.doctor.probes.run_dir import arrived, probe_folder, unusable
 from mixmae.trainer.doctor.protocol.findings import Level
 from mixmae.trainer.engine.distributed import Ranks
 

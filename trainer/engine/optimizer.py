@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.engine.guard import guarded
 from mixmae.trainer.engine.lars import LARS
+from mixmae.trainer.engine.non_finite import guarded
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.recipe.schema import Optim, Recipe
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""The learning-rate schedule: base_lr scaled with the global batch, linear warm-up, cosine decay."""
 
 import math
 from dataclasses import dataclass

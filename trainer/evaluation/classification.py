@@ -26,7 +26,8 @@ def evaluate_classifier(
     to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
     count_of = _multi_label_sums if classifier.multi_label else _single_label_sums
     total = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-    batches = held_out_batches(index, recipe.encoder.img_size, recipe.train.micro_batch, ranks, evaluation_crop(recipe))
+    size, batch, threads = recipe.encoder.img_size, recipe.train.micro_batch, recipe.data.num_workers
+    batches = held_out_batches(index, size, batch, ranks, evaluation_crop(recipe), threads)
     for images, samples in batches:
         logits = classifier(to_device(images))[: len(samples)]
         true = targets(index.samples["label"][list(samples)]).to(ranks.device, non_blocking=True)

@@ -1,14 +1,18 @@
-"""Images of held-out shards, dealt to the ranks in equal numbers of batches, so that all compute together."""
+"""Held-out images, split evenly among the ranks so that all run the same number of batches."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.decode import center_resized_crop
-from mixmae.trainer.data.faults import UnusableError
+from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
@@ -23,6 +27,17 @@ def evaluation_crop(recipe: Recipe) -> float:
     return given if given is not None else 0.875 if recipe.encoder.img_size <= 224 else 1.0
 
 
+def require_readable(index: ShardIndex, purpose: str) -> None:
+    """Raises UsageError where an index says that images cannot be used: no figure would be of the whole set."""
+    unusable = np.flatnonzero(index.samples["state"] >= min(Reason))
+    if len(unusable):
+        names = first_names([index.name_of(int(sample)) for sample in unusable[:3]], count=len(unusable))
+        raise UsageError(
+            f"{purpose} reads every image, but {len(unusable)} of {len(index)} in {index.store.location} cannot be "
+            f"used: {names}; build the shards without them ('mixmae shards check' says why)"
+        )
+
+
 class HeldOut(NamedTuple):
     """A batch of held-out images."""
 
@@ -33,27 +48,66 @@ class HeldOut(NamedTuple):
 
 
 def held_out_batches(
-    index: ShardIndex, size: int, batch: int, ranks: Ranks, crop_ratio: float = 1.0
+    index: ShardIndex, size: int, batch: int, ranks: Ranks, crop_ratio: float = 1.0, threads: int = 1
 ) -> Iterator[HeldOut]:
-    """This rank's batches. Every image counts once, on one rank.
+    """This rank's batches. Every image counts once, on one rank: rank r of W has images r, r + W, ... in this order.
 
     Args:
         crop_ratio: side of the crop over the image's shorter side.
+        threads: that decode; one batch is decoded ahead.
 
     Raises:
         UsageError: an image cannot be read.
     """
     own = range(ranks.rank, len(index), ranks.world_size)
     batches = -(-len(range(0, len(index), ranks.world_size)) // batch)
-    for first in range(0, batches * batch, batch):
-        counted = own[first : first + batch]
-        filling = [own[i % len(own)] if len(own) else 0 for i in range(batch - len(counted))]
-        views = [_view(index, sample, size, crop_ratio) for sample in (*counted, *filling)]
-        yield HeldOut(torch.stack(views), counted)
+    ahead: deque[tuple[list[Future[Tensor]], Sequence[int]]] = deque()
+    with ThreadPoolExecutor(max(1, threads), "decode") as pool:
+        for first in range(0, batches * batch, batch):
+            counted = own[first : first + batch]
+            filling = [own[i % len(own)] if len(own) else 0 for i in range(batch - len(counted))]
+            # Read here, one after the other: a store belongs to one thread.
+            read = ((sample, _read(index, sample)) for sample in (*counted, *filling))
+            ahead.append(([pool.submit(_view, index, *image, size, crop_ratio) for image in read], counted))
+            if len(ahead) > 1:
+                yield _collected(*ahead.popleft())
+        while ahead:
+            yield _collected(*ahead.popleft())
 
 
-def _view(index: ShardIndex, sample: int, size: int, crop_ratio: float) -> Tensor:
+def _collected(views: list[Future[Tensor]], counted: Sequence[int]) -> HeldOut:
+    return HeldOut(torch.stack([view.result() for view in views]), counted)
+
+
+def _read(index: ShardIndex, sample: int) -> bytes:
     try:
-        return center_resized_crop(index.read(sample), int(index.samples[sample]["state"]), size, crop_ratio)
+        return index.read(sample)
     except UnusableError as error:
-        raise UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}") from error
+        raise _refusal(index, sample, error) from error
+
+
+def _view(index: ShardIndex, sample: int, content: bytes, size: int, crop_ratio: float) -> Tensor:
+    try:
+        return center_resized_crop(content, int(index.samples[sample]["state"]), size, crop_ratio)
+    except UnusableError as error:
+        raise _refusal(index, sample, error) from error
+
+
+def _refusal(index: ShardIndex, sample: int, error: UnusableError) -> UsageError:
+    return UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}")
+
+
+def gather_rows(own: Tensor, total: int, ranks: Ranks) -> Tensor:
+    """What ranks computed of their images of `held_out_batches`, for all images in their order, on every rank.
+
+    Args:
+        own: [n, ...], a row for each image that counts on this rank.
+        total: images of all ranks.
+    """
+    if ranks.world_size == 1:
+        return own
+    most = -(-total // ranks.world_size)
+    padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(ranks.world_size)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]

@@ -1,130 +1,151 @@
-"""`mixmae probe ENCODER SHARDS`: how well classes can be told apart in an encoder's frozen features.
+"""What frozen features of unmixed images are worth: `mixmae probe ENCODER SHARDS`, and the probe of a run in progress.
 
-Two probes on mean-pooled features of unmixed images: the k nearest neighbours by cosine, and a linear classifier.
+Two classifiers, k nearest neighbours by cosine and a ridge regression, learn from a random half of the images and are
+tested on the other. Without labels there is effective rank and mean cosine, which show collapse.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import center_resized_crop
-from mixmae.trainer.data.faults import UnusableError
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import UNLABELLED, ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_labels
 from mixmae.trainer.data.stream import ToDevice
-from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder
+from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.evaluation import knn
+from mixmae.trainer.evaluation.features import effective_rank, features_of, mean_cosine
+from mixmae.trainer.evaluation.held_out import gather_rows, held_out_batches, require_readable
+from mixmae.trainer.evaluation.ridge import fit_ridge
+from mixmae.trainer.export.encoder_directory import load_encoder, read_config
+
+ACCURACY, COLLAPSE = ("knn", "linear"), ("effective_rank", "mean_cosine")
+"""Names of figures: with labels, and without."""
+_NEIGHBOURS = 10
 
 
-class Accuracy(NamedTuple):
-    """Top-1 shares of the held-out images."""
-
-    knn: float
-    linear: float
-
-
-def open_encoder(directory: Path, pretrained: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """An encoder directory as a model that gives pooled features, and timm's facts about its input.
+def check_probe_shards(index: ShardIndex, purpose: str) -> None:
+    """Refuses shards that cannot be probed.
 
     Args:
-        pretrained: False for its twin with random weights.
+        purpose: what needs them, for messages: `evaluate.probe`.
 
     Raises:
-        UsageError: not an encoder directory.
+        UsageError: fewer than two images, unusable ones, one class only, or labels for some images alone.
     """
-    encoder = load_encoder(directory, pretrained, num_classes=0).eval()
-    facts: dict[str, Any] = json.loads((directory / CONFIG).read_text())["pretrained_cfg"]
-    return encoder, facts
+    where = index.store.location
+    if len(index) < 2:
+        raise UsageError(f"{where} holds one image; {purpose} needs some to learn from and some to test on")
+    require_readable(index, purpose)
+    labels = index.samples["label"]
+    if (labels == UNLABELLED).all():
+        return
+    require_labels(index, purpose)
+    if (labels == labels[0]).all():
+        raise UsageError(f"all images in {where} have the label {labels[0]}; {purpose} needs two classes or more")
 
 
-@torch.inference_mode()
-def features(encoder: nn.Module, facts: dict[str, Any], index: ShardIndex, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Pooled features [N, C] and labels [N] of every image of a shard directory, on the CPU.
+def labels_of(index: ShardIndex) -> Tensor | None:
+    """Labels int64 [N]; None where no image has one."""
+    labels = torch.from_numpy(index.samples["label"].astype(np.int64))
+    return None if (labels == UNLABELLED).all() else labels
+
+
+def probe(x: Tensor, labels: Tensor | None, seed: int = 0) -> dict[str, float]:
+    """The figures of features [N, C] by name; NaN where a feature is not finite.
+
+    `knn` and `linear` are top-1 shares of a random half of the images, after learning from the other half, of features
+    that are standardised by that one. Without labels there are `effective_rank` and `mean_cosine` alone.
+    """
+    if not x.isfinite().all():
+        return dict.fromkeys(COLLAPSE if labels is None else (*ACCURACY, *COLLAPSE), math.nan)
+    collapse = dict(zip(COLLAPSE, (effective_rank(x), mean_cosine(x)), strict=True))
+    if labels is None:
+        return collapse
+    _, labels = labels.unique(return_inverse=True)
+    num_classes = int(labels.max()) + 1
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order.tensor_split([len(x) - len(x) // 2])
+    x = (x - x[train].mean(0)) / (x[train].std(0, correction=0) + 1e-6)
+    neighbours = knn.nearest(knn.Bank(x[train], labels[train]), x[test], _NEIGHBOURS, Ranks())
+    by_neighbours = knn.ranking(neighbours, _NEIGHBOURS, num_classes)[:, 0]
+    by_ridge = fit_ridge(x[train], labels[train], num_classes).predict(x[test])
+    shares = [_share(predicted, labels[test]) for predicted in (by_neighbours, by_ridge)]
+    return dict(zip(ACCURACY, shares, strict=True)) | collapse
+
+
+def _share(predicted: Tensor, true: Tensor) -> float:
+    return float((predicted == true).double().mean())
+
+
+def probe_shards(
+    pool: Callable[[Tensor], Tensor],
+    index: ShardIndex,
+    size: int,
+    to_device: ToDevice,
+    ranks: Ranks,
+    batch: int = 64,
+    threads: int = 1,
+) -> dict[str, float]:
+    """`probe` of all images of a shard directory, whose features all ranks compute together; the same on every rank.
+
+    Args:
+        pool: images [B, 3, size, size] to features [B, C], without gradients.
+        batch: images at once on each rank.
+        threads: that decode on each rank.
 
     Raises:
         UsageError: an image cannot be read.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.to(device)
-    to_device = ToDevice(device, facts["mean"], facts["std"])
-    found = []
-    for first in range(0, len(index), batch):
-        views = [
-            _view(index, sample, facts["input_size"][1]) for sample in range(first, min(first + batch, len(index)))
-        ]
-        found.append(encoder(to_device(torch.stack(views))).float().cpu())
-    return torch.cat(found), torch.from_numpy(index.samples["label"].astype(np.int64))
+    own = features_of(pool, held_out_batches(index, size, batch, ranks, threads=threads), to_device)
+    x = gather_rows(own, len(index), ranks)
+    # On the main rank's CPU: a GPU that trains may have no memory to spare.
+    figures = probe(x.cpu(), labels_of(index)) if ranks.is_main else {}
+    return figures if ranks.world_size == 1 else from_main(figures)
 
 
-def _view(index: ShardIndex, sample: int, size: int) -> Tensor:
-    try:
-        return center_resized_crop(index.read(sample), int(index.samples[sample]["state"]), size)
-    except UnusableError as error:
-        raise UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}") from error
-
-
-def probe(x: Tensor, labels: Tensor, seed: int = 0, neighbours: int = 10) -> Accuracy:
-    """Accuracies of both probes, on a random half of the images after learning from the other half."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, test = order.chunk(2)
-    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
-    return Accuracy(
-        _share(_nearest(x[train], labels[train], x[test], neighbours), labels[test]),
-        _share(_linear(x[train], labels[train], x[test]), labels[test]),
-    )
-
-
-def _nearest(known: Tensor, labels: Tensor, unknown: Tensor, neighbours: int) -> Tensor:
-    similarity = F.normalize(unknown, dim=1) @ F.normalize(known, dim=1).T
-    weight, place = similarity.topk(min(neighbours, len(known)), dim=1)
-    votes = torch.zeros(len(unknown), int(labels.max()) + 1)
-    return votes.scatter_add_(1, labels[place], weight.clamp(min=0)).argmax(1)
-
-
-def _linear(known: Tensor, labels: Tensor, unknown: Tensor, decay: float = 1e-2) -> Tensor:
-    """Multinomial logistic regression with a quadratic penalty, solved by L-BFGS."""
-    weight = torch.zeros(known.shape[1], int(labels.max()) + 1, requires_grad=True)
-    bias = torch.zeros(weight.shape[1], requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(known @ weight + bias, labels) + decay * weight.square().sum() / 2
-        loss.backward()
-        return loss
-
-    solver.step(objective)
-    return (unknown @ weight + bias).argmax(1).detach()
-
-
-def _share(predicted: Tensor, true: Tensor) -> float:
-    return float((predicted == true).float().mean())
+def _open(directory: Path, pretrained: bool, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """An encoder directory, or its twin with random weights, and timm's facts about its input."""
+    torch.manual_seed(0)
+    encoder = load_encoder(directory, pretrained, num_classes=0).eval().to(device)
+    return encoder, read_config(directory).pretrained_cfg.model_dump()
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae probe", description="kNN and linear probe of frozen features.")
     parser.add_argument("encoder", type=Path, help="encoder directory")
-    parser.add_argument("shards", type=Path, help="labelled shards; half of the images teach, the other half test")
+    parser.add_argument("shards", help="labelled shards; half of the images teach, the other half test")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args(argv)
-    index = open_index(args.shards)
-    if len(index) < 2:
-        raise UsageError(f"{args.shards} holds one image; a probe needs some to learn from and some to test on")
-    if (index.samples["label"] < 0).any():
-        raise UsageError(f"{args.shards} holds images without a label; a probe needs a .cls beside every image")
-    found: dict[str, Any] = {"classes": int(index.samples["label"].max()) + 1}
+    index, ranks = open_index(args.shards), Ranks()
+    check_probe_shards(index, "a probe")
+    labels = labels_of(index)
+    found: dict[str, Any] = {} if labels is None else {"classes": int(labels.max()) + 1}
     for name, pretrained in (("pretrained", True), ("untrained", False)):
-        torch.manual_seed(0)
-        encoder, facts = open_encoder(args.encoder, pretrained)
-        accuracy = probe(*features(encoder, facts, index))
-        print(f"{name:<12} kNN {accuracy.knn:6.1%}   linear {accuracy.linear:6.1%}", flush=True)
-        found[name] = accuracy._asdict()
+        encoder, facts = _open(args.encoder, pretrained, ranks.device)
+        to_device = ToDevice(ranks.device, facts["mean"], facts["std"])
+        threads = len(os.sched_getaffinity(0))
+        found[name] = probe_shards(encoder, index, facts["input_size"][1], to_device, ranks, threads=threads)
+        print(f"{name:<12} {describe(found[name])}", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Figures of a probe in a line."""
+    shown = {
+        "knn": "kNN {:6.1%}",
+        "linear": "linear {:6.1%}",
+        "effective_rank": "effective rank {:.1f}",
+        "mean_cosine": "mean cosine {:.3f}",
+    }
+    return "   ".join(text.format(figures[name]) for name, text in shown.items() if name in figures)

@@ -5,19 +5,29 @@ from there (`encoder.init` in a recipe).
 """
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import new_directory
-from mixmae.models.encoders.registry import create_encoder, default_cfg
+from mixmae.models.encoders.registry import create_encoder, default_cfg, family_of
+from mixmae.trainer.recipe.components import check_settings
+from mixmae.trainer.recipe.schema import Deviation
+from mixmae.trainer.recipe.words import explain
 
 ENCODER, METHOD, CONFIG = "model.safetensors", "method.safetensors", "config.json"
+_NOT_SIZES = ("self", "num_classes", "global_pool")
+MISFIT = (ValueError, ArithmeticError, IndexError, RuntimeError)
+"""What timm and torch raise for sizes, names and shapes that do not fit each other."""
+_Side = Annotated[int, Field(gt=0, le=4096)]
 
 
 def write_encoder_directory(
@@ -58,10 +68,80 @@ def write_encoder_directory(
         **(facts or {}),
     }
     with new_directory(out) as partial:
-        save_file(_storable(encoder), partial / ENCODER, metadata={"format": "pt"})
-        if method is not None:
-            save_file(_storable(method[1]), partial / METHOD, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for name, state in ((ENCODER, encoder), *(() if method is None else ((METHOD, method[1]),))):
+            save_file(_storable(state), partial / name, metadata={"format": "pt"})
+            shutil.copymode(partial / CONFIG, partial / name)  # safetensors writes for the owner alone
+
+
+class _InputFacts(BaseModel):
+    """What timm's pretrained_cfg says of the input."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    input_size: tuple[int, _Side, _Side]
+    mean: tuple[float, float, float]
+    std: tuple[Deviation, Deviation, Deviation]
+    label_names: tuple[str, ...] | None = None
+
+
+class EncoderConfig(BaseModel):
+    """What a directory's config.json must say; whatever else is in it is passed over."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+    architecture: str
+    num_classes: int = Field(ge=0)
+    num_features: int = Field(gt=0)
+    model_args: dict[str, Any] = {}
+    pretrained_cfg: _InputFacts
+    method: str | None = None
+
+
+def read_config(directory: str | Path) -> EncoderConfig:
+    """The config.json of an encoder directory.
+
+    Raises:
+        UsageError: no encoder directory, or values that no encoder has.
+    """
+    file = Path(directory) / CONFIG
+    if not file.is_file():
+        raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
+    try:
+        config = EncoderConfig.model_validate(json.loads(file.read_bytes()))
+        family, _ = family_of(config.architecture)
+        check_settings("model_args", family.__init__, config.model_args, _NOT_SIZES)
+    except ValidationError as error:
+        raise UsageError(f"{file}: {explain(error, EncoderConfig)}") from error
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} cannot be used: {error}") from error
+    return config
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UsageError: it cannot be read, is cut or damaged, or holds anything but finite floating point numbers.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; give a directory made by 'mixmae export' or 'mixmae import'")
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read ({error}); copy or export it again") from error
+    require_finite(state, str(file))
+    return state
+
+
+def require_finite(state: dict[str, Tensor], source: str) -> None:
+    """Raises UsageError unless all weights are floating point numbers, and finite."""
+    for name, value in state.items():
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UsageError(f"{source}: {name} holds {kind}; expected floating point weights, not quantised ones")
+        if not value.isfinite().all():
+            raise UsageError(f"{source}: {name} holds values that are not finite; the training that made it diverged")
 
 
 def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any) -> nn.Module:
@@ -72,12 +152,27 @@ def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any)
         options: those of `timm.create_model`, such as num_classes=10 or features_only=True.
 
     Raises:
-        UsageError: not an encoder directory.
+        UsageError: not an encoder directory, or weights that are not those of its config.json.
     """
-    if not (Path(directory) / CONFIG).is_file():
-        raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
-    model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, **options)
+    config = read_config(directory)
+    try:
+        with torch.device("meta"):
+            expected = create_encoder(config.architecture, **config.model_args).num_features
+        if expected != config.num_features:
+            raise ValueError(f"num_features={config.num_features}: these sizes give {expected}")
+        if pretrained:
+            read_weights(Path(directory) / ENCODER)
+        model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, **options)
+    except UsageError:
+        raise
+    except MISFIT as error:
+        raise UsageError(f"{directory}: config.json and weights do not fit ({first_line(error)})") from error
     return model
+
+
+def first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]
 
 
 def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

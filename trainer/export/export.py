@@ -13,7 +13,7 @@ from mixmae.base.run_directory import checkpoint_step, newest_checkpoint
 from mixmae.trainer.checkpoints.weights import model_weights
 from mixmae.trainer.evaluation.held_out import evaluation_crop
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
-from mixmae.trainer.run.run_directory import read_recipe
+from mixmae.trainer.run.provenance import read_recipe
 
 _PREFIX = "encoder."
 _TRAINING_ONLY = ("drop_rate", "drop_path_rate")

@@ -6,13 +6,16 @@ and classifier). Sizes are read off the shapes.
 
 import argparse
 import inspect
+import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from mixmae.base.errors import UsageError
 from mixmae.models.encoders.contract import Encoder
@@ -20,7 +23,7 @@ from mixmae.models.encoders.registry import ENCODERS, create_encoder
 from mixmae.models.encoders.swin import Swin
 from mixmae.models.layers.blocks import sincos_positions
 from mixmae.models.methods.decoder import Decoder
-from mixmae.trainer.export.encoder_directory import misfits, write_encoder_directory
+from mixmae.trainer.export.encoder_directory import misfits, require_finite, write_encoder_directory
 
 _BLOCK = (
     r"(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)"
@@ -38,6 +41,9 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 )
 _MERGING = re.compile(r"layers\.(\d)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)")
 _FIXED = {"absolute_pos_embed", "decoder_pos_embed"}
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_MAX_OBJECTS = 100
+"""Kinds of objects beside the weights."""
 _INDEX = re.compile(r"(?:layers\.\d\.blocks\.\d+\.attn\.relative_position_index|layers\.\d\.blocks\.\d+\.attn_mask)")
 
 
@@ -107,13 +113,36 @@ def _check_positions(name: str, value: Tensor) -> None:
     side = int(value.shape[1] ** 0.5) if value.dim() == 3 else 0
     square = value.dim() == 3 and value.shape[1] == side**2 and value.shape[2] % 4 == 0
     if not square or not torch.allclose(
-        value[0].float(), sincos_positions((side, side), value.shape[2]).flatten(0, 1), atol=1e-4
+        value[0].float(), sincos_positions((side, side), value.shape[2]).flatten(0, 1), atol=1e-3
     ):
         raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
 
 
+class _Opaque:
+    """Stands for an object that is no tensor: whatever a file would call to make one, nothing is called."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class _OpaqueMapping:
+    """Of objects that are filled key by key, which torch does with dictionaries alone."""
+
+    def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+_MAPPINGS = ("collections.defaultdict", "easydict.EasyDict", "yacs.config.CfgNode", "addict.addict.Dict")
+
+
 def read_release(file: Path) -> dict[str, Tensor]:
-    """The state dict in a released file, unpickled with `weights_only`.
+    """The state dict in a released file, unpickled with `weights_only`, in fp32.
+
+    Training scripts save their arguments beside the weights (argparse.Namespace, paths, NumPy's numbers): such objects
+    are not made, an empty one takes their place. Files of torch before 1.6, which are no zip archives, are read too.
 
     Raises:
         UsageError: no file, not a checkpoint, or no tensors under "model".
@@ -121,15 +150,42 @@ def read_release(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UsageError(f"{file} does not exist")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = _load(file)
     except Exception as error:  # torch raises whatever its unpickler meets; each means the same to the user
         raise UsageError(
-            f"{file} is not a checkpoint that torch loads with weights_only=True: {str(error).splitlines()[0]}"
+            f"{file} is not a checkpoint that torch loads with weights_only=True: {_plain(error)}"
         ) from error
     state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UsageError(f"{file} has no state dict under 'model'; expected a released MixMIM checkpoint")
-    return state
+    state = {name: value for name, value in state.items() if not _INDEX.fullmatch(name)}
+    require_finite(state, str(file))
+    return {name: value.float() for name, value in state.items()}
+
+
+def _load(file: Path) -> Any:
+    with file.open("rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
+    names: list[str] = []
+    while True:
+        try:
+            with safe_globals([(_OpaqueMapping if name in _MAPPINGS else _Opaque, name) for name in names]):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        except pickle.UnpicklingError as error:
+            refused = _REFUSED.search(str(error))
+            name = "" if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
+            if not name or name in names or len(names) == _MAX_OBJECTS:
+                raise
+            names.append(name)
+
+
+def _plain(error: Exception) -> str:
+    """What torch says, without its advice and escape codes."""
+    refused = [line for line in str(error).splitlines() if "WeightsUnpickler error:" in line]
+    line = (refused or str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\x1b\[[0-9;]*m", "", line).split("WeightsUnpickler error:")[-1].strip()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -139,8 +195,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     released = read_release(args.file)
     encoder, decoder = convert(released)
-    if missing := sorted(_SIZED - encoder.keys()):
+    if missing := sorted(_SIZED.keys() - encoder.keys()):
         raise UsageError(f"{args.file} lacks {missing[0]!r} (and {len(missing) - 1} more) of a MixMIM encoder")
+    for weight, dimensions in _SIZED.items():
+        if encoder[weight].dim() != dimensions:
+            raise UsageError(f"{args.file}: {weight!r} has {encoder[weight].dim()} dimensions, expected {dimensions}")
     name, model_args = name_size(sizes(encoder, released.get("absolute_pos_embed")))
     _check_complete(args.file, name, model_args, encoder, decoder)
     method = None if decoder is None else ("mixmae", {f"decoder.{key}": value for key, value in decoder.items()})
@@ -154,11 +213,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 _SIZED = {
-    "patch_embed.proj.weight",
-    "norm.weight",
-    *(f"stages.{stage}.blocks.0.attn.relative_position_bias_table" for stage in range(4)),
+    "patch_embed.proj.weight": 4,
+    "norm.weight": 1,
+    **{f"stages.{stage}.blocks.0.attn.relative_position_bias_table": 2 for stage in range(4)},
 }
-"""The weights from which sizes are read."""
+"""The weights from which sizes are read, and their dimensions."""
 
 
 def _check_complete(
@@ -173,7 +232,7 @@ def _check_complete(
             if decoder is not None:
                 found |= {f"decoder.{k}": v for k, v in decoder.items()}
                 expected |= {f"decoder.{k}": v for k, v in _decoder_like(own, decoder).state_dict().items()}
-    except ValueError as error:
+    except (ValueError, ArithmeticError, IndexError) as error:
         raise UsageError(f"{file} holds weights of sizes that do not fit each other: {error}") from error
     wrong = misfits(found, expected)
     if wrong:

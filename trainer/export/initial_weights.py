@@ -1,12 +1,12 @@
 """What a run starts from: the weights of an encoder directory, or of another run."""
 
-import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import CHECKPOINTS, newest_checkpoint
@@ -14,7 +14,16 @@ from mixmae.models.encoders.contract import Encoder
 from mixmae.models.methods.contract import Method
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.checkpoints.weights import model_weights
-from mixmae.trainer.export.encoder_directory import CONFIG, ENCODER, METHOD, misfits
+from mixmae.trainer.export.encoder_directory import (
+    ENCODER,
+    METHOD,
+    MISFIT,
+    first_line,
+    misfits,
+    read_config,
+    read_weights,
+    require_finite,
+)
 
 _logger = logging.getLogger(__name__)
 _HEAD = "head."
@@ -44,19 +53,16 @@ def read_initial_weights(path: Path) -> InitialWeights:
     Raises:
         UsageError: it is neither, or damaged.
     """
-    if (path / ENCODER).is_file():
-        config = json.loads((path / CONFIG).read_text())
-        rest = load_file(path / METHOD) if (path / METHOD).is_file() else {}
-        classes = tuple(config["pretrained_cfg"].get("label_names") or ())
-        return InitialWeights(load_file(path / ENCODER), config.get("method"), rest, classes, path / ENCODER)
+    if not (path / CHECKPOINTS).is_dir():
+        encoder, config = read_weights(path / ENCODER), read_config(path)
+        rest = read_weights(path / METHOD) if config.method is not None else {}
+        classes = config.pretrained_cfg.label_names or ()
+        return InitialWeights(encoder, config.method, rest, classes, path / ENCODER)
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
-        holds = f"{path / CHECKPOINTS} holds no checkpoint" if (path / CHECKPOINTS).is_dir() else f"{path} is neither"
-        raise UsageError(
-            f"encoder.init: {holds}; give a directory made by 'mixmae export' or 'mixmae import', or the run directory "
-            "of a run that saved"
-        )
+        raise UsageError(f"{path / CHECKPOINTS} holds no checkpoint yet; give the directory of a run that saved")
     weights = model_weights(checkpoint)
+    require_finite(weights, str(checkpoint))
     recipe = Manifest.read(checkpoint).recipe
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
     return InitialWeights(
@@ -74,12 +80,13 @@ def initialise_method(model: Method, path: Path, method: str) -> None:
     Raises:
         UsageError: no such weights, or weights that do not fit the model.
     """
-    found = read_initial_weights(path)
-    _load_encoder(model.encoder, found)
-    if found.method == method and found.rest:
-        own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-        _require_fit(found.rest, own, found.source)
-        model.load_state_dict(found.rest, strict=False)
+    with _naming_the_key():
+        found = read_initial_weights(path)
+        _load_encoder(model.encoder, found)
+        if found.method == method:
+            own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+            _require_fit(found.rest, own, found.source)
+            model.load_state_dict(found.rest, strict=False)
 
 
 def initialise_classifier(encoder: Encoder, path: Path, classes: tuple[str, ...]) -> None:
@@ -88,20 +95,36 @@ def initialise_classifier(encoder: Encoder, path: Path, classes: tuple[str, ...]
     Raises:
         UsageError: no such weights, or weights that do not fit the encoder.
     """
-    found = read_initial_weights(path)
-    _load_encoder(encoder, found)
+    with _naming_the_key():
+        found = read_initial_weights(path)
+        _load_encoder(encoder, found)
     head = {name: value for name, value in found.encoder.items() if name.startswith(_HEAD)}
     if head and classes and found.classes == classes:
         encoder.load_state_dict(head, strict=False)
         _logger.info("the head of %d classes in %s was loaded too", len(classes), path)
 
 
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"encoder.init: {error}") from error
+
+
 def _load_encoder(encoder: Encoder, found: InitialWeights) -> None:
     weights = {name: value for name, value in found.encoder.items() if not name.startswith(_HEAD)}
-    fitted = encoder.fit_state_dict(weights)
-    own = {name: value for name, value in encoder.state_dict().items() if not name.startswith(_HEAD)}
+    try:
+        fitted = encoder.fit_state_dict(weights)
+    except MISFIT as error:
+        raise UsageError(f"{found.source} does not fit the model: {first_line(error)}") from error
+    own = {
+        name: value
+        for name, value in encoder.state_dict().items()
+        if value.is_floating_point() and not name.startswith(_HEAD)
+    }
     _require_fit(fitted, own, found.source)
-    nn.Module.load_state_dict(encoder, fitted, strict=False)
+    encoder.load_state_dict(fitted, strict=False)
 
 
 def _require_fit(found: dict[str, Tensor], expected: dict[str, Tensor], source: Path) -> None:

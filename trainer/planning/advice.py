@@ -1,4 +1,4 @@
-"""What to take, in lines that end in keys to type."""
+"""Recommended settings, in lines that end in the keys to type."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a run reads: how many images, how large they are, and the worker cores that bring them in time."""
+"""Data that a run reads: images per second, their size, and the worker cores that load them in time."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is planned for: GPUs, and the cluster they stand in."""
+"""GPUs and clusters that can be planned for."""
 
 import difflib
 import re

@@ -1,4 +1,4 @@
-"""Attention as a device computes it. The meta device would take the plain one, which keeps whole attention matrices."""
+"""Attention on the meta device as a GPU computes it: torch would take the math path, which keeps attention matrices."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

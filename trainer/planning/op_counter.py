@@ -1,4 +1,4 @@
-"""What a pass costs, operation by operation: bytes of tensors that are alive, and floating-point operations."""
+"""Counts live bytes and FLOPs of a pass, operation by operation."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Ways to run a recipe on a cluster: ZeRO stage, checkpointing and micro-batch, each with its memory and its time."""
+"""Candidate settings of a recipe on a cluster: ZeRO stage, checkpointing and micro-batch, each with memory and time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

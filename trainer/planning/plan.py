@@ -1,11 +1,11 @@
-"""A recipe on a cluster, worked out before anything is started."""
+"""Plans a recipe on a cluster before anything is started: memory, time, communication, data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.trainer.engine.engine import deepspeed_config
+from mixmae.trainer.engine.deepspeed_engine import deepspeed_config
 from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.planning.activation_memory import describe, measure, on_meta
 from mixmae.trainer.planning.checkpoint_cost import CheckpointCost, checkpoint_cost

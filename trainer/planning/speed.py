@@ -65,5 +65,5 @@ def entries(file: Path) -> list[dict[str, Any]]:
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
-        raise UsageError(f"{file} is not JSON ({error}); remove or mend it") from error
+        raise UsageError(f"{file} is not JSON ({error}); remove or fix it") from error
     return [entry for entry in (content if isinstance(content, list) else [content]) if isinstance(entry, dict)]

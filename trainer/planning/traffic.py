@@ -1,4 +1,4 @@
-"""What GPUs send each other in an optimizer step, and how long it takes."""
+"""Communication of an optimizer step: bytes that GPUs exchange, and how long it takes."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -10,9 +10,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.recipe.loading import explain
+from mixmae.trainer.recipe.words import explain, shown
 
-_Config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+_LARGEST_SIZE = 2**16
+"""Of anything that is counted in a model: beyond, making it takes all memory before anything can be said."""
+_Config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def check_settings(
@@ -29,9 +31,14 @@ def check_settings(
     """
     schema = _schema(constructor, reserved)
     try:
-        return schema.model_validate(settings).model_dump()
+        checked = schema.model_validate(settings).model_dump()
     except ValidationError as error:
-        raise UsageError("; ".join(explain(detail, schema, section) for detail in error.errors()[:3])) from error
+        raise UsageError(explain(error, schema, section)) from error
+    for key, value in checked.items():
+        sizes = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE for size in sizes):
+            raise UsageError(f"{section}.{key}={shown(value)}: expected sizes from 0 to {_LARGEST_SIZE}")
+    return checked
 
 
 def _schema(constructor: Callable[..., Any], reserved: Collection[str]) -> type[BaseModel]:

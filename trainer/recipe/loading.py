@@ -3,17 +3,17 @@
 An unknown key is an error that names the nearest known one.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.recipe.library import find_recipe
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.words import explain, shown
+from mixmae.trainer.recipe.yaml_files import InvalidYamlError, parse_yaml, read_yaml
 
 RENAMED = {
     "model.encoder": "encoder.name",
@@ -34,12 +34,9 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: no such recipe, not YAML, an unknown key or a value outside its range.
     """
     file = find_recipe(recipe)
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    content = {} if (found := read_yaml(file)) is None else found
     if not isinstance(content, dict):
-        raise UsageError(f"{file} holds {type(content).__name__}; expected sections such as 'model:' and 'train:'")
+        raise UsageError(f"{file} holds {shown(content)}; expected sections such as 'encoder:' and 'train:'")
     return _overridden(content, overrides, str(file))
 
 
@@ -76,6 +73,8 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
         here = current
         for section in sections:
             here = here.setdefault(section, {})
+            if not isinstance(here, dict):
+                raise UsageError(f"key {path!r} stands below {section!r}, which is {shown(here)}")
         if value is not None or not path.startswith("model.sizes."):
             here[key] = value
     return current
@@ -98,51 +97,26 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{source}: {'; '.join(explain(detail) for detail in error.errors()[:3])}") from error
+        raise UsageError(f"{source}: {explain(error, Recipe)}") from error
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise UsageError(f"override {override!r} is not of the form key.path=value, such as train.micro_batch=64")
+        raise UsageError(f"override {shown(override)} is not of the form key.path=value, such as train.micro_batch=64")
     *sections, key = path.split(".")
     here = content
     for section in sections:
         inner = here.get(section)
-        here[section] = inner = dict(inner) if isinstance(inner, dict) else {}
+        if inner is not None and not isinstance(inner, dict):
+            raise UsageError(
+                f"override {shown(override)}: {section} is {shown(inner)} in the recipe, which has no keys"
+            )
+        here[section] = inner = dict(inner or {})
         here = inner
     try:
-        here[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {override!r}: the value is not YAML; quote it, or close its brackets") from error
-
-
-def explain(detail: Any, schema: type[BaseModel] = Recipe, section: str = "") -> str:
-    """One of pydantic's findings as a sentence; an unknown key with the nearest one that the schema has.
-
-    Args:
-        section: of the recipe that the schema is for, where it is not for all of it.
-    """
-    path = ".".join([*([section] if section else []), *map(str, detail["loc"])])
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {path!r}{_nearest(path, schema, section)}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    given = detail["input"]
-    shown = f"={given!r}" if path and not isinstance(given, (dict, BaseModel)) else ""
-    expected = message if detail["type"] == "value_error" else f"expected {message}"
-    return f"{path}{shown}: {expected}" if path else expected
-
-
-def _nearest(path: str, schema: type[BaseModel], section: str) -> str:
-    prefix = f"{section}." if section else ""
-    known, wanted = list(_paths(schema)), path.removeprefix(prefix)
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == wanted.rsplit(".", 1)[-1]]
-    nearest = by_leaf or difflib.get_close_matches(wanted, known, n=1, cutoff=0.6)
-    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else f"; known: {', '.join(schema.model_fields)}"
-
-
-def _paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _paths(field.annotation, f"{prefix}{name}.")
+        here[key] = parse_yaml(text)
+    except InvalidYamlError as error:
+        raise UsageError(
+            f"override {shown(override)}: the value is not YAML ({error}); quote it, or close its brackets"
+        ) from error

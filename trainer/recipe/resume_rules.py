@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
+from mixmae.base.redaction import redact_all
 from mixmae.trainer.recipe.loading import leaves
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -61,7 +62,7 @@ def _belongs(path: str, free: str) -> bool:
 
 
 def _leaves(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    return leaves(recipe.model_dump(mode="json"))
+    return leaves(redact_all(recipe.model_dump(mode="json")))
 
 
 def _shown(value: Any) -> str:

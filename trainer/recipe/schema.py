@@ -12,14 +12,19 @@ from mixmae.trainer.recipe.units import Duration, Size, Span
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 _STREAMS = 512
 """The most that a recipe which does not say how many gets."""
+_SHOWN = 20
+"""World sizes that a message proposes."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0)]
+Batch = Annotated[int, Field(gt=0, le=2**24)]
+Seconds = Annotated[float, Field(gt=0, le=1e7)]
+"""Of patience: at most some months, which every library's timeouts can hold."""
 
 
 class Component(Section):
@@ -38,7 +43,7 @@ class EncoderSection(Component):
     """The encoder, with the sizes that shall differ from those of its name."""
 
     name: str = "mixmae_swin_base_w14"
-    img_size: int = Field(224, gt=0)
+    img_size: int = Field(224, gt=0, le=4096)
     init: Path | None = None
     """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
     weights."""
@@ -48,6 +53,15 @@ class MethodSection(Component):
     """How the encoder is pretrained."""
 
     name: str = "mixmae"
+
+
+class Probe(Section):
+    """How well frozen features of unmixed images tell classes apart, measured while the encoder is pretrained."""
+
+    shards: str
+    """A directory or URL. With labels: accuracy of k nearest neighbours and of a linear classifier, on a half of the
+    images after learning from the other. Without any: effective rank and mean cosine, which show collapse, alone."""
+    every: Duration = Span(10, "epoch")
 
 
 class Classification(Section):
@@ -86,6 +100,8 @@ class Evaluate(Section):
     shards: str | None = None
     """Held-out shards for the task's evaluation, a directory or URL; None evaluates nothing. The ranks themselves read
     the images, between two steps: some thousands of them will do."""
+    probe: Probe | None = None
+    """What is probed while an encoder is pretrained; some thousands of images will do here too."""
     crop_ratio: float | None = Field(None, gt=0, le=1)
     """Side of the centre crop over the image's shorter side; None: 0.875 (256 to 224 px) up to 224 px, 1 above."""
 
@@ -93,9 +109,9 @@ class Evaluate(Section):
 class Network(Section):
     """How shards behind a URL are read."""
 
-    timeout: float = Field(30.0, gt=0)
+    timeout: Seconds = 30.0
     """Seconds without an answer after which a read is given up and tried again."""
-    retries: int = Field(5, ge=0)
+    retries: int = Field(5, ge=0, le=100)
     """Further tries of a failed read, 0.5, 1, 2, ... seconds apart."""
     allow_shell: bool = False
     """Whether `pipe:COMMAND` may be a shard directory: its command runs in a shell on every node."""
@@ -112,8 +128,8 @@ class Cache(Section):
 class Data(Section):
     shards: str = "shards"
     """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens."""
-    num_workers: int = Field(4, ge=0)
-    prefetch_factor: int = Field(4, ge=1)
+    num_workers: int = Field(4, ge=0, le=1024)
+    prefetch_factor: int = Field(4, ge=1, le=1024)
     decoder: Literal["fast", "pillow"] = "fast"
     """`fast` decodes no more of a JPEG than the crop needs; `pillow` is the plain reference."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -121,8 +137,8 @@ class Data(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     streams: int | None = Field(None, gt=0)
-    """Canonical streams, dealt to the ranks in whole numbers; None: up to 512 that divide global_batch."""
-    shuffle_window: int = Field(64, gt=0)
+    """Canonical streams, a whole number for each rank; None: up to 512 that divide global_batch."""
+    shuffle_window: int = Field(64, gt=0, le=2**24)
     """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
     drop_last: bool = False
     """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
@@ -165,8 +181,8 @@ class ActivationCheckpointing(Section):
 
 class Train(Section):
     duration: Duration = Span(600, "epoch")
-    global_batch: int = Field(1024, gt=0)
-    micro_batch: int = Field(128, gt=0)
+    global_batch: Batch = 1024
+    micro_batch: Batch = 128
     precision: Literal["bf16", "fp32"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
@@ -234,7 +250,7 @@ class Checkpoint(Section):
     the start on. Else training stands until all is written, and no memory is taken."""
     max_failures: int = Field(3, ge=0)
     """Saves in a row that may fail (a full disk) before the run ends."""
-    stop_before_end: float = Field(300.0, ge=0)
+    stop_before_end: float = Field(300.0, ge=0, le=1e7)
     """Seconds before the end of a Slurm job's time at which the run saves and stops."""
 
 
@@ -267,7 +283,7 @@ class Monitoring(Section):
     keyfile: Path | None = None
     auth_file: Path | None = None
     """A file with one line, user:password; None lets everybody read."""
-    stall_seconds: float = Field(STALL_SECONDS, gt=0)
+    stall_seconds: Seconds = STALL_SECONDS
     """/healthz fails when a rank of the node finished no step for so long."""
     pushgateway: str | None = None
     """URL to which each node pushes its last numbers at the end; for runs that end between two scrapes."""
@@ -290,11 +306,11 @@ class Launch(Section):
     """Under Slurm: one task per rank, or one per node that starts its ranks by DeepSpeed's launcher."""
     port: int | None = Field(None, ge=1024, le=64_000)
     """The first of the few that ranks meet on, on rank 0's host; None: from 20000 to 31000, others for each start."""
-    join_seconds: float = Field(JOIN_SECONDS, gt=0)
+    join_seconds: Seconds = JOIN_SECONDS
     """A run whose ranks are not all there by then is ended."""
-    stuck_seconds: float = Field(STUCK_SECONDS, gt=0)
+    stuck_seconds: Seconds = STUCK_SECONDS
     """A run in which no rank moved for so long is ended, naming the late one; thrice that while starting or saving."""
-    grace_seconds: float = Field(120.0, gt=0)
+    grace_seconds: Seconds = 120.0
     """From the signal to stop to the end of all ranks: the time to save in; Slurm warns so long before the limit."""
 
 
@@ -334,8 +350,10 @@ class Recipe(Section):
         """
         at_once = self.train.micro_batch * world_size
         if self.train.global_batch % at_once:
-            fits = [m for m in range(1, self.train.micro_batch + 1) if self.train.global_batch % (m * world_size) == 0]
-            change = f"train.micro_batch={fits[-1]} would" if fits else f"train.global_batch={at_once} would"
+            largest = min(self.train.micro_batch, self.train.global_batch // world_size)
+            fits = (m for m in range(largest, 0, -1) if self.train.global_batch % (m * world_size) == 0)
+            fit = next(fits, None)
+            change = f"train.micro_batch={fit} would" if fit else f"train.global_batch={at_once} would"
             raise UsageError(
                 f"train.global_batch={self.train.global_batch} does not divide by train.micro_batch="
                 f"{self.train.micro_batch} on {world_size} ranks; {change}"
@@ -354,10 +372,10 @@ class Recipe(Section):
         """The streams that a rank serves.
 
         Raises:
-            UsageError: the streams cannot be dealt to so many ranks.
+            UsageError: the streams cannot be split evenly among so many ranks.
         """
         if self.streams % world_size:
-            allowed = [str(n) for n in range(1, self.streams + 1) if self.streams % n == 0]
+            allowed = [str(n) for n in range(1, self.streams + 1) if self.streams % n == 0][:_SHOWN]
             fits = next(n for n in range(world_size, 0, -1) if self.streams % n == 0)
             raise UsageError(
                 f"{world_size} ranks cannot share data.streams={self.streams} in whole numbers; use "

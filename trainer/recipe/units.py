@@ -2,10 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
+_LONGEST = 1e15
+"""More than any training has of anything, and exact in a float."""
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:e\+?\d+)?) (step|epoch|sample)s?")
 
 
@@ -34,7 +37,10 @@ def _parse_span(value: object) -> object:
     match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         raise ValueError("expected an amount and a unit, such as '40 epochs', '1000 steps' or '5e6 samples'")
-    return Span(float(match[1]), match[2])  # type: ignore[arg-type]
+    amount = float(match[1])
+    if amount > _LONGEST:
+        raise ValueError(f"expected {_LONGEST:.0e} at most")
+    return Span(amount, match[2])  # type: ignore[arg-type]
 
 
 Duration = Annotated[Span, BeforeValidator(_parse_span), PlainSerializer(str)]
@@ -51,10 +57,10 @@ def parse_size(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip().upper())
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]?)B?", value.strip().upper())
     if match is None:
         raise ValueError("expected a number of bytes, such as 500MB or 1GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=2**60)]

@@ -1,4 +1,4 @@
-"""All that a run's steps need, made once."""
+"""The context that all steps of a run share."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ class Run:
     Attributes:
         stop: what notes that this rank is asked to stop; None where nothing can.
         loss: mean over all ranks at the last logged step.
-        metrics: figures of the last evaluation.
+        metrics: the newest figure of each name that evaluations gave.
     """
 
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""The main job, from a recipe that was read to the end of its run."""
+"""A training run from its recipe to its end: check, join, build the engine, resume, fit, close."""
 
 import os
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
+from mixmae.base.software import versions
 from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.resume import Resumed, resume
 from mixmae.trainer.checkpoints.saver import Saver
@@ -16,26 +17,19 @@ from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.ema import Ema
-from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.loop import fit
-from mixmae.trainer.run.run_directory import (
-    begin_attempt,
-    check_run_dir,
-    refuse_attempt,
-    replaced_file,
-    restarted,
-    versions,
-    write_run_dir,
-)
+from mixmae.trainer.run.provenance import check_run_dir, replaced_file, write_run_dir
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.tasks.registry import stored_recipe, task_of
+from mixmae.trainer.telemetry.events import begin_attempt, refuse_attempt, restarted
 from mixmae.trainer.telemetry.exporter_process import check_monitoring
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
@@ -61,7 +55,7 @@ class Job:
     """Counted before ZeRO takes them apart."""
 
 
-def pretrain(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> int:
+def train(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> int:
     """Trains a recipe from its newest checkpoint, if there is one, to its end or until it is asked to stop.
 
     Returns:
@@ -158,7 +152,7 @@ def _build(
     tracker = Tracker.of(engine)
     if ranks.is_main:
         write_run_dir(recipe, index)
-        observer.begin(schedule.total_steps, job.parameters)
+        observer.begin(schedule.total_steps, job.parameters, state.step)
     main = ranks.is_main
     transform = job.task.transform(index)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)

@@ -1,7 +1,8 @@
-"""The training loop: one step as a list of verbs, and what happens between steps."""
+"""The training loop: train steps, and the logging, evaluation and checkpoints between them."""
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -9,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.data.faults import Reason, too_many
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
 from mixmae.trainer.data.stream import Batch
-from mixmae.trainer.engine.distributed import all_reduce_sum, peak_memory
-from mixmae.trainer.engine.guard import refuse_non_finite
+from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum, peak_memory
+from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.units import Span
 from mixmae.trainer.run import saving
@@ -63,20 +65,20 @@ def fit(run: Run) -> str | None:
                 report(run, window, meter)
             window.zero_()
         if recipe.log.pictures is not None and due(run, recipe.log.pictures):
-            show(run, batch)
+            log_pictures(run, batch)
             meter.restart()
-        if recipe.evaluate.shards is not None and due(run, recipe.evaluate.every):
-            evaluate(run)
+        if measures := due_evaluations(run):
+            evaluate(run, measures)
             meter.restart()
         if due(run, recipe.checkpoint.every):
             with observer.clock.phase("checkpoint"):
                 saving.save(run)
             meter.restart()
-        saving.tell(run)
+        saving.report_saves(run)
         observer.step(state, per_rank)
         signal = run.stop_signals.all_reduce(saving.stop_signal(run))
     observer.set_phase("ending")
-    return saving.conclude(run, signal)
+    return saving.finish(run, signal)
 
 
 def train_step(run: Run) -> tuple[Tensor, list[list[int]], Batch]:
@@ -139,10 +141,10 @@ def report(run: Run, window: Tensor, meter: Throughput) -> None:
         run.observer.logged(values, state, run.schedule.total_steps)
     meter.restart()
     if of_epoch > run.batches.allowed:
-        refuse_data(run, epoch)
+        abort_on_corrupt_data(run, epoch)
 
 
-def refuse_data(run: Run, epoch: int) -> None:
+def abort_on_corrupt_data(run: Run, epoch: int) -> None:
     """Ends the run on all ranks, naming the shards of which too much could not be used."""
     tally = run.batches.fault_log
     own = tally.of_epoch(epoch), tally.counts
@@ -154,7 +156,7 @@ def refuse_data(run: Run, epoch: int) -> None:
 
 
 def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
-    """Says which step was skipped; after too many in a row, ends the run naming step and samples."""
+    """Reports a skipped step; after too many in a row, ends the run naming step and samples."""
     state = run.state
     if run.ranks.is_main:
         run.observer.skipped()
@@ -185,19 +187,36 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     )
 
 
-def evaluate(run: Run) -> None:
-    """Asks the task for its figures, on all ranks, and reports them; of the averaged weights where there are some."""
+Measure = Callable[[Trainable, Ranks], dict[str, float]]
+
+
+def due_evaluations(run: Run) -> list[Measure]:
+    """What the task measures after this step."""
+    asked = run.recipe.evaluate
+    measures: list[Measure] = []
+    if asked.shards is not None and due(run, asked.every):
+        measures.append(run.task.evaluate)
+    if asked.probe is not None and due(run, asked.probe.every):
+        measures.append(run.task.probe)
+    return measures
+
+
+def evaluate(run: Run, measures: Sequence[Measure]) -> None:
+    """Evaluates the task on all ranks, with the averaged weights where there are some, and reports its metrics."""
+    figures: dict[str, float] = {}
     run.engine.eval()
     with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
-        run.metrics = run.task.evaluate(run.engine.module, run.ranks)
+        for measure in measures:
+            figures |= measure(run.engine.module, run.ranks)
     run.engine.train()
+    run.metrics = {**run.metrics, **figures}
     if run.ranks.is_main:
-        run.reporter.evaluation(run.state.step, run.state.samples, run.metrics)
-        run.observer.evaluation(run.metrics)
+        run.reporter.evaluation(run.state.step, run.state.samples, figures)
+        run.observer.evaluation(figures)
 
 
-def show(run: Run, batch: Batch) -> None:
-    """Draws what the model makes of a micro-batch; all ranks compute, the main one draws."""
+def log_pictures(run: Run, batch: Batch) -> None:
+    """Logs pictures of what the model makes of a micro-batch; all ranks compute, the main one draws."""
     images = run.to_device(batch.images)
     run.engine.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""When a run saves, what it says of it, and how it ends."""
+"""When the training loop saves a checkpoint, how it reports saves, and how it ends."""
 
 import math
 
@@ -26,14 +26,14 @@ def save(run: Run) -> None:
     run.saver.save(progress)
 
 
-def tell(run: Run) -> None:
-    """Says what became of a save, if one ended; for the main rank, which knows."""
+def report_saves(run: Run) -> None:
+    """Reports a save that has ended, if one has; only the main rank knows."""
     saved = run.saver.poll()
     if saved is not None and run.ranks.is_main:
-        _report(run, saved)
+        _report_save(run, saved)
 
 
-def _report(run: Run, saved: Saved) -> None:
+def _report_save(run: Run, saved: Saved) -> None:
     if saved.folder is None:
         run.observer.checkpoint_failed()
         run.reporter.event(
@@ -72,23 +72,23 @@ def stop_signal(run: Run) -> StopSignal:
     return StopSignal.CONTINUE if _asked_to_stop(run) is None else StopSignal.STOP
 
 
-def conclude(run: Run, agreed: StopSignal) -> str | None:
+def finish(run: Run, signal: StopSignal) -> str | None:
     """Ends a run on all ranks, everything saved; returns what asked it to stop, if anything did.
 
     Raises:
         SaveError: the run had to give up, or its last state could not be saved.
     """
-    if agreed is not StopSignal.ABORT and run.saver.begun != run.state.step:
+    if signal is not StopSignal.ABORT and run.saver.begun != run.state.step:
         save(run)
     run.saver.wait()
-    tell(run)
+    report_saves(run)
     failures, error, superseded = from_main((run.saver.failures, run.saver.error, run.saver.superseded))
     if superseded:
         raise SaveError(f"the run ends at step {run.state.step}: {error}")
     if error is not None:
         raise SaveError(
-            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make "
-            f"room or mend the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
+            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; free "
+            f"space or fix the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
         )
     if run.state.step == run.schedule.total_steps:
         return None

@@ -1,4 +1,4 @@
-"""What a run is besides its weights: one small record, the same on every rank."""
+"""Training counters saved with each checkpoint: the same on every rank."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

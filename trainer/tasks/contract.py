@@ -36,6 +36,11 @@ class Task(ABC):
     def __init__(self, recipe: Recipe) -> None:
         self._refuse_unused(recipe)
         self.recipe = self.resolve(recipe)
+        if recipe.evaluate.probe is not None and type(self).probe is Task.probe:
+            raise UsageError(
+                f"evaluate.probe={recipe.evaluate.probe.shards}: task={recipe.task} does not probe its encoder; remove "
+                "the key, or set evaluate.shards"
+            )
 
     def _refuse_unused(self, recipe: Recipe) -> None:
         for section in self.unused_sections:
@@ -118,6 +123,10 @@ class Task(ABC):
         become curves, events and gauges, and `checkpoint.best_metric` may name one. A run's numbers do not depend on
         whether it is evaluated: what is random here has generators of its own.
         """
+        return {}
+
+    def probe(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+        """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""
         return {}
 
     @abstractmethod

@@ -20,6 +20,7 @@ from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import layer_decay
 from mixmae.trainer.evaluation.classification import evaluate_classifier
+from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_classifier
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import Recipe
@@ -72,6 +73,7 @@ class Finetune(Task):
         targets_of(index, self.recipe.classification, "data.shards")
         if self.recipe.evaluate.shards is not None:
             held_out = self._held_out()
+            require_readable(held_out, "evaluate.shards")
             targets_of(held_out, self.recipe.classification, "evaluate.shards")
             held_out.store.close()
 

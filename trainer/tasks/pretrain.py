@@ -10,11 +10,13 @@ from mixmae.models.contract import Trainable
 from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.rng import Purpose, torch_at
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
-from mixmae.trainer.evaluation.held_out import held_out_batches
+from mixmae.trainer.evaluation.features import pooled
+from mixmae.trainer.evaluation.held_out import held_out_batches, require_readable
+from mixmae.trainer.evaluation.probe import check_probe_shards, probe_shards
 from mixmae.trainer.export.initial_weights import initialise_method
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import MethodSection, Recipe
@@ -48,16 +50,24 @@ class Pretrain(Task):
         torch.manual_seed(recipe.seed)
         try:
             encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise UsageError(f"encoder: {error}") from error
         try:
             return method_class(recipe.method.name)(encoder, **recipe.method.settings)
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise UsageError(f"method: {error}") from error
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
             initialise_method(_method(module), self.recipe.encoder.init, self.recipe.method.name)
+
+    def check_data(self, index: ShardIndex) -> None:
+        """Looks at the shards that are evaluated on: hours later it would be too late."""
+        evaluate = self.recipe.evaluate
+        if evaluate.shards is not None:
+            require_readable(self._open(evaluate.shards), "evaluate.shards")
+        if evaluate.probe is not None:
+            check_probe_shards(self._open(evaluate.probe.shards), "evaluate.probe")
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         return _method(module).draw(len(batch.images), generator)
@@ -70,10 +80,12 @@ class Pretrain(Task):
         recipe = self.recipe
         if recipe.evaluate.shards is None:
             return {}
-        index = open_index(recipe.evaluate.shards, recipe.data.network, recipe.data.cache)
+        index = self._open(recipe.evaluate.shards)
         to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
         total = torch.zeros(2, device=ranks.device)
-        batches = held_out_batches(index, recipe.encoder.img_size, recipe.train.micro_batch, ranks)
+        batches = held_out_batches(
+            index, recipe.encoder.img_size, recipe.train.micro_batch, ranks, threads=recipe.data.num_workers
+        )
         for number, (images, samples) in enumerate(batches):
             generator = torch_at(Purpose.EVALUATION, recipe.seed, ranks.rank, number)
             inputs = _method(module).draw(len(images), generator)
@@ -82,6 +94,27 @@ class Pretrain(Task):
         index.store.close()
         loss_sum, count = all_reduce_sum(total).tolist()
         return {"val_loss": loss_sum / count}
+
+    def probe(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+        """`probe_knn` and `probe_linear`, if the images are labelled, `probe_effective_rank`, `probe_mean_cosine`."""
+        recipe = self.recipe
+        if recipe.evaluate.probe is None:
+            return {}
+        index = self._open(recipe.evaluate.probe.shards)
+        figures = probe_shards(
+            pooled(_method(module).encoder),
+            index,
+            recipe.encoder.img_size,
+            ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+            ranks,
+            batch=recipe.train.micro_batch,
+            threads=recipe.data.num_workers,
+        )
+        index.store.close()
+        return {f"probe_{name}": value for name, value in figures.items()}
+
+    def _open(self, shards: str) -> ShardIndex:
+        return open_index(shards, self.recipe.data.network, self.recipe.data.cache)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
         return _method(module).draw(batch, torch.Generator().manual_seed(0))

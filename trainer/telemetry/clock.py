@@ -1,4 +1,4 @@
-"""Where a step's time goes, measured without waiting for the device."""
+"""Step timer: how long each phase of a step takes, measured without waiting for the device."""
 
 import time
 from collections import defaultdict, deque

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.run.run_directory import read_events, read_recipe
+from mixmae.base.run_directory import EVENTS
+from mixmae.trainer.telemetry.events import read_events
 
 TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+_LARGEST = 1e300
+"""More is no measurement, and breaks axes."""
 
 Curve = tuple[str, list[int], list[float]]
 """Label, steps and values."""
@@ -22,7 +26,8 @@ def draw(run_dir: Path, out: Path) -> None:
     Raises:
         UsageError: not a run directory, or one without logged steps; or matplotlib is not installed.
     """
-    read_recipe(run_dir)
+    if not (run_dir / EVENTS).is_file():
+        raise UsageError(f"{run_dir} is not a run directory: it has no {EVENTS}")
     steps = read_events(run_dir, "step")
     if not steps:
         raise UsageError(f"{run_dir} has no logged steps yet")
@@ -35,10 +40,10 @@ def draw(run_dir: Path, out: Path) -> None:
     for number, (label, at, values) in enumerate(curves, 1):
         axes = figure.add_subplot(len(curves), 1, number)
         axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "")
-        axes.set_ylabel(label)
+        axes.set_ylabel(label, parse_math=False)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
-    figure.suptitle(str(run_dir))
+    figure.suptitle(str(run_dir), parse_math=False)
     try:
         figure.savefig(out, dpi=110)
     except ValueError as error:
@@ -51,13 +56,14 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> Curve
 
 def _evaluation_curves(run_dir: Path) -> list[Curve]:
     """One for each metric that the task measured, in the order in which they came up."""
-    measured = [{"step": event["step"], **event.get("metrics", {})} for event in read_events(run_dir, "evaluation")]
+    events = [event for event in read_events(run_dir, "evaluation") if isinstance(event.get("metrics"), dict)]
+    measured = [{**event["metrics"], "step": event["step"]} for event in events]
     names = dict.fromkeys(name for record in measured for name in record if name != "step")
     return [_curve([record for record in measured if name in record], name, f"eval/{name}") for name in names]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
 
 
 def main(argv: Sequence[str]) -> int:

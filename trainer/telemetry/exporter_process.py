@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
-from mixmae.monitoring.exporter.server import UNUSABLE, ExporterError, check_files
+from mixmae.monitoring.exporter.server import PUSHGATEWAY, UNUSABLE, ExporterError, check_files
 from mixmae.trainer.recipe.schema import Recipe
 
 BETWEEN_STARTS = 60.0
@@ -22,8 +22,13 @@ _ENDING = 5.0
 class ExporterProcess:
     """The exporter's process, and a thread that waits for its end, so that the training thread never does."""
 
-    def __init__(self, recipe: Recipe, shared: Path, between_starts: float = BETWEEN_STARTS) -> None:
-        self._command, self._between_starts = _command(recipe, shared), between_starts
+    def __init__(
+        self, recipe: Recipe, shared: Path, between_starts: float = BETWEEN_STARTS, run: str | None = None
+    ) -> None:
+        """Starts the exporter; `run` is what all nodes call the run."""
+        self._command, self._between_starts = _command(recipe, shared, run), between_starts
+        gateway = recipe.monitoring.pushgateway
+        self._environment = {**os.environ, **({PUSHGATEWAY: gateway} if gateway is not None else {})}
         self._ended = threading.Event()
         self._starting = threading.Lock()
         self._start()
@@ -47,7 +52,7 @@ class ExporterProcess:
 
     def _start(self) -> None:
         self._started = time.monotonic()
-        self._process: subprocess.Popen[bytes] = subprocess.Popen(self._command)
+        self._process: subprocess.Popen[bytes] = subprocess.Popen(self._command, env=self._environment)
 
     def _keep(self) -> None:
         while self._process.wait() != UNUSABLE and not self._ended.wait(self._next_start - time.monotonic()):
@@ -69,7 +74,7 @@ def check_monitoring(recipe: Recipe) -> None:
         raise UsageError(str(error)) from error
 
 
-def _command(recipe: Recipe, shared: Path) -> Sequence[str]:
+def _command(recipe: Recipe, shared: Path, run: str | None) -> Sequence[str]:
     settings = recipe.monitoring
     options = {
         "shared": shared,
@@ -80,7 +85,7 @@ def _command(recipe: Recipe, shared: Path) -> Sequence[str]:
         "certfile": settings.certfile,
         "keyfile": settings.keyfile,
         "auth-file": settings.auth_file,
-        "pushgateway": settings.pushgateway,
+        "run": run,
         "parent": os.getpid(),
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]

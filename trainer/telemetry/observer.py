@@ -1,4 +1,4 @@
-"""A rank's metrics for its node's exporter, in shared memory, and its heartbeat for the launcher."""
+"""Records a rank's metrics for its node's exporter, in shared memory, and its heartbeat for the launcher."""
 
 import math
 import shutil
@@ -11,26 +11,27 @@ from pathlib import Path
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.phases import PHASES, STEP_PHASES
 from mixmae.base.run_directory import newest_checkpoint
-from mixmae.monitoring.exporter.discovery import remove_targets
+from mixmae.base.software import versions
+from mixmae.monitoring.exporter.discovery import remove_targets, run_label
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.monitoring.metrics import ENDS
 from mixmae.trainer.checkpoints.saver import Saved
 from mixmae.trainer.data.stream import Stream
-from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.distributed import Ranks, from_main
 from mixmae.trainer.recipe.resume_rules import recipe_id
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.run_directory import versions
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.flops import model_flops, peak_flops
 from mixmae.trainer.telemetry.clock import StepClock
 from mixmae.trainer.telemetry.comms import Communication
+from mixmae.trainer.telemetry.events import read_events
 from mixmae.trainer.telemetry.exporter_process import ExporterProcess
+from mixmae.trainer.telemetry.falling import FallingFigures
 
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
@@ -59,6 +60,7 @@ class Observer:
         )
         self._process = psutil.Process()
         self._communication = Communication()
+        self._falling = FallingFigures()
         self._flops = 0.0
         self._peak: float | None = None
         recorder.add("parts_total", 0)
@@ -67,10 +69,10 @@ class Observer:
             recorder.set("world_size", ranks.world_size)
         self.heartbeat.add_listener(self._tick)
 
-    def export(self) -> None:
-        """Starts the node's exporter; for the node's first rank."""
+    def export(self, run: str) -> None:
+        """Starts the node's exporter, which calls the run so; for the node's first rank."""
         assert self.shared is not None
-        self.exporter = ExporterProcess(self.recipe, self.shared)
+        self.exporter = ExporterProcess(self.recipe, self.shared, run=run)
 
     def set_phase(self, phase: str) -> None:
         """The rank comes to one of `PHASES`."""
@@ -89,8 +91,10 @@ class Observer:
             for reason in ENDS:
                 self.recorder.set("resumes_total", ends[reason], reason)
 
-    def begin(self, total_steps: int, parameters: int) -> None:
-        """Records what runs; for the main rank."""
+    def begin(self, total_steps: int, parameters: int, step: int = 0) -> None:
+        """Records what runs, from which step on; for the main rank."""
+        past = [event["metrics"] for event in read_events(self.recipe.run_dir, "evaluation") if event["step"] <= step]
+        self._falling = FallingFigures(past)
         self._flops = model_flops(self.recipe)
         self._peak = peak_flops(self.recipe, self.ranks.device)
         train, found = self.recipe.train, versions()
@@ -169,6 +173,8 @@ class Observer:
         """Records what the task measured; for the main rank."""
         for name, value in metrics.items():
             self.recorder.set("evaluation", value, name)
+        for name, count in self._falling.add(metrics).items():
+            self.recorder.set("evaluations_below_highest", count, name)
 
     def skipped(self) -> None:
         """Counts a skipped step; for the main rank."""
@@ -205,9 +211,8 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
         remove_targets(recipe.run_dir)
-    token = [uuid.uuid4().hex]
-    dist.broadcast_object_list(token, src=0)
-    shared = _shared_memory() / f"mixmae-{token[0]}"
+    token, run = from_main((uuid.uuid4().hex, run_label(recipe.run_dir)))  # hosts may mount it under other paths
+    shared = _shared_memory() / f"mixmae-{token}"
     try:
         recorder = Recorder(shared, ranks.rank)
     except OSError as error:
@@ -216,7 +221,7 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         ), f"no metrics are exported: {shared}: {error.strerror}"
     observer = Observer(recorder, recipe, ranks, shared, heartbeat)
     if ranks.local_rank == 0:
-        observer.export()
+        observer.export(run)
     return observer, None
 
 

@@ -1,4 +1,4 @@
-"""The run's record on the main rank: events, TensorBoard, Weights & Biases, and a line per logged step."""
+"""Logs the run on its main rank: events, TensorBoard, Weights & Biases, and a line per logged step."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mixmae.base.run_directory import EVENTS, PICTURES, TENSORBOARD
-from mixmae.trainer.run.run_directory import Events
+from mixmae.trainer.telemetry.events import Events
 from mixmae.trainer.telemetry.progress import Progress, plain_number
 from mixmae.trainer.telemetry.wandb_tracker import Tracker
 

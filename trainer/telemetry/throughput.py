@@ -1,4 +1,4 @@
-"""Images per second since the last report."""
+"""Throughput: images per second since the last report."""
 
 import time
 from collections.abc import Callable

@@ -16,7 +16,7 @@ import pytest
 from mixmae.base.exit_codes import FAILED, PREEMPTED
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Site
-from mixmae.launch.backends.slurm import SlurmRequest, slurm_script
+from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
 from mixmae.launch.supervision.restarts import read_restarts
 from mixmae.trainer.recipe.schema import Launch
 from tests.cluster.cluster import Cluster

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Container, Site, find_site, read_site
-from mixmae.launch.backends.slurm import SlurmRequest, slurm_script
 from mixmae.launch.backends.slurm_array import load_array, parse_array
+from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
 from mixmae.launch.supervision.outcome import ENDED
 from mixmae.trainer.recipe.schema import Launch
 from tests.helpers import ROOT
@@ -170,7 +170,8 @@ def test_tasks_that_would_share_a_run_directory_are_refused() -> None:
         ("sbatch: [constraint=a100]", "expected an option of sbatch"),
         ("environment: {A-B: 1}", "expected a variable's name"),
         ('setup: ["a\\nb"]', "expected one line"),
-        ("modules: [", "is not YAML"),
+        ("modules: [", "is not valid YAML"),
+        ("modules: []\nmodules: []", "line 2"),
     ],
 )
 def test_bad_site_files_are_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mixmae.launch.backends.slurm import SlurmRequest
+from mixmae.launch.backends.slurm_script import SlurmRequest
 from mixmae.launch.commands.doctor import _accelerators
 from mixmae.launch.preflight.doctor_job import find_error_line, findings_in, job_findings
 from mixmae.launch.preflight.login_checks import check_slurm, sort_nodes

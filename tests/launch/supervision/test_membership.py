@@ -197,3 +197,9 @@ def test_the_final_message_ends_with_the_reason() -> None:
         "mixmae: error: rank 3 on node2 ended with exit code 1",
     ]
     assert Outcome(FINISHED, "finished").final_message() == ""
+
+
+def test_an_error_in_words_is_the_whole_final_message() -> None:
+    lines = ["a warning", "mixmae: error: rank 3: unknown key 'encoder.depht'", "[ERROR] a launcher's"]
+    outcome = Outcome.of_exit(3, "node2", Exit(USAGE_ERROR, lines=lines))
+    assert outcome.final_message() == "mixmae: error: unknown key 'encoder.depht' (rank 3 on node2)"

@@ -14,11 +14,11 @@ import pytest
 
 from mixmae.launch.supervision.child import Child, ended_within
 from mixmae.launch.supervision.outcome import Exit
-from mixmae.launch.supervision.output import KEPT_LINES
+from mixmae.launch.supervision.output import KEPT_LINES, Console
 
 GUARDED = """
 import os, signal, subprocess, sys
-from mixmae.launch.supervision.guard import Guard
+from mixmae.launch.supervision.orphans import Guard
 guard = Guard()
 many = ["sh", "-c", "sleep 1000 & sleep 1000 & wait"]
 group = subprocess.Popen(many, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
@@ -78,6 +78,16 @@ def test_all_output_is_logged_and_the_last_lines_are_kept(tmp_path: Path) -> Non
     lines = [f"out {n}" for n in range(5000)]
     assert (tmp_path / "log").read_bytes() == "\n".join([*lines, "10 %\r20 %\r30 %"]).encode()
     assert ended.lines == [*lines[-KEPT_LINES + 1 :], "30 %"]
+
+
+def test_the_console_leaves_errors_to_the_final_message(capfd: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    noise = (
+        "[2026-11-28 10:31:04,501] [WARNING] [real_accelerator.py:213:get_accelerator] Setting accelerator to CPU.\n"
+    )
+    console.show(f"{noise}step 1/6\nmixmae: error: unknown key\n 50%\r100%\rstep".encode())
+    console.close(60)
+    assert capfd.readouterr().out == "step 1/6\n 50%\r100%\rstep"
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_process(tmp_path: Path) -> None:

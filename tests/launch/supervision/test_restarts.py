@@ -7,7 +7,7 @@ import pytest
 
 from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
 from mixmae.base.run_directory import CHECKPOINTS, OUTCOME, RESTARTS, attempt_folder, checkpoint_name
-from mixmae.launch.backends import slurm_batch
+from mixmae.launch.backends import slurm_job_steps
 from mixmae.launch.supervision.outcome import USER, Outcome, write_outcome
 from mixmae.launch.supervision.restarts import decide, read_restarts, record_restart
 from mixmae.trainer.checkpoints.layout import point_to
@@ -94,15 +94,15 @@ def test_a_job_that_starts_again_records_how_it_ended_before(tmp_path: Path) -> 
         write_outcome(folder, outcome)
     attempt_folder(tmp_path, "20260109T000000Z-job17-1").mkdir()
     begin = ["begin", "--run-dir", str(tmp_path), "--attempt", "x", "--launch", "job7", "--restarts"]
-    assert slurm_batch.main([*begin, "0"]) == 0
+    assert slurm_job_steps.main([*begin, "0"]) == 0
     assert read_restarts(tmp_path) == []
-    assert slurm_batch.main([*begin, "2"]) == 0
+    assert slurm_job_steps.main([*begin, "2"]) == 0
     (record,) = read_restarts(tmp_path)
     assert (record["attempt"], record["message"]) == ("20260101T000000Z-job7-1", CRASH.reason)
-    assert slurm_batch.main([*begin, "5"]) == 0
+    assert slurm_job_steps.main([*begin, "5"]) == 0
     assert read_restarts(tmp_path)[1]["reason"] == "lost"
     (attempt_folder(tmp_path, "20260101T000000Z-job7-1") / OUTCOME).write_text("")  # all that a power cut left of it
-    assert slurm_batch.main([*begin, "2"]) == 0
+    assert slurm_job_steps.main([*begin, "2"]) == 0
     assert read_restarts(tmp_path)[2]["reason"] == "lost"
 
 
@@ -131,7 +131,7 @@ def test_a_batch_script_is_told_what_to_do(
     if outcome is not None:
         write_outcome(folder, outcome)
     end = ["end", "--run-dir", str(tmp_path), "--attempt", "x", "--launch", "job7", "--max-restarts", "3"]
-    assert slurm_batch.main([*end, "--job-state", state]) == code
+    assert slurm_job_steps.main([*end, "--job-state", state]) == code
     told = capsys.readouterr()
     assert told.out == printed
     assert (told.err.splitlines() or [""])[-1].startswith(last)
@@ -141,7 +141,7 @@ def test_nobody_to_stop_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MIXMAE_TOKEN", "secret")
     stop = ["stop", "--run-dir", str(tmp_path), "--attempt", "x", "--port", "20000", "--signal", "SIGUSR1"]
-    assert slurm_batch.main(stop) == 1
+    assert slurm_job_steps.main(stop) == 1
 
 
 def test_records_are_json_lines(tmp_path: Path) -> None:

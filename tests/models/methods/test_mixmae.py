@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mixmae.models import MixMAE, create_encoder
 from mixmae.models.methods.mixing import Mix, draw_mix
-from mixmae.models.methods.reconstruction import normalize_patches, patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import normalize_patches, patchify, unpatchify
 
 BATCH, SIDE = 6, 128
 

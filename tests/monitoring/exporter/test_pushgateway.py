@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -25,7 +26,6 @@ from tests.warm import WarmProcess, run_module
 
 pytestmark = pytest.mark.services
 TRAIN = "mixmae.trainer.train"
-GROUP = {"job": ENDED_JOB, "run": "run", "node": socket.gethostname()}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +76,21 @@ def recipe(gateway: str, shards: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
+def group(recipe: Path) -> dict[str, str]:
+    """By which the gateway knows the run."""
+    return {"job": ENDED_JOB, "run": str(recipe.parent / "run"), "node": socket.gethostname()}
+
+
+@pytest.fixture(scope="module")
 def ended(recipe: Path) -> None:
     """A run of seconds, which no Prometheus would have seen."""
     assert run_module(TRAIN, str(recipe)).returncode == 0
 
 
-def test_the_last_numbers_of_a_run_arrive(gateway: str, ended: None) -> None:
-    assert groups(gateway) == [GROUP]
+def test_the_last_numbers_of_a_run_arrive(gateway: str, group: dict[str, str], ended: None) -> None:
+    assert groups(gateway) == [group]
     found = pushed(gateway)
-    assert all(GROUP.items() <= sample.items() for samples in found.values() for sample in samples)
+    assert all(group.items() <= sample.items() for samples in found.values() for sample in samples)
     assert [(one["rank"], one["value"]) for one in found["mixmae_step"]] == [("0", 8.0)]
     assert found["mixmae_images_total"][0]["value"] == 64
     assert found["mixmae_step_seconds_count"][0]["value"] == 7
@@ -99,7 +105,9 @@ def evaluations(monitor: Monitor) -> list[float]:
     return [datetime.fromisoformat(group["lastEvaluation"]).timestamp() for group in groups]
 
 
-def test_prometheus_keeps_their_labels_and_alarms_nobody(gateway: str, ended: None, tmp_path: Path) -> None:
+def test_prometheus_keeps_their_labels_and_alarms_nobody(
+    gateway: str, group: dict[str, str], ended: None, tmp_path: Path
+) -> None:
     needs("prometheus", package="prometheus")
     shipped = (ROOT / "monitoring" / "prometheus.yml").read_text()
     commented = (
@@ -119,7 +127,7 @@ def test_prometheus_keeps_their_labels_and_alarms_nobody(gateway: str, ended: No
         find_programs(), [tmp_path / "none"], tmp_path / "data", free_port(), free_port(), "1s"
     ) as monitor:
         (step,) = eventually(lambda: query(monitor, "mixmae_step"))
-        assert {**GROUP, "rank": "0"}.items() <= step["metric"].items()
+        assert {**group, "rank": "0"}.items() <= step["metric"].items()
         assert step["value"][1] == "8"
         seen = time.time()
         eventually(lambda: all(last > seen for last in evaluations(monitor)))
@@ -128,17 +136,17 @@ def test_prometheus_keeps_their_labels_and_alarms_nobody(gateway: str, ended: No
 
 
 def test_a_second_start_takes_them_back_and_its_end_brings_the_new(
-    gateway: str, recipe: Path, ended: None, tmp_path: Path
+    gateway: str, recipe: Path, group: dict[str, str], ended: None
 ) -> None:
-    """Of a run of the same name: the gateway knows it by that."""
+    """Of a run in the same directory: the gateway knows it by that."""
     before = pushed(gateway)
-    run_dir = tmp_path / "run"
-    again = [str(recipe), f"run_dir={run_dir}"]
+    run_dir, again = recipe.parent / "run", [str(recipe)]
+    shutil.rmtree(run_dir)
     with WarmProcess(TRAIN, *again, "train.duration=100000 steps", env=os.environ):
         eventually(lambda: groups(gateway) == [] and (run_dir / "events.jsonl").exists())
     assert run_module(TRAIN, *again, "train.duration=4 steps").returncode == 0
     after = pushed(gateway)
-    assert groups(gateway) == [GROUP]
+    assert groups(gateway) == [group]
     assert {name: len(samples) for name, samples in after.items()} == {name: len(s) for name, s in before.items()}
     assert [one["value"] for one in after["mixmae_step"]] == [4.0]
     assert [one["value"] for one in after["mixmae_resumes_total"] if one["reason"] == "killed"] == [1]

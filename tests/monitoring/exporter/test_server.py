@@ -1,8 +1,11 @@
 import base64
+import errno
 import json
 import os
+import re
 import signal
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mixmae.base.run_directory import targets_folder
+from mixmae.monitoring.exporter import http_server
 from mixmae.monitoring.exporter.discovery import remove_targets, write_target
 from mixmae.monitoring.exporter.recorder import Recorder, read_ranks
 from mixmae.monitoring.exporter.server import Exporter, ExporterError, Settings
@@ -146,7 +150,7 @@ def test_other_paths_say_which_there_are(tmp_path: Path) -> None:
 def test_a_client_that_is_left_is_no_news(
     words: bytes, secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mixmae.monitoring.exporter.server._QuietHandler.timeout", 0.1)
+    monkeypatch.setattr("mixmae.monitoring.exporter.http_server._QuietHandler.timeout", 0.1)
     certificate = dict(zip(("certfile", "keyfile"), certify(tmp_path), strict=True)) if secure else {}
     with exporter(tmp_path, **certificate) as running:
         host, port = running.target.split(":")
@@ -155,6 +159,66 @@ def test_a_client_that_is_left_is_no_news(
             while client.recv(1000):
                 pass  # until it is left
     assert capfd.readouterr() == ("", "")
+
+
+def recv_all(client: socket.socket) -> bytes:
+    received = b""
+    with suppress(ConnectionError):
+        while part := client.recv(1000):
+            received += part
+    return received
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_clients_that_trickle_are_left_and_keep_nobody_out(
+    secure: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than connections, each of which says a byte now and then."""
+    monkeypatch.setattr(http_server, "MAX_CONNECTIONS", 8)
+    certificate = dict(zip(("certfile", "keyfile"), certify(tmp_path), strict=True)) if secure else {}
+    context = ssl.create_default_context(cafile=str(certificate["certfile"])) if secure else None
+    with exporter(tmp_path, **certificate) as running, ExitStack() as stack:
+        host, port = running.target.split(":")
+        slow = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(20)]
+        for _ in range(3):
+            for client in slow:
+                with suppress(OSError):
+                    client.send(b"G")
+            assert fetch(running.url, context=context)[0] == 200
+        assert recv_all(slow[0]) == b""  # the oldest are left first
+        monkeypatch.setattr(http_server.HttpServer, "deadline", 0.0)
+        assert recv_all(slow[-1]) == b""
+
+
+def test_an_exporter_without_descriptors_answers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[int] = []
+
+    def accept(self: Any) -> Any:
+        if len(refused) < 2:
+            refused.append(1)
+            raise OSError(errno.EMFILE, "too many open files")
+        return original(self)
+
+    original = socketserver.TCPServer.get_request
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", accept)
+    with exporter(tmp_path) as running:
+        assert fetch(running.url)[0] == 200
+    assert len(refused) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "target"),
+    [("::1", r"\[::1\]:\d+"), ("::", rf"{socket.gethostname()}:\d+"), ("localhost", r"localhost:\d+")],
+)
+def test_it_listens_where_it_is_told(address: str, target: str, tmp_path: Path) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with exporter(tmp_path, address=address) as running:
+        assert re.fullmatch(target, running.target)
+        port = running.target.rpartition(":")[2]
+        for host in ("[::1]", "127.0.0.1") if address == "::" else (f"[{address}]" if ":" in address else address,):
+            assert fetch(f"http://{host}:{port}/metrics")[0] == 200
+        assert running.settings.address == address
 
 
 def start_process(tmp_path: Path, *more: str, output: int | None = None) -> subprocess.Popen[bytes]:
@@ -178,7 +242,7 @@ def wait_for_target(run_dir: Path) -> dict[str, Any]:
 def test_a_clean_end_takes_the_target_away(tmp_path: Path) -> None:
     process = start_process(tmp_path)
     target = wait_for_target(tmp_path / "run")
-    assert target["labels"] == {"run": "run", "node": socket.gethostname()}
+    assert target["labels"] == {"run": str(tmp_path / "run"), "node": socket.gethostname()}
     assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200
     process.terminate()
     assert process.wait(200) == 0
@@ -197,10 +261,11 @@ def full_pipe() -> tuple[int, int]:
     return reader, writer
 
 
-def test_words_that_nobody_reads_hold_nothing_up(tmp_path: Path) -> None:
+def test_words_that_nobody_reads_hold_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exporter's output is its rank's, mostly a pipe to a launcher; it has news at its start and at its end."""
     reader, writer = full_pipe()
-    process = start_process(tmp_path, "--pushgateway", "http://127.0.0.1:1", output=writer)
+    monkeypatch.setenv("MIXMAE_PUSHGATEWAY", "http://me:word@127.0.0.1:1")
+    process = start_process(tmp_path, output=writer)
     os.close(writer)
     target = wait_for_target(tmp_path / "run")
     assert fetch(f"http://{target['targets'][0]}/metrics")[0] == 200

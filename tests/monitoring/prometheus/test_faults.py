@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ import yaml
 from mixmae.monitoring.boards import BOARDS
 from mixmae.monitoring.boards.panels import Board, Look
 from mixmae.monitoring.prometheus.configuration import HERE
-from tests.helpers import tiny_recipe
+from tests.helpers import coloured_shards, tiny_recipe
 from tests.monitoring.boards.test_dashboards import NOW, QUERIES, fill
 from tests.monitoring.browser import visit
 from tests.monitoring.exporter.test_server import fetch
@@ -73,7 +74,8 @@ def run(disk: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         "monitoring.peak_flops": 1e12,
     }
     own = {"data.shards": str(copy), "run_dir": str(run_dir), "optim.base_lr": 1e-6}
-    recipe = tiny_recipe(**{**endless, **saving, **telling, **own})
+    probe = {"shards": str(coloured_shards(folder / "coloured")), "every": "20 steps"}
+    recipe = tiny_recipe(**{**endless, **saving, **telling, **own, "evaluate.probe": probe})
     with faulty_run(recipe, control) as ranks:
 
         def alive() -> bool:
@@ -125,6 +127,10 @@ def test_losses_that_are_not_finite(run: Run) -> None:
 
 def test_a_loss_that_rises(run: Run) -> None:
     switch(run, "steep", "MixmaeLossRising", "MixmaeGradientNormJump")
+
+
+def test_features_that_collapse(run: Run) -> None:
+    switch(run, "collapse", "MixmaeProbeFalling")
 
 
 def test_a_rank_that_gets_no_data_is_named(run: Run) -> None:
@@ -185,7 +191,7 @@ def test_every_expression_of_every_dashboard_returns_data(run: Run) -> None:
     for board, panel, query in QUERIES:
         if panel.look is Look.ALERTS:  # of alerts, and none fires
             continue
-        expr = fill(query.expr, "run")
+        expr = fill(query.expr, str(run.run_dir))
         found = run.watching.query(expr)
         if panel.look not in NOW:
             found = run.watching.query(expr, start=now - 60, end=now, step=5)
@@ -196,12 +202,13 @@ def test_every_recording_rule_returns_data(run: Run) -> None:
     groups = yaml.safe_load((HERE / "rules.yml").read_text())["groups"]
     for name in [rule["record"] for group in groups for rule in group["rules"]]:
         expected = not name.endswith(":stopped")  # of ranks that are
-        assert bool(run.watching.query(f'{{__name__="{name}", run="run"}}')) == expected, name
+        assert bool(run.watching.query(f'{{__name__="{name}", run="{run.run_dir}"}}')) == expected, name
 
 
 @pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.name)
 def test_the_console_page_of_a_real_run_has_no_errors(run: Run, board: Board, tmp_path: Path) -> None:
-    seen = visit(f"{run.watching.monitor.url}/consoles/mixmae.html?board={board.name}&run=run&range=15m", tmp_path)
+    page = f"{run.watching.monitor.url}/consoles/mixmae.html"
+    seen = visit(f"{page}?board={board.name}&run={quote(str(run.run_dir), safe='')}&range=15m", tmp_path)
     assert seen.console == []
     assert "mixmae_swin_nano, " in seen.dom
     assert "2 ranks" in seen.dom

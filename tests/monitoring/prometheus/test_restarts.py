@@ -14,7 +14,7 @@ import pytest
 
 from mixmae.base.run_directory import EVENTS
 from mixmae.monitoring.metrics import METRICS, Kind
-from mixmae.trainer.run.run_directory import past_ends, read_events
+from mixmae.trainer.telemetry.events import past_ends, read_events
 from tests.helpers import tiny_recipe
 from tests.monitoring.watching import Watching, watching
 

@@ -1,20 +1,25 @@
 import json
 import math
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from rich.console import Console
 
-from mixmae.monitoring.exporter.access import Access
+from mixmae.launch.commands.watch import show
+from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
 from mixmae.monitoring.watch.history import Log, State, Tail
@@ -509,6 +514,122 @@ def test_tls_and_passwords_of_the_recipe(tmp_path: Path, auth: str, problem: str
     assert stranger.problem is not None
 
 
+@contextmanager
+def recording_exporter(redirect: str | None = None) -> Iterator[tuple[str, list[str | None]]]:
+    """An exporter's address, and the Authorization headers that it got."""
+    got: list[str | None] = []
+
+    class Recording(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            got.append(self.headers["Authorization"])
+            self.send_response(200 if redirect is None else 302)
+            if redirect is not None:
+                self.send_header("Location", redirect)
+            self.end_headers()
+            self.wfile.write(b'mixmae_step{rank="0"} 3\n')
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Recording)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}", got
+    server.shutdown()
+    server.server_close()
+
+
+def test_nothing_of_the_readers_goes_where_a_run_directory_says(tmp_path: Path) -> None:
+    """Neither the file that its recipe names, nor the reader's own password, however the address is told."""
+    (tmp_path / "private").write_text("me:word")
+    cert, _ = certify(tmp_path, ELSEWHERE)
+    settings = {"auth_file": str(tmp_path / "private")}
+    for number, monitoring in enumerate([settings, settings | {"certfile": str(cert)}, [], "x"]):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        (run_dir / "recipe.yaml").write_text(json.dumps({"encoder": {}, "train": {}, "monitoring": monitoring}))
+        for access in (PLAIN, Access(cert, tmp_path / "private"), Access(None, tmp_path / "private")):
+            with recording_exporter() as (address, got):
+                write_target(run_dir, socket.gethostname(), address)
+                run = WatchedRun(run_dir, 60.0, access=access)
+                run.settle()
+                assert run.view(NOW).step == 3
+            assert got == [None]
+
+
+def test_a_password_does_not_follow_a_redirection(tmp_path: Path) -> None:
+    (tmp_path / "auth").write_text("me:word")
+    with (
+        recording_exporter() as (elsewhere, got),
+        recording_exporter(f"http://{elsewhere}/metrics") as (address, first),
+    ):
+        endpoint = Endpoint(f"http://{address}/metrics", "a", Access(auth_file=tmp_path / "auth"))
+        endpoint.ask(NOW)
+    assert (first, got, endpoint.problem) == (["Basic bWU6d29yZA=="], [], "HTTP 302 Found")
+
+
+def test_exporters_with_tls_need_the_readers_certificate(tmp_path: Path) -> None:
+    write_events(tmp_path, event("start", 0, NOW))
+    write_target(tmp_path, socket.gethostname(), "127.0.0.1:1", "https")
+    run = WatchedRun(tmp_path, 60.0)
+    run.settle()
+    (note,) = run.view(NOW).notes
+    assert "it speaks TLS: give its certificate with --certfile" in note
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = ("step", "loss", "lr", "grad_norm", "epoch", "images_per_second", "skipped_steps", "replaced_samples",
+          "retried_reads", "peak_memory_bytes", "total_steps", "world_size", "message", "time", "event")  # fmt: skip
+
+
+@given(
+    events=st.lists(
+        st.builds(
+            lambda kind, fields: {"event": kind, "time": NOW} | fields,
+            st.sampled_from(["start", "resumed", "step", "checkpoint", "skipped", "failed", "other"]),
+            st.dictionaries(st.sampled_from(FIELDS), anything, max_size=6),
+        ),
+        max_size=6,
+    ),
+    recipe=st.dictionaries(
+        st.sampled_from(["encoder", "train"]), st.dictionaries(st.just("name"), anything), max_size=2
+    ),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_run_directory_holds_is_shown(events: list[dict[str, Any]], recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"encoder": {}, "train": {}} | recipe))
+    with StringIO() as shown:
+        show(WatchedRun(tmp_path, 60.0).view(NOW), Console(file=shown, width=80))
+        assert "\x1b" not in shown.getvalue()
+
+
+NAMES = ["mixmae_step", "mixmae_rank_part", "mixmae_target_steps", "mixmae_loss", "mixmae_run_info",
+         "mixmae_images_total", "mixmae_heartbeat_timestamp_seconds", "mixmae_step_seconds_sum",
+         "mixmae_replaced_samples_total"]  # fmt: skip
+
+
+@given(st.lists(st.builds("{}{} {}".format, st.sampled_from(NAMES), st.sampled_from(
+    ["", '{rank="0"}', '{rank="x"}', '{rank="0",part="forward"}', '{rank="0",part="x"}', '{world_size="x"}', "{", "}"]),
+    st.sampled_from(["1", "NaN", "+Inf", "-Inf", "-1", "1e308", "x", ""])), max_size=8))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_whatever_an_exporter_answers_is_shown_or_named(lines: list[str]) -> None:
+    try:
+        scrape = parse_scrape("\n".join(lines), NOW)
+    except ValueError:
+        return
+    endpoint = Endpoint("http://a:1", "a", PLAIN)
+    endpoint.scrapes = (scrape,)
+    log = Log()
+    for one in events_of(scrape):
+        log.take(one)
+    with StringIO() as shown:
+        show(View("a", "", log, NOW, endpoint.ranks(NOW)), Console(file=shown, width=80))
+
+
 def test_a_run_written_while_it_is_watched(tmp_path: Path) -> None:
     """A thread writes lines in two halves; no look sees half a line, and in the end all are there."""
     write_events(tmp_path, event("start", 0, NOW, total_steps=300))
@@ -542,5 +663,5 @@ def test_directories_that_are_no_runs(tmp_path: Path) -> None:
     targets = tmp_path / "monitoring" / "targets"
     targets.mkdir(parents=True)
     (targets / "a.json").write_text("{")
-    with pytest.raises(WatchError, match=r"a\.json is no Prometheus target file"):
-        WatchedRun(tmp_path, 1.0)
+    (note, _) = WatchedRun(tmp_path, 1.0).view(NOW).notes
+    assert note.startswith(f"{targets / 'a.json'} is no Prometheus target file")

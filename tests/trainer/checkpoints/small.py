@@ -12,8 +12,8 @@ from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.manifest import Progress
 from mixmae.trainer.checkpoints.resume import resume
 from mixmae.trainer.checkpoints.saver import Saver
+from mixmae.trainer.engine.deepspeed_engine import deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import deepspeed_config
 from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.schema import Recipe

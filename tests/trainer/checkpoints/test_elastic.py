@@ -16,7 +16,7 @@ from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
-from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.telemetry.events import read_events
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.helpers import run_ranks, tiny_recipe
 

@@ -25,8 +25,8 @@ from mixmae.trainer.run import saving
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit, train_step
-from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.run.saving import SaveError
+from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 
 pytestmark = pytest.mark.distributed

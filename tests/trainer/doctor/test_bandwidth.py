@@ -2,7 +2,7 @@ import pytest
 
 from mixmae.trainer.doctor.facts import Pair, Reduction
 from mixmae.trainer.doctor.follower import measure_pairs
-from mixmae.trainer.doctor.gather.bandwidth import WrongSumError, measure_reductions
+from mixmae.trainer.doctor.probes.bandwidth import WrongSumError, measure_reductions
 from mixmae.trainer.engine.distributed import Ranks
 from tests.helpers import run_ranks
 

@@ -13,8 +13,8 @@ from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.doctor.checks.storage import checkpoint_bytes
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import HostFacts
-from mixmae.trainer.doctor.gather.recipe import probe_recipe
 from mixmae.trainer.doctor.message_store import MessageStore
+from mixmae.trainer.doctor.probes.recipe import probe_recipe
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import load_recipe

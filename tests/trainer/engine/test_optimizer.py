@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.engine.guard import Guarded
 from mixmae.trainer.engine.lars import LARS
+from mixmae.trainer.engine.non_finite import Guarded
 from mixmae.trainer.engine.optimizer import build_optimizer, lars
 from tests.helpers import tiny_recipe
 from tests.trainer.checkpoints.small import Small

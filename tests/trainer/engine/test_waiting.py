@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mixmae.models.methods.mixing import draw_mix
+from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, deepspeed_config
-from mixmae.trainer.engine.guard import refuse_non_finite
+from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe

@@ -20,8 +20,8 @@ from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import DivergedError, fit
-from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.tasks.registry import build_model
+from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 
 pytestmark = pytest.mark.distributed

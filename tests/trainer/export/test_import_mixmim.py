@@ -1,6 +1,9 @@
+import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.models.encoders.registry import create_encoder
-from mixmae.trainer.export.import_mixmim import main
+from mixmae.trainer.export.import_mixmim import convert, main, read_release
 from tests.helpers import ROOT
 
 REFERENCE = ROOT / "tests" / "data" / "mixmim_tiny.safetensors"
@@ -124,10 +127,43 @@ def test_nothing_is_unpickled_but_tensors(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (str(tmp_path / "owned"),)
 
-    torch.save({"model": {}, "args": Payload()}, tmp_path / "release.pth")
-    with pytest.raises(UsageError, match="weights_only"):
-        main([str(tmp_path / "release.pth"), str(tmp_path / "out")])
-    assert not (tmp_path / "owned").exists()
+    for content in ({"model": {}, "args": Payload()}, {"model": Payload()}, Payload()):
+        torch.save(content, tmp_path / "release.pth")
+        with pytest.raises(UsageError):
+            main([str(tmp_path / "release.pth"), str(tmp_path / "out")])
+        assert not (tmp_path / "owned").exists()
+
+
+class Settings:
+    """Of the script that trained."""
+
+    def __init__(self) -> None:
+        self.lr = 1.0
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_training_scripts_save_beside_the_weights_is_passed_over(
+    released: dict[str, Tensor], tmp_path: Path, zipped: bool
+) -> None:
+    args = argparse.Namespace(lr=1.0, output_dir=Path("out"), best=np.float64(0.5), seeds=np.arange(3), own=Settings())
+    beside = {"optimizer": {"state": {}}, "epoch": 1, "scaler": {}, "args": args, "meters": defaultdict(list, loss=[1])}
+    half = {name: value.half() for name, value in released.items()}
+    file = tmp_path / "release.pth"
+    torch.save({"model": half, **beside}, file, _use_new_zipfile_serialization=zipped)
+    state = read_release(file)
+    assert state.keys() == released.keys()
+    assert all(value.dtype == torch.float32 for value in state.values())
+    convert(state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "int8"])
+def test_weights_that_are_none_are_refused(released: dict[str, Tensor], tmp_path: Path, value: float | str) -> None:
+    state = dict(released)
+    own = state["norm.weight"]
+    state["norm.weight"] = own.to(torch.int8) if value == "int8" else torch.full_like(own, float(value))
+    torch.save({"model": state}, tmp_path / "release.pth")
+    with pytest.raises(UsageError, match=r"norm\.weight holds"):
+        read_release(tmp_path / "release.pth")
 
 
 def test_existing_directories_are_kept(released: dict[str, Tensor], tmp_path: Path) -> None:

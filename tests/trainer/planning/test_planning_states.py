@@ -9,9 +9,9 @@ from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from mixmae.models.methods.mixing import draw_mix
-from mixmae.trainer.engine import engine as trainer_engine
+from mixmae.trainer.engine import deepspeed_engine
+from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.engine import build_engine, deepspeed_config
 from mixmae.trainer.planning.activation_memory import measure, on_meta
 from mixmae.trainer.planning.memory import peak_memory
 from mixmae.trainer.planning.states import Limits, States, count_parameters, states
@@ -59,7 +59,7 @@ def recipe_for(case: Case, ranks: int) -> Recipe:
 
 def train(ranks: Ranks, cases: list[Case], bucket: int) -> list[dict[str, int]]:
     """Bytes that each case's engine holds after a backward pass, after a step, and at most in the next step."""
-    trainer_engine._BUCKET = bucket
+    deepspeed_engine._BUCKET = bucket
     return [two_steps(ranks, case) for case in cases]
 
 

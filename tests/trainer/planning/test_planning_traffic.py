@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmae.trainer.benchmarks.scale import OPERATIONS, bytes_of_a_step, planned
-from mixmae.trainer.engine import engine as trainer_engine
+from mixmae.trainer.engine import deepspeed_engine
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.planning.activation_memory import on_meta
 from mixmae.trainer.planning.devices import build_cluster
@@ -36,14 +36,14 @@ def recomputing(recipe: Recipe) -> Recipe:
 
 def count(ranks: Ranks, recipes: list[Recipe], zero: dict[str, int]) -> list[dict[str, float]]:
     """Bytes by operation of a step of each recipe."""
-    made = trainer_engine.deepspeed_config
+    made = deepspeed_engine.deepspeed_config
 
     def configured(recipe: Recipe, world_size: int) -> dict[str, Any]:
         config = made(recipe, world_size)
         config["zero_optimization"].update(zero)
         return config
 
-    trainer_engine.deepspeed_config = configured
+    deepspeed_engine.deepspeed_config = configured
     return [bytes_of_a_step(recipe, ranks) for recipe in recipes]
 
 

@@ -7,8 +7,9 @@ import pytest
 from mixmae.base.run_directory import CHECKPOINTS, EVENTS, RECIPE, SHARDS, checkpoint_name
 from mixmae.trainer.data.faults import Fault, FaultLog, Reason
 from mixmae.trainer.data.index import open_index
-from mixmae.trainer.run.run_directory import begin_attempt, check_run_dir, read_events, replaced_file, write_run_dir
+from mixmae.trainer.run.provenance import check_run_dir, replaced_file, write_run_dir
 from mixmae.trainer.tasks.registry import task_of
+from mixmae.trainer.telemetry.events import begin_attempt, read_events
 from tests.helpers import tiny_recipe
 
 DAMAGE = [b"\x84\xff\x00\n", b'{"event": "step", "time{"event": "step", "time": 1}\n', b'{"event": "step"}\n', b"[]\n"]

@@ -30,7 +30,8 @@ from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
-from mixmae.trainer.run.run_directory import Events, check_run_dir, read_events, write_run_dir
+from mixmae.trainer.run.provenance import check_run_dir, write_run_dir
+from mixmae.trainer.telemetry.events import Events, read_events
 from mixmae.trainer.train import main
 from tests.helpers import ROOT, run_ranks, tiny_recipe
 from tests.warm import run_module

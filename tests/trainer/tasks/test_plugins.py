@@ -13,8 +13,8 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.loading import parse_recipe
-from mixmae.trainer.run.run_directory import read_events
 from mixmae.trainer.tasks.registry import task_of
+from mixmae.trainer.telemetry.events import read_events
 from tests.warm import run_module
 
 TOY: dict[str, Any] = {
@@ -78,7 +78,7 @@ def test_a_plugin_is_exported_and_loaded(trained: Path, tmp_path: Path) -> None:
         ({"plugins": ["nothing.there"]}, "'nothing.there' cannot be imported"),
         ({"method": {"name": "toy_color"}}, "did you mean 'toy_colour'"),
         ({"method": {"name": "toy_colour", "noises": 1}}, "did you mean 'method.noise'"),
-        ({"method": {"name": "toy_colour", "noise": "loud"}}, "method.noise='loud': expected a valid number"),
+        ({"method": {"name": "toy_colour", "noise": "loud"}}, "method.noise='loud': expected a number"),
         (
             {"encoder": {"name": "toy_patches", "depths": [1]}},
             "unknown key 'encoder.depths'; known: in_chans, embed_dim",

@@ -6,10 +6,26 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import RECIPE
-from mixmae.trainer.run.run_directory import Events
 from mixmae.trainer.telemetry.curves import draw
+from mixmae.trainer.telemetry.events import Events
 from tests.helpers import tiny_recipe
+
+
+def test_a_run_directory_of_somebody_else_is_drawn_or_refused(tmp_path: Path) -> None:
+    """Its recipe is not followed: a plugin that it names would be imported."""
+    (tmp_path / RECIPE).write_text("plugins: [no_such_module]\n")
+    with pytest.raises(UsageError, match="is not a run directory"):
+        draw(tmp_path, tmp_path / "curves.png")
+    events = Events(tmp_path)
+    for step, loss in ((1, "x"), ([1], 1.0), (2, 10**400), (3, 0.5), ({}, None)):
+        events.write("step", step=step, loss=loss, lr=1e-3)
+    for metrics in ("x", {"$x$ \\frac": 1.0, "step": 7, "y": [1]}):
+        events.write("evaluation", step=3, metrics=metrics)
+    events.close()
+    draw(tmp_path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size
 
 
 def test_every_evaluated_metric_has_a_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

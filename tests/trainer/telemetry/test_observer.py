@@ -28,10 +28,10 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
-from mixmae.trainer.run.run_directory import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
 from mixmae.trainer.tasks.flops import model_flops
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.clock import StepClock
+from mixmae.trainer.telemetry.events import Events, begin_attempt, past_ends, read_events, refuse_attempt, restarted
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.data.servers import http_server

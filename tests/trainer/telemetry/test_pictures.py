@@ -3,7 +3,7 @@ import torch
 from mixmae.models.methods.contract import Column
 from mixmae.models.methods.mixing import draw_mix, mix_images
 from mixmae.models.methods.mixmae import MixMAE
-from mixmae.models.methods.reconstruction import normalize_patches, patchify
+from mixmae.models.methods.reconstruction_loss import normalize_patches, patchify
 from mixmae.trainer.recipe.schema import Data
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.pictures import draw_columns
@@ -36,7 +36,7 @@ def test_a_perfect_prediction_is_the_image() -> None:
     images, mix = torch.rand(4, 3, 64, 64), draw_mix(4, 2, (2, 2), torch.Generator().manual_seed(0))
     target = normalize_patches(patchify(images, 32))
     visible = model.predict(images, *mix)[1]
-    model.predict = lambda images, groups, partners: (target[partners], visible)  # type: ignore[method-assign]
+    model.predict = lambda images, groups, partners, *drawn: (target[partners], visible)  # type: ignore[method-assign]
     torch.testing.assert_close(model.reconstruct(images, *mix)[2].images, images)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixmae.base.run_directory import EVENTS
-from mixmae.trainer.run.run_directory import Events, read_events
+from mixmae.trainer.telemetry.events import Events, read_events
 from mixmae.trainer.telemetry.reporter import Reporter
 from mixmae.trainer.telemetry.wandb_tracker import Tracker
 from tests.base.test_files import full_disk

@@ -14,8 +14,8 @@ import pytest
 
 from mixmae.base.errors import UsageError
 from mixmae.base.ports import free_port
-from mixmae.trainer.engine.engine import deepspeed_config
-from mixmae.trainer.run.run_directory import read_events
+from mixmae.trainer.engine.deepspeed_engine import deepspeed_config
+from mixmae.trainer.telemetry.events import read_events
 from mixmae.trainer.telemetry.wandb_tracker import check_wandb
 from tests.helpers import tiny_recipe
 

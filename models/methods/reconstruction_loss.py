@@ -21,12 +21,16 @@ class ReconstructionLoss(nn.Module):
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
 
-    def forward(self, predictions: Tensor, images: Tensor, partners: Tensor, visible: Tensor) -> Tensor:
-        """Predictions [K, B, L, P] of images[partners]; visible, bool [K, B or 1, L], patches do not count."""
+    def forward(self, predictions: Tensor, images: Tensor, partners: Tensor | None, visible: Tensor) -> Tensor:
+        """Predictions [K, B, L, P] of images[partners]; visible, bool [K, B or 1, L], patches do not count.
+
+        Without partners K is 1, and images are predicted in their order.
+        """
         targets = patchify(images, self.patch_size)
         if self.norm_pix_loss:
             targets = normalize_patches(targets)
-        error = F.mse_loss(predictions.float(), targets[partners[: len(visible)]], reduction="none").mean(-1)
+        targets = targets[None] if partners is None else targets[partners[: len(visible)]]
+        error = F.mse_loss(predictions.float(), targets, reduction="none").mean(-1)
         # One mean over all masked patches of all sequences, whose numbers differ by one where K does not divide L.
         masked = (~visible).to(error.dtype).expand_as(error)
         return (error * masked).sum() / masked.sum()

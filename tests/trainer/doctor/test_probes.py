@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.doctor.facts import Plan
-from mixmae.trainer.doctor.gather.bandwidth import turns
-from mixmae.trainer.doctor.gather.gpus import read_gpus
-from mixmae.trainer.doctor.gather.host import host_facts, rank_facts
-from mixmae.trainer.doctor.gather.network import (
+from mixmae.trainer.doctor.probes.bandwidth import turns
+from mixmae.trainer.doctor.probes.gpus import read_gpus
+from mixmae.trainer.doctor.probes.host import host_facts, rank_facts
+from mixmae.trainer.doctor.probes.network import (
     Listener,
     address_towards,
     fabric_rate,
@@ -28,10 +28,10 @@ from mixmae.trainer.doctor.gather.network import (
     is_free,
     why_unreachable,
 )
-from mixmae.trainer.doctor.gather.recipe import probe_recipe
-from mixmae.trainer.doctor.gather.run_dir import arrived, probe_folder, probe_run_dir
-from mixmae.trainer.doctor.gather.shards import first_and_last, probe_shards
-from mixmae.trainer.doctor.gather.versions import fingerprint_of, relevant
+from mixmae.trainer.doctor.probes.recipe import probe_recipe
+from mixmae.trainer.doctor.probes.run_dir import arrived, probe_folder, probe_run_dir
+from mixmae.trainer.doctor.probes.shards import first_and_last, probe_shards
+from mixmae.trainer.doctor.probes.versions import fingerprint_of, relevant
 from mixmae.trainer.doctor.protocol.link import link_rate
 from mixmae.trainer.engine.distributed import Ranks
 from tests.helpers import tiny_recipe
@@ -137,7 +137,7 @@ def test_a_probe_leaves_a_run_directory_as_it_was(tmp_path: Path) -> None:
 
 
 def test_another_directory_under_the_same_name_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixmae.trainer.doctor.gather.run_dir._CACHING", 0.0)
+    monkeypatch.setattr("mixmae.trainer.doctor.probes.run_dir._CACHING", 0.0)
     with probe_folder(tmp_path) as (folder, token):
         assert not probe_run_dir(tmp_path, folder, "another token", 0, 1 << 20).saw
         assert not probe_run_dir(tmp_path, tmp_path / ".doctor-elsewhere", token, 0, 1 << 20).saw

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mixmae.trainer.run.run_directory import versions
+from mixmae.base.software import versions
 
 SOURCES = "mixmae's sources"
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "DS_", "UCX_", "FI_", "LD_", "PYTHONPATH")

@@ -1,4 +1,4 @@
-"""The model under DeepSpeed: one pure function makes its configuration, another the engine."""
+"""Builds the DeepSpeed engine around a model: its configuration, then the engine."""
 
 import contextlib
 import importlib
@@ -50,7 +50,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
     if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
         config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
     if train.zero_stage == 0:
-        # At this stage the optimizer clips by itself (engine.guard).
+        # At this stage the optimizer clips by itself (`non_finite`).
         return config
     config["zero_allow_untested_optimizer"] = True  # the optimizer itself says whether ZeRO may split its parameters
     config["gradient_clipping"] = recipe.optim.clip_grad or 0.0

@@ -191,7 +191,7 @@ cp "$0" "$run_dir/logs/$attempt/job.sh"
 batch() {{
     local step=$1
     shift
-    {once}{_inside(site)}"$python" -m mixmae.launch.backends.slurm_batch "$step" \\
+    {once}{_inside(site)}"$python" -m mixmae.launch.backends.slurm_job_steps "$step" \\
         --run-dir "$run_dir" --attempt "$attempt" "$@"
 }}
 batch begin --launch "job$SLURM_JOB_ID" --restarts "$restarts"

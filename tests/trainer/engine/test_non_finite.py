@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mixmae.trainer.engine.guard import guarded, refuse_non_finite
 from mixmae.trainer.engine.lars import LARS
+from mixmae.trainer.engine.non_finite import guarded, refuse_non_finite
 
 
 @pytest.fixture

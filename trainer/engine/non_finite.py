@@ -1,4 +1,4 @@
-"""Steps without a finite loss and gradient are skipped: what DeepSpeed leaves to do for that."""
+"""Skips steps whose loss or gradient is not finite (NaN, inf); clips gradients where DeepSpeed does not (stage 0)."""
 
 import math
 from collections.abc import Callable

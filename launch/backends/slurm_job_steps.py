@@ -1,4 +1,4 @@
-"""`python -m mixmae.launch.backends.slurm_batch begin|stop|end`: the steps of a batch script around its ranks."""
+"""`python -m mixmae.launch.backends.slurm_job_steps begin|stop|end`: the steps of a batch script around its ranks."""
 
 import argparse
 import asyncio
@@ -62,7 +62,7 @@ def end(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mixmae.launch.backends.slurm_batch", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mixmae.launch.backends.slurm_job_steps", description=__doc__)
     steps = parser.add_subparsers(required=True, metavar="begin|stop|end")
     for step in (begin, stop, end):
         own = steps.add_parser(step.__name__, help=step.__doc__)

@@ -11,9 +11,9 @@ import torch
 
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.trainer.doctor.facts import Gpu, HostFacts, RankFacts, SharedMemory
-from mixmae.trainer.doctor.gather.gpus import read_gpus
-from mixmae.trainer.doctor.gather.network import fabric_rate, interface_with, is_free, own_addresses
-from mixmae.trainer.doctor.gather.versions import relevant, software
+from mixmae.trainer.doctor.probes.gpus import read_gpus
+from mixmae.trainer.doctor.probes.network import fabric_rate, interface_with, is_free, own_addresses
+from mixmae.trainer.doctor.probes.versions import relevant, software
 from mixmae.trainer.engine.distributed import Ranks
 
 _LEFT_OVER = "deepspeed_allreduce_buffer_*"

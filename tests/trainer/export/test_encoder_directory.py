@@ -1,0 +1,124 @@
+"""Encoder directories that were cut, edited or made by something else: one line each."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixmae.base.errors import UsageError
+from mixmae.models import create_encoder
+from mixmae.trainer.export.encoder_directory import CONFIG, ENCODER, load_encoder, write_encoder_directory
+from mixmae.trainer.export.initial_weights import initialise_method
+from mixmae.trainer.recipe.loading import default_recipe
+from mixmae.trainer.tasks.registry import build_model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("encoders") / "good"
+    before = os.umask(0o027)
+    try:
+        write_encoder_directory(out, "mixmae_vit_nano", {}, create_encoder("mixmae_vit_nano").state_dict())
+    finally:
+        os.umask(before)
+    return out
+
+
+def test_all_files_follow_the_umask(directory: Path) -> None:
+    assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o640}
+
+
+def changed(key: str, value: object) -> Callable[[Path], None]:
+    """Sets a key of config.json."""
+
+    def change(directory: Path) -> None:
+        config: dict[str, Any] = json.loads((directory / CONFIG).read_text())
+        *sections, last = key.split(".")
+        here = config
+        for section in sections:
+            here = here[section]
+        here[last] = value
+        (directory / CONFIG).write_text(json.dumps(config))
+
+    return change
+
+
+def with_weight(change: Callable[[torch.Tensor], torch.Tensor], name: str = "norm.weight") -> Callable[[Path], None]:
+    """Replaces a weight."""
+
+    def save(directory: Path) -> None:
+        state = load_file(directory / ENCODER)
+        save_file({**state, name: change(state[name])}, directory / ENCODER)
+
+    return save
+
+
+def content(name: str, data: bytes | int) -> Callable[[Path], None]:
+    """Writes a file anew, or cuts it."""
+
+    def write(directory: Path) -> None:
+        if isinstance(data, int):
+            os.truncate(directory / name, data)
+        else:
+            (directory / name).write_bytes(data)
+
+    return write
+
+
+CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "empty": (content(CONFIG, b""), "config.json"),
+    "not text": (content(CONFIG, b"\xff\xfe"), "config.json"),
+    "deep": (content(CONFIG, b"[" * 50_000), "config.json"),
+    "a list": (content(CONFIG, b"[1]"), "expected keys and values"),
+    "no keys": (content(CONFIG, b"{}"), "architecture.*is missing"),
+    "missing": (lambda directory: (directory / CONFIG).unlink(), "config.json"),
+    "architecture": (changed("architecture", "resnet50"), "unknown encoder 'resnet50'"),
+    "architecture of another type": (changed("architecture", 3), "architecture=3: expected text"),
+    "another architecture": (changed("architecture", "mixmae_swin_nano"), "num_features|do not fit"),
+    "width": (changed("num_features", 3), "num_features=3"),
+    "sizes": (changed("model_args", [1]), "model_args=.*expected keys"),
+    "foreign size": (changed("model_args", {"window": 3}), "unknown key 'model_args.window'"),
+    "wrong size": (changed("model_args", {"depth": 3}), "depth 3"),
+    "size of another type": (changed("model_args", {"depth": "x"}), "model_args.depth='x'"),
+    "mean": (changed("pretrained_cfg.mean", [0, float("nan"), 0]), "mean.*finite"),
+    "std": (changed("pretrained_cfg.std", [0, 1, 1]), "std.*greater than 0"),
+    "two of three": (changed("pretrained_cfg.mean", [0, 1]), "mean"),
+    "input": (changed("pretrained_cfg.input_size", "224"), "input_size='224': expected a list"),
+}
+WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (lambda directory: (directory / ENCODER).unlink(), "does not exist"),
+    "empty": (content(ENCODER, b""), "cannot be read"),
+    "cut header": (content(ENCODER, 100), "cannot be read"),
+    "cut": (content(ENCODER, 20_000), "cannot be read"),
+    "pickle": (content(ENCODER, b"\x80\x02}q\x00."), "cannot be read"),
+    "nan": (with_weight(lambda w: w * float("nan")), "norm.weight holds values that are not finite"),
+    "int8": (with_weight(lambda w: w.to(torch.int8)), "norm.weight holds int8"),
+    "shape": (with_weight(lambda w: w[:3].clone()), "fit"),
+    "positions": (with_weight(lambda w: w[:, :7].clone(), "pos_embed.weight"), "fit"),
+}
+
+
+@pytest.mark.parametrize("case", [*CONFIGS, *(f"weights: {case}" for case in WEIGHTS)])
+def test_directories_that_are_none_are_one_line(directory: Path, tmp_path: Path, case: str) -> None:
+    change, message = WEIGHTS[case.removeprefix("weights: ")] if case.startswith("weights") else CONFIGS[case]
+    shutil.copytree(directory, tmp_path / "e")
+    change(tmp_path / "e")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_encoder(tmp_path / "e")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_does_not_start_from_them(directory: Path, tmp_path: Path) -> None:
+    model: Any = build_model(default_recipe(["encoder.name=mixmae_vit_nano", "encoder.img_size=128"]))
+    initialise_method(model, directory, "mixmae")
+    for case, (change, message) in WEIGHTS.items():
+        shutil.copytree(directory, tmp_path / case)
+        change(tmp_path / case)
+        with pytest.raises(UsageError, match=f"encoder.init: .*{message}"):
+            initialise_method(model, tmp_path / case, "mixmae")
