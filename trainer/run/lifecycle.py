@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.machine import require_writable
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.base.software import versions
@@ -114,6 +115,8 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
+    if ranks.is_main:
+        require_writable(recipe.run_dir, "run_dir")
     check_run_dir(recipe, index)
     check_monitoring(recipe)
     check_wandb(recipe)

@@ -213,7 +213,10 @@ def test_several_labels_an_image() -> None:
         ({"method": {"name": "mixmae", "num_images": 3}}, "no use for the section 'method'"),
         ({"train.micro_batch": 1}, "raise it to 2"),
         ({"evaluate.shards": "nowhere"}, "shard directory nowhere does not exist"),
-        ({"encoder.init": "nowhere"}, "nowhere/model.safetensors does not exist; give a directory made by 'mixmae export'"),
+        (
+            {"encoder.init": "nowhere"},
+            "nowhere/model.safetensors does not exist; give a directory made by 'mixmae export'",
+        ),
         ({"classification.num_classes": 3}, "num_classes=3, but there are 18 classes by name"),
     ],
 )
