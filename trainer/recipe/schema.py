@@ -225,6 +225,8 @@ class Optim(Section):
     no_decay: tuple[str, ...] | None = None
     """Parts of names exempt from weight decay, beside all 1-D parameters; None exempts what the model names (bias
     tables, mask tokens), () decays that too, as the release does."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay in each step of a moving average of the fp32 weights, which is then evaluated and exported; None: none."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer's learning rate over that of the layer above it, where an encoder is fine-tuned."""
     layer_decay_rule: Literal["standard", "mixmim", "simmim"] = "standard"
