@@ -150,8 +150,10 @@ def _build(
     if ranks.is_main:
         write_run_dir(recipe, index)
         observer.begin(schedule.total_steps, job.parameters, state.step)
+    job.task.prepare(engine.module, index, ranks, lambda: observer.set_phase("starting"))
     main = ranks.is_main
-    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
+    transform = job.task.transform(index)
+    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
     saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
     run = Run(

@@ -1,6 +1,7 @@
 """Pretraining: an encoder learns from images without labels, by a method."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ _TIMM = ("img_size", "num_classes", "global_pool")
 @register_task("pretrain")
 class Pretrain(Task):
     """The recipe's `encoder:` under its `method:`."""
+
+    unused_sections: ClassVar[tuple[str, ...]] = ("classification", "augment", "linear")
 
     def resolve(self, recipe: Recipe) -> Recipe:
         try:
