@@ -21,6 +21,7 @@ from mixmae.launch.backends.options import (
 )
 from mixmae.launch.backends.site import find_site, read_site
 from mixmae.launch.backends.slurm_script import output_file, slurm_script, submit
+from mixmae.launch.preflight.local_checks import check_this_machine
 from mixmae.launch.preflight.preflight import preflight
 from mixmae.launch.supervision.restart_loop import run_with_restarts
 from mixmae.trainer.recipe.arguments import add_recipe
@@ -45,8 +46,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         f"row saved no new checkpoint (default 0; --slurm {_SLURM_RESTARTS})")  # fmt: skip
     parser.add_argument("--array", metavar="TASKS", help="with --slurm: such as 0-7%%2; {task} in values is the task's "
                         "number")  # fmt: skip
-    parser.add_argument("--skip-preflight", action="store_true", help="start without preflight checks of all hosts; "
-                        "--local has none")  # fmt: skip
+    parser.add_argument(
+        "--skip-preflight", action="store_true", help="start without preflight checks of the hosts or of this machine"
+    )
     add_backend_options(parser)
     args = parser.parse_intermixed_args(argv)
     require_matching_options(args)
@@ -76,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
                 f"preflight checks found errors on the hosts, shown above (exit code {code}); fix them, or use "
                 "--skip-preflight"
             )
-    elif recipe.data.directory is not None and not recipe.data.directory.is_dir():
-        raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
+    elif not args.skip_preflight:
+        check_this_machine(recipe, backend.ranks)
     frozen.write()
     print(f"mixmae: the resolved recipe is {frozen_file(recipe.run_dir, frozen.launch)}", file=sys.stderr, flush=True)
     return run_with_restarts(job, backend, args.max_restarts or 0)

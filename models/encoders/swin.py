@@ -5,7 +5,6 @@ Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
-from typing import Self
 
 import torch
 from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
@@ -13,8 +12,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unchanged
+from mixmae.models.encoders import contract
+from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unchanged, unless_traced
 from mixmae.models.encoders.registry import register_encoder
+from mixmae.models.encoders.staged import require_format
 from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
@@ -23,7 +24,6 @@ from mixmae.models.layers.token_order import (
     of_kept,
     relative_position_index,
     separated,
-    window_order,
 )
 from mixmae.models.layers.window_attention import WindowAttention, resize_table
 
@@ -55,13 +55,6 @@ class Stage(nn.Module):
             Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
         )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
-        # No buffers: checkpoints hold all buffers of a model, and older ones would lack these.
-        self._window_order = window_order(grid, window, self.relative_position_index.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._window_order = window_order(self.grid, self.window, self.relative_position_index.device)
-        return self
 
     def set_grid(self, grid: tuple[int, int], window: int) -> None:
         """Another token grid and window side; bias tables are resized."""
@@ -73,7 +66,6 @@ class Stage(nn.Module):
                 assert isinstance(block.attn, WindowAttention)
                 block.attn.set_window(window)
         self.grid, self.window = grid, window
-        self._window_order = window_order(grid, window, device)
 
     def forward(
         self,
@@ -109,7 +101,7 @@ class Stage(nn.Module):
         is_global = self.grid == (self.window, self.window)
         if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
             return by_group(groups, num_groups, self.grid, self.relative_position_index)
-        windows = by_window(self.grid, self.window, self.relative_position_index, self._window_order)
+        windows = by_window(self.grid, self.window, self.relative_position_index)
         return windows if groups is None else separated(windows, groups, self.grid, dtype)
 
 
@@ -169,7 +161,7 @@ class Swin(Encoder):
             Stage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
             for i in range(NUM_STAGES)
         )
-        self.norm = nn.LayerNorm(dims[-1])
+        self.norm: nn.Module = nn.LayerNorm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
         self.apply(init_weights)
 
@@ -181,6 +173,7 @@ class Swin(Encoder):
         edit: MapEdit | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W], normalised; groups [H/32, W/32] or [B, H/32, W/32], or None for unmixed images."""
+        groups, edit = unless_traced(groups), unless_traced(edit)
         return self.forward_head(self.forward_features(images, groups, num_groups, edit))
 
     def forward_features(
@@ -224,6 +217,7 @@ class Swin(Encoder):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """timm's feature-extraction contract: the maps behind the stages `indices`."""
+        require_format(output_fmt)
         take, last = feature_take_indices(NUM_STAGES, indices)
         maps = []
         x = self._embed(x)
@@ -232,11 +226,25 @@ class Swin(Encoder):
             if i in take:
                 out = self.norm(x) if norm and i == NUM_STAGES - 1 else x
                 maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
-        return maps if intermediates_only else (self.norm(x) if last == NUM_STAGES - 1 else x, maps)
+        if intermediates_only:
+            return maps
+        return x if stop_early and last < NUM_STAGES - 1 else self.norm(x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: keeps what the maps behind the stages `indices` need, and returns their numbers."""
+        take, last = feature_take_indices(NUM_STAGES, indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
     def _embed(self, images: Tensor, edit: MapEdit | None = None) -> Tensor:
-        x = edit_of(edit, 1)(self.patch_embed(images))
-        return x + self.positions.to(x.dtype)
+        x = edit_of(edit, 1)(self.patch_embed(contract.require_size(images, *self.patch_embed.img_size)))
+        return x + self.positions.type_as(x)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
@@ -251,7 +259,7 @@ class Swin(Encoder):
         self.grid = grids[-1]
         self.patch_embed.set_input_size((height, width))
         self.positions = sincos_positions(grids[0], self.positions.shape[-1]).to(self.positions.device)
-        for stage, grid, window in zip(self.stages, grids, self.window_size, strict=True):
+        for stage, grid, window in zip(self.stages, grids, self.window_size, strict=False):  # stages may be pruned
             assert isinstance(stage, Stage)
             stage.set_grid(grid, window)
 

@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.machine import require_writable
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.base.software import versions
 from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.resume import Resumed, resume
 from mixmae.trainer.checkpoints.saver import Saver
+from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
@@ -112,6 +115,8 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
+    if ranks.is_main:
+        require_writable(recipe.run_dir, "run_dir")
     check_run_dir(recipe, index)
     check_monitoring(recipe)
     check_wandb(recipe)
@@ -144,7 +149,8 @@ def _build(
     prepare_wandb(recipe, ranks)
     with explain_wandb_errors(recipe):
         engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), job.task.lr_scale_of(job.model))
-    resumed = resume(engine, recipe.run_dir, ranks)
+    ema = None if recipe.optim.ema_decay is None else Ema(ModelSlices(engine), recipe.optim.ema_decay)
+    resumed = resume(engine, recipe.run_dir, ranks, ema)
     state, position = _state_of(resumed, recipe, index)
     tracker = Tracker.of(engine)
     if ranks.is_main:
@@ -155,7 +161,7 @@ def _build(
     transform = job.task.transform(index)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
-    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
+    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None, ema=ema)
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -169,6 +175,7 @@ def _build(
         reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
         observer=observer,
         saver=saver,
+        ema=ema,
         stop=stop,
         sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
     )

@@ -21,7 +21,7 @@ from mixmae.trainer.engine.optimizer import OptimizerChoice, lars
 from mixmae.trainer.evaluation.feature_cache import FeatureCache, open_cache, weights_id
 from mixmae.trainer.evaluation.features import features_of
 from mixmae.trainer.evaluation.held_out import evaluation_crop, held_out_batches, require_readable
-from mixmae.trainer.export.encoder_directory import initialise
+from mixmae.trainer.export.initial_weights import initialise_classifier
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
@@ -59,6 +59,8 @@ class Linear(Task):
             raise UsageError("encoder.init is not set: a linear probe needs the weights of a pretrained encoder")
         if recipe.classification.multi_label:
             raise UsageError("classification.multi_label=true: task=linear takes one class an image; set it to false")
+        if recipe.optim.layer_decay != 1:
+            raise UsageError(f"optim.layer_decay={recipe.optim.layer_decay}: the encoder is frozen; leave it out")
         lars().check(recipe.train.zero_stage)
         stages = max(recipe.linear.stages)
         if stages > family.num_stages:
@@ -85,7 +87,7 @@ class Linear(Task):
 
     def initialise(self, module: Trainable) -> None:
         assert self.recipe.encoder.init is not None, "resolved"
-        initialise(_probe(module), self.recipe.encoder.init, "")  # type: ignore[arg-type]
+        initialise_classifier(_probe(module).encoder, self.recipe.encoder.init, ())
 
     def optimizer(self) -> OptimizerChoice:
         return lars()

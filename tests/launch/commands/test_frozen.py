@@ -15,7 +15,7 @@ from mixmae.trainer.recipe.frozen import freeze, frozen_file
 from mixmae.trainer.recipe.library import library
 from mixmae.trainer.recipe.loading import load_recipe
 from tests.helpers import ROOT, tiny_recipe
-from tests.launch.stand_in import SETTINGS
+from tests.launch.fake_rank import SETTINGS
 
 SBATCH = """#!/bin/sh
 cat > job.sh
@@ -57,7 +57,7 @@ def test_restarts_read_the_recipe_of_the_launch(recipe: Path) -> None:
     """The ranks themselves change the file to nonsense before one of them is killed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment[SETTINGS] = json.dumps({"steps": 20, "at": 12, "rank": 1, "how": "kill", "edits": str(recipe)})
-    command = ["-m", "tests.launch.launch_stand_in", str(recipe), "--local", "2", "--max-restarts", "1"]
+    command = ["-m", "tests.launch.launch_fake_ranks", str(recipe), "--local", "2", "--max-restarts", "1"]
     done = subprocess.run(
         [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         check=False,

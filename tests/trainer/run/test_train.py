@@ -205,7 +205,7 @@ def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: P
     (copy / "checkpoints" / "newest").unlink()
     done = run_module("mixmae.trainer.train", str(recipe_file), f"run_dir={copy}")
     assert done.returncode == 0, done.stderr
-    assert "newest names no checkpoint that exists, the last one was taken; going on from step 8" in done.stdout
+    assert "newest names no existing checkpoint; using the last complete one; going on from step 8" in done.stdout
     assert "finished at step 8" in done.stdout
 
 
