@@ -1,4 +1,4 @@
-"""GPUs and clusters that can be planned for."""
+"""Known GPUs, and clusters of them."""
 
 import difflib
 import re
@@ -9,23 +9,23 @@ from mixmae.trainer.tasks.flops import PEAKS
 
 _GIB = 2**30
 _CONTEXT = 1.5 * _GIB
-"""Held on each GPU beside torch's allocator: the CUDA context with its kernels, NCCL's buffers, cuBLAS's workspace."""
+"""Memory of each GPU outside torch's allocator: CUDA context, NCCL's buffers, cuBLAS's workspace."""
 _FRAGMENTED = 0.05
-"""Share of a GPU's memory that the allocator loses between blocks of different sizes."""
+"""Fraction of a GPU's memory lost to fragmentation in the allocator."""
 _LINK = re.compile(r"(?:(\d+)x)?(\d+(?:\.\d+)?)\s*(g|m)bps", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its data sheet has it.
+    """A GPU by its data sheet.
 
     Args:
-        name: what `--gpu` calls it.
-        product: the part of the device's name by which `mixmae.trainer.tasks.flops` knows its bf16 peak.
-        memory: bytes, as CUDA reports them (less than the name says where ECC takes its share).
-        fp32: operations per second in fp32 without tensor cores.
-        peers: bytes per second that it sends to the other GPUs of its node: NVLink, or PCIe where there is none.
-        host: bytes per second that it copies to pinned host memory, the rate of its PCIe slot.
+        name: its name for `--gpu`.
+        product: the part of the device's name by which `mixmae.trainer.tasks.flops` finds its bf16 peak.
+        memory: bytes as CUDA reports them (less than the nominal size with ECC).
+        fp32: FLOP/s in fp32 without tensor cores.
+        peers: bytes per second to the other GPUs of its node, over NVLink, else PCIe.
+        host: bytes per second to pinned host memory, over PCIe.
     """
 
     name: str
@@ -36,18 +36,18 @@ class Gpu:
     host: float
 
     def peak(self, precision: str) -> float:
-        """Operations per second in a recipe's precision."""
+        """Peak FLOP/s in a recipe's precision."""
         return PEAKS[self.product] if precision == "bf16" else self.fp32
 
     @property
     def usable(self) -> float:
-        """Bytes that tensors may take."""
+        """Bytes available to tensors."""
         return self.memory * (1 - _FRAGMENTED) - _CONTEXT
 
 
 _PCIE4, _PCIE5 = 31.5e9, 63.0e9
-"""16 lanes, one direction."""
-# NVIDIA's data sheets; NVLink's figures there are for both directions together.
+"""x16, one direction."""
+# NVIDIA's data sheets, which give NVLink's bandwidth for both directions together.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -65,10 +65,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes.
+    """A cluster of equal nodes.
 
     Args:
-        link: bytes per second that a node sends to the others, all its adapters together; None where nobody said.
+        link: bytes per second that a node sends to others, over all its adapters; None if unknown.
     """
 
     gpu: Gpu
@@ -81,7 +81,7 @@ class Cluster:
         return self.gpus // self.gpus_per_node
 
     def of(self, gpus: int) -> "Cluster":
-        """So many GPUs of this kind: a part of a node, or whole nodes."""
+        """A cluster of `gpus` GPUs of this kind: a part of a node, or whole nodes."""
         return Cluster(self.gpu, gpus, min(gpus, self.gpus_per_node), self.link)
 
 
@@ -89,20 +89,20 @@ def find_gpu(name: str) -> Gpu:
     """A GPU by its name.
 
     Raises:
-        UsageError: an unknown one; names the nearest and all known ones.
+        UsageError: an unknown name; suggests the closest and lists all known ones.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]
     nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise UsageError(f"--gpu {name}: unknown; {hint}known: {', '.join(GPUS)}")
+    raise UsageError(f"--gpu {name}: unknown GPU; {hint}known: {', '.join(GPUS)}")
 
 
 def build_cluster(gpu: str, gpus: int, gpus_per_node: int, link: str | None) -> Cluster:
-    """The cluster of a command line.
+    """The cluster that the command line describes.
 
     Raises:
-        UsageError: an unknown GPU, no whole nodes, or a link that is no rate.
+        UsageError: an unknown GPU, no whole number of nodes, or an invalid link rate.
     """
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise UsageError(

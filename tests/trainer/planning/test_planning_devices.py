@@ -27,9 +27,9 @@ def test_devices_are_found_by_the_same_parts_of_their_names() -> None:
 
 
 def test_unknown_gpus_name_the_nearest_and_all_known() -> None:
-    with pytest.raises(UsageError, match=r"--gpu a100-80gb: unknown; did you mean 'a100-80g'\? known: a10, a100-40g"):
+    with pytest.raises(UsageError, match=r"a100-80gb: unknown GPU; did you mean 'a100-80g'\? known: a10, a100-40g"):
         find_gpu("a100-80gb")
-    with pytest.raises(UsageError, match="--gpu teapot: unknown; known: a10") as error:
+    with pytest.raises(UsageError, match="--gpu teapot: unknown GPU; known: a10") as error:
         find_gpu("teapot")
     assert "did you mean" not in str(error.value)
     assert find_gpu("H100") is GPUS["h100"]
