@@ -17,6 +17,11 @@ COMMANDS = {
     "export": ("mixmae.trainer.export.export", "write a run's encoder as safetensors that timm opens"),
     "import": ("mixmae.trainer.export.import_mixmim", "read a released MixMIM checkpoint into an encoder directory"),
     "probe": ("mixmae.trainer.evaluation.probe", "kNN and linear probe of an encoder on labelled shards"),
+    "evaluate": (
+        "mixmae.launch.commands.evaluate",
+        "top-1, top-5, per class and kNN accuracy of a model on labelled shards",
+    ),
+    "predict": ("mixmae.trainer.evaluation.predict", "what a classifier takes images for"),
     "plan": ("mixmae.trainer.planning.cli", "memory, time and cost of a recipe on a cluster, before it is started"),
     "watch": ("mixmae.launch.commands.watch", "watch a run's progress, ranks and alerts in a terminal"),
     "monitor": (

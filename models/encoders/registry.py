@@ -53,7 +53,7 @@ def default_cfg(name: str, img_size: int | None = None, **facts: Any) -> dict[st
         "fixed_input_size": True,
         "num_classes": 0,
         "pool_size": (side // stride, side // stride),
-        "crop_pct": 0.875,
+        "crop_pct": 0.875 if side <= 224 else 1.0,  # as the papers evaluate: 224 px of 256, or all of the image
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -1,10 +1,10 @@
-"""A cluster of several hosts on one machine: own addresses, host names, sshd, Slurm.
+"""A cluster of several hosts on one machine, with addresses, host names, sshd and Slurm.
 
-Every host is a set of namespaces (network, host name, mounts, shared memory, processes) held by one process that does
-nothing. All hosts are inside the process namespace of a switch, so the end of the switch is the end of the cluster,
-and nothing of it is visible on the machine: no interface, no mount, no entry in /etc. Clusters do not see each other.
+A host is a set of Linux namespaces (network, UTS, mount, IPC, PID) held open by one sleeping process. All hosts are
+inside the PID namespace of the switch, so killing the switch's process ends the cluster. Nothing of a cluster is
+visible on the machine (no interface, no mount, no entry in /etc), and clusters are isolated from each other.
 
-By hand, as root, in the repository root:
+Manually, as root, in the repository root:
 
     python -m tests.cluster up --name mine --hosts 2 --slots 2
     python -m tests.cluster shell --name mine                      # a shell on the login host
@@ -16,11 +16,10 @@ By hand, as root, in the repository root:
     python -m tests.cluster status
     python -m tests.cluster down --name mine
 
-The machine's files are the same on all hosts, so the Python environment and run directories are where they always are.
-These differ from host to host: /run, /dev/shm, and STATE/local. STATE is the cluster's folder, mixmae-cluster-NAME in
-the directory for temporary files; it ends with the cluster. Logs of the daemons are in STATE/log/HOST. Addresses lead
-nowhere outside the cluster.
+All hosts share the machine's files, so the Python environment and run directories have their usual paths. Private to
+each host: /run, /dev/shm, and STATE/local. STATE is the cluster's folder, /tmp/mixmae-cluster-NAME; it is deleted with
+the cluster. Logs of the daemons are in STATE/log/HOST. Nothing outside the cluster is reachable from a host.
 
-In tests: the fixtures `cluster` (two hosts) and `cluster_of(n)`, both for the whole session. A test that cuts, fills
-or stops something ends with `cluster.repair()`, or sets it right itself.
+In tests: the fixtures `cluster` (two hosts) and `cluster_of(n)`, both session-scoped. A test that disconnects, fills
+or stops something ends with `cluster.repair()`, or repairs it itself.
 """

@@ -1,4 +1,4 @@
-"""Clusters by hand: up, down, status, shell."""
+"""Command line of test clusters: up, down, status, shell."""
 
 import argparse
 import os
@@ -25,14 +25,14 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m tests.cluster", description="Several hosts with ssh and Slurm on this one."
+        "python -m tests.cluster", description="Test clusters of several hosts with ssh and Slurm on this machine."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     up = commands.add_parser("up", help="bring a cluster up and wait until it works")
-    up.add_argument("--hosts", type=int, default=2, help="besides the login host (2)")
-    up.add_argument("--slots", type=int, default=2, help="ranks of each host (2)")
+    up.add_argument("--hosts", type=int, default=2, help="number of hosts besides the login host (2)")
+    up.add_argument("--slots", type=int, default=2, help="ranks per host (2)")
     up.set_defaults(command=_up)
-    down = commands.add_parser("down", help="take a cluster down, whatever there is of it")
+    down = commands.add_parser("down", help="take a cluster down, also an incomplete one")
     down.set_defaults(command=_down)
     shell = commands.add_parser("shell", help="a shell on a host, or one command: shell HOST -- COMMAND")
     shell.add_argument("host", nargs="?", default=LOGIN, help="login (default), node1, node2, ...")
@@ -44,24 +44,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(options: argparse.Namespace) -> int:
-    if lacking := missing():
-        raise UsageError(lacking)
+    if problem := missing():
+        raise UsageError(problem)
     print(_usage(clusters.bring_up(options.name, options.hosts, options.slots)))
     return 0
 
 
 def _usage(cluster: Cluster) -> str:
-    again = f"python -m tests.cluster %s --name {cluster.name}"
+    command = f"python -m tests.cluster %s --name {cluster.name}"
     exports = "\n".join(f"    export {name}={value}" for name, value in cluster.environment.items())
     return f"""\
 {cluster.name} is up: {", ".join(f"{host.name} {host.address}" for host in (cluster.login, *cluster.hosts))}
   hostfile           {cluster.hostfile()}
-  same on all hosts  {cluster.shared}
-  one on each host   {cluster.local}
+  shared by hosts    {cluster.shared}
+  private to a host  {cluster.local}
   logs               {cluster.folder / "log"}
-  a shell            {again % "shell"} [HOST] [-- COMMAND]
-  take it down       {again % "down"}
-A shell has in its environment:
+  a shell            {command % "shell"} [HOST] [-- COMMAND]
+  take it down       {command % "down"}
+Environment of a shell:
 {exports}"""
 
 
@@ -79,7 +79,7 @@ def _shell(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.host}: no such host; expected one of {known}") from None
     shell = options.inside or [os.environ.get("SHELL", "/bin/bash")]
     process = host.popen(shell, stdin=None, start_new_session=False)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which has the terminal too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which shares the terminal
     code = process.wait()
     return code if code >= 0 else 128 - code
 
@@ -89,7 +89,7 @@ def _status(_: argparse.Namespace) -> int:
         try:
             cluster = clusters.find(name)
         except UsageError:
-            print(f"{name}: half there; python -m tests.cluster down --name {name}")
+            print(f"{name}: incomplete; python -m tests.cluster down --name {name}")
             continue
         print(f"{name}: {cluster.folder}")
         for host in cluster.hosts:

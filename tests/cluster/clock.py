@@ -1,4 +1,4 @@
-"""A host whose wall clock is off, by a small library that is loaded into what is started there."""
+"""A wall clock offset on one host, by a preloaded library (LD_PRELOAD)."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ _SOURCE = Path(__file__).with_name("wall_clock.c")
 COMPILER = "cc"
 
 
-def set_off(host: Host, offset: float) -> None:
-    """Shifts the clock of all that ssh and Slurm start on this host from now on; its daemons keep the right time.
+def set_offset(host: Host, offset: float) -> None:
+    """Shifts the wall clock by `offset` seconds for processes that ssh and Slurm start on this host from now on.
 
-    The monotonic clock stays right, and so does how long anything waits.
+    Daemons keep the true time. The monotonic clock and timeouts are unaffected.
     """
     library = host.logs / "wall_clock.so"
     if not library.exists():
@@ -21,8 +21,8 @@ def set_off(host: Host, offset: float) -> None:
     _apply(host, {"LD_PRELOAD": str(library), "WALL_CLOCK_OFFSET": f"{offset:f}"})
 
 
-def set_right(host: Host) -> None:
-    """What is started on this host from now on sees the right time again."""
+def clear_offset(host: Host) -> None:
+    """Removes the offset for processes started on this host from now on."""
     _apply(host, {})
 
 

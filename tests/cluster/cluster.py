@@ -1,4 +1,4 @@
-"""A whole cluster: made, found again, repaired, taken down."""
+"""Bring up, find, repair and take down a cluster."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from tests.cluster.host import Host
 from tests.cluster.slurm import Slurm
 
 _PREFIX = "mixmae-cluster-"
-_ROOM = Path("/tmp")
-"""Whatever TMPDIR says: commands with another one must find a cluster, and paths of sockets must be short."""
+_PARENT = Path("/tmp")
+"""Not TMPDIR: commands with another TMPDIR must find the cluster, and socket paths must be short."""
 _SWITCH = "switch"
 _SIZES = "sizes.json"
 _DAEMONS = ("munged", ssh.DAEMON, "slurmctld", ".*slurmscriptd", "slurmd ")
@@ -28,11 +28,11 @@ class Cluster:
     """A running cluster.
 
     Attributes:
-        name: what `python -m tests.cluster` calls it.
-        folder: its folder on the machine, seen by every host.
-        login: the host from which things are launched; runs slurmctld.
+        name: its name for `python -m tests.cluster`.
+        folder: its folder on the machine, shared by all hosts.
+        login: the host to launch from; runs slurmctld.
         hosts: node1, node2, ...; run sshd and slurmd.
-        slots: ranks that each host takes.
+        slots: ranks per host.
     """
 
     name: str
@@ -47,17 +47,17 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every command on its hosts finds in its environment."""
+        """Environment variables of every command on its hosts."""
         return dict(self.login.environment)
 
     @property
     def shared(self) -> Path:
-        """A folder that is the same on all hosts."""
+        """A folder shared by all hosts."""
         return self.folder / "shared"
 
     @property
     def local(self) -> Path:
-        """A folder that is another one on each host."""
+        """A folder that is private to each host."""
         return self.folder / "local"
 
     def hostfile(self, slots: int | None = None, hosts: Sequence[Host] | None = None, path: Path | None = None) -> Path:
@@ -71,54 +71,53 @@ class Cluster:
         return {host.name: host for host in (self.login, *self.hosts)}[name]
 
     def power_on(self, host: Host) -> None:
-        """Starts a host that was powered off: its link, an empty /dev/shm, its daemons."""
-        host.restore()
+        """Starts a host that was powered off: link up, empty /dev/shm, daemons running."""
+        host.reconnect()
         host.run(["find", "/dev/shm", "-mindepth", "1", "-delete"], check=True)
         _start_daemons(host)
         if host in self.hosts and not host.processes(slurm.DAEMON):
             self.slurm.start_daemon(host)
 
     def repair(self) -> None:
-        """Sets right what tests do to a cluster: jobs, links, clocks, daemons, nodes that are down or drained.
+        """Undoes what tests do to a cluster: jobs, links, clocks, daemons, nodes that are down or drained.
 
-        What else runs on the hosts is killed; file systems that a test mounted are its own to unmount.
+        Other processes on the hosts are killed. File systems that a test mounted have to be unmounted by the test.
         """
-        everything = (self.login, *self.hosts)
-        for host in everything:
-            host.kill_all_but("|".join(_DAEMONS))
+        for host in (self.login, *self.hosts):
+            host.kill_all_except("|".join(_DAEMONS))
             self.power_on(host)
-            clock.set_right(host)
+            clock.clear_offset(host)
         self.slurm.repair()
         self.slurm.wait_until_idle()
 
     def down(self) -> None:
-        """Takes it down without a trace."""
+        """Takes the cluster down and removes its folder."""
         take_down(self.name)
 
 
 def folder_of(name: str) -> Path:
     """The folder of the cluster of this name."""
-    return _ROOM / f"{_PREFIX}{name}"
+    return _PARENT / f"{_PREFIX}{name}"
 
 
 def bring_up(name: str = "test", hosts: int = 2, slots: int = 2, with_parent: bool = False) -> Cluster:
-    """Makes a cluster and waits until ssh answers on every host and Slurm's nodes are idle.
+    """Brings a cluster up; returns when ssh answers on every host and Slurm's nodes are idle.
 
     Args:
         name: lower-case letters, digits, dashes.
-        hosts: besides the login host; 1 to 200.
-        slots: ranks, and Slurm's `gpu` resources, of each host.
-        with_parent: the cluster's processes end with the thread that called this, however it ends.
+        hosts: number of hosts besides the login host; 1 to 200.
+        slots: ranks, and Slurm `gpu` resources, per host.
+        with_parent: the cluster's processes are killed when the calling thread exits for any reason.
 
     Raises:
-        UsageError: a value is not as said here, there is a cluster of that name, or the caller is not root.
+        UsageError: a value is out of range, the name is taken, or the caller is not root.
     """
     _check(name, hosts, slots)
     folder = folder_of(name)
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise UsageError(f"{name} is there already: python -m tests.cluster down --name {name}") from None
+        raise UsageError(f"{name} already exists: python -m tests.cluster down --name {name}") from None
     try:
         return _build(name, folder, hosts, slots, with_parent)
     except BaseException as error:
@@ -128,24 +127,24 @@ def bring_up(name: str = "test", hosts: int = 2, slots: int = 2, with_parent: bo
 
 
 def find(name: str) -> Cluster:
-    """The running cluster of this name. Raises UsageError where it is not, or only half, there."""
+    """The running cluster of this name. Raises UsageError if there is none or it is incomplete."""
     folder = folder_of(name)
     held = {mark.rpartition("/")[2]: spaces for mark, spaces in namespaces.find(f"{folder}/").items()}
     try:
         sizes = json.loads((folder / _SIZES).read_text())
-        hosts = [_host(held, folder, name, address) for name, address in network.names(sizes["hosts"]).items()]
+        hosts = [_make_host(held, folder, name, address) for name, address in network.names(sizes["hosts"]).items()]
     except (FileNotFoundError, KeyError):
         raise UsageError(f"{name}: no such cluster is up, or not yet: python -m tests.cluster status") from None
     return Cluster(name, folder, hosts[0], hosts[1:], sizes["slots"])
 
 
 def names() -> list[str]:
-    """The names of all clusters, half-made and half-gone ones too."""
+    """The names of all clusters, including incomplete ones."""
     return sorted(path.name.removeprefix(_PREFIX) for path in folder_of("").parent.glob(f"{_PREFIX}*"))
 
 
 def take_down(name: str) -> None:
-    """Ends all processes of the cluster of this name and removes its folder, whatever there is of it."""
+    """Kills all processes of the cluster of this name and removes its folder, also of an incomplete one."""
     folder = folder_of(name)
     namespaces.end(f"{folder}/")
     if folder.exists():
@@ -158,16 +157,16 @@ def _build(name: str, folder: Path, hosts: int, slots: int, with_parent: bool) -
     switch = namespaces.hold(f"{folder}/{_SWITCH}", with_parent=with_parent)
     network.build_switch(switch)
     held = {_SWITCH: switch} | {host: namespaces.hold(f"{folder}/{host}", inside=switch) for host in addresses}
-    login, *others = [_host(held, folder, host, address) for host, address in addresses.items()]
+    login, *others = [_make_host(held, folder, host, address) for host, address in addresses.items()]
     for host in (login, *others):
         network.connect(switch, host.namespaces, host.name, host.address)
-        _furnish(host, folder)
+        _mount_private_files(host, folder)
         _start_daemons(host)
     cluster = Cluster(name, folder, login, others, slots)
     cluster.slurm.start()
     cluster.hostfile()
     (folder / _SIZES).write_text(json.dumps({"hosts": hosts, "slots": slots}))
-    _wait_until_it_works(cluster)
+    _wait_until_ready(cluster)
     return cluster
 
 
@@ -182,20 +181,20 @@ def _write_files(folder: Path, addresses: Mapping[str, str], slots: int) -> None
     slurm_files.configure_munge(folder / "etc" / "munge")
 
 
-def _furnish(host: Host, folder: Path) -> None:
+def _mount_private_files(host: Host, folder: Path) -> None:
     host.run(["hostname", host.name], check=True)
-    # A /sys that shows the host's own interfaces. Slurm 22.05 wants a place of control groups: an empty one will do.
+    # A /sys that shows the host's own interfaces. Slurm 22.05 needs a cgroup directory: an empty one will do.
     host.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)
     for path in (Path("/run"), Path("/sys/fs/cgroup"), folder / "local"):
         host.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", path], check=True)
     host.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     for part in ("hosts", "ssh", "slurm", "munge"):
         host.bind(folder / "etc" / part, Path("/etc") / part)
-    _hide_own_settings(host, Path(pwd.getpwuid(0).pw_dir))
+    _hide_user_settings(host, Path(pwd.getpwuid(0).pw_dir))
 
 
-def _hide_own_settings(host: Host, home: Path) -> None:
-    """Keeps what this machine's root set for shells and ssh from what ssh starts: it may be slow, or wait for locks."""
+def _hide_user_settings(host: Host, home: Path) -> None:
+    """Hides root's .bashrc and .ssh from ssh sessions: they may be slow, or wait for locks."""
     if (home / ".bashrc").exists():
         host.bind(Path("/dev/null"), home / ".bashrc")
     if (home / ".ssh").is_dir():
@@ -203,25 +202,25 @@ def _hide_own_settings(host: Host, home: Path) -> None:
 
 
 def _start_daemons(host: Host) -> None:
-    """Starts those that every host has and this one lacks."""
+    """Starts munged and sshd unless they run."""
     if not host.processes("^munged"):
         slurm.start_munge(host)
     if not host.processes(f"^{ssh.DAEMON}"):
         ssh.start(host)
 
 
-def _host(held: Mapping[str, namespaces.Namespaces], folder: Path, name: str, address: str) -> Host:
+def _make_host(held: Mapping[str, namespaces.Namespaces], folder: Path, name: str, address: str) -> Host:
     folders = [str(Path(sys.executable).parent), *os.environ["PATH"].split(os.pathsep), "/usr/sbin", "/sbin"]
     path = os.pathsep.join(dict.fromkeys(folders))
     environment = {"PATH": path, "PDSH_RCMD_TYPE": "ssh", "GLOO_SOCKET_IFNAME": network.INTERFACE}
     return Host(name, address, folder / "log" / name, held[name], held[_SWITCH], environment)
 
 
-def _wait_until_it_works(cluster: Cluster) -> None:
+def _wait_until_ready(cluster: Cluster) -> None:
     for host in cluster.hosts:
         answer = cluster.login.run(["ssh", host.name, "hostname"], check=True).stdout.strip()
         if answer != host.name:
-            raise RuntimeError(f"ssh {host.name} hostname answers {answer!r}")
+            raise RuntimeError(f"ssh {host.name} hostname printed {answer!r}")
     cluster.slurm.wait_until_idle()
 
 
@@ -238,4 +237,4 @@ def _check(name: str, hosts: int, slots: int) -> None:
     if not 1 <= hosts <= 200 or not 1 <= slots <= 64:
         raise UsageError(f"{hosts} hosts, {slots} slots: expected 1 to 200 hosts of 1 to 64 slots each")
     if os.geteuid():
-        raise UsageError("making network namespaces needs root; run this as root")
+        raise UsageError("network namespaces need root; run this as root")

@@ -1,4 +1,4 @@
-"""Clusters as pytest fixtures, for the whole session."""
+"""Session-scoped pytest fixtures of clusters."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from tests.helpers import lacks
 
 @pytest.fixture(scope="session")
 def cluster_of() -> Iterator[Callable[[int], Cluster]]:
-    """Calling it with a number of hosts gives a cluster of that many, two slots each; the same one to every test."""
+    """A function from a number of hosts to a cluster of that size with two slots per host; cached for the session."""
     made: dict[int, Cluster] = {}
 
     def get(hosts: int) -> Cluster:
@@ -29,12 +29,12 @@ def cluster_of() -> Iterator[Callable[[int], Cluster]]:
 
 @pytest.fixture(scope="session")
 def cluster(cluster_of: Callable[[int], Cluster]) -> Cluster:
-    """A cluster of two hosts with two slots each."""
+    """A cluster of two hosts with two slots per host."""
     return cluster_of(2)
 
 
 @pytest.fixture
 def repaired(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, for a test that breaks it."""
+    """The cluster, repaired after the test."""
     yield cluster
     cluster.repair()

@@ -1,4 +1,4 @@
-"""The cluster's wires: a switch that is a bridge in namespaces of its own, and one link to each host."""
+"""The cluster's network: a bridge in its own namespaces as the switch, and a veth link to each host."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from tests.cluster.namespaces import Namespaces, run_checked
 
 LOGIN = "login"
 SUBNET = "10.77.0"
-"""The same in every cluster: none can be reached from outside its switch."""
+"""The same in every cluster: none is reachable from outside its switch."""
 
 INTERFACE = "eth0"
 _BRIDGE = "bridge0"
@@ -34,7 +34,7 @@ def build_switch(switch: Namespaces) -> None:
 
 
 def connect(switch: Namespaces, host: Namespaces, name: str, address: str) -> None:
-    """Lays a link from the switch's port `name` to the host's eth0, which gets the address."""
+    """Links the switch's port `name` to the host's eth0, and sets its address."""
     port = ["link", "add", name, "type", "veth"]
     _ip(switch, *port, "peer", "name", INTERFACE, "netns", str(host.pid))
     _ip(switch, "link", "set", name, "master", _BRIDGE, "up")
@@ -44,10 +44,10 @@ def connect(switch: Namespaces, host: Namespaces, name: str, address: str) -> No
 
 
 def set_link(switch: Namespaces, name: str, up: bool) -> None:
-    """Pulls the host's cable out of the switch, or puts it back."""
+    """Takes the host's link at the switch up or down."""
     _ip(switch, "link", "set", name, "up" if up else "down")
 
 
 def _ip(where: Namespaces, *arguments: str) -> None:
-    # The network alone is entered, because `netns PID` is read as the caller counts processes.
+    # Enters only the network namespace, because `netns PID` takes a pid of the caller's PID namespace.
     run_checked(["nsenter", f"--target={where.pid}", "--net", "--", "ip", *arguments])

@@ -1,4 +1,4 @@
-"""What of Debian's a cluster needs."""
+"""Debian packages that a cluster needs."""
 
 import os
 import shutil
@@ -19,14 +19,14 @@ PACKAGES = {
 
 
 def missing() -> str | None:
-    """Why no cluster can be made here, in one line with what to do; None if one can."""
+    """Why no cluster can be brought up on this machine, in one line with the fix; None if one can."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     packages = {package for program, package in PACKAGES.items() if shutil.which(program, path=path) is None}
     if packages:
-        return f"needs programs of Debian: apt-get install --no-install-recommends {' '.join(sorted(packages))}"
+        return f"needs Debian packages: apt-get install --no-install-recommends {' '.join(sorted(packages))}"
     if os.geteuid():
-        return "needs root, for namespaces: run it as root"
+        return "needs root, for namespaces: run as root"
     trial = ["unshare", "--net", "--mount", "--pid", "--fork", "true"]
     if subprocess.run(trial, capture_output=True, check=False).returncode:
-        return "needs the right to make namespaces: in a container, start it privileged"
+        return "needs the privilege to create namespaces: in a container, start it with --privileged"
     return None

@@ -1,4 +1,4 @@
-"""Slurm over the cluster's hosts: its daemons, its nodes, its jobs."""
+"""Slurm on the cluster's hosts: daemons, nodes and jobs."""
 
 import re
 import signal
@@ -15,38 +15,38 @@ DAEMON = "^slurmd "
 ENDED = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 )
-"""The states of a job that will not run again by itself."""
+"""States of a job that will not run again by itself."""
 
 
 def start_munge(host: Host) -> None:
     files = {"log-file": host.logs / "munged.log", "pid-file": "/run/munge/munged.pid", "seed-file": "/run/munge/seed"}
     host.run(["mkdir", "--parents", "/run/munge"], check=True)
     options = [f"--{name}={path}" for name, path in files.items()]
-    # Its two threads of default refuse whom they cannot serve at once, as on a busy machine.
+    # The default of two threads refuses clients on a busy machine.
     host.run(["munged", "--num-threads=10", *options], check=True)
 
 
 def set_environment(host: Host, environment: Mapping[str, str]) -> None:
-    """Gives every task that Slurm starts on this host these variables, and no others of ours."""
+    """Replaces the variables that TaskProlog exports to every task on this host."""
     lines = "".join(f"{name}={value}\n" for name, value in environment.items())
     host.run(["sh", "-c", 'printf %s "$0" > /run/slurm/environment', lines], check=True)
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """The Slurm of a running cluster, spoken to from the login host."""
+    """Slurm of a running cluster; its commands run on the login host."""
 
     login: Host
     nodes: Sequence[Host]
     slots: int
 
     def start(self) -> None:
-        """Starts all daemons of hosts that never had any."""
+        """Starts all daemons of a new cluster."""
         self.login.run(["mkdir", "/run/slurm"], check=True)
         self.start_controller()
         for node in self.nodes:
             node.run(["mkdir", "/run/slurm"], check=True)
-            for number in range(self.slots):  # another /dev/null: Slurm wants a device, nobody opens it
+            for number in range(self.slots):  # a copy of /dev/null: Slurm needs a device file, nothing opens it
                 node.run(["mknod", f"{GPU}{number}", "c", "1", "3"], check=True)
             self.start_daemon(node)
 
@@ -54,12 +54,12 @@ class Slurm:
         self.login.run(["slurmctld"], check=True)
 
     def stop_controller(self, sig: int = signal.SIGTERM) -> None:
-        """Ends slurmctld. By SIGKILL it forgets the last seconds, and jobs that were submitted in them."""
+        """Stops slurmctld. With SIGKILL it loses the state of the last seconds, including jobs submitted in them."""
         self.login.kill(CONTROLLER, sig)
-        self.login.wait_until_gone(CONTROLLER)
+        self.login.wait_until_exited(CONTROLLER)
 
     def restart_controller(self) -> None:
-        """Ends slurmctld and starts it again on what it saved; returns when it answers."""
+        """Restarts slurmctld from its saved state; returns when it answers."""
         self.stop_controller()
         self.start_controller()
         self._until(lambda: self.login.run(["scontrol", "ping"]).returncode == 0, 30, "slurmctld does not answer")
@@ -68,17 +68,17 @@ class Slurm:
         node.run(["slurmd", "-N", node.name], check=True)
 
     def stop_daemon(self, node: Host, sig: int = signal.SIGTERM) -> None:
-        """Ends slurmd; what it started goes on."""
+        """Stops slurmd; its job steps keep running."""
         node.kill(DAEMON, sig)
-        node.wait_until_gone(DAEMON)
+        node.wait_until_exited(DAEMON)
 
     def restart_daemon(self, node: Host) -> None:
-        """Has the node register at once; one that was out of reach may otherwise stay down for minutes."""
+        """Makes the node register at once; one that was unreachable may otherwise stay down for minutes."""
         self.stop_daemon(node)
         self.start_daemon(node)
 
     def repair(self) -> None:
-        """Ends all jobs, starts daemons that do not run, takes back nodes that are down, drained or out of reach."""
+        """Cancels all jobs, starts missing daemons, and resumes nodes that are down, drained or unreachable."""
         if not self.login.processes(CONTROLLER):
             self.restart_controller()
         self.cancel_all()
@@ -90,12 +90,12 @@ class Slurm:
                 self.restart_daemon(node)
 
     def sbatch(self, script: Path, *options: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
-        """Submits a batch script; returns the job's number."""
+        """Submits a batch script; returns the job id."""
         done = self.login.run(["sbatch", "--parsable", *options, script], env, cwd, check=True)
         return int(done.stdout.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says, by field: JobState, Restarts, ExitCode, BatchHost, NodeList, StdOut ..."""
+        """Fields of `scontrol show job`: JobState, Restarts, ExitCode, BatchHost, NodeList, StdOut ..."""
         return _fields(self.login.run(["scontrol", "--oneliner", "show", "job", str(job)], check=True).stdout)
 
     def state(self, job: int) -> str:
@@ -111,8 +111,8 @@ class Slurm:
         """Waits until the job is in one of `states`; returns which.
 
         Raises:
-            TimeoutError: after `timeout` seconds, or at once if it ended in another state; with what Slurm and the
-                job's output say.
+            TimeoutError: after `timeout` seconds, or at once if it ended in another state; with Slurm's record of
+                the job and its output.
         """
         wanted = {states} if isinstance(states, str) else set(states)
         deadline = time.monotonic() + timeout
@@ -123,12 +123,12 @@ class Slurm:
         return state
 
     def log(self, job: int) -> str:
-        """What the job's batch script and steps wrote to standard output so far; empty before it began."""
+        """Output of the job's batch script and steps so far; empty before it starts."""
         path = Path(self.job(job)["StdOut"])
         return path.read_text() if path.exists() else ""
 
     def wait_for_log(self, job: int, text: str, timeout: float = 200) -> str:
-        """Waits until the job's output holds `text`; returns the output. Raises TimeoutError with what there is."""
+        """Waits until the job's output contains `text`; returns the output. Raises TimeoutError with the output."""
         deadline = time.monotonic() + timeout
         while text not in (log := self.log(job)):
             if time.monotonic() > deadline:
@@ -147,15 +147,15 @@ class Slurm:
         self.login.run(["scancel", "--user=root"], check=True)
 
     def drain(self, node: Host, reason: str = "drained by a test") -> None:
-        """Gives the node no new jobs; those it has go on."""
+        """Drains the node: it gets no new jobs, running ones continue."""
         self._scontrol("update", f"NodeName={node.name}", "State=DRAIN", f"Reason={reason}")
 
     def down(self, node: Host, reason: str = "down by a test") -> None:
-        """Says that the node is down: its jobs end, or are requeued where they may be."""
+        """Sets the node down: its jobs fail, or are requeued if they allow it."""
         self._scontrol("update", f"NodeName={node.name}", "State=DOWN", f"Reason={reason}")
 
     def resume(self, node: Host) -> None:
-        """Takes a drained or down node back."""
+        """Resumes a drained or down node."""
         self._scontrol("update", f"NodeName={node.name}", "State=RESUME")
 
     def node_state(self, node: Host) -> str:
@@ -174,8 +174,8 @@ class Slurm:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                says = self.login.run(["sinfo", "--Node", "--long"])
-                raise TimeoutError(f"{problem} after {timeout} s:\n{says.stdout}{says.stderr}")
+                sinfo = self.login.run(["sinfo", "--Node", "--long"])
+                raise TimeoutError(f"{problem} after {timeout} s:\n{sinfo.stdout}{sinfo.stderr}")
             time.sleep(0.1)
 
     def _scontrol(self, *arguments: str) -> str:
@@ -183,5 +183,5 @@ class Slurm:
 
 
 def _fields(line: str) -> dict[str, str]:
-    """The fields of a line of scontrol's, NAME=VALUE NAME=VALUE ...; values may hold spaces."""
+    """Fields of a line of scontrol, NAME=VALUE NAME=VALUE ...; values may contain spaces."""
     return dict(re.findall(r"(\S+?)=(.*?)(?=\s+\S+?=|\s*$)", line))

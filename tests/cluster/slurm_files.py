@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.cluster.network import LOGIN
 
 GPU = "/run/slurm/gpu"
-"""The path, less its number, of the device file that stands for one accelerator."""
+"""Path prefix of the device files that represent GPUs; their number follows."""
 
 # cred_expire is also how long a requeued job waits before it may start again.
 _SLURM = """\
@@ -44,7 +44,7 @@ _PROLOG = "#!/bin/sh\n[ ! -e /run/slurm/environment ] || sed 's/^/export /' /run
 
 
 def configure(folder: Path, log: Path, hosts: int, slots: int) -> None:
-    """Writes the configuration; the folder is every host's /etc/slurm. Each host offers `slots` accelerators."""
+    """Writes the configuration, with `slots` GPUs per host; the folder becomes every host's /etc/slurm."""
     folder.mkdir()
     values = {"login": LOGIN, "log": log, "hosts": hosts, "slots": slots, "cpus": max(4, 2 * slots)}
     (folder / "slurm.conf").write_text(_SLURM.format(**values))
@@ -55,7 +55,7 @@ def configure(folder: Path, log: Path, hosts: int, slots: int) -> None:
 
 
 def configure_munge(folder: Path) -> None:
-    """Makes a key; the folder is every host's /etc/munge."""
+    """Generates a key; the folder becomes every host's /etc/munge."""
     folder.mkdir(mode=0o700)
     key = folder / "munge.key"
     key.touch(mode=0o600)

@@ -1,4 +1,4 @@
-"""ssh between the cluster's hosts: keys made for it, a daemon on each, nobody's own ssh files."""
+"""ssh between the cluster's hosts: generated keys and one sshd per host, independent of the user's ssh files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests.cluster.host import Host
 from tests.cluster.namespaces import run_checked
 
 DAEMON = "sshd: /usr/sbin/sshd"
-"""What the command line of the listening daemon begins with."""
+"""Prefix of the listening daemon's command line."""
 
 _DAEMON_FILE = """\
 HostKey /etc/ssh/host_key
@@ -36,7 +36,7 @@ Host *
 
 
 def configure(folder: Path) -> None:
-    """Writes keys and configuration; the folder is every host's /etc/ssh."""
+    """Writes keys and configuration; the folder becomes every host's /etc/ssh."""
     folder.mkdir()
     for name in ("host_key", "user_key"):
         run_checked(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(folder / name)])
@@ -53,10 +53,10 @@ def start(host: Host) -> None:
 
 
 def set_environment(host: Host, environment: Mapping[str, str]) -> None:
-    """Gives what is started by ssh on this host these variables, and no others of ours; sessions go on as they are."""
+    """Replaces the variables that sshd sets in new sessions on this host; open sessions are unaffected."""
     variables = " ".join(f"{name}={value}" for name, value in environment.items())
     setting = f"SetEnv {variables}\n" if variables else ""
     host.run(["sh", "-c", 'printf %s "$0" > /run/sshd/environment.conf', setting], check=True)
     host.kill(DAEMON)
-    host.wait_until_gone(DAEMON)
+    host.wait_until_exited(DAEMON)
     start(host)

@@ -1,4 +1,4 @@
-"""The hosts of a test cluster do what real ones do, also when something is wrong with them."""
+"""Hosts of a test cluster behave like real ones, also under faults."""
 
 import errno
 import os
@@ -13,12 +13,6 @@ from tests.cluster import clock
 from tests.cluster.cluster import Cluster
 
 pytestmark = pytest.mark.services
-
-ENDLESS = """\
-#!/bin/sh
-echo "restarts ${SLURM_RESTART_COUNT:-0}"
-[ "$SLURM_RESTART_COUNT" ] || sleep 1000
-"""
 
 FLOATS = 1_000_000
 
@@ -45,7 +39,7 @@ def test_ssh_and_pdsh_reach_every_host_by_name(cluster: Cluster) -> None:
     assert cluster.login.run(["ssh", "node1", "exit 7"]).returncode == 7
 
 
-def test_ssh_takes_nothing_from_the_settings_of_this_machines_root(cluster: Cluster) -> None:
+def test_ssh_ignores_roots_settings_on_this_machine(cluster: Cluster) -> None:
     read = "cat ~/.bashrc ~/.ssh/* 2> /dev/null; printenv PATH"
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # Debian's sshd gives it to root
     assert cluster.login.run(["ssh", "node1", read]).stdout == f"{path}\n"
@@ -57,7 +51,7 @@ def test_hostfile_has_a_line_for_each_host(cluster: Cluster, tmp_path: Path) -> 
     assert path.read_text() == "node2 slots=1\n"
 
 
-def test_commands_end_as_they_would_without_a_host(cluster: Cluster) -> None:
+def test_commands_on_a_host_behave_like_local_ones(cluster: Cluster) -> None:
     node = cluster.hosts[0]
     assert node.run(["sh", "-c", "exit 3"]).returncode == 3
     assert node.run(["pwd"], cwd=cluster.shared).stdout == f"{cluster.shared}\n"
@@ -76,7 +70,7 @@ def test_commands_end_as_they_would_without_a_host(cluster: Cluster) -> None:
     assert not node.processes("^sleep 1000")
 
 
-def test_some_folders_are_shared_and_some_are_not(cluster: Cluster) -> None:
+def test_shared_and_private_folders(cluster: Cluster) -> None:
     one, two = cluster.hosts
     for folder in (cluster.shared, cluster.local, Path("/dev/shm"), Path("/run")):
         one.run(["touch", folder / "seen"], check=True)
@@ -91,24 +85,24 @@ def test_srun_runs_one_task_on_each_node(cluster: Cluster) -> None:
     assert sorted(done.stdout.split()) == ["node1", "node2"]
 
 
-def test_slurm_gives_each_host_its_accelerators(cluster: Cluster) -> None:
+def test_slurm_allocates_gpus(cluster: Cluster) -> None:
     ask = ["srun", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES"]
     assert cluster.login.run(ask).stdout.split() == ["0,1", "0,1"]
     assert cluster.login.run(["srun", "--nodes=1", "--gpus-per-node=3", "true"]).returncode != 0
 
 
-def test_ranks_on_two_hosts_reduce_over_their_link(cluster: Cluster) -> None:
+def test_all_reduce_goes_over_the_link(cluster: Cluster) -> None:
     script = cluster.shared / "reduce.py"
     script.write_text(REDUCE)
-    before = _received(cluster)
+    before = _received_bytes(cluster)
     done = cluster.login.run(["srun", "--nodes=2", "--ntasks-per-node=1", "python", script], timeout=120, check=True)
     assert sorted(done.stdout.splitlines()) == ["node1 [3.0]", "node2 [3.0]"]
-    # Two ranks of a ring send each other half of the numbers twice.
-    assert all(after - first > 4 * FLOATS for first, after in zip(before, _received(cluster), strict=True))
+    # In a ring of two ranks each sends half of the floats twice.
+    assert all(after - first > 4 * FLOATS for first, after in zip(before, _received_bytes(cluster), strict=True))
 
 
 def test_a_requeued_job_starts_again(cluster: Cluster) -> None:
-    job = _submit_first_time_endless(cluster)
+    job = _submit_job_that_ends_after_restart(cluster)
     cluster.slurm.requeue(job)
     assert cluster.slurm.wait(job) == "COMPLETED"
     assert cluster.slurm.exit_code(job) == 0
@@ -116,8 +110,8 @@ def test_a_requeued_job_starts_again(cluster: Cluster) -> None:
     assert cluster.slurm.job(job)["Restarts"] == "1"
 
 
-def test_a_job_outlives_its_controller_and_its_daemons(cluster: Cluster) -> None:
-    job = _submit_first_time_endless(cluster)
+def test_a_job_survives_restarts_of_slurms_daemons(cluster: Cluster) -> None:
+    job = _submit_job_that_ends_after_restart(cluster)
     cluster.slurm.restart_controller()
     for node in cluster.hosts:
         cluster.slurm.restart_daemon(node)
@@ -127,9 +121,9 @@ def test_a_job_outlives_its_controller_and_its_daemons(cluster: Cluster) -> None
     assert "restarts 1" not in cluster.slurm.log(job)
 
 
-def test_a_job_of_a_node_that_is_down_starts_again_when_it_is_back(repaired: Cluster) -> None:
+def test_a_job_restarts_when_its_down_node_resumes(repaired: Cluster) -> None:
     slurm, node = repaired.slurm, repaired.hosts[1]
-    job = _submit_first_time_endless(repaired)
+    job = _submit_job_that_ends_after_restart(repaired)
     slurm.down(node)
     slurm.wait(job, {"PENDING"})
     assert slurm.node_state(node).startswith("DOWN")
@@ -138,20 +132,20 @@ def test_a_job_of_a_node_that_is_down_starts_again_when_it_is_back(repaired: Clu
     assert "restarts 1" in slurm.log(job)
 
 
-def test_a_host_whose_link_is_cut_lives_on_unreached(repaired: Cluster) -> None:
+def test_a_disconnected_host_keeps_running(repaired: Cluster) -> None:
     login, (one, two) = repaired.login, repaired.hosts
     one.wait_until_reaches(two)
-    two.cut()
+    two.disconnect()
     assert not one.reaches(two)
     assert not login.reaches(two)
     login.wait_until_reaches(one)
     assert two.run(["hostname"]).stdout == "node2\n"
-    two.restore()
+    two.reconnect()
     one.wait_until_reaches(two)
     login.wait_until_reaches(two)
 
 
-def test_a_host_without_power_runs_nothing_until_it_is_repaired(cluster: Cluster) -> None:
+def test_a_powered_off_host_runs_nothing_until_repaired(cluster: Cluster) -> None:
     node = cluster.hosts[0]
     left = node.popen(["sleep", "1000"])
     node.run(["touch", "/dev/shm/left"], check=True)
@@ -167,8 +161,8 @@ def test_a_host_without_power_runs_nothing_until_it_is_repaired(cluster: Cluster
 
 
 @pytest.mark.parametrize("offset", [3600, -86400])
-def test_what_is_started_on_a_host_sees_its_clock_off(repaired: Cluster, offset: int) -> None:
-    clock.set_off(repaired.hosts[1], offset)
+def test_processes_see_the_clock_offset(repaired: Cluster, offset: int) -> None:
+    clock.set_offset(repaired.hosts[1], offset)
     show = ["python3", "-c", "import os, time; print(os.uname().nodename, time.time(), time.monotonic())"]
     for launch in (["srun", "--nodes=2", "--ntasks-per-node=1"], ["pdsh", "-N", "-w", "node1,node2"]):
         quoted = [f"'{word}'" if launch[0] == "pdsh" else word for word in show]
@@ -176,12 +170,12 @@ def test_what_is_started_on_a_host_sees_its_clock_off(repaired: Cluster, offset:
         (_, wall, steady), (_, wall_off, steady_off) = sorted(line.split() for line in lines)
         assert float(wall_off) - float(wall) == pytest.approx(offset, abs=60)
         assert float(steady_off) - float(steady) == pytest.approx(0, abs=60)
-    clock.set_right(repaired.hosts[1])
+    clock.clear_offset(repaired.hosts[1])
     now = repaired.login.run(["ssh", "node2", "date", "+%s"]).stdout
     assert float(now) == pytest.approx(float(repaired.login.run(["date", "+%s"]).stdout), abs=60)
 
 
-def test_a_disk_is_full_on_one_host_alone(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_full_disk_on_one_host_only(cluster: Cluster, tmp_path: Path) -> None:
     one, two = cluster.hosts
     one.mount_tmpfs(tmp_path, "1M")
     write = ["dd", "if=/dev/zero", f"of={tmp_path}/file", "bs=1M", "count=2"]
@@ -192,7 +186,7 @@ def test_a_disk_is_full_on_one_host_alone(cluster: Cluster, tmp_path: Path) -> N
     assert one.run(["stat", "--format=%s", tmp_path / "file"]).stdout == f"{2 << 20}\n"
 
 
-def test_a_bound_file_is_seen_on_one_host_alone(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_bind_mount_is_private_to_one_host(cluster: Cluster, tmp_path: Path) -> None:
     one, two = cluster.hosts
     files = [tmp_path / name for name in ("here", "there")]
     for path in files:
@@ -209,8 +203,8 @@ def test_a_cluster_of_three_has_three_hosts(cluster_of: Callable[[int], Cluster]
     assert cluster_of(3) is three
 
 
-def _submit_first_time_endless(cluster: Cluster) -> int:
-    """Submits a job that ends only when it was started again; returns when it runs."""
+def _submit_job_that_ends_after_restart(cluster: Cluster) -> int:
+    """Submits a job that sleeps until it is restarted; returns when it runs."""
     script = cluster.shared / "endless.sh"
     script.write_text(
         '#!/bin/sh\necho "restarts ${SLURM_RESTART_COUNT:-0}"\n[ "$SLURM_RESTART_COUNT" ] || sleep 1000\n'
@@ -220,7 +214,7 @@ def _submit_first_time_endless(cluster: Cluster) -> int:
     return job
 
 
-def _received(cluster: Cluster) -> list[int]:
-    """Bytes that each host has received over its link."""
+def _received_bytes(cluster: Cluster) -> list[int]:
+    """Bytes received by each host over its link."""
     counter = "/sys/class/net/eth0/statistics/rx_bytes"
     return [int(host.run(["cat", counter], check=True).stdout) for host in cluster.hosts]

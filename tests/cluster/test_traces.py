@@ -1,4 +1,4 @@
-"""A test cluster leaves nothing behind, however far it came."""
+"""Taking a test cluster down leaves nothing behind, also when it was incomplete."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.services
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """A name for a cluster of the test's own, which is down afterwards."""
+    """The name of a cluster of the test's own, taken down afterwards."""
     if reason := programs.missing():
         lacks(reason)
     own = f"pytest-{os.getpid()}-own"
@@ -30,7 +30,7 @@ def name() -> Iterator[str]:
 
 
 def test_down_leaves_no_trace(cluster: Cluster, name: str) -> None:
-    before = _machine()
+    before = _machine_state()
     own = bring_up(name, hosts=1, slots=1)
     assert own.login.run(["ssh", "node1", "hostname"]).stdout == "node1\n"
     ended = own.hosts[0].popen(["sh", "-c", "setsid sleep 1000 & exec sleep 1000"])
@@ -41,59 +41,59 @@ def test_down_leaves_no_trace(cluster: Cluster, name: str) -> None:
     assert ended.wait(200) == -signal.SIGKILL
     assert not [process for process in processes if process.is_running()]
     assert not _all_namespaces() & held
-    assert _machine() == before
+    assert _machine_state() == before
     assert not folder_of(name).exists()
     assert name not in names()
     assert cluster.login.run(["ssh", "node1", "hostname"]).stdout == "node1\n"
 
 
 @pytest.mark.parametrize("reached", ["etc", "log/login/munged.log", "sizes.json"])
-def test_down_ends_a_cluster_that_came_half_way(name: str, reached: str) -> None:
+def test_down_removes_an_incomplete_cluster(name: str, reached: str) -> None:
     up = subprocess.Popen([sys.executable, "-m", "tests.cluster", "up", "--name", name], start_new_session=True)
     _wait_for(folder_of(name) / reached)
     up.kill()
     up.wait()
     take_down(name)
     take_down(name)
-    assert not namespaces.marked(f"{folder_of(name)}/")
+    assert not namespaces.holders_of(f"{folder_of(name)}/")
     assert not folder_of(name).exists()
-    assert not _naming(folder_of(name))
+    assert not _processes_naming(folder_of(name))
 
 
 def test_a_cluster_can_end_with_its_parent(name: str) -> None:
     code = f"from tests.cluster.cluster import bring_up; bring_up({name!r}, 1, 1, with_parent=True); input()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     _wait_for(folder_of(name) / "sizes.json")
-    holders = [process for process, _ in namespaces.marked(f"{folder_of(name)}/")]
+    holders = [process for process, _ in namespaces.holders_of(f"{folder_of(name)}/")]
     assert len(holders) >= 3
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(holders, timeout=20)[1]
-    assert not _naming(folder_of(name))
+    assert not _processes_naming(folder_of(name))
 
 
-def test_an_interrupted_up_takes_down_what_it_made(name: str) -> None:
+def test_an_interrupted_up_cleans_up(name: str) -> None:
     up = subprocess.Popen([sys.executable, "-m", "tests.cluster", "up", "--name", name], stderr=subprocess.DEVNULL)
     _wait_for(folder_of(name) / "log" / "login" / "munged.log")
     up.send_signal(signal.SIGINT)
     assert up.wait(200) != 0
-    assert not namespaces.marked(f"{folder_of(name)}/")
+    assert not namespaces.holders_of(f"{folder_of(name)}/")
     assert not folder_of(name).exists()
 
 
-def test_a_name_is_given_once(cluster: Cluster) -> None:
+def test_a_name_is_unique(cluster: Cluster) -> None:
     with pytest.raises(UsageError, match="down --name"):
         bring_up(cluster.name)
     assert find(cluster.name) == cluster
 
 
-def test_what_cannot_be_found_is_said(name: str) -> None:
+def test_an_unknown_cluster_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError, match="no such cluster"):
         find(name)
 
 
-def _machine() -> dict[str, object]:
-    """What of the machine itself a cluster could touch."""
+def _machine_state() -> dict[str, object]:
+    """State of the machine that a cluster could leak into."""
     links = subprocess.run(["ip", "-oneline", "link"], capture_output=True, text=True, check=True).stdout
     folders = ("/etc", "/etc/ssh", "/run", "/var/log", "/sys/fs/cgroup")
     return {
@@ -113,7 +113,7 @@ def _namespaces_of(cluster: Cluster) -> set[str]:
 
 
 def _all_namespaces() -> set[str]:
-    """Those of every process of the machine."""
+    """Namespaces of every process of the machine."""
     return {link for pid in psutil.pids() for link in _links(pid)}
 
 
@@ -124,7 +124,7 @@ def _links(pid: int) -> set[str]:
         return set()
 
 
-def _naming(folder: Path) -> list[psutil.Process]:
+def _processes_naming(folder: Path) -> list[psutil.Process]:
     """Processes whose command line names the folder."""
     return [process for process in psutil.process_iter(["cmdline"]) if str(folder) in str(process.info["cmdline"])]
 

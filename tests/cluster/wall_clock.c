@@ -1,7 +1,7 @@
-/* Whoever preloads this sees the wall clock WALL_CLOCK_OFFSET seconds off, and nothing else: the monotonic clock is
-   right, and everything waits as long as it should.
+/* LD_PRELOAD library that shifts the wall clock by WALL_CLOCK_OFFSET seconds. The monotonic clock and the durations of
+   all waits are unaffected.
 
-   libfaketime 0.9.10, that of Debian 12, makes either sleeps fail or waits endless in programs with threads. */
+   libfaketime 0.9.10 (Debian 12) makes sleeps fail or waits never end in programs with threads. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #define SECOND 1000000000LL
-#define LONG_AGO 1000000000 /* seconds; a moment before that is not of the wall clock */
+#define LONG_AGO 1000000000 /* seconds; an earlier time is not one of the wall clock */
 
 static long long offset(void) {
     const char *seconds = getenv("WALL_CLOCK_OFFSET");
@@ -50,7 +50,7 @@ time_t time(time_t *also) {
     return exact.tv_sec;
 }
 
-/* Deadlines by the shifted clock, as the kernel has to see them. */
+/* Converts a deadline of the shifted clock to the kernel's clock. */
 
 static struct timespec deadline(const struct timespec *until) {
     return until->tv_sec < LONG_AGO ? *until : shifted(*until, -offset());
@@ -60,7 +60,7 @@ int pthread_cond_timedwait(pthread_cond_t *restrict condition, pthread_mutex_t *
                            const struct timespec *restrict until) {
     static __typeof__(pthread_cond_timedwait) *wait;
     struct timespec real = deadline(until);
-    if (!wait) /* on x86-64 glibc has two; today's conditions need the later one */
+    if (!wait) /* glibc has two versions on x86-64; take the current one */
         wait = dlvsym(RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2") ?: dlsym(RTLD_NEXT, "pthread_cond_timedwait");
     return wait(condition, mutex, &real);
 }

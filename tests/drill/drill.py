@@ -1,4 +1,4 @@
-"""One fault in one run, from its first start to its end, and what is noted of it."""
+"""One drill: starts a run, injects a fault, waits for recovery, and records exit codes and recovery time."""
 
 import os
 import random
@@ -18,24 +18,24 @@ from tests.cluster.slurm import Slurm
 from tests.drill.rig import Rig
 from tests.drill.runs import Backend, Run
 
-PATIENCE = 240.0
-"""Seconds in which anything that a drill waits for happens, or the drill has failed."""
-END_SECONDS = 60.0
-"""In which a failed rank must have ended the run everywhere."""
+TIMEOUT = 240.0
+"""Seconds that a drill waits for any condition before it fails."""
+EXIT_SECONDS = 60.0
+"""Seconds within which all ranks must exit after one of them failed."""
 _POLL_SECONDS = 0.05
 
 
 class DrillError(AssertionError):
-    """Something that a drill waited for, or expects, is not so."""
+    """A condition timed out, or an expectation of the drill does not hold."""
 
 
 @dataclass
-class End:
-    """How a start ended.
+class Exit:
+    """How one start of the run exited.
 
     Attributes:
-        code: what its user saw.
-        seconds: since the last strike; None before any.
+        code: exit code of the command or the Slurm job.
+        seconds: since the last fault was injected; None before the first.
     """
 
     code: int
@@ -44,51 +44,52 @@ class End:
 
 @dataclass
 class Drill:
-    """What a fault plays with.
+    """A run under test, with what a fault scenario needs to drive it.
 
     Attributes:
-        rng: draws ranks, steps and moments.
-        done: what was done to the run.
-        ends: of the starts that are over.
-        training: seconds from the last strike until a step was done that it had kept from being done.
-        moves: whether the run is to end with other ranks than it began with, so that sums are rounded otherwise.
-        restarts: in a row without progress that the launcher may do by itself.
+        rng: draws ranks, steps and delays.
+        injected: description of the faults injected so far.
+        exits: one for each start that has exited.
+        recovery_seconds: from the last fault until a later start completed a step; None while none has.
+        world_size_changes: whether the scenario changes the world size or ZeRO stage, so that results match the
+            baseline to rounding only.
+        max_restarts: without progress in between, that the launcher may do by itself.
     """
 
     rig: Rig
     run: Run
     stage: int
     rng: random.Random
-    done: str = ""
-    ends: list[End] = field(default_factory=list)
-    training: float | None = None
-    moves: bool = False
-    restarts: int = 0
-    _struck: float | None = None
-    _begins: int = 0
-    _said_before: int = 0
+    injected: str = ""
+    exits: list[Exit] = field(default_factory=list)
+    recovery_seconds: float | None = None
+    world_size_changes: bool = False
+    max_restarts: int = 0
+    _injected_at: float | None = None
+    _trainings_before: int = 0
+    _output_offset: int = 0
 
     @property
     def backend(self) -> Backend:
         return self.run.backend
 
-    def any_rank(self) -> int:
+    def random_rank(self) -> int:
         return self.rng.randrange(self.backend.ranks)
 
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
-        """Its user types the command, for the first time or again."""
-        self._said_before = len(self.run.output())
+        """Runs the launch command, for the first time or again."""
+        self._output_offset = len(self.run.output())
         self.run.start(max_restarts, *overrides)
 
     @property
     def launcher(self) -> "subprocess.Popen[str]":
-        """The last `mixmae launch` that its user typed, where it stays with the run."""
+        """The process of the last `mixmae launch`; not under Slurm, where it exits after submitting."""
         assert self.run.launcher is not None
         return self.run.launcher
 
     @property
     def job(self) -> int:
-        """The last job, under Slurm."""
+        """Id of the last Slurm job."""
         assert self.run.job is not None
         return self.run.job
 
@@ -96,26 +97,32 @@ class Drill:
     def slurm(self) -> Slurm:
         return self.rig.cluster.slurm
 
-    def reach(self, step: int) -> None:
-        """Waits until the run has done this step."""
-        self.until(lambda: self.run.step() >= step, f"step {step}", alive=True)
+    def wait_for_step(self, step: int) -> None:
+        """Waits until the run has completed this step."""
+        self.wait_until(lambda: self.run.step() >= step, f"step {step}", alive=True)
 
-    def until(self, holds: Callable[[], Any], what: str, alive: bool = False, pause: float = _POLL_SECONDS) -> None:
-        """Waits for something.
+    def wait_until(
+        self, condition: Callable[[], Any], what: str, alive: bool = False, poll_seconds: float = _POLL_SECONDS
+    ) -> None:
+        """Waits until the condition is true.
 
         Args:
-            alive: whether the end of the run is the end of all hope.
-        """
-        deadline = time.monotonic() + PATIENCE
-        while not holds():
-            if alive and self.run.poll() is not None:
-                raise DrillError(f"the run ended before {what}; it said:\n{self.run.output()[-3000:]}")
-            if time.monotonic() > deadline:
-                raise DrillError(f"no {what} after {PATIENCE:.0f} s; the run said:\n{self.run.output()[-3000:]}")
-            time.sleep(pause)
+            what: the condition, for the error message.
+            alive: whether to fail at once when the run exits.
 
-    def pause(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> None:
-        """Lets time pass, less of it if something comes true before."""
+        Raises:
+            DrillError: after `TIMEOUT` seconds, or when the run exited and `alive` is set.
+        """
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            if alive and self.run.poll() is not None:
+                raise DrillError(f"the run exited before {what}; its output:\n{self.run.output()[-3000:]}")
+            if time.monotonic() > deadline:
+                raise DrillError(f"no {what} after {TIMEOUT:.0f} s; output of the run:\n{self.run.output()[-3000:]}")
+            time.sleep(poll_seconds)
+
+    def sleep(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> None:
+        """Sleeps for that long, or until `unless` is true."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not unless():
             time.sleep(min(_POLL_SECONDS, max(0.0, deadline - time.monotonic())))
@@ -123,40 +130,40 @@ class Drill:
     def ranks(
         self, besides: Mapping[int, tuple[Host, psutil.Process]] | None = None
     ) -> dict[int, tuple[Host, psutil.Process]]:
-        """All ranks' processes, with their hosts, once they are there.
+        """Waits for the processes of all ranks; returns them with their hosts, by rank.
 
         Args:
-            besides: those of an earlier start, which may still be there.
+            besides: processes of an earlier start to ignore; they may still be alive.
         """
         found: dict[int, tuple[Host, psutil.Process]] = {}
         old = [process for _, process in besides.values()] if besides else []
 
-        def all_there() -> bool:
+        def all_running() -> bool:
             found.update({rank: there for rank, there in self.run.ranks().items() if there[1] not in old})
             return len(found) == self.backend.ranks
 
-        self.until(all_there, "all ranks' processes", alive=True)
-        if len(hosts := {host.name for host, _ in found.values()}) != self.backend.spread:
-            raise DrillError(f"ranks on {', '.join(sorted(hosts))}, expected {self.backend.spread} hosts")
+        self.wait_until(all_running, "processes of all ranks", alive=True)
+        if len(hosts := {host.name for host, _ in found.values()}) != self.backend.host_count:
+            raise DrillError(f"ranks on {', '.join(sorted(hosts))}, expected {self.backend.host_count} hosts")
         return found
 
-    def told(self, event: str) -> list[dict[str, Any]]:
-        """What the run said of such events, oldest first."""
+    def events_of_kind(self, event: str) -> list[dict[str, Any]]:
+        """Records of events.jsonl of this kind, oldest first."""
         return [record for record in self.run.events() if record["event"] == event]
 
-    def strike(self, description: str, act: Callable[[], Any]) -> None:
-        """Does the damage, and notes what was done and when."""
-        self.done = f"{self.done}; {description}" if self.done else description
-        self._begins = self.run.begins()
-        self.training = None
-        act()
-        self._struck = time.monotonic()
+    def inject(self, description: str, fault: Callable[[], Any]) -> None:
+        """Injects a fault by calling `fault`, and records its description and time."""
+        self.injected = f"{self.injected}; {description}" if self.injected else description
+        self._trainings_before = self.run.training_starts()
+        self.recovery_seconds = None
+        fault()
+        self._injected_at = time.monotonic()
 
-    def catch_saving(self, process: psutil.Process) -> int:
-        """Stops a rank's process while it and all others save; returns the step that is saved."""
+    def pause_while_saving(self, process: psutil.Process) -> int:
+        """SIGSTOPs a rank while all ranks save a checkpoint; returns the step of that checkpoint."""
         while True:
-            self.until(self.run.partial, "a save", alive=True, pause=0.0)
-            partial = self.run.partial()
+            self.wait_until(self.run.partial_checkpoints, "a save", alive=True, poll_seconds=0.0)
+            partial = self.run.partial_checkpoints()
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(_POLL_SECONDS)
             step = int(partial[0].name.split("-")[1]) if partial else 0
@@ -164,58 +171,62 @@ class Drill:
                 return step
             os.kill(process.pid, signal.SIGCONT)
 
-    def ended(self, codes: Sequence[int], *says: str, within: float | None = None) -> None:
-        """Waits for the end of this start.
+    def expect_exit(self, codes: Sequence[int], *messages: str, within: float | None = None) -> None:
+        """Waits until this start exits.
 
         Args:
-            codes: one of which its user must see.
-            says: what each must be read on the console.
-            within: seconds since the strike.
+            codes: accepted exit codes.
+            messages: texts that the console output must contain.
+            within: seconds since the fault.
+
+        Raises:
+            DrillError: another exit code, a missing message, or an exit later than `within`.
         """
-        code = self._over()
-        said = self.run.output()[self._said_before :]
+        code = self._wait_for_exit()
+        output = self.run.output()[self._output_offset :]
         if code not in codes:
-            raise DrillError(
-                f"ended with code {code}, expected {' or '.join(map(str, codes))}; it said:\n{said[-3000:]}"
-            )
-        if missing := [text for text in says if text not in said]:
-            raise DrillError(f"did not say {missing[0]!r}, but:\n{said[-3000:]}")
-        seconds = self.ends[-1].seconds
+            raise DrillError(f"exit code {code}, expected {' or '.join(map(str, codes))}; output:\n{output[-3000:]}")
+        if missing := [text for text in messages if text not in output]:
+            raise DrillError(f"{missing[0]!r} is not in the output:\n{output[-3000:]}")
+        seconds = self.exits[-1].seconds
         if within is not None and seconds is not None and seconds > within:
-            raise DrillError(f"ended {seconds:.0f} s after the fault, later than {within:.0f}")
+            raise DrillError(f"exited {seconds:.0f} s after the fault, expected at most {within:.0f} s")
 
-    def finish(self, again: int = 1) -> None:
-        """Waits for the run's last step; types the command again when it ended before, as its user would.
+    def finish(self, user_restarts: int = 1) -> None:
+        """Waits until the run has finished; runs the same command again when it exits before, as a user would.
 
         Args:
-            again: how often that may be needed.
-        """
-        while (code := self._over()) != FINISHED:
-            if again == 0:
-                raise DrillError(f"ended with code {code}; it said:\n{self.run.output()[-3000:]}")
-            again -= 1
-            self.start(self.restarts)
+            user_restarts: how often that is allowed.
 
-    def _over(self) -> int:
-        """The exit code of this start, once it is over; notes meanwhile when the run trained again."""
+        Raises:
+            DrillError: the run exited before its last step more often than that.
+        """
+        while (code := self._wait_for_exit()) != FINISHED:
+            if user_restarts == 0:
+                raise DrillError(f"exit code {code}; output:\n{self.run.output()[-3000:]}")
+            user_restarts -= 1
+            self.start(self.max_restarts)
+
+    def _wait_for_exit(self) -> int:
+        """Waits for the exit code of this start; meanwhile records when training resumed."""
         codes: list[int] = []
 
-        def over() -> bool:
-            if self.training is None and self._struck is not None and self._trains_again():
-                self.training = time.monotonic() - self._struck
+        def exited() -> bool:
+            if self.recovery_seconds is None and self._injected_at is not None and self._resumed_training():
+                self.recovery_seconds = time.monotonic() - self._injected_at
             if (code := self.run.poll()) is not None:
                 codes.append(code)
             return bool(codes)
 
-        self.until(over, "end of the run")
-        self.ends.append(End(codes[0], None if self._struck is None else time.monotonic() - self._struck))
+        self.wait_until(exited, "exit of the run")
+        self.exits.append(Exit(codes[0], None if self._injected_at is None else time.monotonic() - self._injected_at))
         return codes[0]
 
-    def _trains_again(self) -> bool:
-        """Whether a start that began after the last strike has done a step."""
-        begun = 0
+    def _resumed_training(self) -> bool:
+        """Whether a start that began training after the last fault has completed a step."""
+        trainings = 0
         for record in self.run.events():
-            begun += record["event"] in ("start", "resumed")
-            if record["event"] == "step" and begun > self._begins:
+            trainings += record["event"] in ("start", "resumed")
+            if record["event"] == "step" and trainings > self._trainings_before:
                 return True
         return False

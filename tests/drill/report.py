@@ -1,4 +1,4 @@
-"""docs/reliability.md, from what the drills found."""
+"""Writes docs/reliability.md from the outcomes of the drills."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from tests.drill.session import Outcome
 
 _WIDTH = 120
 
-_WHAT = """\
+_INTRODUCTION = """\
 What happens to a run when something breaks. The fault drill generated this page: it starts real runs with `mixmae
 launch`, on one host (local), on two hosts over ssh (hostfile) and as jobs of a real Slurm (slurm), injects a fault,
 restarts the run when its user would have to, and checks what must hold once it has finished.
@@ -32,7 +32,7 @@ start completed a step. Of several the median and the longest are given. Without
 from the command to the first step, most of it for importing torch on two ranks.
 """
 
-_HELD = "**What held.** All of this was true for {held} of {count} runs once they had finished:"
+_PASSED = "**What held.** All of this was true for {held} of {count} runs once they had finished:"
 
 _MUST_HOLD = (
     "it ended at step {steps} with exit code 0, and its newest checkpoint is complete;",
@@ -49,18 +49,18 @@ def write_report(file: Path, outcomes: Sequence[Outcome], command: str, start: f
     """Writes the page.
 
     Args:
-        command: that did the drills.
-        start: seconds from a command to its first step, where nothing happens.
+        command: command line that ran the drills.
+        start: seconds from a command to its first step, without faults.
     """
     count, held = len(outcomes), sum(not outcome.problems for outcome in outcomes)
     facts = {"steps": STEPS, "batch": GLOBAL_BATCH, "images": IMAGES, "every": SAVE_EVERY, "start": start}
     parts = [
         "# Reliability",
-        _filled(_WHAT),
+        _filled(_INTRODUCTION),
         _filled(_HOW_TO_READ.format(epochs=STEPS * GLOBAL_BATCH / IMAGES, **facts)),
-        _HELD.format(held=held, count=count),
+        _PASSED.format(held=held, count=count),
         "\n".join(_filled(f"- {item.format(steps=STEPS)}", "  ") for item in _MUST_HOLD),
-        _broken(outcomes),
+        _failures(outcomes),
         "## The faults",
         _table(outcomes),
         "## Made on",
@@ -74,10 +74,10 @@ def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(" ".join(text.split()), _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _broken(outcomes: Sequence[Outcome]) -> str:
-    firsts = [(o, [problem.splitlines()[0] for problem in o.problems]) for o in outcomes if o.problems]
-    broken = [f"- {o.backend}, {o.description} ({o.done}): {'; '.join(problems)}" for o, problems in firsts]
-    return "\n".join(["**What did not hold.**", "", *broken]) if broken else ""
+def _failures(outcomes: Sequence[Outcome]) -> str:
+    first_lines = [(o, [problem.splitlines()[0] for problem in o.problems]) for o in outcomes if o.problems]
+    failed = [f"- {o.backend}, {o.description} ({o.injected}): {'; '.join(problems)}" for o, problems in first_lines]
+    return "\n".join(["**What did not hold.**", "", *failed]) if failed else ""
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
@@ -85,9 +85,9 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         groups[outcome.description, outcome.backend].append(outcome)
     rows = [
-        f"| {description} | {backend} | {len(found)} | {found[0].done} "
-        f"| {'; or '.join(dict.fromkeys(o.how for o in found))} "
-        f"| {_seconds([o.ended for o in found])} | {_seconds([o.training for o in found])} |"
+        f"| {description} | {backend} | {len(found)} | {found[0].injected} "
+        f"| {'; or '.join(dict.fromkeys(o.recovery for o in found))} "
+        f"| {_seconds([o.exit_seconds for o in found])} | {_seconds([o.recovery_seconds for o in found])} |"
         for (description, backend), found in groups.items()
     ]
     title = "| what | backend | count | such as | how it continued | ended (s) | training (s) |"
@@ -116,7 +116,7 @@ def _processor() -> str:
 
 
 def _slurm() -> str:
-    # Its commands want a configuration to tell their version, its daemons do not.
+    # Slurm's commands print no version without a configuration; its daemons do.
     controller = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    assert controller is not None, "the cluster needs it"
+    assert controller is not None, "the cluster needs slurmctld"
     return subprocess.run([controller, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]

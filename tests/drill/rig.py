@@ -1,4 +1,4 @@
-"""What all drills share: three hosts, shards, recipes, and runs that nothing disturbs."""
+"""The test rig that all drills share: three hosts, shards, recipes, and baseline runs without faults."""
 
 import shutil
 import time
@@ -13,26 +13,26 @@ from tests.drill.runs import Backend, Local, Run
 from tests.helpers import tiny_recipe
 
 IMAGES = 90
-"""In an epoch: 7 global batches and a half."""
+"""In an epoch: 7.5 global batches."""
 GLOBAL_BATCH = 12
 STEPS, SAVE_EVERY = 60, 5
 STAGES = (0, 1, 2, 3)
-_UNDISTURBED_SECONDS, _POLL_SECONDS = 300.0, 0.1
+_BASELINE_TIMEOUT, _POLL_SECONDS = 300.0, 0.1
 
 
 @dataclass
 class Rig:
-    """A cluster of three hosts with two slots each, and what is computed on it once.
+    """A cluster of three hosts with two slots each, with shards and baseline runs that are made once.
 
     Attributes:
-        folder: on all hosts the same; everything of the drills is below.
-        start_seconds: from a command to the first step of the last undisturbed run.
+        folder: shared by all hosts; holds all files of the drills.
+        start_seconds: from the command to the first step of the last baseline run.
     """
 
     cluster: Cluster
     folder: Path
     start_seconds: float = 0.0
-    _undisturbed: dict[int, Path] = field(default_factory=dict)
+    _baselines: dict[int, Path] = field(default_factory=dict)
 
     @property
     def shards(self) -> Path:
@@ -71,32 +71,32 @@ class Rig:
         return file
 
     def run(self, name: str, backend: Backend, stage: int, **changes: Any) -> Run:
-        """A run that was not started yet, in an empty directory."""
+        """A run in a new run directory, not started yet."""
         run_dir = self.folder / name
         shutil.rmtree(run_dir, ignore_errors=True)
         return Run(self.cluster, backend, self.recipe(run_dir, stage, **changes), run_dir)
 
-    def undisturbed(self, stage: int) -> Path:
-        """The directory of a run on two ranks of one host to which nothing happened."""
-        if stage not in self._undisturbed:
-            run = self.run(f"undisturbed-stage-{stage}", Local(2), stage, **{"checkpoint.keep": STEPS})
+    def baseline(self, stage: int) -> Path:
+        """The run directory of a finished run without faults, on two ranks of one host; trained on the first call."""
+        if stage not in self._baselines:
+            run = self.run(f"baseline-stage-{stage}", Local(2), stage, **{"checkpoint.keep": STEPS})
             started = time.monotonic()
             run.start()
             while run.step() == 0 and run.poll() is None:
                 time.sleep(_POLL_SECONDS)
             self.start_seconds = time.monotonic() - started
-            code = run.wait(_UNDISTURBED_SECONDS)
-            assert code == 0, f"the undisturbed run ended with {code}:\n{run.output()[-5000:]}"
-            self._undisturbed[stage] = run.folder
-        return self._undisturbed[stage]
+            code = run.wait(_BASELINE_TIMEOUT)
+            assert code == 0, f"exit code {code} of the baseline run:\n{run.output()[-5000:]}"
+            self._baselines[stage] = run.folder
+        return self._baselines[stage]
 
     def clear(self, run: Run, keep: bool) -> None:
-        """Sets the cluster right after a drill, and removes what the run left unless it is to be kept."""
+        """Repairs the cluster after a drill, and deletes the run's files unless `keep` is set."""
         if run.mounted is not None:
-            host, place = run.mounted
+            host, path = run.mounted
             if keep:
                 shutil.copytree(run.folder, run.run_dir.with_suffix(".kept"), dirs_exist_ok=True)
-            host.unmount(place)
+            host.unmount(path)
             run.mounted = None
         self.cluster.repair()
         if not keep:

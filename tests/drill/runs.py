@@ -1,4 +1,4 @@
-"""Runs as their user starts them: `mixmae launch`, three backends, again and again with the same command."""
+"""Runs launched as a user does: `mixmae launch` with one of three backends, restarted with the same command."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ from tests.helpers import ROOT
 _POLL_SECONDS, _JOB_SECONDS = 0.1, 0.5
 _RANK = r" -m mixmae\.trainer\.train "
 _ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-"""One thread: the order of additions must not depend on how many ranks share a host."""
+"""One thread, so that the order of additions does not depend on how many ranks share a host."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Local:
     ranks: int
     host: str = "node1"
     name = "local"
-    spread = 1
+    host_count = 1
 
     def options(self, folder: Path) -> list[str]:
         return ["--local", str(self.ranks)]
 
 
 @dataclass(frozen=True)
-class OnHosts:
-    """So many ranks on each of some hosts, by DeepSpeed's launcher with pdsh and ssh."""
+class Hostfile:
+    """`slots` ranks on each host, through DeepSpeed's launcher with pdsh and ssh."""
 
     hosts: Sequence[str]
     slots: int = 1
@@ -54,7 +54,7 @@ class OnHosts:
         return len(self.hosts) * self.slots
 
     @property
-    def spread(self) -> int:
+    def host_count(self) -> int:
         return len(self.hosts)
 
     def options(self, folder: Path) -> list[str]:
@@ -64,8 +64,8 @@ class OnHosts:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A job of Slurm with so many ranks on each of its nodes."""
+class SlurmJob:
+    """A Slurm job with `tasks` ranks on each of its nodes."""
 
     nodes: int
     tasks: int = 1
@@ -78,7 +78,7 @@ class Batch:
         return self.nodes * self.tasks
 
     @property
-    def spread(self) -> int:
+    def host_count(self) -> int:
         return self.nodes
 
     def options(self, folder: Path) -> list[str]:
@@ -87,19 +87,19 @@ class Batch:
         return ["--slurm", "--nodes", str(self.nodes), *tasks, *limit, "--skip-preflight"]
 
 
-Backend = Local | OnHosts | Batch
-"""All of them say from which host they are started, their number of ranks, and over how many hosts these are spread."""
+Backend = Local | Hostfile | SlurmJob
+"""Each has `host` (where the command runs), `ranks` (world size) and `host_count` (hosts with ranks)."""
 
 
 class Run:
     """One run directory, and the command that starts it.
 
     Attributes:
-        backend: how it is started next.
-        starts: how often its user started it.
-        launcher: the last `mixmae launch`; under Slurm it ended when the job was submitted.
-        job: the last one's number, under Slurm.
-        mounted: a host, and where in the directory a file system is mounted that this host alone sees.
+        backend: backend of the next start.
+        starts: how often the command was run.
+        launcher: process of the last `mixmae launch`; None under Slurm.
+        job: id of the last Slurm job.
+        mounted: a host and the path in the run directory where this host alone has a file system mounted.
     """
 
     def __init__(self, cluster: Cluster, backend: Backend, recipe: Path, run_dir: Path) -> None:
@@ -107,26 +107,26 @@ class Run:
         self.starts = 0
         self.launcher: subprocess.Popen[str] | None = None
         self.job: int | None = None
-        self._next_look = 0.0
+        self._next_poll = 0.0
         self.mounted: tuple[Host, Path] | None = None
         self._console = run_dir.with_suffix(".out")
         self._console.unlink(missing_ok=True)
 
     @property
     def folder(self) -> Path:
-        """The run directory as its hosts see it."""
+        """The run directory as the run's hosts see it."""
         if self.mounted is None:
             return self.run_dir
         return Path(f"/proc/{self.mounted[0].namespaces.pid}/root{self.run_dir}")
 
     def start(self, max_restarts: int = 0, *overrides: str) -> None:
-        """Types the command; returns at once, under Slurm when the job is submitted."""
+        """Runs the launch command; returns at once, under Slurm when the job is submitted."""
         self.starts += 1
         options = [*self.backend.options(self.run_dir), "--max-restarts", str(max_restarts), *overrides]
         command = [sys.executable, "-m", "mixmae.launch.cli", "launch", str(self.recipe), *options]
         host = self.cluster.host(self.backend.host)
         self.job = None
-        if isinstance(self.backend, Batch):
+        if isinstance(self.backend, SlurmJob):
             self.job = int(host.run(command, _ENVIRONMENT, ROOT, check=True).stdout)
             return
         with self._console.open("a") as console:
@@ -134,54 +134,54 @@ class Run:
             self.launcher = host.popen(command, _ENVIRONMENT, ROOT, **both)
 
     def poll(self) -> int | None:
-        """The exit code of the last start, or None while it goes on, or will by itself."""
+        """The exit code of the last start; None while it runs, or will be restarted by Slurm."""
         if self.job is None:
             assert self.launcher is not None
             return self.launcher.poll()
-        if time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_poll:
             return None
         state = self.cluster.slurm.state(self.job)
-        self._next_look = time.monotonic() + _JOB_SECONDS
+        self._next_poll = time.monotonic() + _JOB_SECONDS
         if state not in ENDED:
             return None
         return 0 if state == "COMPLETED" else self.cluster.slurm.exit_code(self.job) or FAILED
 
     def wait(self, seconds: float) -> int:
-        """The exit code of the last start, when it is over.
+        """Waits for the exit code of the last start.
 
         Raises:
-            TimeoutError: it goes on after so many seconds; with what it said last.
+            TimeoutError: it still runs after `seconds`; with the end of its output.
         """
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the run had not ended after {seconds:.0f} s; it said:\n{self.output()[-3000:]}")
+                raise TimeoutError(f"the run did not exit in {seconds:.0f} s; its output:\n{self.output()[-3000:]}")
             time.sleep(_POLL_SECONDS)
         return code
 
     def output(self) -> str:
-        """All that its user read on the console, or in the job's output."""
+        """Console output of all starts, or output of all jobs."""
         texts = [self._console] if self._console.exists() else []
         texts += sorted((self.folder / LOGS).glob("slurm-*.out"))
         return "".join(path.read_text(errors="replace") for path in texts)
 
     def events(self) -> list[dict[str, Any]]:
-        """What the run said of itself so far, in the order of writing; a line that was cut short is left out."""
+        """Records of events.jsonl so far, oldest first; truncated lines are skipped."""
         return jsonl.read(self.folder / EVENTS)
 
     def restarts(self) -> list[dict[str, Any]]:
-        """What the launcher noted of restarts that it did by itself, oldest first."""
+        """Records of restarts.jsonl: the launcher's automatic restarts, oldest first."""
         return jsonl.read(self.folder / RESTARTS)
 
     def step(self) -> int:
-        """The last step that was logged; 0 before the first."""
+        """The last logged step; 0 before the first."""
         return next((record["step"] for record in reversed(self.events()) if record["event"] == "step"), 0)
 
-    def begins(self) -> int:
-        """How many starts came as far as training."""
+    def training_starts(self) -> int:
+        """Number of starts that reached training."""
         return sum(record["event"] in ("start", "resumed") for record in self.events())
 
-    def partial(self) -> list[Path]:
+    def partial_checkpoints(self) -> list[Path]:
         """Checkpoints that are being written."""
         return leftovers(self.folder)
 
@@ -190,7 +190,7 @@ class Run:
         return self.folder / CHECKPOINTS
 
     def ranks(self) -> dict[int, tuple[Host, psutil.Process]]:
-        """The ranks' processes that live now, with their hosts."""
+        """Live processes of the ranks, with their hosts, by rank."""
         found = {}
         for host in (self.cluster.login, *self.cluster.hosts):
             for process in host.processes(_RANK):
@@ -202,8 +202,8 @@ class Run:
 
 
 def clean_environment() -> None:
-    """Takes from this process what would reach a run and change how it is started, or how it takes signals."""
-    # A drill under nohup survives a hangup, but its children must not inherit that: a handler is not inherited.
+    """Removes from this process variables and signal dispositions that runs would inherit."""
+    # Under nohup SIGHUP is ignored, and children inherit that. They do not inherit a handler.
     signal.signal(signal.SIGHUP, lambda *_: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""A rank to which something is going to happen, at a step drawn by lot."""
+"""The target of a fault: a rank and a step drawn at random (seeded)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,33 +7,33 @@ import psutil
 
 from mixmae.base.exit_codes import FAILED
 from tests.cluster.host import Host
-from tests.drill.drill import END_SECONDS, Drill, DrillError
+from tests.drill.drill import EXIT_SECONDS, Drill, DrillError
 from tests.drill.rig import STEPS
-from tests.drill.runs import Batch
+from tests.drill.runs import SlurmJob
 
 LAST = STEPS - 12
-"""After this step there is still some of the run left."""
+"""The last step to inject a fault after: some steps of the run remain."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A rank, where it runs, and the step that it was seen to have done.
+    """A rank and the step after which it was picked.
 
     Attributes:
-        everyone: all ranks' hosts and processes.
+        processes: hosts and processes of all ranks, by rank.
     """
 
     rank: int
     step: int
-    everyone: Mapping[int, tuple[Host, psutil.Process]]
+    processes: Mapping[int, tuple[Host, psutil.Process]]
 
     @property
     def host(self) -> Host:
-        return self.everyone[self.rank][0]
+        return self.processes[self.rank][0]
 
     @property
     def process(self) -> psutil.Process:
-        return self.everyone[self.rank][1]
+        return self.processes[self.rank][1]
 
     @property
     def supervisor(self) -> psutil.Process:
@@ -41,44 +41,44 @@ class Target:
         assert found is not None
         return found
 
-    def kill_everyone(self) -> None:
-        """SIGKILL to all ranks; returns when they are gone and can save nothing any more."""
-        for _, process in self.everyone.values():
+    def kill_all_ranks(self) -> None:
+        """SIGKILLs all ranks; returns when they have exited, so that nothing is saved any more."""
+        for _, process in self.processes.values():
             process.kill()
-        psutil.wait_procs([process for _, process in self.everyone.values()], timeout=10)
+        psutil.wait_procs([process for _, process in self.processes.values()], timeout=10)
 
 
-def run_to_a_step(drill: Drill, first: int = 2, last: int = LAST, *overrides: str) -> Target:
-    """Starts, as a user who lets the launcher start again or as one who does so himself, and waits for a drawn step."""
-    drill.restarts = 3 if isinstance(drill.backend, Batch) else drill.rng.choice([0, 3])
-    drill.start(drill.restarts, *overrides)
-    return seen_at_a_step(drill, first, last)
+def start_and_pick_target(drill: Drill, first: int = 2, last: int = LAST, *overrides: str) -> Target:
+    """Starts the run, with automatic restarts or without, and picks a target after a random step."""
+    drill.max_restarts = 3 if isinstance(drill.backend, SlurmJob) else drill.rng.choice([0, 3])
+    drill.start(drill.max_restarts, *overrides)
+    return pick_target(drill, first, last)
 
 
-def seen_at_a_step(drill: Drill, first: int = 2, last: int = LAST) -> Target:
-    """Of a run that was started: one of its ranks, after a step drawn between these."""
-    everyone, step = drill.ranks(), drill.rng.randint(first, last)
-    drill.reach(step)
-    return Target(drill.any_rank(), step, everyone)
+def pick_target(drill: Drill, first: int = 2, last: int = LAST) -> Target:
+    """Waits for a random step from `first` to `last`; returns a random rank."""
+    processes, step = drill.ranks(), drill.rng.randint(first, last)
+    drill.wait_for_step(step)
+    return Target(drill.random_rank(), step, processes)
 
 
-def finish_naming(drill: Drill, target: Target, within: float | None = END_SECONDS) -> None:
-    """To the end, the rank and its host being named: on the console where the user starts again, or in the record."""
+def finish_and_check_cause(drill: Drill, target: Target, within: float | None = EXIT_SECONDS) -> None:
+    """Finishes the run; expects the failed rank and host on the console, or in restarts.jsonl if it restarts itself."""
     rank, host = target.rank, target.host.name
-    if drill.restarts == 0:
-        drill.ended([FAILED], f"rank {rank} on {host}", within=within)
+    if drill.max_restarts == 0:
+        drill.expect_exit([FAILED], f"rank {rank} on {host}", within=within)
         drill.start()
-        drill.finish(again=0)
+        drill.finish(user_restarts=0)
         return
-    drill.finish(again=0)
+    drill.finish(user_restarts=0)
     last = drill.run.restarts()[-1]
     if (last["rank"], last["host"]) != (rank, host):
-        raise DrillError(f"the restart is laid to {last}, expected rank {rank} on {host}")
+        raise DrillError(f"restarts.jsonl names {last} as the cause, expected rank {rank} on {host}")
 
 
-def require_saved(drill: Drill) -> None:
-    """The run said that it was asked to stop and saved; what came after began there."""
-    stops = [record["step"] for record in drill.told("preempted")]
-    resumes = [record["step"] for record in drill.told("resumed")]
+def require_saved_on_stop(drill: Drill) -> None:
+    """Expects a `preempted` event for each stop, and each later start to resume at the step saved there."""
+    stops = [record["step"] for record in drill.events_of_kind("preempted")]
+    resumes = [record["step"] for record in drill.events_of_kind("resumed")]
     if not stops or resumes != stops[: len(resumes)]:
-        raise DrillError(f"stopped and saved at steps {stops}, resumed at {resumes}")
+        raise DrillError(f"preempted and saved at steps {stops}, resumed at {resumes}")

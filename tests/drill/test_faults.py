@@ -1,4 +1,4 @@
-"""The lot that faults are drawn by, and what runs inherit of a drill."""
+"""The seeded choice of faults, and the environment that runs inherit."""
 
 import os
 import random
@@ -15,7 +15,7 @@ PAIRS = sum(len(fault.backends) for fault in all_faults())
 
 
 @given(st.integers(0, 2**32), st.integers(1, 2 * PAIRS), st.sets(st.sampled_from(list(BACKENDS)), min_size=1))
-def test_nothing_comes_twice_before_all_came_once(seed: int, count: int, backends: set[str]) -> None:
+def test_no_fault_repeats_before_all_were_drawn(seed: int, count: int, backends: set[str]) -> None:
     drawn = draw(random.Random(seed), count, sorted(backends))
     possible = [(fault, backend) for fault in all_faults() for backend in fault.backends if backend in backends]
     assert len(drawn) == count
@@ -26,12 +26,12 @@ def test_nothing_comes_twice_before_all_came_once(seed: int, count: int, backend
     assert {fault for fault, _ in drawn} == faults or count < len(faults)
 
 
-def test_a_seed_draws_the_same_again_and_another_seed_others() -> None:
+def test_the_choice_depends_on_the_seed_alone() -> None:
     first, again, other = (draw(random.Random(seed), 50, list(BACKENDS)) for seed in (7, 7, 8))
     assert first == again != other
 
 
-def test_faults_are_told_apart_by_name_and_by_words() -> None:
+def test_names_and_descriptions_of_faults_are_unique() -> None:
     assert (
         len({fault.name for fault in all_faults()})
         == len({fault.description for fault in all_faults()})
@@ -40,12 +40,12 @@ def test_faults_are_told_apart_by_name_and_by_words() -> None:
     assert PAIRS >= 50
 
 
-def test_some_can_be_drawn_alone() -> None:
+def test_the_choice_can_be_limited_to_some_faults() -> None:
     drawn = draw(random.Random(0), 4, ["local"], ["killed_rank", "flipped_bit"])
     assert Counter(fault.name for fault, _ in drawn) == {"killed_rank": 2, "flipped_bit": 2}
 
 
-def test_runs_of_a_drill_under_nohup_hear_a_hangup(tmp_path: Path) -> None:
+def test_runs_of_a_drill_under_nohup_receive_sighup(tmp_path: Path) -> None:
     child = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)"
     drill = tmp_path / "drill.py"
     drill.write_text(f"""

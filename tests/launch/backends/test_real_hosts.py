@@ -106,7 +106,7 @@ def test_an_unreachable_host_ends_the_run_and_is_named(cluster: Cluster, run_dir
     started = on_hosts(cluster, run_dir, "steps=100000")
     wait_for(lambda: saved(run_dir))
     try:
-        cluster.host("node2").cut()
+        cluster.host("node2").disconnect()
         output = started.communicate()[0]
         assert started.returncode == FAILED
         assert "rank 1 on node2 has been silent for 20 s" in output.splitlines()[-1]
@@ -118,7 +118,7 @@ def test_an_unreachable_host_ends_the_run_and_is_named(cluster: Cluster, run_dir
 @pytest.mark.timeout(SECONDS)
 def test_a_host_that_is_down_from_the_start_is_named(cluster: Cluster, run_dir: Path) -> None:
     try:
-        cluster.host("node2").cut()
+        cluster.host("node2").disconnect()
         started = on_hosts(cluster, run_dir)
         output = started.communicate()[0]
         assert started.returncode == FAILED

@@ -232,11 +232,11 @@ def test_two_hosts_of_a_hostfile(cluster: Cluster, on_shared: Path) -> None:
 
 @pytest.mark.services
 def test_a_host_that_is_down_stops_all_before_ranks_start(cluster: Cluster, on_shared: Path) -> None:
-    cluster.hosts[1].cut()
+    cluster.hosts[1].disconnect()
     try:
         found = on_cluster(cluster, on_shared, "--hostfile", cluster.hostfile(), code=1)
     finally:
-        cluster.hosts[1].restore()
+        cluster.hosts[1].reconnect()
     wrong = [finding for finding in found if finding.level is Level.ERROR]
     assert [(finding.check, finding.where) for finding in wrong] == [("ssh", "node2")]
     assert "not started" in next(finding.found for finding in found if finding.check == "ranks")
@@ -253,11 +253,11 @@ def test_a_launch_looks_first_and_is_never_a_smaller_run(cluster: Cluster, on_sh
         "--hostfile",
         str(cluster.hostfile()),
     ]
-    cluster.hosts[1].cut()
+    cluster.hosts[1].disconnect()
     try:
         done = cluster.login.run(launch, timeout=SECONDS)
     finally:
-        cluster.hosts[1].restore()
+        cluster.hosts[1].reconnect()
     assert done.returncode == 2
     assert re.search(r"^error +ssh +node2 +it does not answer", done.stderr, re.MULTILINE), done.stderr
     assert not (cluster.shared / "run").exists()

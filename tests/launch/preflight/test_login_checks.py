@@ -98,11 +98,11 @@ def test_hosts_that_answer(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.services
 def test_a_host_that_is_down(cluster: Cluster, tmp_path: Path) -> None:
-    cluster.hosts[1].cut()
+    cluster.hosts[1].disconnect()
     try:
         (finding,) = asked(cluster, {"node1": 2, "node2": 2}, tmp_path)
     finally:
-        cluster.hosts[1].restore()
+        cluster.hosts[1].reconnect()
     assert (finding.level, finding.where, finding.found) == (Level.ERROR, "node2", "it does not answer")
 
 

@@ -52,7 +52,7 @@ def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_pa
     metadata = "Metadata-Version: 2.1\nName: timm\nVersion: 0.9.9\n"
     node2.run(["sh", "-c", f"printf '{metadata}' > {local}/packages/timm-0.9.9.dist-info/METADATA"], check=True)
     node2.mount_tmpfs(run_dir, "64M")
-    clock.set_off(node2, 3600.0)
+    clock.set_offset(node2, 3600.0)
     try:
         recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, local / "shards")
         found = examine(cluster, recipe, PYTHONPATH=f"{local}/packages:{Path.cwd()}")

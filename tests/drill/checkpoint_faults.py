@@ -1,4 +1,4 @@
-"""Faults: checkpoints are damaged while no rank runs, as storage does it or people do."""
+"""Checkpoint faults: files are corrupted or deleted while no rank runs."""
 
 import json
 import random
@@ -11,14 +11,15 @@ from mixmae.base.run_directory import NEWEST, complete_checkpoints
 from mixmae.trainer.checkpoints.manifest import MANIFEST
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
-from tests.drill.target import run_to_a_step, seen_at_a_step
+from tests.drill.target import pick_target, start_and_pick_target
 
-_LATE = 16
+_LATE_STEP = 16
 """By this step there are three checkpoints."""
-Damage = Callable[[Path, random.Random], str]
+Corruption = Callable[[Path, random.Random], str]
+"""Corrupts a checkpoint; returns a description."""
 
 
-def cut_short(checkpoint: Path, rng: random.Random) -> str:
+def truncate(checkpoint: Path, rng: random.Random) -> str:
     file = _any_file(checkpoint, rng)
     size = rng.randrange(file.stat().st_size)
     with file.open("r+b") as opened:
@@ -26,7 +27,7 @@ def cut_short(checkpoint: Path, rng: random.Random) -> str:
     return f"{file.name} cut to {size} bytes"
 
 
-def flip_a_bit(checkpoint: Path, rng: random.Random) -> str:
+def flip_bit(checkpoint: Path, rng: random.Random) -> str:
     file = _any_file(checkpoint, rng)
     content = bytearray(file.read_bytes())
     bit = rng.randrange(8 * len(content))
@@ -35,7 +36,7 @@ def flip_a_bit(checkpoint: Path, rng: random.Random) -> str:
     return f"bit {bit} of {file.name} flipped"
 
 
-def zero_a_block(checkpoint: Path, rng: random.Random) -> str:
+def zero_block(checkpoint: Path, rng: random.Random) -> str:
     file = _any_file(checkpoint, rng)
     content = bytearray(file.read_bytes())
     block = rng.randrange(len(content) // 4096)
@@ -44,13 +45,13 @@ def zero_a_block(checkpoint: Path, rng: random.Random) -> str:
     return f"block {block} of {file.name} zeroed"
 
 
-def lose_a_file(checkpoint: Path, rng: random.Random) -> str:
+def remove_file(checkpoint: Path, rng: random.Random) -> str:
     file = _any_file(checkpoint, rng)
     file.unlink()
     return f"{file.name} removed"
 
 
-def damage_manifest(checkpoint: Path, rng: random.Random) -> str:
+def corrupt_manifest(checkpoint: Path, rng: random.Random) -> str:
     file = checkpoint / MANIFEST
     text = file.read_text()
     how = rng.choice(("emptied", "cut", "changed", "removed"))
@@ -63,81 +64,77 @@ def damage_manifest(checkpoint: Path, rng: random.Random) -> str:
     return f"{MANIFEST} {how}"
 
 
-_DAMAGES: Sequence[Damage] = (cut_short, flip_a_bit, zero_a_block, lose_a_file, damage_manifest)
+_CORRUPTIONS: Sequence[Corruption] = (truncate, flip_bit, zero_block, remove_file, corrupt_manifest)
 
 
 def _any_file(checkpoint: Path, rng: random.Random) -> Path:
     return rng.choice(sorted(checkpoint.glob("rank-*")))
 
 
-def _damaging(*damages: Damage) -> Callable[[Drill], None]:
-    """Plays a run that is killed and finds its newest checkpoints damaged, one by each of these."""
-
-    def play(drill: Drill) -> None:
-        _kill_all(drill)
-        for damage, checkpoint in zip(damages, reversed(complete_checkpoints(drill.run.folder)), strict=False):
-            description = damage(checkpoint, drill.rng)
-            drill.done += f", {description} of {checkpoint.name}"
-        drill.finish()
-        require_told(drill, "is damaged and was set aside")
-
-    return play
+def _kill_and_corrupt(drill: Drill, *corruptions: Corruption) -> None:
+    """Kills all ranks, corrupts one of the newest checkpoints by each corruption, and expects a fallback."""
+    _kill_all(drill)
+    for corrupt, checkpoint in zip(corruptions, reversed(complete_checkpoints(drill.run.folder)), strict=False):
+        description = corrupt(checkpoint, drill.rng)
+        drill.injected += f", {description} of {checkpoint.name}"
+    drill.finish()
+    require_fallback_logged(drill, "is damaged and was set aside")
 
 
 @fault("local", "hostfile", "slurm")
 def truncated_file(drill: Drill) -> None:
     """A file of the newest checkpoint is cut short"""
-    _damaging(cut_short)(drill)
+    _kill_and_corrupt(drill, truncate)
 
 
 @fault("local", "hostfile", "slurm")
 def flipped_bit(drill: Drill) -> None:
     """A bit of the newest checkpoint flips"""
-    _damaging(flip_a_bit)(drill)
+    _kill_and_corrupt(drill, flip_bit)
 
 
 @fault("local")
 def zeroed_block(drill: Drill) -> None:
     """A block of the newest checkpoint reads as zeros"""
-    _damaging(zero_a_block)(drill)
+    _kill_and_corrupt(drill, zero_block)
 
 
 @fault("local", "hostfile", "slurm")
 def missing_file(drill: Drill) -> None:
     """A file of the newest checkpoint is gone"""
-    _damaging(lose_a_file)(drill)
+    _kill_and_corrupt(drill, remove_file)
 
 
 @fault("local", "hostfile", "slurm")
 def damaged_manifest(drill: Drill) -> None:
     """The manifest of the newest checkpoint is damaged or gone"""
-    _damaging(damage_manifest)(drill)
+    _kill_and_corrupt(drill, corrupt_manifest)
 
 
 @fault("local", "slurm")
 def two_damaged(drill: Drill) -> None:
     """The two newest checkpoints are damaged"""
-    _damaging(*drill.rng.sample(_DAMAGES, 2))(drill)
+    _kill_and_corrupt(drill, *drill.rng.sample(_CORRUPTIONS, 2))
 
 
 @fault("local", "hostfile")
 def all_damaged(drill: Drill) -> None:
     """All checkpoints are damaged; one is restored from a copy when the run refuses to start over"""
     drill.start()
-    target = seen_at_a_step(drill, _LATE)
-    drill.strike(f"all ranks killed after step {target.step}", target.kill_everyone)
-    drill.ended([FAILED])
+    target = pick_target(drill, _LATE_STEP)
+    drill.inject(f"all ranks killed after step {target.step}", target.kill_all_ranks)
+    drill.expect_exit([FAILED])
     checkpoints = complete_checkpoints(drill.run.folder)
     copy = drill.run.folder.with_suffix(".copy")
     shutil.copytree(checkpoints[-1], copy)
     for checkpoint in checkpoints:
-        drill.done += f", {flip_a_bit(checkpoint, drill.rng)} of {checkpoint.name}"
-    for _ in range(2):  # the second one finds them set aside
+        drill.injected += f", {flip_bit(checkpoint, drill.rng)} of {checkpoint.name}"
+    for _ in range(2):  # the first start quarantines them, the second finds none
         drill.start()
-        drill.ended([FAILED], "is intact", "name another run_dir to start from the beginning")
+        drill.expect_exit([FAILED], "is intact", "name another run_dir to start from the beginning")
     copy.rename(checkpoints[-1])
     drill.start()
-    drill.finish(again=0)
+    drill.finish(user_restarts=0)
 
 
 @fault("local", "hostfile", "slurm")
@@ -149,9 +146,9 @@ def lost_pointer(drill: Drill) -> None:
         pointer.unlink()
     else:
         pointer.write_text("" if how == "emptied" else "step-00000999\n")
-    drill.done += f", `{NEWEST}` {how}"
+    drill.injected += f", `{NEWEST}` {how}"
     drill.finish()
-    require_told(drill, "names no checkpoint that exists")
+    require_fallback_logged(drill, "names no checkpoint that exists")
 
 
 @fault("local")
@@ -160,19 +157,19 @@ def lost_newest(drill: Drill) -> None:
     _kill_all(drill)
     newest = complete_checkpoints(drill.run.folder)[-1]
     shutil.rmtree(newest)
-    drill.done += f", {newest.name} removed"
+    drill.injected += f", {newest.name} removed"
     drill.finish()
-    require_told(drill, "names no checkpoint that exists")
+    require_fallback_logged(drill, "names no checkpoint that exists")
 
 
-def require_told(drill: Drill, description: str) -> None:
-    """The run said why it did not begin where it was expected to."""
-    told = [record["message"] for record in drill.told("fallback")]
-    if not any(description in message for message in told):
-        raise DrillError(f"events.jsonl does not tell that the checkpoint {description}: {told}")
+def require_fallback_logged(drill: Drill, reason: str) -> None:
+    """Expects a fallback event with this reason."""
+    messages = [record["message"] for record in drill.events_of_kind("fallback")]
+    if not any(reason in message for message in messages):
+        raise DrillError(f"no fallback event with {reason!r} in events.jsonl: {messages}")
 
 
 def _kill_all(drill: Drill) -> None:
-    """All ranks are killed, late enough for three checkpoints; nothing can be saved after that."""
-    target = run_to_a_step(drill, _LATE)
-    drill.strike(f"all ranks killed after step {target.step}", target.kill_everyone)
+    """Kills all ranks, late enough for three checkpoints."""
+    target = start_and_pick_target(drill, _LATE_STEP)
+    drill.inject(f"all ranks killed after step {target.step}", target.kill_all_ranks)

@@ -1,0 +1,205 @@
+"""`mixmae evaluate MODEL SHARDS`: a classifier on labelled images, every one counted exactly once, on any ranks.
+
+Images are resized to 256 px and cropped to 224 up to 224 px, and not cropped above, unless the model's configuration
+says another `crop_pct`. On several ranks: `--local N`, or started by srun or torchrun.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixmae.base.errors import UsageError, run_cli
+from mixmae.base.heartbeat import Heartbeat, begin_heartbeat
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_labels
+from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
+from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model
+from mixmae.trainer.evaluation.held_out import HeldOut, gather_rows, held_out_batches, require_readable
+from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
+from mixmae.trainer.evaluation.score import Score, draw_confusion, require_plots
+
+NEIGHBOURS = (10, 20, 100, 200)
+_WORST = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are read on each rank."""
+
+    batch: int
+    threads: int
+    heartbeat: Heartbeat
+
+    def batches(self, index: ShardIndex, model: FrozenModel, ranks: Ranks) -> Iterator[HeldOut]:
+        found = held_out_batches(index, model.size, self.batch, ranks, model.crop_ratio, self.threads)
+        return self._beating(found)
+
+    def _beating(self, batches: Iterable[HeldOut]) -> Iterator[HeldOut]:
+        """A supervisor sees that the rank goes on."""
+        for number, batch in enumerate(batches):
+            self.heartbeat.set_phase("forward", number)
+            yield batch
+
+
+def true_classes(index: ShardIndex, model: FrozenModel) -> Tensor:
+    """The model's class of each image, int64 [N]: by name where both have names, else by number.
+
+    Raises:
+        UsageError: an image without a label, or a class that the model does not have.
+    """
+    where = index.store.location
+    require_labels(index, "mixmae evaluate")
+    labels = index.samples["label"].astype(np.int64)
+    if index.classes and model.class_names:
+        numbers = {name: number for number, name in enumerate(model.class_names)}
+        if foreign := [name for n, name in enumerate(index.classes) if name not in numbers and (labels == n).any()]:
+            raise UsageError(
+                f"{where} has {len(foreign)} classes that {model.name} does not, the first is {foreign[0]!r}; its "
+                f"classes are {', '.join(map(repr, model.class_names[:3]))}, ...: build the shards with its names"
+            )
+        labels = np.array([numbers.get(name, -1) for name in index.classes], dtype=np.int64)[labels]
+    elif labels.max() >= model.num_classes:
+        raise UsageError(
+            f"{index.name_of(int(labels.argmax()))} in {where} has label {labels.max()}, but {model.name} has "
+            f"{model.num_classes} classes: expected 0 to {model.num_classes - 1}; correct the label"
+        )
+    return torch.from_numpy(labels)
+
+
+def evaluate(
+    model: FrozenModel, index: ShardIndex, bank_index: ShardIndex | None, settings: Settings, ranks: Ranks
+) -> tuple[Score | None, dict[int, Score]]:
+    """The classifier's score, if it has a head, and those of k nearest neighbours by k; the same on every rank.
+
+    Args:
+        bank_index: labelled images whose features are the known ones; None for no neighbours.
+    """
+    own, ranked = model.run(settings.batches(index, model, ranks))
+    total, score, neighbours = len(index), None, {}
+    if model.num_classes:
+        ranked = gather_rows(ranked, total, ranks).cpu()
+        score = Score(ranked, true_classes(index, model), model.num_classes)
+    if bank_index is not None:
+        true = torch.from_numpy(index.samples["label"].astype(np.int64))
+        known = torch.from_numpy(bank_index.samples["label"].astype(np.int64))[ranks.rank :: ranks.world_size]
+        features, _ = model.run(settings.batches(bank_index, model, ranks))
+        found = nearest(
+            Bank(features, known.to(features.device)), gather_rows(own, total, ranks), max(NEIGHBOURS), ranks
+        )
+        classes = int(max(true.max(), bank_index.samples["label"].max())) + 1
+        for k in [k for k in NEIGHBOURS if k <= len(bank_index)] or NEIGHBOURS[:1]:
+            neighbours[k] = Score(ranking(found, k, classes, min(5, classes)).cpu(), true, classes)
+    return score, neighbours
+
+
+def figures(model: FrozenModel, index: ShardIndex, score: Score | None, neighbours: dict[int, Score]) -> dict[str, Any]:
+    """Everything that was measured, as JSON holds it."""
+    found: dict[str, Any] = {"model": model.name, "shards": index.store.location, "images": len(index)}
+    if score is not None:
+        images, shares = score.images().tolist(), score.per_class().tolist()
+        found |= {"top1": score.top(1), "top5": score.top(5)}
+        found["per_class"] = [
+            {"class": number, "name": model.describe(number), "images": count, "top1": shares[number]}
+            for number, count in enumerate(images)
+            if count
+        ]
+    if neighbours:
+        found["knn"] = {str(k): {"top1": of_k.top(1), "top5": of_k.top(5)} for k, of_k in neighbours.items()}
+    return found
+
+
+def report(found: dict[str, Any], ranks: Ranks) -> None:
+    print(f"{found['images']} images of {found['shards']} on {ranks.world_size} {ranks.device.type} ranks")
+    if "top1" in found:
+        print(f"top-1  {found['top1']:7.2%}\ntop-5  {found['top5']:7.2%}")
+    for k, of_k in found.get("knn", {}).items():
+        print(f"kNN    {of_k['top1']:7.2%}   k={k}")
+    classes = found.get("per_class", [])
+    if len(classes) > 1:
+        mean = sum(one["top1"] for one in classes) / len(classes)
+        print(f"mean of {len(classes)} classes {mean:.2%}; least recognised:")
+        for one in sorted(classes, key=lambda one: one["top1"])[:_WORST]:
+            print(f"  {one['top1']:7.2%}  of {one['images']:5} images  {one['name']}")
+
+
+def check(args: argparse.Namespace, model: FrozenModel, index: ShardIndex, bank_index: ShardIndex | None) -> None:
+    """Raises UsageError for whatever would be found out only after hours."""
+    if model.multi_label:
+        raise UsageError(f"{model.name} gives any number of classes for an image; only one class each can be evaluated")
+    if not model.num_classes and bank_index is None:
+        raise UsageError(f"{model.name} has no classifier; fine-tune it, or name labelled images for kNN: --knn SHARDS")
+    for given, option in ((args.json, "--json"), (args.confusion, "--confusion")):
+        if given is not None and not given.parent.is_dir():
+            raise UsageError(f"{option} {given}: {given.parent} is no directory")
+    if args.confusion is not None:
+        require_plots("--confusion")
+        if not model.num_classes:
+            raise UsageError(f"--confusion: {model.name} has no classifier; leave it out")
+    require_readable(index, "mixmae evaluate")
+    if model.num_classes:
+        true_classes(index, model)
+    if bank_index is not None:
+        require_readable(bank_index, "--knn")
+        require_labels(bank_index, "--knn")
+        require_labels(index, "--knn")
+        if index.classes != bank_index.classes:
+            raise UsageError(f"{args.shards} and {args.knn} have other class names; build both with the same --classes")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mixmae evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("model", help="directory of 'mixmae export' or 'import', or a name that timm knows")
+    parser.add_argument("shards", help="labelled shards, a directory or URL")
+    parser.add_argument("--knn", metavar="SHARDS", help="also: k nearest neighbours among the features of these images")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each class too")
+    parser.add_argument("--confusion", type=Path, metavar="FILE", help="draw the confusion matrix (.png, .svg, .pdf)")
+    parser.add_argument("--batch", type=int, default=64, help="images at once on each rank (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="that decode on each rank; default: its share of the cores")
+    parser.add_argument("--local", type=int, metavar="N", help="N ranks on this machine, one per accelerator")
+    parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        raise UsageError(f"--batch {args.batch}: expected 1 or more")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    ranks = read_ranks(os.environ)
+    if args.world_size not in (None, ranks.world_size):
+        raise UsageError(f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start")
+    heartbeat = begin_heartbeat(os.environ)
+    model = open_model(args.model, ranks.device)
+    index = open_index(args.shards)
+    bank_index = None if args.knn is None else open_index(args.knn)
+    check(args, model, index, bank_index)
+    if ranks.world_size > 1:
+        join(ranks)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    settings = Settings(args.batch, args.threads or max(1, cores), heartbeat)
+    score, neighbours = evaluate(model, index, bank_index, settings, ranks)
+    if ranks.is_main:
+        found = figures(model, index, score, neighbours)
+        report(found, ranks)
+        if args.json is not None:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+        if args.confusion is not None and score is not None:
+            draw_confusion(score, model.describe, args.confusion)
+    heartbeat.close()
+    if ranks.world_size > 1:
+        leave(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main, sys.argv[1:]))

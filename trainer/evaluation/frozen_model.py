@@ -1,0 +1,129 @@
+"""A trained classifier, or an encoder alone, opened to be evaluated: any model that timm opens."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.evaluation.held_out import HeldOut
+from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A model in eval mode, with what its configuration says of images and classes.
+
+    Attributes:
+        size: side of its input in pixels.
+        crop_ratio: side of the centre crop over the image's shorter side.
+        num_classes: 0 where it has no head.
+        class_names: as shards name them; empty where classes have numbers alone.
+        descriptions: for people; empty or one for each class.
+        multi_label: whether an image has any number of its classes.
+    """
+
+    name: str
+    module: Any
+    size: int
+    crop_ratio: float
+    to_device: ToDevice
+    num_classes: int
+    class_names: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    multi_label: bool
+
+    def describe(self, number: int) -> str:
+        """A class for people."""
+        return (self.descriptions or self.class_names)[number] if self.class_names else f"class {number}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pooled features fp32 [B, C] and logits fp32 [B, classes] of uint8 images; None where it has no head."""
+        features = self.module.forward_features(self.to_device(images))
+        pooled = self.module.forward_head(features, pre_logits=True).float()
+        return pooled, self.module.forward_head(features).float() if self.num_classes else None
+
+    def run(self, batches: Iterable[HeldOut]) -> tuple[Tensor, Tensor]:
+        """Of this rank's share: pooled features [n, C], and the `TOP` classes of each image, best first [n, TOP]."""
+        features, ranked = [], []
+        for images, samples in batches:
+            pooled, logits = self(images)
+            features.append(pooled[: len(samples)])
+            best = torch.zeros(len(images), 0, dtype=torch.int64, device=pooled.device)
+            if logits is not None:
+                best = logits.topk(min(TOP, self.num_classes), dim=1).indices
+            ranked.append(best[: len(samples)])
+        return torch.cat(features), torch.cat(ranked)
+
+
+def open_model(name: str, device: torch.device) -> FrozenModel:
+    """A directory of `mixmae export` or `mixmae import`, or a model by a name that timm knows (also `hf-hub:...`).
+
+    Raises:
+        UsageError: neither of them, or weights that cannot be had or do not fit.
+    """
+    directory = Path(name)
+    local = directory.exists() or name.startswith((".", "/"))
+    module = _open_directory(directory) if local else _open_by_name(name)
+    config = resolve_model_data_config(module)
+    _, height, width = config["input_size"]
+    if height != width:
+        raise UsageError(f"{name} takes images of {height}x{width} px; expected a square")
+    facts = getattr(module, "pretrained_cfg", {})
+    names, descriptions = _class_names(module, facts, local)
+    return FrozenModel(
+        name,
+        module.eval().to(device),
+        height,
+        config["crop_pct"],
+        ToDevice(device, config["mean"], config["std"]),
+        int(getattr(module, "num_classes", 0)),
+        names,
+        descriptions,
+        local and bool(json.loads((directory / CONFIG).read_text()).get("finetuning", {}).get("multi_label")),
+    )
+
+
+def _open_directory(directory: Path) -> nn.Module:
+    try:
+        return load_encoder(directory)
+    except (RuntimeError, OSError, KeyError) as error:
+        raise UsageError(f"{directory} cannot be opened: {_first_line(error)}") from error
+
+
+def _open_by_name(name: str) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of timm, the hub's client and the network
+        raise UsageError(
+            f"{name} is no directory, and timm cannot open a model of this name with weights: {_first_line(error)}; "
+            "'mixmae export' makes a directory of a run"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _class_names(module: nn.Module, facts: Any, local: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names in a model's configuration; ImageNet's of published models that have as many classes."""
+    names = tuple(facts.get("label_names") or ())
+    descriptions = facts.get("label_descriptions") or {}
+    if names:
+        return names, tuple(descriptions.get(name, name) for name in names)
+    subset = None if local else infer_imagenet_subset(module)
+    if subset is None:
+        return (), ()
+    known = ImageNetInfo(subset)
+    return tuple(known.label_names()), tuple(known.label_descriptions())
