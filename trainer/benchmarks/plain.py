@@ -5,6 +5,7 @@ windows and puts it together again, builds its mask for every sample and window 
 matrix, adds bias and mask, and takes the softmax.
 """
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -42,8 +43,10 @@ def make_plain(model: Trainable) -> Trainable:
     return model
 
 
-def _stage(self: Stage, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
-    x = self.downsample(x)
+def _stage(
+    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
+    x = edit(self.downsample(x))
     for block in self.blocks:
         x = block(x, groups, self.window)
     return x
