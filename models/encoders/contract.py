@@ -6,7 +6,7 @@ keyword arguments are the keys of the recipe's `encoder:` section, beside `name`
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -71,6 +71,11 @@ class Encoder(nn.Module):
     keep_map: Literal["sample", "micro_batch"] | None = None
     """Whether `forward_kept` is there: where attention is global throughout, each sample may keep cells of its own, and
     a class token may stand before them; else a micro-batch keeps the same ones."""
+
+    @classmethod
+    def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments: a name's sizes, those given in their place, and what follows from these."""
+        return {**sizes, **given}
 
     @abstractmethod
     def forward(

@@ -15,6 +15,7 @@ from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.engine.ema import Ema
 
 
 class NoIntactCheckpointError(UsageError):
@@ -36,7 +37,7 @@ class Resumed:
     notes: tuple[str, ...]
 
 
-def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
+def resume(engine: Any, run_dir: Path, ranks: Ranks, ema: Ema | None = None) -> Resumed | None:
     """Loads the newest intact checkpoint into the engine; returns None in a run directory without any. Collective.
 
     Raises:
@@ -44,7 +45,7 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
     """
     found = _newest_intact(run_dir, ranks)
     if found is not None:
-        _load(engine, found.folder, found.manifest, ranks)
+        _load(engine, found.folder, found.manifest, ranks, ema)
     return found
 
 
@@ -105,7 +106,7 @@ def _check_newest(run_dir: Path) -> list[str]:
     return [f"{CHECKPOINTS}/{NEWEST} names no existing checkpoint; using the last complete one"]
 
 
-def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
+def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, ema: Ema | None) -> None:
     slices = ModelSlices(engine)
     names = {**slices.shapes, **manifest.shapes}
     if wrong := [name for name in names if slices.shapes.get(name) != manifest.shapes.get(name)]:
@@ -115,6 +116,9 @@ def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
         )
     slices.begin_load(manifest.optimizer_states, manifest.optimizer_scalars)
     items = [ReadItem(kind, part.name, part.start, to) for part, kind, to in slices.to_read(manifest.optimizer_states)]
+    if ema is not None:
+        assert manifest.ema, "the recipe was compared before; it makes the average"
+        items += ema.to_read()
     try:
         read_slices(items, manifest.paths(folder, ranks.rank))
     except DamagedError as error:
