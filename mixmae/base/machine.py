@@ -40,6 +40,8 @@ def require_temporary_folder() -> None:
 
 def require_shared_memory(needed: int) -> None:
     """Raises UsageError unless so many bytes of shared memory are free, which data workers write batches to."""
+    if needed == 0:
+        return
     if not SHARED_MEMORY.is_dir():
         raise UsageError(f"{SHARED_MEMORY} is not there; mount a tmpfs on it, data workers need it")
     free = shutil.disk_usage(SHARED_MEMORY).free
