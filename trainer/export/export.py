@@ -21,7 +21,7 @@ _TRAINING_ONLY = ("drop_rate", "drop_path_rate")
 
 
 def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
-    """Writes the encoder directory with the method's own weights or the classifier's head, and returns it.
+    """Writes the encoder directory, with the method's own weights or the classifier's head, and returns it.
 
     Args:
         step: of the checkpoint; None for the newest.

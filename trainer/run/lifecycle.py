@@ -187,6 +187,7 @@ def _build(
             record_changes(recipe.run_dir, state.step, changes)
         write_run_dir(recipe, index)
         observer.begin(schedule.total_steps, job.parameters, state.step)
+    job.task.prepare(engine.module, index, ranks, lambda: observer.set_phase("starting"))
     main = ranks.is_main
     transform = job.task.transform(index)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)

@@ -81,6 +81,16 @@ class Task(ABC):
         """What data workers make of a sample of `data.shards`."""
         return RandomResizedCropFlip(self.recipe.encoder.img_size, self.recipe.data)
 
+    def prepare(  # noqa: B027  (most have nothing to compute)
+        self, module: Trainable, index: ShardIndex, ranks: Ranks, beat: Callable[[], None]
+    ) -> None:
+        """Computes what steps need beside the module, before the first one; all ranks call it together.
+
+        Args:
+            module: on its device, with the weights that the run goes on from.
+            beat: to be called every few seconds, so that the rank is not taken for stuck.
+        """
+
     def optimizer(self) -> OptimizerChoice:
         """The optimizer; AdamW with the recipe's settings unless a task takes another."""
         return adamw(self.recipe.optim)

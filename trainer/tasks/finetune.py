@@ -36,7 +36,7 @@ _TIMM = ("img_size", "num_classes", "global_pool")
 class Finetune(Task):
     """The recipe's `encoder:`, all of it trained, on the classes of `data.shards`."""
 
-    unused_sections: ClassVar[tuple[str, ...]] = ("method",)
+    unused_sections: ClassVar[tuple[str, ...]] = ("method", "linear")
 
     def resolve(self, recipe: Recipe) -> Recipe:
         try:

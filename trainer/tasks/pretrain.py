@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ _TIMM = ("img_size", "num_classes", "global_pool")
 class Pretrain(Task):
     """The recipe's `encoder:` under its `method:`."""
 
-    unused_sections = ("classification", "augment")
+    unused_sections: ClassVar[tuple[str, ...]] = ("classification", "augment", "linear")
 
     def resolve(self, recipe: Recipe) -> Recipe:
         if recipe.optim.layer_decay != 1:
