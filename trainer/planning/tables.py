@@ -194,7 +194,7 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
     yield _title("Checkpoints and data")
     kept = f"{plan.recipe.checkpoint.keep} kept and one in the making: {_bytes(saved.kept_bytes)} of disk."
     share = f", each rank {_bytes(saved.share)}" if cluster.gpus > 1 else ""
-    stands = f"A checkpoint: {_bytes(saved.bytes)}{share}. Training stands for at least "
+    blocked = f"A checkpoint: {_bytes(saved.bytes)}{share}. Training is blocked for at least "
     if plan.recipe.checkpoint.asynchronous:
         copied = f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s)"
         yield _line(f"{blocked}{copied}; written after {_seconds(saved.seconds)}. {kept}")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mixmae.base.exit_codes import FAILED, FINISHED
 
-_NARROW, _ENDLESS = 140, 10_000
+_NARROW, _UNWRAPPED = 140, 10_000
 """Columns of a terminal that a table needs; and of a file, where every line stays whole."""
 _NARROW_CHECK = 16
 _SHOWN = 4
