@@ -93,6 +93,7 @@ class LinearProbe(Trainable):
         self.norm = FeatureNorm(max(self.widths))
         self.heads = nn.ModuleList(nn.Linear(width, num_classes) for width in self.widths)
         for head in self.heads:
+            assert isinstance(head, nn.Linear)
             nn.init.trunc_normal_(head.weight, std=_HEAD_STD)
             nn.init.zeros_(head.bias)
 
