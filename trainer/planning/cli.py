@@ -1,6 +1,6 @@
 """`mixmae plan RECIPE --gpus 64 --gpu a100-80g`: memory, time and cost of a run before it is started.
 
-Needs no GPU: activations are counted by running the model on the meta device, and the rest by arithmetic.
+Needs no GPU: activations are measured on the meta device, the rest is arithmetic.
 """
 
 import argparse
@@ -50,10 +50,18 @@ def _parser() -> argparse.ArgumentParser:
                         "of an unknown one: PCIe 4)")  # fmt: skip
     parser.add_argument("--price-per-gpu-hour", type=above_0, metavar="PRICE", help="in any currency: adds the cost")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, help="default %(default)s")
-    parser.add_argument("--link", help="rate of a node's network, such as 200gbps or 8x400gbps; taken as reached")
-    parser.add_argument("--mfu", type=share, help="share of a GPU's peak reached in computing (default: as measured)")
-    parser.add_argument("--images", type=at_least(1), help="of an epoch (default: the recipe's shards, or ImageNet-1K)")
-    parser.add_argument("--image-bytes", type=size, help="of a mean image, such as 110KB (default likewise)")
-    parser.add_argument("--write-rate", type=size, default=10**9, help="a node writes per second (default 1GB)")
+    parser.add_argument(
+        "--link", help="bandwidth of a node's network, such as 200gbps or 8x400gbps; assumed to be reached"
+    )
+    parser.add_argument("--mfu", type=share, help="model FLOPs utilization while computing (default: as measured)")
+    parser.add_argument(
+        "--images", type=at_least(1), help="images per epoch (default: the recipe's shards, or ImageNet-1K)"
+    )
+    parser.add_argument(
+        "--image-bytes", type=size, help="mean size of an image, such as 110KB (default as for --images)"
+    )
+    parser.add_argument(
+        "--write-rate", type=size, default=10**9, help="bytes per second that a node writes (default 1GB)"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON, in bytes and seconds")
     return parser

@@ -1,4 +1,4 @@
-"""GPUs and clusters that can be planned for."""
+"""Known GPUs, and clusters of them."""
 
 import difflib
 import re
@@ -9,15 +9,15 @@ from mixmae.trainer.tasks.flops import PEAKS
 
 _GIB = 2**30
 _CONTEXT = 1.5 * _GIB
-"""Held on each GPU beside torch's allocator: the CUDA context with its kernels, NCCL's buffers, cuBLAS's workspace."""
+"""Memory of each GPU outside torch's allocator: CUDA context, NCCL's buffers, cuBLAS's workspace."""
 _FRAGMENTED = 0.05
-"""Share of a GPU's memory that the allocator loses between blocks of different sizes."""
+"""Fraction of a GPU's memory lost to fragmentation in the allocator."""
 _LINK = re.compile(r"(?:(\d+)x)?(\d+(?:\.\d+)?)\s*(g|m)bps", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its data sheet has it.
+    """A GPU by its data sheet.
 
     Args:
         name: what `--gpu` calls it.
@@ -43,7 +43,7 @@ class Gpu:
 
     @property
     def usable(self) -> float:
-        """Bytes that tensors may take."""
+        """Bytes available to tensors."""
         return self.memory * (1 - _FRAGMENTED) - _CONTEXT
 
 
@@ -82,10 +82,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal nodes.
+    """A cluster of equal nodes.
 
     Args:
-        link: bytes per second that a node sends to the others, all its adapters together; None where nobody said.
+        link: bytes per second that a node sends to others, over all its adapters; None if unknown.
     """
 
     gpu: Gpu
@@ -98,7 +98,7 @@ class Cluster:
         return self.gpus // self.gpus_per_node
 
     def of(self, gpus: int) -> "Cluster":
-        """So many GPUs of this kind: a part of a node, or whole nodes."""
+        """A cluster of `gpus` GPUs of this kind: a part of a node, or whole nodes."""
         return Cluster(self.gpu, gpus, min(gpus, self.gpus_per_node), self.link)
 
 
@@ -144,7 +144,7 @@ def build_cluster(gpu: Gpu | str, gpus: int, gpus_per_node: int, link: str | Non
         gpu: its name, where its figures are those known.
 
     Raises:
-        UsageError: an unknown GPU, no whole nodes, or a link that is no rate.
+        UsageError: an unknown GPU, no whole number of nodes, or an invalid link rate.
     """
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A plan as text of 100 columns or fewer, and as plain values."""
+"""A plan as text of up to 100 columns, and as JSON values."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.monitoring.watch.text import amount, duration
-from mixmae.trainer.planning.advice import advice, keys, words
+from mixmae.trainer.planning.advice import advice, describe_option, keys
 from mixmae.trainer.planning.memory import MOST_IMAGES, Memory
 from mixmae.trainer.planning.plan import Plan, Run
 from mixmae.trainer.planning.traffic import bandwidth
@@ -38,7 +38,7 @@ def report(plan: Plan) -> RenderableType:
 
 
 def values(plan: Plan) -> dict[str, Any]:
-    """The plan for machines: bytes, seconds, images per second."""
+    """The plan as JSON values: bytes, seconds, images per second."""
     return {
         "recipe": plan.recipe.model_dump(mode="json"),
         "model": {
@@ -101,7 +101,7 @@ def _head(plan: Plan) -> Iterator[RenderableType]:
 
 
 def _memory(plan: Plan) -> Iterator[RenderableType]:
-    yield _title(f"Memory of one GPU, GiB: {words(plan.own).partition(', ')[2]}")
+    yield _title(f"Memory of one GPU, GiB: {describe_option(plan.own).partition(', ')[2]}")
     table = _table("ZeRO", *_KINDS.values(), "total", "largest")
     for row in plan.stages:
         sizes = [getattr(row.memory, kind) for kind in _KINDS]
@@ -110,8 +110,8 @@ def _memory(plan: Plan) -> Iterator[RenderableType]:
     yield table
     for row in plan.stages:
         if row.memory.moment != "computing":
-            yield _line(f"ZeRO {row.stage}: most is held while {row.memory.moment}; activations are gone then.", "dim")
-    yield _line("fp32: gradients of the micro-batches so far. largest: the largest micro-batch that fits.", "dim")
+            yield _line(f"ZeRO {row.stage}: the peak is while {row.memory.moment}, after activations are freed.", "dim")
+    yield _line("fp32: accumulated gradients. largest: the largest micro-batch that fits.", "dim")
 
 
 def _activations(plan: Plan) -> Iterator[RenderableType]:
@@ -128,7 +128,7 @@ def _activations(plan: Plan) -> Iterator[RenderableType]:
 
 def _time(plan: Plan) -> Iterator[RenderableType]:
     chosen, cluster = plan.chosen, plan.cluster
-    yield _title(f"Time: {words(chosen)}")
+    yield _title(f"Time: {describe_option(chosen)}")
     yield _line(
         f"{plan.recipe.train.duration} of {plan.data.images:,} images ({plan.data.source}): {plan.steps:,} steps of "
         f"{plan.recipe.train.global_batch:,} images. MFU {plan.speed.mfu:.2f} while computing, {plan.speed.source}."
@@ -194,12 +194,12 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
     yield _title("Checkpoints and data")
     kept = f"{plan.recipe.checkpoint.keep} kept and one in the making: {_bytes(saved.kept_bytes)} of disk."
     share = f", each rank {_bytes(saved.share)}" if cluster.gpus > 1 else ""
-    stands = f"A checkpoint: {_bytes(saved.bytes)}{share}. Training stands for at least "
+    blocked = f"A checkpoint: {_bytes(saved.bytes)}{share}. Training is blocked for at least "
     if plan.recipe.checkpoint.asynchronous:
         copied = f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s)"
-        yield _line(f"{stands}{copied}; written after {_seconds(saved.seconds)}. {kept}")
+        yield _line(f"{blocked}{copied}; written after {_seconds(saved.seconds)}. {kept}")
     else:
-        yield _line(f"{stands}{_seconds(saved.stall)}, until it is written. {kept}")
+        yield _line(f"{blocked}{_seconds(saved.stall)}, until it is written. {kept}")
     cores = "" if needed.cores is None else f", {needed.cores} {'core' if needed.cores == 1 else 'cores'}"
     yield _line(
         f"The loader{of_a_node}: {amount(round(needed.images_per_second))} images/s, "
@@ -230,9 +230,9 @@ def _title(text: str) -> RenderableType:
 
 
 def _line(text: str, style: str = "") -> Text:
-    """A paragraph; what is set in is to be typed, and stays on one line."""
-    to_type = text.startswith(" ")
-    return Text(text, style, no_wrap=to_type, overflow="ignore" if to_type else "fold")
+    """A paragraph; an indented line is a command, and is not wrapped."""
+    is_command = text.startswith(" ")
+    return Text(text, style, no_wrap=is_command, overflow="ignore" if is_command else "fold")
 
 
 def _fits(plan: Plan, size: float) -> str:
@@ -252,7 +252,7 @@ def _micro(largest: int) -> str:
 
 
 def _bytes(size: float) -> str:
-    """In decimal units, as networks and disks count."""
+    """In decimal units."""
     unit, name = next(((u, n) for u, n in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "KB"))
     return f"{size / unit:.3g} {name}"
 

@@ -25,10 +25,10 @@ from mixmae.trainer.tasks.registry import task_of
 def test_the_decoder_fits_the_encoder(encoder: str, sizes: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         model = create_encoder(encoder)
-        decoders = [MixMAE(model).decoder, *([MAE(model).decoder] if "vit" in encoder else [])]
+        methods: list[MixMAE | MAE] = [MixMAE(model), *([MAE(model)] if "vit" in encoder else [])]
     assert decoder_sizes(model) == sizes
-    for decoder in decoders:
-        assert (decoder.embed.out_features, len(decoder.blocks)) == sizes[:2]
+    for method in methods:
+        assert (method.decoder.embed.out_features, len(method.decoder.blocks)) == sizes[:2]
     settings = task_of(parse_recipe({"encoder": {"name": encoder}}, "a recipe")).recipe.method.settings
     assert (settings["decoder_dim"], settings["decoder_depth"], settings["decoder_num_heads"]) == sizes
 

@@ -1,4 +1,4 @@
-"""The findings of the checks: one line each, as a table, as JSON and as an exit code. No torch."""
+"""Findings of the checks, printed as a table, lines or JSON, and their exit code. No torch."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +12,14 @@ from rich.text import Text
 
 from mixmae.base.exit_codes import FAILED, FINISHED
 
-_NARROW, _ENDLESS = 140, 10_000
+_NARROW, _UNWRAPPED = 140, 10_000
 """Columns of a terminal that a table needs; and of a file, where every line stays whole."""
 _NARROW_CHECK = 16
 _SHOWN = 4
 
 
 class Level(IntEnum):
-    """How bad it is. A run may start with warnings; an error stops it."""
+    """Severity of a finding. Warnings do not stop a run from starting; errors do."""
 
     OK = 0
     NOTE = 1
@@ -35,14 +35,14 @@ _STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "bold yellow", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One result of a check.
 
     Attributes:
-        check: what was checked.
-        where: host, rank, file, or how many hosts.
-        found: the value.
-        expected: what it should have been; empty where there is no such thing.
-        advice: what to do; never empty in a warning or an error.
+        check: name of the check.
+        where: host, rank or file, or the number of hosts.
+        found: the value found.
+        expected: the expected value; may be empty.
+        advice: how to fix it; never empty in a warning or an error.
     """
 
     level: Level
@@ -67,26 +67,26 @@ class Finding:
 
 
 def finding_of(fields: Mapping[str, Any]) -> Finding:
-    """What `Finding.to_json` wrote.
+    """Parses a finding from the fields of `Finding.to_json`.
 
     Raises:
-        KeyError, TypeError: something else.
+        KeyError, TypeError: the fields are not those of a finding.
     """
     return Finding(**{**fields, "level": Level[str(fields["level"]).upper()]})
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """By level; within one level in the order given."""
+    """Sorts by level, most severe first; stable within a level."""
     return sorted(findings, key=lambda finding: -finding.level)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """1 if there is an error."""
+    """1 if there is an error, else 0."""
     return FAILED if any(finding.level is Level.ERROR for finding in findings) else FINISHED
 
 
 def summary_line(findings: Sequence[Finding]) -> str:
-    """The last line of a report."""
+    """The last line of a report, with the number of errors and warnings."""
     counts = {level: sum(finding.level is level for finding in findings) for level in Level}
     named = [f"{counts[level]} {level}{'s'[: counts[level] != 1]}" for level in (Level.ERROR, Level.WARNING)]
     state = "not ready" if counts[Level.ERROR] else "ready"
@@ -94,7 +94,7 @@ def summary_line(findings: Sequence[Finding]) -> str:
 
 
 def as_document(findings: Sequence[Finding]) -> str:
-    """All of it as one JSON document."""
+    """All findings as one JSON document."""
     lines = ",\n  ".join(finding.to_json() for finding in worst_first(findings))
     return f'{{"exit_code": {exit_code(findings)}, "findings": [\n  {lines}\n]}}'
 
@@ -102,7 +102,7 @@ def as_document(findings: Sequence[Finding]) -> str:
 def print_findings(findings: Sequence[Finding], console: Console, least: Level = Level.OK) -> None:
     """Prints a table of all from a level on, worst first, and the verdict; folded to the width of a terminal."""
     if not console.is_terminal:
-        console.width = _ENDLESS
+        console.width = _UNWRAPPED
     ordered = worst_first(finding for finding in findings if finding.level >= least)
     if ordered:
         console.print(_narrow_table(ordered) if console.width < _NARROW else _table(ordered))
