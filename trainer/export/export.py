@@ -10,10 +10,11 @@ from typing import Any
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints, newest_checkpoint
-from mixmae.trainer.checkpoints.manifest import DamagedError
+from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest
 from mixmae.trainer.checkpoints.weights import model_weights
 from mixmae.trainer.evaluation.held_out import evaluation_crop
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
+from mixmae.trainer.export.model_card import model_card
 from mixmae.trainer.run.provenance import read_recipe
 
 _PREFIX = "encoder."
@@ -53,6 +54,7 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
         (method.name, rest) if trained.num_classes is None else None,
         facts,
         input_facts,
+        model_card(recipe, Manifest.read(checkpoint), run_dir),
     )
     return out
 

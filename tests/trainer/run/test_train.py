@@ -113,6 +113,14 @@ def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> N
     assert export([str(finished), str(tmp_path / "encoder"), "--step", "8"]) == 0
     with pytest.raises(UsageError, match=r"--step 4: .* holds checkpoints of the steps 8$"):
         export([str(finished), str(tmp_path / "other"), "--step", "4"])
+    front, card = (tmp_path / "encoder" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(front)["library_name"] == "timm"
+    assert json.loads((finished / "shards.json").read_text())["fingerprint"] in card
+    assert "| images in the collection | 54 |" in card
+    assert f"| 8 | {read_events(finished, 'step')[-1]['loss']:.4g} |" in card
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert shown["method"] == yaml.safe_load((finished / "recipe.yaml").read_text())["method"]
+    assert str(finished.parent) not in card
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=0)
     weights = master_weights(finished / "checkpoints" / "step-00000008")
     assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in model.state_dict().items())
