@@ -1,9 +1,9 @@
 """`mixmae bench data RECIPE`: images per second of the input pipeline, compared with torchvision's in the same process.
 
 All variants load the same JPEGs with the recipe's crops, image size, micro-batch and workers. The reference is
-torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize; for a recipe with `augment:`, timm's
-create_transform of the same settings. Variants are interleaved, and the median over rounds is reported. If there is a
-GPU, batches are copied to it.
+torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize; for a recipe with `augment:` it is
+timm's create_transform of the same settings. Variants are interleaved, and the median over rounds is reported. If there
+is a GPU, batches are copied to it.
 """
 
 import argparse
