@@ -104,6 +104,7 @@ def test_each_classifier_has_the_gradient_of_its_own_loss() -> None:
     loss.backward()
     x, own = probe.norm(probe.features(images)), []
     for head, width in zip(probe.heads, probe.widths, strict=True):
+        assert isinstance(head, nn.Linear)
         own.append(nn.functional.cross_entropy(head(x[:, -width:]), labels))
         (expected,) = torch.autograd.grad(own[-1], [head.weight])
         torch.testing.assert_close(head.weight.grad, expected)
