@@ -55,8 +55,6 @@ class Linear(Task):
         except ValueError as error:
             raise UsageError(str(error)) from error
         check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
-        if recipe.encoder.init is None:
-            raise UsageError("encoder.init is not set: a linear probe needs the weights of a pretrained encoder")
         if recipe.classification.multi_label:
             raise UsageError("classification.multi_label=true: task=linear takes one class an image; set it to false")
         if recipe.optim.layer_decay != 1:
@@ -86,7 +84,8 @@ class Linear(Task):
         return LinearProbe(encoder, classes.num_classes, self.variants, classes.label_smoothing)
 
     def initialise(self, module: Trainable) -> None:
-        assert self.recipe.encoder.init is not None, "resolved"
+        if self.recipe.encoder.init is None:
+            raise UsageError("encoder.init is not set: a linear probe needs the weights of a pretrained encoder")
         initialise_classifier(_probe(module).encoder, self.recipe.encoder.init, ())
 
     def optimizer(self) -> OptimizerChoice:

@@ -20,7 +20,7 @@ from mixmae.trainer.evaluation.feature_cache import FeatureCache
 from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.tasks.registry import task_of
+from mixmae.trainer.run.lifecycle import check
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
@@ -177,4 +177,4 @@ def test_two_ranks_and_then_one_compute_the_same(folder: Path, shards: Path, tmp
 )
 def test_mistakes_are_one_clear_line(shards: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        task_of(recipe_for(shards, tmp_path / "run", **changes))
+        check(recipe_for(shards, tmp_path / "run", **changes), Ranks())
