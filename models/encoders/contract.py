@@ -6,9 +6,9 @@ keyword arguments are the keys of the recipe's `encoder:` section, beside `name`
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -37,7 +37,10 @@ def unless_traced(given: _Given | None) -> _Given | None:
     return None if isinstance(given, fx.Proxy) else given
 
 
-MapEdit = Callable[[int, Tensor], Tensor]
+if TYPE_CHECKING:
+    MapEdit = Callable[[int, Tensor], Tensor]
+else:
+    MapEdit = Any  # torch.fx copies annotations into the code that it writes, where TorchScript has to read them
 """`edit(stage, x)`: what a method makes of the map [B, H, W, C] at the beginning of a stage, counted from 1: behind its
 patch embedding or merging, and before positions are added."""
 
@@ -68,6 +71,11 @@ class Encoder(nn.Module):
     keep_map: Literal["sample", "micro_batch"] | None = None
     """Whether `forward_kept` is there: where attention is global throughout, each sample may keep cells of its own, and
     a class token may stand before them; else a micro-batch keeps the same ones."""
+
+    @classmethod
+    def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments: a name's sizes, those given in their place, and what follows from these."""
+        return {**sizes, **given}
 
     @abstractmethod
     def forward(

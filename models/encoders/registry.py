@@ -31,7 +31,7 @@ def register_encoder(name: str, family: type[Encoder], **sizes: Any) -> None:
             pretrained,
             pretrained_filter_fn=_fit_state_dict,
             feature_cfg={"out_indices": tuple(range(family.num_stages)), "feature_cls": "getter"},
-            **{**sizes, **kwargs},
+            **family.fit_sizes(sizes, kwargs),
         )
         return model
 

@@ -3,8 +3,10 @@
 Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage is one cell of the mixing grid.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
@@ -164,6 +166,19 @@ class Swin(Encoder):
         self.norm: nn.Module = nn.LayerNorm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
         self.apply(init_weights)
+
+    @classmethod
+    def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Windows that are not given fit the image: those of the name where they divide its grids."""
+        merged = {**sizes, **given}
+        if "window_size" not in given and "img_size" in given:
+            side = merged["img_size"]
+            defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
+            windows, patch_size = ({**defaults, **merged}[name] for name in ("window_size", "patch_size"))
+            grids = stage_grids((side, side) if isinstance(side, int) else side, patch_size)
+            if all(0 not in grid for grid in grids) and not _divide(windows, grids):
+                merged["window_size"] = fitting_windows(grids, windows)
+        return merged
 
     def forward(
         self,
@@ -327,14 +342,18 @@ def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequenc
     if any(window < 1 for window in window_size):
         raise ValueError(f"window_size {tuple(window_size)}: expected sides greater than 0")
     grids = stage_grids(img_size, patch_size)
-    if any(side % w for grid, w in zip(grids, window_size, strict=True) for side in grid):
+    if not _divide(window_size, grids):
         raise ValueError(
             f"img_size {img_size[0]}x{img_size[1]} gives token grids "
             f"{', '.join(f'{h}x{w}' for h, w in grids)} that do not divide by window_size "
-            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit"
+            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit, and are taken where none are given"
         )
     assert all(coarse[0] * 2 == fine[0] for fine, coarse in pairwise(grids))
     return grids
+
+
+def _divide(windows: Sequence[int], grids: Sequence[tuple[int, int]]) -> bool:
+    return not any(side % window for grid, window in zip(grids, windows, strict=True) for side in grid)
 
 
 def stage_grids(img_size: tuple[int, int], patch_size: int) -> list[tuple[int, int]]:

@@ -91,9 +91,9 @@ class LinearProbe(Trainable):
         widths = [info["num_chs"] for info in encoder.feature_info]
         self.widths = [sum(widths[-variant.stages :]) for variant in variants]
         self.norm = FeatureNorm(max(self.widths))
-        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for width in self.widths)
-        for head in self.heads:
-            assert isinstance(head, nn.Linear)
+        heads = [nn.Linear(width, num_classes) for width in self.widths]
+        self.heads = nn.ModuleList(heads)
+        for head in heads:
             nn.init.trunc_normal_(head.weight, std=_HEAD_STD)
             nn.init.zeros_(head.bias)
 

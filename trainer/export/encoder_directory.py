@@ -94,6 +94,7 @@ class EncoderConfig(BaseModel):
     model_args: dict[str, Any] = {}
     pretrained_cfg: _InputFacts
     method: str | None = None
+    finetuning: dict[str, Any] = {}
 
 
 def read_config(directory: str | Path) -> EncoderConfig:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from rich.console import Console
 
-from mixmae.launch.commands.watch import show
+from mixmae.launch.commands.watch import frame
 from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
@@ -219,6 +219,8 @@ def test_a_new_attempt_is_running_until_it_is_refused(end: str) -> None:
     log.take({"event": "attempt", "time": NOW + 210, "message": "starting again"})
     log.take(event("resumed", 50, NOW + 220))
     assert view(log, NOW + 221).state is State.RUNNING
+    log.take(event("superseded", 50, NOW + 222))  # an earlier start, from which this one took the run over
+    assert view(log, NOW + 223).state is State.RUNNING
 
 
 def test_quick_runs_are_patient_for_a_minute_and_fresh_ones_for_their_first_steps() -> None:
@@ -603,7 +605,7 @@ def test_whatever_a_run_directory_holds_is_shown(events: list[dict[str, Any]], r
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     (tmp_path / "recipe.yaml").write_text(json.dumps({"encoder": {}, "train": {}} | recipe))
     with StringIO() as shown:
-        show(WatchedRun(tmp_path, 60.0).view(NOW), Console(file=shown, width=80))
+        Console(file=shown, width=80).print(frame(WatchedRun(tmp_path, 60.0).view(NOW), 80))
         assert "\x1b" not in shown.getvalue()
 
 
@@ -627,7 +629,7 @@ def test_whatever_an_exporter_answers_is_shown_or_named(lines: list[str]) -> Non
     for one in events_of(scrape):
         log.take(one)
     with StringIO() as shown:
-        show(View("a", "", log, NOW, endpoint.ranks(NOW)), Console(file=shown, width=80))
+        Console(file=shown, width=80).print(frame(View("a", "", log, NOW, endpoint.ranks(NOW)), 80))
 
 
 def test_a_run_written_while_it_is_watched(tmp_path: Path) -> None:
