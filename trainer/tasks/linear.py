@@ -12,7 +12,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.encoders.registry import create_encoder, family_of
-from mixmae.models.heads.linear_probe import LinearProbe, Variant
+from mixmae.models.heads.linear_probe import LinearProbe, Variant, variants_of
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, SampleTransform, shared_empty
@@ -70,8 +70,7 @@ class Linear(Task):
 
     @property
     def variants(self) -> list[Variant]:
-        linear = self.recipe.linear
-        return [Variant(stages, scale) for stages in linear.stages for scale in linear.lr_scales]
+        return variants_of(self.recipe.linear.stages, self.recipe.linear.lr_scales)
 
     def build(self) -> LinearProbe:
         recipe, classes = self.recipe, self.recipe.classification

@@ -1,5 +1,6 @@
 """Linear probes: each classifier as if alone, resumed bit for bit, from cached features too, on any ranks."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states,
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.evaluation.evaluate import main as evaluate
 from mixmae.trainer.evaluation.feature_cache import FeatureCache
 from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
+from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check
 from mixmae.trainer.telemetry.events import read_events
@@ -132,6 +135,14 @@ def test_cached_features_are_those_of_the_images(folder: Path, shards: Path) -> 
     assert expected.shape == (8, probe.widths[0])
     pooled = encoder()(ToDevice(torch.device("cpu"), data.mean, data.std)(images)).mean((1, 2))
     torch.testing.assert_close(expected[:, -pooled.shape[1] :], pooled)
+
+
+def test_the_best_classifier_of_the_last_stage_is_exported(folder: Path, shards: Path, tmp_path: Path) -> None:
+    export(folder / "augmented", tmp_path / "model")
+    assert evaluate([str(tmp_path / "model"), str(shards), "--json", str(tmp_path / "found.json")]) == 0
+    measured = read_events(folder / "augmented", "evaluation")[-1]["metrics"]
+    best = max(value for name, value in measured.items() if name.startswith("top1_stages1_"))
+    assert json.loads((tmp_path / "found.json").read_text())["top1"] == pytest.approx(best)
 
 
 def test_norm_agrees_with_torch() -> None:
