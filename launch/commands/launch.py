@@ -70,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if isinstance(backend, HostfileBackend):
         require_pdsh()
-        typed = (str(args.recipe), *args.overrides)
-        if not args.skip_preflight and (code := preflight(backend, recipe, typed)) != FINISHED:
+        if not args.skip_preflight and (code := preflight(backend, recipe)) != FINISHED:
             raise UsageError(
                 f"preflight checks found errors on the hosts, shown above (exit code {code}); fix them, or use "
                 "--skip-preflight"

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
-from mixmae.base.ports import reserve_port
-from mixmae.launch.supervision.listening import listen, own_address
+from mixmae.base.ports import listening_address, reserve_port
+from mixmae.launch.supervision.listening import listen
 from mixmae.launch.supervision.membership import Limits, Membership
 from mixmae.launch.supervision.outcome import USER, Exit, Outcome, log_file, write_outcome
 from mixmae.launch.supervision.protocol import (
@@ -49,7 +49,8 @@ class Coordinator:
         Raises:
             PortError: no port is free, or the address is not of this host.
         """
-        server, port = await listen(self._serve, await own_address(address), first_port)
+        own = await asyncio.to_thread(listening_address, address)
+        server, port = await listen(self._serve, own, first_port)
         self._rendezvous = reserve_port(max(port, first_port + PORTS))
         heartbeats = asyncio.create_task(self._beat())
         try:

@@ -13,7 +13,7 @@ from mixmae.trainer.checkpoints.buffers import restore_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
 from mixmae.trainer.checkpoints.slices import ModelSlices
-from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.engine.distributed import Ranks, all_gather, from_main
 
 
 class NoIntactCheckpointError(UsageError):
@@ -48,7 +48,8 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
 
 
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    candidates, notes, lost = from_main((checkpoint_history(run_dir), _lost_pointer(run_dir), layout.lost(run_dir)))
+    found = checkpoint_history(run_dir), _lost_pointer(run_dir), layout.lost(run_dir)
+    candidates, notes, lost = from_main(found, tuple[list[Path], list[str], list[str]])
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
@@ -77,8 +78,7 @@ def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
             verify_file(folder / name, manifest.files[name])
     except DamagedError as error:
         fault = str(error)
-    faults: list[str | None] = [fault] * ranks.world_size
-    dist.all_gather_object(faults, fault)
+    faults = all_gather(fault, str | None)
     first = next((fault for fault in faults if fault is not None), None)
     if first is None:
         return manifest

@@ -69,9 +69,8 @@ def measure(ranks: Ranks, sizes: Sequence[int]) -> tuple[Reduction, ...]:
 def measure_pairs(ranks: Ranks, members: Sequence[int], names: Mapping[int, str]) -> tuple[Pair, ...]:
     """Rates between neighbours; on the main rank those of all pairs, elsewhere nothing. A collective call."""
     mine = measure_ring(ranks, members)
-    everybody: list[dict[tuple[int, int], float] | None] | None = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object(mine, everybody)
-    found = [pair for rates in everybody or () if rates is not None for pair in rates.items()]
+    everybody = distributed.all_gather(list(mine.items()), list[tuple[tuple[int, int], float]])
+    found = [pair for rates in everybody if ranks.is_main for pair in rates]
     return tuple(Pair(names[first], names[second], rate) for (first, second), rate in found)
 
 

@@ -55,6 +55,11 @@ def refuse_attempt(run_dir: Path, why: str) -> None:
     _note(run_dir, _REFUSED, message=why)
 
 
+def fail_attempt(run_dir: Path, why: str) -> None:
+    """Records that the start failed before there was a run to say it."""
+    _note(run_dir, "failed", message=f"at the start: {why}")
+
+
 def _note(run_dir: Path, event: str, **fields: Any) -> None:
     events = Events(run_dir)
     events.write(event, **fields)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.redaction import redact
 
 _NARROW, _ENDLESS = 140, 10_000
 """Columns of a terminal that a table needs; and of a file, where every line stays whole."""
@@ -53,6 +54,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level < Level.WARNING or self.advice, self
+        for name in ("where", "found", "expected", "advice"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def line(self) -> str:
         """As one line of text."""
