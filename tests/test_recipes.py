@@ -19,6 +19,8 @@ def test_recipe(file: Path) -> None:
     recipe = load_recipe(file)
     with torch.device("meta"):
         model = build_model(recipe)
+    if recipe.method.name != "simmim":
+        assert {"decoder_dim", "decoder_depth", "decoder_num_heads"} <= recipe.method.settings.keys()
     assert model.grid == (recipe.encoder.img_size // 32,) * 2
     assert build_schedule(recipe, 1_281_167).total_steps > 0
     command = file.read_text().splitlines()[0]
@@ -26,5 +28,5 @@ def test_recipe(file: Path) -> None:
     ranks = int(command.split("--local ")[1].split()[0]) if "--local" in command else 2
     config = deepspeed_config(recipe, ranks)
     assert config["gradient_accumulation_steps"] * recipe.train.micro_batch * ranks == recipe.train.global_batch
-    if config["gradient_accumulation_steps"] > 1:
+    if config["gradient_accumulation_steps"] > 1 and recipe.task != "linear":  # whose gradients are small
         assert recipe.train.zero_stage == 2, "stage 1 keeps whole gradients between micro-batches"

@@ -1,9 +1,12 @@
-"""`mixmae watch RUN`: a run's progress, rates, loss, ranks and alerts in a terminal, over ssh too."""
+"""`mixmae watch RUN ...`: progress, rates, loss, ranks and alerts of a run in a terminal, over ssh too.
+
+Several runs, or a folder of runs, are a table with a line for each.
+"""
 
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.base.errors import UsageError
+from mixmae.launch.commands.watch_runs import STYLES, WatchedRuns, table_of
 from mixmae.monitoring.exporter.access import PLAIN, Access, AccessError
 from mixmae.monitoring.watch.history import State, number
 from mixmae.monitoring.watch.scrape import Rank
@@ -29,6 +33,8 @@ _NARROW = 100
 """Columns below which the table of ranks is abridged."""
 _WIDE = 120
 """Columns from which it says where late ranks are."""
+Frame = tuple[RenderableType, bool]
+"""A picture, and whether all that it shows has finished."""
 _RANK_COLUMNS = {
     "rank": "rank",
     "node": "node",
@@ -39,14 +45,6 @@ _RANK_COLUMNS = {
     "memory": "memory",
     "replaced": "repl",
     "": "",
-}
-_STYLES = {
-    State.NOT_STARTED: "bold yellow",
-    State.RUNNING: "bold green",
-    State.STALLED: "bold white on red",
-    State.FINISHED: "bold blue",
-    State.FAILED: "bold white on red",
-    State.PREEMPTED: "bold yellow",
 }
 
 
@@ -74,7 +72,7 @@ def _title(view: View) -> Text:
         words += f" for {duration(view.silence)}"
     elif log.ended is not None and log.latest is not None:
         words += f" {duration(view.now - log.latest)} ago"
-    title = Text.assemble((plain(view.name), "bold"), "  ", (f" {words} ", _STYLES[state]), "  ", no_wrap=True)
+    title = Text.assemble((plain(view.name), "bold"), "  ", (f" {words} ", STYLES[state]), "  ", no_wrap=True)
     resumed = f", resumed {log.resumes}x" if log.resumes else ""
     title.append(plain(view.details) + resumed, "dim")
     title.overflow = "ellipsis"
@@ -240,23 +238,19 @@ def open_run(what: str, interval: float, prometheus: str | None, access: Access 
     return WatchedRun(Path(what), interval, prometheus, access)
 
 
-def follow(run: Watched, console: Console, interval: float) -> None:
+def follow(look: Callable[[], Frame], console: Console, interval: float) -> None:
     """Draws a frame every `interval` seconds until the run has finished: in place on a terminal, else one by one."""
     in_place = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") if in_place else nullcontext() as live:
         while True:
-            view = run.view(time.time())
+            drawn, finished = look()
             if live is None:
-                show(view, console)
+                console.print(drawn)
             else:
-                live.update(frame(view, console.width, console.height, console.options.ascii_only), refresh=True)
-            if view.state is State.FINISHED:
+                live.update(drawn, refresh=True)
+            if finished:
                 return
             time.sleep(interval)
-
-
-def show(view: View, console: Console) -> None:
-    console.print(frame(view, console.width, ascii_only=console.options.ascii_only))
 
 
 def add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +262,9 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae watch", description=__doc__)
-    parser.add_argument("run", help="run directory, or http://NODE:PORT of one node's exporter")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory, folder of them, or http://NODE:PORT of a node's exporter"
+    )
     parser.add_argument("--once", action="store_true", help="print one frame and end")
     parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default 2)")
     parser.add_argument(
@@ -279,17 +275,30 @@ def main(argv: Sequence[str]) -> int:
     if not 0.1 <= args.interval < math.inf:
         raise UsageError(f"--interval {args.interval:g}: expected 0.1 seconds or more")
     console = Console(highlight=False)
+    in_place = console.is_terminal and not console.is_dumb_terminal and not args.once
     try:
         access = Access(args.certfile, args.auth_file)
         access.check()
-        run = open_run(args.run, args.interval, args.prometheus, access)
+        runs = WatchedRuns(args.runs, lambda what: open_run(what, args.interval, args.prometheus, access))
+
+        def look() -> Frame:
+            return picture(runs.views(time.time()), console, console.height if in_place else None)
+
         if args.once:
-            run.settle()
-            show(run.view(time.time()), console)
+            runs.settle()
+            console.print(look()[0])
         else:
-            follow(run, console, args.interval)
+            follow(look, console, args.interval)
     except (WatchError, AccessError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def picture(views: Sequence[View], console: Console, height: int | None) -> Frame:
+    """One run in full, several as a table."""
+    finished = all(view.state is State.FINISHED for view in views)
+    if len(views) == 1:
+        return frame(views[0], console.width, height, console.options.ascii_only), finished
+    return table_of(views, console.width, height), finished

@@ -122,7 +122,7 @@ async def authenticate_to_server(connection: Connection, secret: str) -> bool:
 
 
 def _knows(message: Message, proof: str) -> bool:
-    return hmac.compare_digest(str(message.get("proof")), proof)
+    return hmac.compare_digest(str(message.get("proof")).encode("utf-8", "replace"), proof.encode())
 
 
 async def connect(address: str, first_port: int, secret: str) -> Connection | None:

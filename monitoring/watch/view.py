@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mixmae.base.run_directory import EVENTS, RECIPE
+from mixmae.base.run_directory import EVENTS, RECIPE, is_run
 from mixmae.monitoring.exporter.access import PLAIN, TIMEOUT, Access, read_recipe
 from mixmae.monitoring.exporter.discovery import Target, read_targets, run_label
 from mixmae.monitoring.watch.history import Log, State, Tail
@@ -96,10 +96,10 @@ class WatchedRun:
             WatchError: not a run directory.
         """
         try:
-            is_run = (run_dir / RECIPE).is_file() or (run_dir / EVENTS).is_file()
+            found = is_run(run_dir)
         except OSError as error:
             raise WatchError(f"{run_dir} cannot be read: {error.strerror}") from error
-        if not is_run:
+        if not found:
             raise WatchError(
                 f"{run_dir} is not a run directory: it has neither {RECIPE} nor {EVENTS}; give a recipe's run_dir, or "
                 "http://NODE:PORT of an exporter"

@@ -78,7 +78,7 @@ def _kill_and_corrupt(drill: Drill, *corruptions: Corruption) -> None:
         description = corrupt(checkpoint, drill.rng)
         drill.injected += f", {description} of {checkpoint.name}"
     drill.finish()
-    require_fallback_logged(drill, "is damaged and was set aside")
+    require_fallback_logged(drill, "is damaged and was quarantined")
 
 
 @fault("local", "hostfile", "slurm")
@@ -148,7 +148,7 @@ def lost_pointer(drill: Drill) -> None:
         pointer.write_text("" if how == "emptied" else "step-00000999\n")
     drill.injected += f", `{NEWEST}` {how}"
     drill.finish()
-    require_fallback_logged(drill, "names no checkpoint that exists")
+    require_fallback_logged(drill, "names no existing checkpoint")
 
 
 @fault("local")
@@ -159,7 +159,7 @@ def lost_newest(drill: Drill) -> None:
     shutil.rmtree(newest)
     drill.injected += f", {newest.name} removed"
     drill.finish()
-    require_fallback_logged(drill, "names no checkpoint that exists")
+    require_fallback_logged(drill, "names no existing checkpoint")
 
 
 def require_fallback_logged(drill: Drill, reason: str) -> None:

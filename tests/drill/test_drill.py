@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixmae.base.run_directory import complete_checkpoints
-from mixmae.trainer.checkpoints.layout import point_to
+from mixmae.trainer.checkpoints.layout import set_newest
 from tests.cluster.cluster import Cluster
 from tests.drill import invariants
 from tests.drill.faults import all_faults
@@ -70,7 +70,7 @@ def test_a_run_without_faults_passes(rig: Rig, finished: Run, same_ranks: bool) 
 
 
 def test_an_unfinished_run_is_detected(rig: Rig, finished: Run) -> None:
-    point_to(complete_checkpoints(finished.folder)[-2])
+    set_newest(complete_checkpoints(finished.folder)[-2])
     assert f"expected step {STEPS}" in judge(rig, finished)
 
 

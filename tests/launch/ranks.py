@@ -1,4 +1,4 @@
-"""Supervised stand-in ranks on this machine, without any launcher, for tests."""
+"""Test helper: supervised fake ranks on this machine, without a launcher."""
 
 import os
 import secrets
@@ -16,7 +16,7 @@ from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from tests.helpers import ROOT
 
 ATTEMPT = "one"
-STAND_IN = "tests.launch.stand_in"
+FAKE_RANK = "tests.launch.fake_rank"
 
 
 class Started:
@@ -26,17 +26,18 @@ class Started:
         self.run_dir, self.folder = run_dir, attempt_folder(run_dir, ATTEMPT)
         self.port, self.secret = free_port(), secrets.token_hex(8)
         self._limits = {"join": 100.0, "stuck": 100.0, "grace": 100.0, **limits}
-        self._command = [STAND_IN, "--world-size", str(ranks), *settings]
+        self._command = [FAKE_RANK, "--world-size", str(ranks), *settings]
         self.supervisors = [self.start(rank, ranks) for rank in range(ranks)]
 
     def start(self, rank: int, ranks: int) -> "subprocess.Popen[str]":
         options = {"attempt": ATTEMPT, "run-dir": self.run_dir, "ranks": ranks, "port": self.port}
         options |= {f"{name}-seconds": value for name, value in self._limits.items()}
-        given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
-        environment = {**os.environ, "MIXMAE_TOKEN": self.secret, **{name: str(value) for name, value in place.items()}}
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        rank_env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+        environment = {**os.environ, "MIXMAE_TOKEN": self.secret}
+        environment |= {name: str(value) for name, value in rank_env.items()}
         return subprocess.Popen(
-            [sys.executable, "-m", "mixmae.launch.supervision.rank", *given, *self._command],
+            [sys.executable, "-m", "mixmae.launch.supervision.rank", *arguments, *self._command],
             env={**environment, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -57,13 +58,13 @@ class Started:
         return file.read_text() if file.is_file() else ""
 
     def rank(self, rank: int) -> psutil.Process:
-        """A rank's own process, once it runs."""
+        """The process of a rank that has started."""
         return next(child for child in psutil.Process(self.supervisors[rank].pid).children() if child.name() != "sh")
 
 
 @contextmanager
 def started(run_dir: Path, ranks: int, *settings: str, **limits: float) -> Iterator[Started]:
-    """Starts ranks; kills what is left of them in the end."""
+    """Starts ranks; kills their supervisors at the end."""
     run = Started(run_dir, ranks, settings, limits)
     try:
         yield run
@@ -74,7 +75,7 @@ def started(run_dir: Path, ranks: int, *settings: str, **limits: float) -> Itera
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """Live processes that a run left: those whose environment or command line names its directory."""
+    """Live processes of a run: those whose environment or command line names its directory."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -1,7 +1,7 @@
-"""`mixmae bench checkpoints RECIPE`: how long training stands still for a save, and how long a save and a resume take.
+"""`mixmae bench checkpoints RECIPE`: stall of a save, and duration of saving and resuming.
 
-One rank with fp32 weights and AdamW's moments: what a checkpoint of the recipe's model holds at any ZeRO stage. Beside
-it DeepSpeed's own save of the same engine, which training waits for.
+One rank with fp32 weights and AdamW's moments, which is what a checkpoint of the recipe's model holds at any ZeRO
+stage. For comparison, DeepSpeed's own blocking save of the same engine.
 """
 
 import argparse
@@ -37,12 +37,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench checkpoints", description=__doc__)
     add_recipe(parser)
-    parser.add_argument("--folder", type=Path, help="on the storage to measure (default: the temporary folder)")
-    parser.add_argument("--saves", type=int, default=3, help="of each kind, 3 or more (default %(default)s)")
+    parser.add_argument("--folder", type=Path, help="a folder on the storage to measure (default: TMPDIR)")
+    parser.add_argument("--saves", type=int, default=3, help="saves of each kind, 3 or more (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the figures to {RESULTS}")
     args = parser.parse_args(argv)
     if args.saves < 3:
-        raise UsageError(f"--saves {args.saves}: expected 3 or more, the first of which is told apart from the others")
+        raise UsageError(f"--saves {args.saves}: expected 3 or more: the first is reported separately")
     recipe = load_recipe(args.recipe, [*args.overrides, "train.zero_stage=0", "train.precision=fp32"])
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-", dir=args.folder) as folder:
         result = measure(recipe.model_copy(update={"run_dir": Path(folder)}), args.saves)
@@ -53,32 +53,32 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _describe(result: dict[str, Any]) -> str:
-    def told(name: str) -> str:
+    def timing(name: str) -> str:
         return f"{result[f'{name}_seconds']:.2f} s (first {result[f'first_{name}_seconds']:.2f} s)"
 
     return (
-        f"{result['bytes'] / 1e9:.2f} GB, {result['saves']} saves of each kind: the median without the first, and the "
-        f"first\nhost memory is ready    {result['reserve_seconds']:.2f} s after the start, beside training\n"
-        f"training stands for     {told('stall')}\n"
-        f"until it is written     {told('save')}, beside work that is {result['slowdown']:.2f} times slower for it\n"
-        f"written while it waits  {told('synchronous')}\n"
-        f"by DeepSpeed            {told('deepspeed')}, without checksums and fsync\n"
-        f"verified and loaded     {result['resume_seconds']:.2f} s"
+        f"{result['bytes'] / 1e9:.2f} GB, {result['saves']} saves of each kind: median without the first (first)\n"
+        f"allocating host memory  {result['reserve_seconds']:.2f} s in the background\n"
+        f"stall of training       {timing('stall')}\n"
+        f"asynchronous save       {timing('save')}, compute is {result['slowdown']:.2f} times slower meanwhile\n"
+        f"synchronous save        {timing('synchronous')}\n"
+        f"save by DeepSpeed       {timing('deepspeed')}, without checksums and fsync\n"
+        f"verify and load         {result['resume_seconds']:.2f} s"
     )
 
 
 def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
-    """Seconds of saves of each kind, taking turns."""
+    """Seconds of saves of each kind, interleaved."""
     ranks = Ranks(master_port=free_port())
     distributed.join(ranks, recipe.launch.stuck_seconds)
     engine = build_engine(build_model(recipe), recipe, ranks)
     _fill_moments(engine)
-    beside = recipe.run_dir / "beside"
+    folder = recipe.run_dir / "asynchronous"
     started = time.perf_counter()
-    saver = _saver(engine, beside, recipe, ranks, asynchronous=True)
-    saver.wait()  # as a run's first steps do
+    saver = _saver(engine, folder, recipe, ranks, asynchronous=True)
+    saver.wait()  # for its staging memory, as during a run's first steps
     reserved = time.perf_counter() - started
-    waiting = _saver(engine, recipe.run_dir / "waiting", recipe, ranks, asynchronous=False)
+    blocking = _saver(engine, recipe.run_dir / "synchronous", recipe, ranks, asynchronous=False)
     seconds: dict[str, list[float]] = {name: [] for name in ("stall", "save", "synchronous", "deepspeed")}
     slowdowns = []
     for turn in range(saves):
@@ -88,13 +88,13 @@ def measure(recipe: Recipe, saves: int) -> dict[str, Any]:
         saved = _outcome(saver)
         seconds["stall"].append(saved.stall)
         seconds["save"].append(saved.seconds)
-        waiting.save(_progress(turn + 1))
-        waited = _outcome(waiting)
-        seconds["synchronous"].append(waited.seconds)
-        _remove(waited)
+        blocking.save(_progress(turn + 1))
+        synchronous = _outcome(blocking)
+        seconds["synchronous"].append(synchronous.seconds)
+        _remove(synchronous)
         seconds["deepspeed"].append(_by_deepspeed(engine, recipe.run_dir / "deepspeed"))
     started = time.perf_counter()
-    assert resume(engine, beside, ranks) is not None
+    assert resume(engine, folder, ranks) is not None
     resumed = time.perf_counter() - started
     return {
         "encoder": recipe.encoder.name,
@@ -115,13 +115,13 @@ def _saver(engine: Any, run_dir: Path, recipe: Recipe, ranks: Ranks, asynchronou
 
 
 def _remove(saved: Saved) -> None:
-    """Makes room: what is measured may be as large as all else on a disk."""
+    """Frees disk space: the checkpoints may be as large as the disk."""
     assert saved.folder is not None
     shutil.rmtree(saved.folder)
 
 
 def _fill_moments(engine: Any) -> None:
-    """As after a step, without taking one: memory that was never written to would be copied for nothing."""
+    """Fills AdamW's moments as after a step: pages that were never written would be cheap to copy."""
     slices = ModelSlices(engine)
     slices.begin_load(_MOMENTS, {"step": 1.0})
     for _, kind, values in slices.to_read(_MOMENTS):
@@ -137,11 +137,11 @@ def _outcome(saver: Saver) -> Saved:
     return saved
 
 
-def _work_rate(go_on: Callable[[], bool], at_least: float = 1.0) -> float:
-    """Matrix products a second, for a second or as long as `go_on` says."""
+def _work_rate(busy: Callable[[], bool], at_least: float = 1.0) -> float:
+    """Matrix products per second, measured for `at_least` seconds and while `busy` is true."""
     x = torch.randn(_PRODUCT, _PRODUCT)
     started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < at_least or go_on():
+    while time.perf_counter() - started < at_least or busy():
         x @ x
         count += 1
     return count / (time.perf_counter() - started)

@@ -1,17 +1,17 @@
-"""`mixmae bench WHAT`: how fast parts of a run are here, beside a reference measured in the same run."""
+"""`mixmae bench NAME`: benchmarks of parts of a run, with a reference measured in the same process."""
 
 import argparse
 import importlib
 from collections.abc import Sequence
 
 BENCHMARKS = {
-    "step": "images per second, MFU and memory of the training step, in several ways of computing it",
-    "loop": "what the trainer's loop adds to the bare step",
+    "step": "images per second, MFU and memory of variants of the training step",
+    "loop": "overhead of the training loop over the bare step",
     "data": "images per second of a recipe's input pipeline",
-    "scale": "images per second of several ranks here, and what each ZeRO stage sends",
-    "monitoring": "what metrics take from a step",
-    "checkpoints": "how long training stands still for a save, and how long it takes",
-    "scrape": "how long all exporters of a large run take to answer",
+    "scale": "images per second of several ranks on this machine, and traffic of each ZeRO stage",
+    "monitoring": "overhead of metrics per step",
+    "checkpoints": "stall of a save, and duration of saving and resuming",
+    "scrape": "time to scrape all exporters of a large run",
 }
 
 

@@ -1,8 +1,8 @@
-"""`mixmae bench data RECIPE`: images per second of the input pipeline alone, beside the usual one, in the same run.
+"""`mixmae bench data RECIPE`: images per second of the input pipeline, compared with torchvision's in the same process.
 
-All variants load the same JPEGs with the recipe's crops, image size, micro-batch and workers. The reference is the
-usual way: torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize. Variants take turns, and
-the median of the rounds counts. Where there is a GPU, batches go to it as a run's and as the usual loop's do.
+All variants load the same JPEGs with the recipe's crops, image size, micro-batch and workers. The reference is
+torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize. Variants are interleaved, and
+the median over rounds is reported. If there is a GPU, batches are copied to it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import photos
-from mixmae.trainer.benchmarks.profiling import settled
+from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
 from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
@@ -46,7 +46,7 @@ REFERENCE = "imagefolder"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to load the images."""
+    """A dataset and loader settings to measure."""
 
     name: str
     shards: Path
@@ -57,10 +57,10 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench data", description=__doc__)
     add_recipe(parser)
     parser.add_argument(
-        "--images", type=at_least(1), default=600, help="images of the recipe's shards to load again and again"
+        "--images", type=at_least(1), default=600, help="number of images of the recipe's shards to load repeatedly"
     )
-    parser.add_argument("--photos", action="store_true", help="photographs that packages ship, not the recipe's shards")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each variant and round (default %(default)s)")
+    parser.add_argument("--photos", action="store_true", help="photographs shipped by packages instead of shards")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per variant and round (default %(default)s)")
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"write the figures to a file, or to {RESULTS}/data-*.json"
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float, rounds: int) -> dict[str, Any]:
-    """All variants' rates and the parts of their time, with files below `folder`."""
+    """Throughput of all variants and breakdown of their time; writes files below `folder`."""
     mean_bytes = _write_images(recipe, folder / "images", images, own)
     variants = list(_variants(recipe, folder))
     makers: dict[str, Callable[[], Generator[int, None, None]]] = {
@@ -115,7 +115,7 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures for people."""
+    """The result as text."""
     lines = [
         f"{result['images']} images of {result['mean_bytes'] / 1000:.0f} KB, {result['img_size']} px, "
         f"{result['num_workers']} workers; fast differs from pillow by "
@@ -130,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _write_images(recipe: Recipe, folder: Path, count: int, own: bool) -> float:
-    """Files for all variants to load; returns their mean size in bytes."""
+    """Writes the files that all variants load; returns their mean size in bytes."""
     if own:
         files = list(photos.write_photos(folder, count))
     else:
@@ -143,7 +143,7 @@ def _write_images(recipe: Recipe, folder: Path, count: int, own: bool) -> float:
 def _copy_jpegs(index: ShardIndex, folder: Path, count: int, seed: int) -> Iterator[Path]:
     jpegs = np.flatnonzero(index.samples["state"] == JPEG)
     if not len(jpegs):
-        raise UsageError(f"{index.store.location} holds no JPEGs to measure with; give --photos")
+        raise UsageError(f"{index.store.location} contains no JPEGs; use --photos")
     chosen = np.random.default_rng(seed).permutation(jpegs)[:count]
     for number, sample in enumerate(np.sort(chosen)):
         file = folder / "images" / f"{number:06d}.jpg"
@@ -167,27 +167,27 @@ def _variants(recipe: Recipe, folder: Path) -> Iterator[Variant]:
 def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
     with Stream(_with(recipe, variant), Ranks(), index, Position(recipe.seed, 0, index.fingerprint)) as stream:
-        to_device = ToDevice(_end(), recipe.data.mean, recipe.data.std)
+        to_device = ToDevice(_device(), recipe.data.mean, recipe.data.std)
         for batch in stream:
             if to_device.device.type == "cuda":
                 to_device(batch.images)
             yield len(batch.images)
 
 
-def _end() -> torch.device:
-    """Where batches end."""
+def _device() -> torch.device:
+    """The device that batches are copied to."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _with(recipe: Recipe, variant: Variant) -> Recipe:
-    """The recipe on one rank: a global batch is a micro-batch."""
+    """The recipe with the variant's settings, on one rank: a global batch is a micro-batch."""
     train = recipe.train.model_copy(update={"global_batch": recipe.train.micro_batch})
     data = variant.settings.model_copy(update={"streams": None})
     return recipe.model_copy(update={"data": data, "train": train})
 
 
 def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
-    """The usual recipe, epoch after epoch, with its workers kept between them."""
+    """torchvision's pipeline with persistent workers, for endless epochs."""
     data = recipe.data
     transform = transforms.Compose(
         [
@@ -210,25 +210,25 @@ def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
         pin_memory=torch.cuda.is_available(),
     )
     if not len(loader):
-        raise UsageError(f"--images holds less than one train.micro_batch={recipe.train.micro_batch}; raise it")
+        raise UsageError(f"--images is less than train.micro_batch={recipe.train.micro_batch}; increase it")
     while True:
         for images, _ in loader:
-            yield len(images.to(_end(), non_blocking=True))
+            yield len(images.to(_device(), non_blocking=True))
 
 
 def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> float:
-    """Images per second after the first batches."""
+    """Images per second after warm-up batches."""
     with closing(batches):
         for _ in range(warm_up):
             next(batches)
-        started, images = settled(_end()), 0
+        started, images = synchronized_time(_device()), 0
         while time.perf_counter() - started < seconds:
             images += next(batches)
-        return images / (settled(_end()) - started)
+        return images / (synchronized_time(_device()) - started)
 
 
 def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, float]:
-    """Microseconds of one core for an image: the same work as a worker's, one step behind the other."""
+    """Microseconds per image on one core, by part of a worker's work."""
     index, size = open_index(variant.shards), recipe.encoder.img_size
     settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
@@ -259,7 +259,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
 
 
 def _difference(recipe: Recipe, shards: Path, count: int = 100) -> float:
-    """Mean absolute difference, of 255, between the crops of both decoders."""
+    """Mean absolute difference between the crops of both decoders, on a scale of 255."""
     index = open_index(shards)
     differences = []
     for sample in range(min(count, len(index))):

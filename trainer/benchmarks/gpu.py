@@ -1,7 +1,7 @@
-"""`python -m mixmae.trainer.benchmarks.gpu`: the list for one GPU, what matters most first, in eight minutes.
+"""`python -m mixmae.trainer.benchmarks.gpu`: tests and benchmarks for one GPU by priority, in eight minutes.
 
-Each part is a process of its own with a limit of its own, writes what it finds at once, and cannot stop those behind
-it. `--dry` does the same list with a small model in fp32, wherever it runs.
+Each part is a process with its own time limit, writes its results at once, and cannot block later parts. `--dry` runs
+the suite with a small model in fp32 on any machine.
 """
 
 import argparse
@@ -32,16 +32,16 @@ _SMALL = (
 )
 _FAST = ("train.compile=true", "train.fused_attention=true", "train.zero_stage=2")
 _ANYWHERE = ("plain-autocast", "grouped", "masked", "selective")
-"""Variants that need neither a GPU nor a minute of a compiler's time."""
-_UNHURRIED = 10
-"""Times a part's limit that it has in a dry run: that is not about speed, and machines that test are busy."""
-_LEAST = 0.5
-"""Share of its limit without which a part is left out: it starts processes and compiles before it measures."""
+"""Variants that need neither a GPU nor long compilation."""
+_DRY_RUN_FACTOR = 10
+"""Multiplies time limits in a dry run, which may be on a busy CPU."""
+_MIN_TIME = 0.5
+"""Fraction of its limit below which a part is skipped: it starts processes and compiles before it measures."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Arguments of Python, and the seconds that they may take."""
+    """Arguments of a Python process, and its time limit."""
 
     name: str
     seconds: float
@@ -49,8 +49,8 @@ class Part:
 
 
 def parts() -> list[Part]:
-    """What is measured; K = 2 has published operations per image (722 GFLOP for Swin-H), K = 4 is the recipes'."""
-    headline = "plain-autocast,compiled-triton"  # what is compared with comes first
+    """The suite; K = 2 has published operations per image (722 GFLOP for Swin-H), K = 4 is the recipes' setting."""
+    headline = "plain-autocast,compiled-triton"  # the reference comes first
     return [
         Part("parity", 125, ("-m", "pytest", "-m", "gpu", "--timeout", "100", *_workers(), *_gpu_tests())),
         _step("swin_huge", "64,128", headline, 2, 140),
@@ -67,7 +67,7 @@ def parts() -> list[Part]:
 
 
 def small(part: Part) -> Part:
-    """The same for a dry run: a model that any machine computes, without what only a GPU can."""
+    """The part for a dry run: a small model, without GPU-only features."""
     changes = {
         "--model": "mixmae_swin_nano",
         "--batch": "4",
@@ -79,22 +79,22 @@ def small(part: Part) -> Part:
         "train.micro_batch": "8",
         "data.num_workers": "1",
     }
-    given: list[str] = []
+    arguments: list[str] = []
     for argument in part.arguments:
         name, equals, _ = argument.partition("=")
-        if given and given[-1] == "--variant":
-            given.append(",".join(name for name in argument.split(",") if name in _ANYWHERE) or "grouped")
-        elif given and given[-1] in changes:
-            given.append(changes[given[-1]])
+        if arguments and arguments[-1] == "--variant":
+            arguments.append(",".join(name for name in argument.split(",") if name in _ANYWHERE) or "grouped")
+        elif arguments and arguments[-1] in changes:
+            arguments.append(changes[arguments[-1]])
         elif equals and name in changes:
-            given.append(f"{name}={changes[name]}")
+            arguments.append(f"{name}={changes[name]}")
         elif argument not in ("train.compile=true", "train.fused_attention=true"):
-            given.append(argument)
+            arguments.append(argument)
     if part.name.startswith("step"):
-        given[4:4] = ["--precision", "fp32"]
+        arguments[4:4] = ["--precision", "fp32"]
     if part.name != "parity":
-        given += _SMALL
-    return Part(part.name, _UNHURRIED * part.seconds, tuple(given))
+        arguments += _SMALL
+    return Part(part.name, _DRY_RUN_FACTOR * part.seconds, tuple(arguments))
 
 
 def _step(model: str, batches: str, variants: str, num_images: int, seconds: float) -> Part:
@@ -118,56 +118,56 @@ def _data() -> Part:
 
 
 def _workers() -> tuple[str, ...]:
-    """Tests beside each other, where pytest can; most of their time goes to compilers on the host."""
+    """Options to run tests in parallel, if pytest-xdist is installed; they spend most time in compilers on the host."""
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     return ("-n", workers, "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
 
 
 def _gpu_tests() -> tuple[str, ...]:
-    """Files with tests for a GPU alone: others need packages that are not there."""
+    """Files with GPU tests; others may need missing packages."""
     files = [*Path("tests/models").rglob("test_*.py"), *Path("tests/trainer").rglob("test_*.py")]
     return tuple(str(file) for file in sorted(files) if "mark.gpu" in file.read_text())
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m mixmae.trainer.benchmarks.gpu", description=__doc__)
-    parser.add_argument("--dry", action="store_true", help="a small model, on whatever there is")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole list (default %(default)s)")
-    parser.add_argument("--only", default="", help="parts whose names begin so, several with commas")
+    parser.add_argument("--dry", action="store_true", help="run a small model on any machine")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the suite (default %(default)s)")
+    parser.add_argument("--only", default="", help="comma-separated prefixes of names of parts to run")
     args = parser.parse_args(argv)
     if not args.dry and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here; --dry does the list without")
+        parser.error("torch finds no GPU; --dry runs the suite without one")
     RESULTS.mkdir(parents=True, exist_ok=True)
     chosen = [part for part in parts() if part.name.startswith(tuple(args.only.split(",")))]
     return 1 if run([small(part) if args.dry else part for part in chosen], args.minutes * 60) else 0
 
 
 def run(chosen: Sequence[Part], seconds: float) -> list[str]:
-    """Does the parts in their order while there is time; returns the names of those that failed or were left out."""
+    """Runs the parts in order within the time limit; returns the names of those that failed or were skipped."""
     failed, deadline = [], time.monotonic() + seconds
     for part in chosen:
         started = time.monotonic()
         limit = min(part.seconds, deadline - started)
-        ended = _ended(part, limit) if limit >= _LEAST * part.seconds else "left out: no time"
-        print(f"== {part.name}: {ended}, {time.monotonic() - started:.0f} s", flush=True)
-        if ended != "done":
+        result = _run_part(part, limit) if limit >= _MIN_TIME * part.seconds else "skipped: no time left"
+        print(f"== {part.name}: {result}, {time.monotonic() - started:.0f} s", flush=True)
+        if result != "done":
             failed.append(part.name)
     return failed
 
 
-def _ended(part: Part, limit: float) -> str:
+def _run_part(part: Part, limit: float) -> str:
     print(f"== {part.name}: python {' '.join(part.arguments)}", flush=True)
-    # Batches of several sizes follow each other: blocks of fixed sizes would lie about unused.
+    # Batches of several sizes follow each other: segments of fixed size would fragment memory.
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     process = subprocess.Popen([sys.executable, *part.arguments], start_new_session=True, env=environment)
     try:
         code = process.wait(limit)
-        return "done" if code == 0 else f"failed with {code}"
+        return "done" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
-        return f"ended after its {limit:.0f} s"
+        return f"timed out after {limit:.0f} s"
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started, which would hold the GPU's memory
+            os.killpg(process.pid, signal.SIGKILL)  # including child processes, which would hold GPU memory
         process.wait()
 
 

@@ -1,4 +1,4 @@
-"""Batches read in advance, in place of a rank's data loader."""
+"""Batches held in memory, in place of a rank's data loader."""
 
 import math
 import multiprocessing
@@ -10,15 +10,16 @@ from mixmae.trainer.data.stream import Batch, Stream
 
 
 class InMemory(Stream):
-    """The same batches again and again, and all that a loop and its observer ask of an input: a workers' queue, and a
-    replaced sample."""
+    """Cycles through given batches; provides what a loop and its observer read from a stream: a workers' queue, and a
+    replaced sample.
+    """
 
     def __init__(self, batches: Sequence[Batch] = ()) -> None:
         self.retried, self.bytes_read, self.cache_counts, self.allowed = 0, 0, CacheCounts(), math.inf
         self.fault_log = FaultLog()
         self.fault_log.counts[Reason.DAMAGED] = 1
         self.given = 0
-        """Batches so far."""
+        """Number of batches so far."""
         self._kept = batches
         self._queue: multiprocessing.Queue[int] = multiprocessing.Queue()
 

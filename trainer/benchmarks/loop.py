@@ -1,10 +1,9 @@
-"""`mixmae bench loop`: what the trainer's loop adds to the bare step.
+"""`mixmae bench loop`: overhead of the training loop over the bare step.
 
-The loop is a run's own, with its votes, clock, log, exporter and heartbeat. The bare step is forward pass, backward
-pass and optimizer of the same engine, on inputs that lie on the device. They take turns of as many steps as
-lie between two logged ones, so that both see the same machine and each turn of the loop logs once; a turn of the loop
-is compared with the bare ones before and after it. Batches are in memory: reading them, saving, and drawing pictures
-are not measured.
+The loop is that of a run, with collective stop checks, clock, log, exporter and heartbeat. The bare step is forward,
+backward and optimizer step of the same engine, on inputs that are on the device. They are interleaved in turns of
+`log.every` steps, so that both see the same machine and each turn of the loop logs once; a turn of the loop is compared
+with the bare turns before and after it. Batches are in memory: reading data, checkpoints and pictures are excluded.
 """
 
 import argparse
@@ -24,9 +23,9 @@ from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.ports import free_port
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.benchmarks.in_memory import InMemory
-from mixmae.trainer.benchmarks.profiling import settled
+from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.recipe import recipe_of
-from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_result
+from mixmae.trainer.benchmarks.results import RESULTS, metadata, write_result
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.stream import Batch
@@ -38,28 +37,28 @@ from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit, inputs_of
 
 _KEPT = 4
-"""Batches in memory."""
+"""Number of batches in memory."""
 _GOAL = 0.1
-"""Seconds of a step, of which the loop may add 2 %."""
+"""Seconds of a typical step, of which the loop may add 2 %."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench loop", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as log.every=10")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, such as log.every=10")
     parser.add_argument("--model", default="mixmae_swin_nano", help="the encoder (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images at once (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="timed, after one that is not (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="micro-batch (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed, after a warm-up round (default %(default)s)")
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "loop.json", help="write the figures")
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UsageError(f"--rounds {args.rounds}: expected 1 or more")
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
         recipe = _recipe(args.model, args.batch, args.overrides, Path(folder), args.rounds)
-        with (Path(folder) / "said").open("w") as said, redirect_stdout(said):
+        with (Path(folder) / "output").open("w") as output, redirect_stdout(output):
             result = measure(recipe, args.rounds)
     low, high = result["added_us_spread"]
     print(
-        f"{result['step_ms_bare']:.2f} ms a bare step, {result['step_ms_loop']:.2f} ms in the loop: "
+        f"bare step {result['step_ms_bare']:.2f} ms, in the loop {result['step_ms_loop']:.2f} ms: "
         f"{result['ratio'] - 1:+.2%}; the loop adds {result['added_us']:.0f} microseconds ({low:.0f} to {high:.0f}), "
         f"{result['share_of_100_ms']:.2%} of a step of 100 ms"
     )
@@ -69,11 +68,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _recipe(model: str, batch: int, overrides: Sequence[str], folder: Path, rounds: int) -> Recipe:
-    """A run that neither saves nor draws before all rounds are over, on a few images of its own."""
+    """A recipe that saves no checkpoint and draws no picture before all rounds are over, on a few synthetic images."""
     recipe = recipe_of(model, batch, overrides)
     images = Synthetic(_KEPT * recipe.train.global_batch, recipe.encoder.img_size, seed=0)
     build_shards(images, folder / "shards", shard_bytes=10**9, seed=0, jobs=1)
-    steps = recipe.log.every * (rounds + 1) + 1  # after the last one a run saves
+    steps = recipe.log.every * (rounds + 1) + 1  # a run saves after its last step
     own = [
         f"run_dir={folder / 'run'}",
         f"data.shards={folder / 'shards'}",
@@ -88,9 +87,9 @@ def _recipe(model: str, batch: int, overrides: Sequence[str], folder: Path, roun
 
 
 def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
-    """Step times in the loop and without, in turns; `recipe.log.every` steps are a turn.
+    """Step times in the loop and bare, interleaved in turns of `recipe.log.every` steps.
 
-    From here on this process only notes the signals that ask a run to stop.
+    Replaces this process's handlers of the signals that stop a run.
     """
     ranks, stop = Ranks(master_port=free_port()), StopRequest()
     job = check(recipe, ranks)
@@ -102,22 +101,22 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
         with run.batches as stream:
             batches = [next(stream) for _ in range(_KEPT)]
         turns = run.batches = Turns(run, batches)
-        asked_by = fit(run)
+        stopped_by = fit(run)
         clean = True
     finally:
         close(run, clean)
         heartbeat.close()
         dist.destroy_process_group()
-    if asked_by is not None:
-        raise UsageError(f"{asked_by} ended the measurement after {len(turns.loop)} of {rounds + 1} rounds")
+    if stopped_by is not None:
+        raise UsageError(f"{stopped_by} stopped the benchmark after {len(turns.loop)} of {rounds + 1} rounds")
     return _compared(recipe, turns, ranks.device)
 
 
 class Turns(InMemory):
-    """A run's input that, asked for the first batch of a turn, does a turn of bare steps before it gives one.
+    """A run's input that times a turn of bare steps before it returns the first batch of each turn.
 
     Attributes:
-        bare, loop: seconds of a step in each turn; of bare ones there is one more.
+        bare, loop: seconds per step of each turn; there is one more bare turn.
     """
 
     def __init__(self, run: Run, batches: Sequence[Batch]) -> None:
@@ -136,15 +135,15 @@ class Turns(InMemory):
         return super().__next__()
 
     def _begin_turn(self) -> None:
-        now = settled(self._device)
+        now = synchronized_time(self._device)
         if self.given:
             self.loop.append((now - self._began) / self._steps)
-        started = settled(self._device)
+        started = synchronized_time(self._device)
         for number in range(self._steps):
             images, inputs = self._inputs[number % len(self._inputs)]
             self._engine.backward(self._engine(images, *inputs))
             self._engine.step()
-        self._began = settled(self._device)
+        self._began = synchronized_time(self._device)
         self.bare.append((self._began - started) / self._steps)
 
 
@@ -153,7 +152,7 @@ def _compared(recipe: Recipe, turns: Turns, device: torch.device) -> dict[str, A
     loop = turns.loop[1:]
     added = [with_ - without for with_, without in zip(loop, bare, strict=True)]
     middle, step = statistics.median(added), statistics.median(bare)
-    where = circumstances()
+    where = metadata()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else where["cpu"],
         "model": recipe.encoder.name,

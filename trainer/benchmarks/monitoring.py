@@ -1,8 +1,8 @@
-"""`mixmae bench monitoring`: what metrics take from a step, with an exporter that is scraped.
+"""`mixmae bench monitoring`: overhead of metrics per step, with an exporter that is scraped.
 
-Steps with and without take turns, so that both see the same machine; medians are compared. The exporter, its scraper
-and the thread that says every second that the rank runs are there during both kinds of steps: the comparison shows what
-the calls in a step take, not what those take from all steps. The exporter's share of one core is told beside it.
+Steps with and without metrics are interleaved, so that both see the same machine; medians are compared. The exporter,
+its scraper and the heartbeat thread run during both kinds of steps, so the difference is that of the calls in a step.
+The exporter's CPU share is reported separately.
 """
 
 import argparse
@@ -40,21 +40,21 @@ while True:
 _PARTS = ("data_wait", "forward", "backward", "optimizer")
 _LOGGED = {"loss": 1.0, "grad_norm": 1.0, "lr": 1e-4, "epoch": 1.0, "images_per_second": 1000.0}
 _CALLS = 1000
-"""Steps without work, whose mean is what the calls take: one in `log.every` is logged."""
+"""Empty steps to average the duration of the calls over; one in `log.every` is logged."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench monitoring", description=__doc__)
-    parser.add_argument("--step-ms", type=float, default=100.0, help="a step's length (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="with metrics, and as many without")
+    parser.add_argument("--step-ms", type=float, default=100.0, help="duration of a step (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="number of steps with metrics, and as many without")
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "monitoring.json", help="write the figures")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
         result = measure(Path(folder), args.step_ms / 1000, args.steps)
     print(
-        f"{result['step_ms_without']:.2f} ms a step without metrics, {result['step_ms_with']:.2f} ms with: "
+        f"step without metrics {result['step_ms_without']:.2f} ms, with metrics {result['step_ms_with']:.2f} ms: "
         f"{result['ratio'] - 1:+.3%}; the calls alone take {result['calls_us']:.0f} microseconds, "
-        f"{result['calls_share']:.3%} of a step; the exporter, scraped every second, takes "
+        f"{result['calls_share']:.3%} of a step; the exporter, scraped every second, uses "
         f"{result['exporter_cpu_share']:.2%} of a core"
     )
     if args.json is not None:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
-    """Step times with and without an observer, in turns."""
+    """Step times with and without an observer, interleaved."""
     torch.set_num_threads(1)
     recipe = Recipe.model_validate({"run_dir": str(folder / "run"), "monitoring": {"port": 0}})
     recipe.run_dir.mkdir()
@@ -80,8 +80,8 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     try:
         started, busy = time.perf_counter(), _cpu_seconds(exporter)
         for number in range(1, steps + 1):
-            for told in (False, True):
-                times[told].append(_step(observed if told else silent, work, batches, TrainState(step=number)))
+            for metrics in (False, True):
+                times[metrics].append(_step(observed if metrics else silent, work, batches, TrainState(step=number)))
         share = (_cpu_seconds(exporter) - busy) / (time.perf_counter() - started)
         calls = statistics.mean(
             _step(observed, lambda: None, batches, TrainState(step=n)) for n in range(1, _CALLS + 1)
@@ -102,7 +102,7 @@ def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
 
 
 def _step(observer: Observer, work: Callable[[], object], batches: Stream, state: TrainState) -> float:
-    """Seconds of a step whose work is its forward part; tells what the loop tells, at logged steps too."""
+    """Seconds of a step that works in its forward phase, with the loop's calls to the observer."""
     started = time.perf_counter()
     for part in _PARTS:
         with observer.clock.phase(part):
@@ -123,7 +123,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _work_of(seconds: float) -> Callable[[], object]:
-    """Matrix products that take about so long."""
+    """Matrix products that take about `seconds`."""
     x = torch.randn(256, 256)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 1.0:
@@ -139,7 +139,7 @@ def _work_of(seconds: float) -> Callable[[], object]:
 
 
 def _scrape(run_dir: Path) -> "subprocess.Popen[bytes]":
-    """A process that reads the exporter every second, as no Prometheus would."""
+    """A process that scrapes the exporter every second, more often than Prometheus would."""
     while not (files := list(targets_folder(run_dir).glob("*.json"))):
         time.sleep(0.05)
     return subprocess.Popen([sys.executable, "-c", _SCRAPER, str(files[0])], env=os.environ)

@@ -1,4 +1,4 @@
-"""`python -m mixmae.trainer.benchmarks.page`: docs/performance.md's table and roofline, from benchmarks/results."""
+"""`python -m mixmae.trainer.benchmarks.page`: writes the table and roofline of docs/performance.md."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def table(steps: list[dict[str, Any]]) -> str:
-    """A row for each measurement."""
+    """A Markdown table with a row for each measurement."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for found in steps:
         ratio = "" if found["ratio_to_plain"] is None else f"{found['ratio_to_plain']:.2f}"
@@ -49,7 +49,7 @@ def table(steps: list[dict[str, Any]]) -> str:
 
 
 def with_table(page: str, new: str) -> str:
-    """The page with this table between its marks."""
+    """Replaces the table between the markers."""
     head, rest = page.split(_BEGIN)
     _, tail = rest.split(_END)
     return f"{head}{_BEGIN}\n\n{new}\n\n{_END}{tail}"
@@ -62,24 +62,22 @@ def _name(found: dict[str, Any]) -> str:
 
 
 def draw(steps: list[dict[str, Any]], file: Path) -> None:
-    """Each measurement under its roof: what share of the peak its machine reached while it ran.
+    """A roofline plot: model FLOP/s of each measurement, and the peak of its machine in the same run.
 
-    A step is compute-bound by far (hundreds of operations for a byte of its weights), so that its roof is the peak.
+    A step is compute-bound by far (hundreds of FLOPs per byte of weights), so its roofline is the peak.
     """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 0.36 * len(steps) + 1.2), layout="constrained")
     names = [_name(found) for found in steps]
-    places = range(len(steps))
-    axes.barh(
-        places, [found["peak_tflops"] for found in steps], color="#e4e4e4", label="large matrix product, same run"
-    )
-    axes.barh(places, [found["model_tflops"] for found in steps], color="#3b6fb6", label="model")
-    for place, found in zip(places, steps, strict=True):
-        axes.text(found["model_tflops"], place, f" {found['mfu']:.0%}", va="center", fontsize=8)
-    axes.set_yticks(places, names, fontsize=8)
+    rows = range(len(steps))
+    axes.barh(rows, [found["peak_tflops"] for found in steps], color="#e4e4e4", label="large matrix product, same run")
+    axes.barh(rows, [found["model_tflops"] for found in steps], color="#3b6fb6", label="model")
+    for row, found in zip(rows, steps, strict=True):
+        axes.text(found["model_tflops"], row, f" {found['mfu']:.0%}", va="center", fontsize=8)
+    axes.set_yticks(rows, names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xscale("log")  # CPUs and GPUs are three orders apart
+    axes.set_xscale("log")  # CPUs and GPUs differ by three orders of magnitude
     axes.set_xlabel("TFLOP/s")
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(file, dpi=110)

@@ -1,6 +1,6 @@
-"""Photographs to measure with: variations of the few that scikit-image, scikit-learn and matplotlib ship.
+"""Photographs for benchmarks: variations of those that scikit-image, scikit-learn and matplotlib ship.
 
-About as large as ImageNet's: 500 x 375 px, 100 KB. Each is a function of its number.
+About as large as ImageNet's: 500 x 375 px, 100 KB. Each is a function of its index.
 """
 
 import io
@@ -29,8 +29,7 @@ def originals() -> tuple[Image.Image, ...]:
         import sklearn.datasets
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"the photographs to measure with come with {error.name}, which is not installed; run "
-            "pip install 'mixmae[bench]'"
+            f"--photos needs {error.name}, which is not installed; run pip install 'mixmae[bench]'"
         ) from error
     arrays = [getattr(skimage.data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")]
     arrays += list(sklearn.datasets.load_sample_images().images)
@@ -39,7 +38,7 @@ def originals() -> tuple[Image.Image, ...]:
 
 
 def photo(number: int) -> Image.Image:
-    """One variation: part of a photograph, perhaps mirrored, with other brightness, contrast and colour."""
+    """A variation: a random crop, flip, brightness, contrast and colour."""
     random = np.random.default_rng([7, number])
     image = originals()[number % len(originals())]
     share = float(np.sqrt(random.uniform(0.6, 1.0)))
@@ -56,14 +55,14 @@ def photo(number: int) -> Image.Image:
 
 
 def jpeg_photo(number: int) -> bytes:
-    """A variation as JPEG, quality 95 to 98, chroma at half resolution as cameras write it."""
+    """A variation as JPEG, quality 95 to 98, 4:2:0 chroma subsampling as from cameras."""
     buffer = io.BytesIO()
     photo(number).save(buffer, "JPEG", quality=95 + number % 4, subsampling="4:2:0")
     return buffer.getvalue()
 
 
 def write_photos(folder: Path, count: int) -> Iterator[Path]:
-    """`count` photographs as files in a class folder for each original."""
+    """Writes `count` photographs, in a class folder for each original."""
     for number in range(count):
         file = folder / f"{number % len(originals()):02d}" / f"{number:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""MixMAE as published code computes it: the reference for speed, and for equality.
+"""MixMAE computed as in published code: the reference for speed and equality.
 
-The same parameters and the same arithmetic, without anything of what makes the step fast: each block cuts its map into
-windows and puts it together again, builds its mask for every sample and window from the group map, forms the attention
-matrix, adds bias and mask, and takes the softmax.
+The same parameters and arithmetic without any optimisation: each block partitions its map into windows and reverses it,
+builds its mask for every sample and window from the group map, materialises the attention matrix, adds bias and mask,
+and applies softmax.
 """
 
 from types import MethodType
@@ -19,11 +19,11 @@ from mixmae.models.methods.mixing import upsample_groups
 from mixmae.models.methods.mixmae import MixMAE
 
 _MASKED = -10000.0
-"""Added to the logits of pairs that may not see each other."""
+"""Added to the logits of pairs in different groups."""
 
 
 def make_plain(model: Trainable) -> Trainable:
-    """Makes a model compute plainly, in place; its parameters stay as they are."""
+    """Makes a model compute as in published code, in place; its parameters are unchanged."""
     assert isinstance(model, MixMAE)
     assert isinstance(model.encoder, Swin)
     for stage in model.encoder.stages:
@@ -42,7 +42,7 @@ def make_plain(model: Trainable) -> Trainable:
     return model
 
 
-def _stage(self: Stage, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+def _stage(self: Stage, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None, *_: object) -> Tensor:
     x = self.downsample(x)
     for block in self.blocks:
         x = block(x, groups, self.window)

@@ -1,4 +1,4 @@
-"""Where a step's time and memory go, by torch's profiler."""
+"""Time and memory of a step, by torch's profiler."""
 
 import time
 from collections.abc import Callable
@@ -8,19 +8,19 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-_NAME = 110
-"""Characters of a kernel's name."""
+_NAME_LENGTH = 110
+"""Maximum length of a kernel's name in tables."""
 
 
-def settled(device: torch.device) -> float:
-    """The clock's seconds, once the device has done all that it was given."""
+def synchronized_time(device: torch.device) -> float:
+    """Synchronizes the device, then returns `time.perf_counter()`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def profiled(work: Callable[[], object], device: torch.device) -> Any:
-    """The profiler of one call, with allocations."""
+    """Profiles one call, with allocations on a CPU."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
         result = work()
@@ -31,7 +31,7 @@ def profiled(work: Callable[[], object], device: torch.device) -> Any:
 
 
 def peak_allocated(profiler: Any) -> int:
-    """The most bytes of host memory that were allocated at once, beside those that were there before."""
+    """Peak bytes of host memory allocated during the profile."""
     events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     now = peak = 0
@@ -42,7 +42,7 @@ def peak_allocated(profiler: Any) -> int:
 
 
 def kernel_shares(profiler: Any, rows: int = 12) -> dict[str, float]:
-    """Shares of the time spent in kernels (operators, on a CPU), largest first, the rest as `other`."""
+    """Fractions of the time spent in kernels (operators on a CPU), largest first, the rest as `other`."""
     times = {name: milliseconds for name, milliseconds, _ in _times(profiler)}
     total = sum(times.values()) or 1.0
     largest = sorted(times, key=lambda name: -times[name])[:rows]
@@ -51,16 +51,16 @@ def kernel_shares(profiler: Any, rows: int = 12) -> dict[str, float]:
 
 
 def kernel_table(profiler: Any, rows: int = 40) -> str:
-    """Milliseconds, calls and names of what a GPU, or a CPU's operators, spent most time in; a sum of all is first."""
+    """Milliseconds, calls and names of the slowest kernels (operators on a CPU); the first line is the total."""
     times = sorted(_times(profiler), key=lambda row: -row[1])
     lines = [f"{milliseconds:9.3f} ms {calls:5d}  {_short(name)}" for name, milliseconds, calls in times[:rows]]
     return "\n".join([f"{sum(row[1] for row in times):9.3f} ms in {sum(row[2] for row in times)} calls", *lines])
 
 
 def _times(profiler: Any) -> list[tuple[str, float, int]]:
-    """Names, milliseconds and calls of kernels, if there are any, else of operators; each moment is told once."""
+    """Names, milliseconds and calls of kernels, else of operators; times do not overlap."""
     events = profiler.key_averages()
-    # Operators and annotations are told the time of the kernels that they started.
+    # Operators and annotations include the time of the kernels that they launched.
     kernels = [
         one for one in events if one.device_type == DeviceType.CUDA and not getattr(one, "is_user_annotation", False)
     ]
@@ -70,5 +70,5 @@ def _times(profiler: Any) -> list[tuple[str, float, int]]:
 
 
 def _short(name: str) -> str:
-    """C++ names without their arguments' types."""
-    return name if len(name) <= _NAME else name[:_NAME] + "..."
+    """Truncates long names."""
+    return name if len(name) <= _NAME_LENGTH else name[:_NAME_LENGTH] + "..."

@@ -1,4 +1,4 @@
-"""Starts several ranks as processes of this machine."""
+"""Starts several ranks as processes on this machine."""
 
 import multiprocessing
 import os
@@ -21,17 +21,17 @@ def run_ranks(
     timeout: float | None = None,
     start_method: str = "spawn",
 ) -> list[Any]:
-    """Calls `function(ranks, *args)` in `world_size` processes that have joined; returns what each returned, by rank.
+    """Calls `function(ranks, *args)` in `world_size` joined processes; returns the results by rank.
 
-    The function must be importable (a plain function of a module); results travel by torch.save.
+    The function must be importable (a plain function of a module); results are passed by torch.save.
 
     Args:
-        threads: of torch, in each process.
-        timeout: seconds that a rank may take to end once those before it have.
-        start_method: of multiprocessing.
+        threads: torch's threads in each process.
+        timeout: seconds that a rank may take to exit after those before it.
+        start_method: multiprocessing's.
 
     Raises:
-        RuntimeError: a rank failed or took too long; none is left.
+        RuntimeError: a rank failed or timed out; all are killed.
     """
     context: Any = multiprocessing.get_context(start_method)
     with tempfile.TemporaryDirectory(prefix="mixmae-ranks-") as folder:
@@ -47,7 +47,7 @@ def run_ranks(
             if process.is_alive() or process.exitcode:
                 for other in processes:
                     other.kill()
-                raise RuntimeError(f"a rank ended with {process.exitcode}; its output is above")
+                raise RuntimeError(f"a rank exited with code {process.exitcode}; see its output above")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -1,4 +1,4 @@
-"""The recipe whose step a benchmark runs."""
+"""The recipe of a benchmarked step."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from mixmae.trainer.recipe.schema import Recipe
 
 
 def recipe_of(model: str, batch: int, overrides: Sequence[str], ranks: int = 1) -> Recipe:
-    """All defaults but for the encoder and its image size; so many images on each rank, nothing accumulated.
+    """The default recipe with another encoder and its image size; `batch` images per rank, no gradient accumulation.
 
     Raises:
         UsageError: an unknown key or a value outside its range.

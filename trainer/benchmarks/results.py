@@ -14,8 +14,8 @@ from mixmae.base.software import versions
 RESULTS = Path("benchmarks/results")
 
 
-def circumstances() -> dict[str, Any]:
-    """What a figure was measured on and with."""
+def metadata() -> dict[str, Any]:
+    """Machine, versions, command and commit of a measurement."""
     return {
         "command": " ".join(["mixmae", *sys.argv[1:]]),
         "cpu": _cpu(),
@@ -27,22 +27,22 @@ def circumstances() -> dict[str, Any]:
 
 def write_result(file: Path, content: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**content, **circumstances()}, indent=1) + "\n")
+    file.write_text(json.dumps({**content, **metadata()}, indent=1) + "\n")
     print(f"written to {file}")
 
 
 def write_measurements(file: Path, measurements: list[dict[str, Any]]) -> None:
-    """Measurements of several things in one run, each of which tells its own circumstances."""
+    """Writes measurements of one run, each with its own metadata."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(measurements, indent=1) + "\n")
     print(f"written to {file}", flush=True)
 
 
 def merge_measurements(file: Path, measurements: list[dict[str, Any]], keys: Sequence[str]) -> None:
-    """Adds measurements of several things, each of which tells its own circumstances, to those of a file.
+    """Adds measurements, each with its own metadata, to those in a file.
 
     Args:
-        keys: by which the file's measurements are told apart; an older one with the same values goes.
+        keys: fields that identify a measurement; an older one with the same values is replaced.
     """
 
     def key(found: dict[str, Any]) -> list[Any]:
@@ -61,7 +61,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Of the working tree, with `-dirty` where it was changed; None outside of a repository."""
+    """The working tree's commit, with `-dirty` if it has changes; None outside of a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
     return found.stdout.strip() or None

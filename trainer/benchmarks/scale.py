@@ -1,7 +1,7 @@
-"""`mixmae bench scale`: 1, 2, 4, ... ranks on this machine, and what each ZeRO stage makes them send.
+"""`mixmae bench scale`: 1, 2, 4, ... ranks on this machine, and the traffic of each ZeRO stage.
 
-Ranks of one machine share its cores and memory, so images per second tell how much is lost between ranks, and not how a
-cluster would scale. Bytes are counted by DeepSpeed's logger in one optimizer step, and stand beside the formula of
+Ranks of one machine share its cores and memory, so images per second show overhead between ranks, not how a cluster
+would scale. Bytes are counted by DeepSpeed's logger in one optimizer step, and compared with the formula of
 `mixmae plan`.
 """
 
@@ -16,7 +16,7 @@ import torch
 from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks.ranks import run_ranks
 from mixmae.trainer.benchmarks.recipe import recipe_of
-from mixmae.trainer.benchmarks.results import RESULTS, circumstances, write_measurements
+from mixmae.trainer.benchmarks.results import RESULTS, metadata, write_measurements
 from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.planning.activation_memory import on_meta
@@ -31,20 +31,20 @@ OPERATIONS = {
     "all-gather": "all_gather_into_tensor",
     "reduce-scatter": "reduce_scatter_tensor",
 }
-"""What a plan names, and what DeepSpeed's logger does."""
+"""Operations in `mixmae plan` and in DeepSpeed's logger."""
 _WARM_UP = 3
-"""ZeRO-3 watches two steps before it looks ahead."""
+"""ZeRO-3 records two steps before it prefetches."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench scale", description=__doc__)
     parser.add_argument("--model", default="mixmae_swin_nano", help="the encoder (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images at once on each rank (default %(default)s)")
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="micro-batch (default %(default)s)")
+    parser.add_argument("--ranks", default="1,2,4", help="world sizes (default %(default)s)")
     parser.add_argument("--stages", default="1,2,3", help="ZeRO stages (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as encoder.img_size=128")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as encoder.img_size=128")
     args = parser.parse_args(argv)
     worlds, stages = (_numbers(name, getattr(args, name)) for name in ("ranks", "stages"))
     found = []
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         for stage in stages:
             own = [f"train.zero_stage={stage}", "monitoring.comms_logger=false"]
             recipe = recipe_of(args.model, args.batch, [*own, *args.overrides], world_size)
-            found.append({**measure(recipe, world_size, args.steps), **circumstances()})
+            found.append({**measure(recipe, world_size, args.steps), **metadata()})
             print(_describe(found[-1]))
     if args.json:
         write_measurements(RESULTS / f"scale-{args.model}.json", found)
@@ -63,11 +63,11 @@ def _numbers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--{name} {text}: expected whole numbers with commas between, as 1,2,4") from error
+        raise UsageError(f"--{name} {text}: expected comma-separated integers, such as 1,2,4") from error
 
 
 def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
-    """Images per second without, then bytes of a step with DeepSpeed's logger."""
+    """Images per second, then bytes of a step by DeepSpeed's logger."""
     threads = max(1, (os.cpu_count() or 1) // world_size)
     seconds, sent = run_ranks(_seconds_and_bytes, world_size, recipe, steps, threads=threads)[0]
     limits = Limits.of(deepspeed_config(recipe, world_size))
@@ -85,7 +85,7 @@ def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
 
 
 def planned(recipe: Recipe, world_size: int, limits: Limits) -> dict[str, float]:
-    """Bytes of a step by operation, of the whole tensors."""
+    """Planned bytes of a step by operation, of the unsharded tensors."""
     train = recipe.train
     parameters = count_parameters(on_meta(recipe), limits)
     parts = traffic(train.zero_stage, train.precision, parameters, recipe.accumulation(world_size), limits)
@@ -105,8 +105,7 @@ def _seconds_and_bytes(ranks: Ranks, recipe: Recipe, steps: int) -> tuple[float,
 
 
 def bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
-    """What DeepSpeed's logger counts in a step, by operation, of the whole tensors: an all-gather it counts by the part
-    that a rank brings."""
+    """Bytes of a step by operation, of unsharded tensors; DeepSpeed's logger counts shards of all-gathers."""
     logged = recipe.model_copy(update={"monitoring": recipe.monitoring.model_copy(update={"comms_logger": True})})
     step, end = _step_of(logged, ranks)
     sent = Communication()
@@ -124,7 +123,7 @@ def bytes_of_a_step(recipe: Recipe, ranks: Ranks) -> dict[str, float]:
 
 
 def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
-    """A function that does an optimizer step on random pixels, and one that takes the engine down."""
+    """A function that does an optimizer step on random pixels, and one that destroys the engine."""
     task = task_of(recipe)
     engine = build_engine(task.build(), recipe, ranks)
     batch, side = recipe.train.micro_batch, recipe.encoder.img_size

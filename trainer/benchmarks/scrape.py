@@ -1,6 +1,6 @@
-"""`mixmae bench scrape`: how long all exporters of a large run take to answer, each a process with ranks that tell all.
+"""`mixmae bench scrape`: time to scrape all exporters of a large run, each a process with ranks that set all metrics.
 
-They share this machine's cores; on a cluster each node answers for itself.
+They share this machine's cores; on a cluster each node has its own.
 """
 
 import argparse
@@ -30,13 +30,13 @@ _ROUNDS = 5
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench scrape", description=__doc__)
     parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--ranks", type=int, default=8, help="of each node")
+    parser.add_argument("--ranks", type=int, default=8, help="ranks per node")
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "scrape.json", help="write the figures")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
         result = measure(Path(folder), args.nodes, args.ranks)
     print(
-        f"{result['nodes']} exporters of {result['ranks']} ranks each answer in {result['seconds']:.2f} s altogether: "
+        f"{result['nodes']} exporters of {result['ranks']} ranks each are scraped in {result['seconds']:.2f} s: "
         f"{result['series']:,} series, at most {result['most_series']:,}"
     )
     if args.json is not None:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def measure(folder: Path, nodes: int, ranks: int) -> dict[str, Any]:
-    """Seconds until every exporter has answered, all of them asked at once; the median of some rounds."""
+    """Median seconds to scrape all exporters concurrently."""
     with exporters(folder, nodes, ranks) as urls, ThreadPoolExecutor(nodes) as pool:
         rounds = []
         for _ in range(_ROUNDS):
@@ -64,14 +64,14 @@ def measure(folder: Path, nodes: int, ranks: int) -> dict[str, Any]:
 
 @contextmanager
 def exporters(folder: Path, nodes: int, ranks: int) -> Iterator[list[str]]:
-    """The exporters of a run, whose main rank is on the first node; gives where they are."""
+    """Starts the exporters of a run whose main rank is on the first node; yields their URLs."""
     processes = []
     try:
         for node in range(nodes):
             shared, run_dir = folder / f"shared-{node}", folder / f"run-{node}"
             run_dir.mkdir()
             for rank in range(node * ranks, (node + 1) * ranks):
-                tell_everything(Recorder(shared, rank), is_main=rank == 0)
+                record_all_metrics(Recorder(shared, rank), is_main=rank == 0)
             options = [f"--shared={shared}", f"--run-dir={run_dir}", "--port=0"]
             command = [sys.executable, "-m", "mixmae.monitoring.exporter.server", *options]
             processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
@@ -83,8 +83,8 @@ def exporters(folder: Path, nodes: int, ranks: int) -> Iterator[list[str]]:
             process.wait()
 
 
-def tell_everything(recorder: Recorder, is_main: bool) -> None:
-    """Every metric that a rank can tell, with as many values of its labels as there can be."""
+def record_all_metrics(recorder: Recorder, is_main: bool) -> None:
+    """Records every metric of a rank, with the maximum number of label values."""
     for metric in METRICS:
         if metric.source is Source.RANK or (metric.source is Source.MAIN and is_main):
             for labels in _labels(metric):

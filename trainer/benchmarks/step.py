@@ -1,10 +1,10 @@
-"""`mixmae bench step`: the bare training step, in several ways of computing it, beside published code's.
+"""`mixmae bench step`: variants of the bare training step, compared with published code's.
 
-Forward pass, backward pass and AdamW on random pixels that lie on the device, with a large matrix product between; all
-variants share weights and optimizer states. On a CPU, whose other users come and go, variants take turns, step by step;
-on a GPU they are measured one behind the other, several steps at a time without waiting between, and each is written
-when it is done. Medians are compared. MFU is the model's operations in a second (those of the method, where all tokens
-of a window see each other, without recomputation) over the product's.
+Forward, backward and AdamW on random pixels that are on the device, with a large matrix product in between; all
+variants share weights and optimizer states. On a CPU, which other processes may use, variants are interleaved step by
+step; on a GPU they are measured one after the other, several steps at a time without synchronization, and each result
+is written at once. Medians are compared. MFU is the model's FLOP/s (those of the method, with full attention in each
+window, without recomputation) over those of the matrix product.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table, peak_allocated, profiled, settled
+from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table, peak_allocated, profiled, synchronized_time
 from mixmae.trainer.benchmarks.recipe import recipe_of
-from mixmae.trainer.benchmarks.results import RESULTS, circumstances, merge_measurements
+from mixmae.trainer.benchmarks.results import RESULTS, merge_measurements, metadata
 from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep, Weights
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.recipe.schema import Recipe
@@ -29,23 +29,23 @@ from mixmae.trainer.tasks.flops import model_flops
 from mixmae.trainer.tasks.registry import task_of
 
 _SIDES = {"cpu": 4096, "cuda": 8192}
-"""Of the matrices whose product is the peak."""
+"""Size of the square matrices whose product gives the peak."""
 _AT_ONCE = {"cpu": 1, "cuda": 4}
-"""Steps that are timed together."""
+"""Steps per timing."""
 _KEYS = ("variant", "batch", "num_images", "checkpointing")
-"""What tells measurements of one file apart."""
+"""Fields that identify a measurement in a file."""
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench step", description=__doc__)
     parser.add_argument("--model", default="mixmae_swin_base_w14", help="the encoder (default %(default)s)")
-    parser.add_argument("--batch", default="8", help="images at once; several as 64,128 (default %(default)s)")
-    parser.add_argument("--variant", default="plain,grouped", help=f"of {','.join(VARIANTS)} (default %(default)s)")
+    parser.add_argument("--batch", default="8", help="micro-batches, such as 64,128 (default %(default)s)")
+    parser.add_argument("--variant", default="plain,grouped", help=f"from {','.join(VARIANTS)} (default %(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="times, after a first step (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed, after a warm-up step (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
-    parser.add_argument("--kernels", type=Path, help="add a table of each variant's kernels to this file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, as method.num_images=2")
+    parser.add_argument("--kernels", type=Path, help="append a table of each variant's kernels to this file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as method.num_images=2")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = _variants(args.variant, device)
@@ -69,15 +69,15 @@ def _variants(given: str, device: torch.device) -> list[str]:
     names = given.split(",")
     for name in names:
         if name not in VARIANTS:
-            raise UsageError(f"--variant {given}: {name!r} is none of {', '.join(VARIANTS)}")
+            raise UsageError(f"--variant {given}: unknown variant {name!r}, expected {', '.join(VARIANTS)}")
         if VARIANTS[name].cuda_only and device.type != "cuda":
-            raise UsageError(f"--variant {name} needs a GPU, and torch sees none here; leave it out")
+            raise UsageError(f"--variant {name} needs a GPU, and torch finds none; omit it")
     return names
 
 
 @dataclass
 class _Timed:
-    """A variant that was warmed up, and what was seen of it."""
+    """A warmed-up variant with its measurements."""
 
     step: BareStep
     memory: int
@@ -87,7 +87,7 @@ class _Timed:
 def measure(
     recipe: Recipe, names: Sequence[str], steps: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """One object for each variant, in the order given, with a table of its kernels; what does not fit is left out."""
+    """One result per variant, in order, with a table of its kernels; variants that do not fit are skipped."""
     torch.manual_seed(0)
     task = task_of(recipe)
     recipe, batch, side = task.recipe, recipe.train.micro_batch, recipe.encoder.img_size
@@ -98,13 +98,13 @@ def measure(
     reference: float | None = None
     for together in [[name] for name in names] if device.type == "cuda" else [names]:
         timed = dict(_warmed_up(recipe, together, device, weights, (images, inputs)))
-        peak = statistics.median(_take_turns(timed, (images, inputs), steps, product, device) or [0.0])
+        peak = statistics.median(_interleave(timed, (images, inputs), steps, product, device) or [0.0])
         rates = {name: batch / statistics.median(one.times) for name, one in timed.items()}
         reference = next((rate for name, rate in rates.items() if name.startswith("plain")), reference)
         for name, one in timed.items():
             profile = profiled(partial(one.step, images, inputs), device)
             found = _measurement(recipe, name, one, (rates[name], reference), (flops, peak), device)
-            yield {**found, "kernel_shares": kernel_shares(profile), **circumstances()}, kernel_table(profile)
+            yield {**found, "kernel_shares": kernel_shares(profile), **metadata()}, kernel_table(profile)
 
 
 def _warmed_up(
@@ -124,20 +124,20 @@ def _warmed_up(
             torch.cuda.empty_cache()
 
 
-def _take_turns(
+def _interleave(
     timed: dict[str, _Timed],
     inputs: tuple[Tensor, Sequence[Tensor]],
     steps: int,
     product: Callable[[], float],
     device: torch.device,
 ) -> list[float]:
-    """Times all variants, and returns the product's rates between them."""
+    """Times all variants; returns the matrix product's rates between them."""
     rates: list[float] = []
     names, repeats = list(timed), _AT_ONCE[device.type]
     for turn in range(steps if names else 0):
         rates.append(product())
         first = turn % len(names)
-        for name in [*names[first:], *names[:first]]:  # none always follows the same one
+        for name in [*names[first:], *names[:first]]:  # rotated, so that none always follows the same one
             work = partial(_repeat, partial(timed[name].step, *inputs), repeats)
             timed[name].times.append(_seconds(work, device) / repeats)
     return rates
@@ -151,15 +151,15 @@ def _measurement(
     of_model: tuple[float, float],
     device: torch.device,
 ) -> dict[str, Any]:
-    """What is told of one variant.
+    """The result of one variant.
 
     Args:
-        rates: its images per second, and those of the plain one.
-        of_model: operations for an image, and the product's in a second.
+        rates: its images per second, and those of the plain variant.
+        of_model: FLOPs per image, and the matrix product's FLOP/s.
     """
     (rate, reference), (flops, peak) = rates, of_model
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else circumstances()["cpu"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else metadata()["cpu"],
         "model": recipe.encoder.name,
         "num_images": recipe.method.settings.get("num_images"),
         "variant": name,
@@ -180,7 +180,7 @@ def _measurement(
 
 
 def _memory(step: BareStep, images: torch.Tensor, inputs: Sequence[Tensor], device: torch.device) -> int:
-    """Peak bytes of the second step, weights and optimizer states included; the first warms everything up."""
+    """Peak bytes of the second step, including weights and optimizer states; the first warms up."""
     step(images, inputs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -192,7 +192,7 @@ def _memory(step: BareStep, images: torch.Tensor, inputs: Sequence[Tensor], devi
 
 
 def _product(precision: str, device: torch.device) -> Callable[[], float]:
-    """A large matrix product; a call returns operations per second."""
+    """A large matrix product; a call returns its FLOP/s."""
     side = _SIDES[device.type]
     x = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -210,15 +210,15 @@ def _repeat(work: Callable[[], object], times: int) -> None:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    started = settled(device)
+    started = synchronized_time(device)
     work()
-    return settled(device) - started
+    return synchronized_time(device) - started
 
 
 def _title(found: dict[str, Any]) -> str:
     return (
         f"{found['device']}: {found['model']}, K = {found['num_images']}, batch {found['batch']}, {found['variant']}, "
-        f"{found['step_seconds'] * 1000:.1f} ms a step"
+        f"{found['step_seconds'] * 1000:.1f} ms per step"
     )
 
 

@@ -1,11 +1,11 @@
-"""The bare step (forward, backward, optimizer) in several ways of computing it: what `mixmae bench step` compares."""
+"""Variants of the bare step (forward, backward, optimizer) that `mixmae bench step` compares."""
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,10 @@ def _masked(model: Trainable) -> None:
         stage.forward = MethodType(_without_sorting_by_group, stage)
 
 
-def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None) -> Tensor:
-    return Stage.forward(self, x, groups, None)
+def _without_sorting_by_group(
+    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, *rest: Any
+) -> Tensor:
+    return Stage.forward(self, x, groups, None, *rest)
 
 
 def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], object]:
@@ -44,14 +46,14 @@ def _fused(model: Trainable) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of computing the step.
+    """A variant of the step.
 
     Attributes:
-        words: for the table.
-        change: what it makes of a model.
-        autocast: fp32 weights under `torch.autocast` in place of bf16 weights.
+        words: description for tables.
+        change: modifies a model in place.
+        autocast: fp32 weights under `torch.autocast` instead of bf16 weights.
         compiled: torch.compile, block by block.
-        cuda_only: whether a CPU cannot run it.
+        cuda_only: whether it needs a GPU.
     """
 
     words: str
@@ -65,24 +67,24 @@ VARIANTS = {
     "plain": Variant("as published code computes it, weights in the run's precision", make_plain),
     "plain-autocast": Variant("as published code computes it, fp32 weights under autocast", make_plain, autocast=True),
     "masked": Variant("tokens sorted by window once per stage, groups kept apart by a mask", _masked),
-    "grouped": Variant("tokens sorted by group in the global stages: what runs where nothing is compiled"),
+    "grouped": Variant("tokens sorted by group in the global stages: the default without compilation"),
     "selective": Variant("grouped, norms and GELU recomputed (kind=selective)", _recomputing("selective")),
     "recomputed": Variant("grouped, each block recomputed (kind=torch)", _recomputing("torch")),
     "compiled": Variant("grouped, each block and the loss compiled (train.compile=true)", compiled=True),
     "triton": Variant("grouped, attention of the global stages in one kernel", _fused, cuda_only=True),
-    "compiled-triton": Variant("both", _fused, compiled=True, cuda_only=True),
+    "compiled-triton": Variant("compiled and triton", _fused, compiled=True, cuda_only=True),
 }
 
 
 class Weights:
-    """What all variants of one recipe share, so that the largest encoder's fit on one GPU: fp32 weights and AdamW.
+    """Weights that all variants of a recipe share, so that the largest encoder fits on one GPU: fp32 masters and AdamW.
 
     Args:
         recipe: the model; weights are a function of its seed and the device.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        with device:  # a GPU draws Swin-H's weights in a moment, a CPU in ten seconds
+        with device:  # a CPU needs ten seconds to initialize Swin-H
             self.model = build_model(recipe)
         named = dict(self.model.named_parameters())
         self.masters = list(named.values())
@@ -93,20 +95,20 @@ class Weights:
 
     @cached_property
     def narrow(self) -> list[nn.Parameter]:
-        """The weights in bf16, whose masters are the fp32 ones, as in a run."""
+        """bf16 copies of the fp32 master weights, as in a run."""
         return [nn.Parameter(master.detach().bfloat16()) for master in self.masters]
 
     def model_on(self, weights: Sequence[nn.Parameter]) -> Trainable:
-        """A model of its own, to be changed at will, that computes on these weights."""
+        """A copy of the model, to be modified, that uses these weights."""
         return copy.deepcopy(self.model, dict(zip(map(id, self.masters), weights, strict=True)))
 
 
 class BareStep:
-    """Model and AdamW without DeepSpeed, loop, data or watchers; bf16 weights have fp32 masters, as in a run.
+    """Model and AdamW without DeepSpeed, loop, data or telemetry; bf16 weights have fp32 masters, as in a run.
 
     Args:
         recipe: model, precision and activation checkpointing.
-        weights: shared with other variants of the recipe; None makes some.
+        weights: shared with other variants of the recipe; None creates them.
     """
 
     def __init__(self, recipe: Recipe, variant: Variant, device: torch.device, weights: Weights | None = None) -> None:
@@ -128,7 +130,7 @@ class BareStep:
 
     @property
     def bytes(self) -> int:
-        """Of weights, their masters, and AdamW's moments."""
+        """Bytes of weights, master weights and AdamW's moments."""
         states = [*self._masters, *(self._weights if self._is_narrow else ()), *self.model.buffers()]
         return sum(t.numel() * t.element_size() for t in states) + 8 * sum(m.numel() for m in self._masters)
 
@@ -146,7 +148,7 @@ class BareStep:
 
     @torch.no_grad()
     def _optimize(self) -> None:
-        """All tensors in a few kernels, as DeepSpeed's flat ones are."""
+        """Optimizer step by multi-tensor kernels, as on DeepSpeed's flat tensors."""
         if self._is_narrow:
             wide = [torch.empty_like(master) for master in self._masters]
             torch._foreach_copy_(wide, [_gradient(weight) for weight in self._weights])

@@ -1,8 +1,8 @@
 """Buffers of the model, such as BatchNorm's running statistics, which differ by rank.
 
-Each rank saves its own. Restored on as many ranks as wrote them, each rank has its own again; on another number, all
-have the mean over the ranks that wrote them, of integers (such as BatchNorm's count of batches) and flags the maximum.
-Buffers that their module registered as not persistent are functions of the recipe, and not saved.
+Each rank saves its own. At the same world size each rank restores its own; at another, all ranks get the mean over the
+ranks that saved them, or the maximum for integers (such as BatchNorm's count of batches) and booleans. Buffers that are
+registered as not persistent are functions of the recipe, and not saved.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ _PREFIX = "buffer/"
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """A model's buffers that belong to its state, by name."""
+    """A model's persistent buffers, by name."""
     transient = {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -25,7 +25,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def buffers_to_write(model: nn.Module) -> dict[str, Tensor]:
-    """What a rank saves, by its name in the file."""
+    """The buffers that a rank saves, by key in its file."""
     return {f"{_PREFIX}{name}": buffer for name, buffer in persistent_buffers(model).items()}
 
 
@@ -33,20 +33,20 @@ def restore_buffers(model: nn.Module, files: Sequence[Path], rank: int, world_si
     """Fills the model's buffers from a checkpoint.
 
     Args:
-        files: all of the checkpoint's, by rank.
+        files: all files of the checkpoint, by rank.
     """
     buffers = persistent_buffers(model)
     if not buffers:
         return
     saved = read_buffers(files[rank]) if len(files) == world_size else {}
-    if not saved:  # also of a file of format 1, where the main rank alone saved buffers
+    if not saved:  # in format 1 only the main rank saved buffers
         saved = mean_buffers(files)
     for name, buffer in buffers.items():
         buffer.copy_(saved[name])
 
 
 def mean_buffers(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The buffers of a checkpoint by name: the mean over ranks, of integers and flags the maximum."""
+    """The buffers of a checkpoint by name: mean over ranks, maximum for integers and booleans."""
     first: dict[str, Tensor] = {}
     means: dict[str, Tensor] = {}
     for count, buffers in enumerate(filter(None, map(read_buffers, files)), 1):

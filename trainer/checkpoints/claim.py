@@ -1,7 +1,7 @@
-"""Which start of a run may publish checkpoints in its directory: the newest.
+"""Ownership of a run directory: only the latest start of a run may publish checkpoints.
 
-A node that its cluster declared dead may live on, and a command may be typed twice. The last start owns the run
-directory; an earlier one finds out before it publishes, and ends.
+A node that the cluster declared dead may still be running, and a command may be run twice. The latest start owns the
+run directory; an earlier one checks that before it publishes a checkpoint, and exits.
 """
 
 import json
@@ -25,8 +25,8 @@ class Claim:
     """A start's ownership of a run directory.
 
     Attributes:
-        token: distinguishes this start's files from those of others.
-        host, pid, time: of the start's main rank, for the messages of others; seconds since the epoch.
+        token: unique to this start, part of the names of its partial checkpoints.
+        host, pid, time: of the start's main rank, for error messages; time in seconds since the epoch.
     """
 
     token: str
@@ -36,13 +36,13 @@ class Claim:
 
     @classmethod
     def take(cls, run_dir: Path) -> "Claim":
-        """Takes the run directory over from the start that owned it; for the main rank."""
+        """Takes over the run directory from an earlier start. Called on the main rank."""
         claim = cls(uuid.uuid4().hex[:12], platform.node(), os.getpid(), time.time())
         atomic_write(run_dir / CLAIM, json.dumps(asdict(claim)) + "\n")
         return claim
 
     def require(self, run_dir: Path) -> None:
-        """Raises SupersededError if a later start took the run directory."""
-        now = Claim(**json.loads((run_dir / CLAIM).read_text()))
-        if now != self:
-            raise SupersededError(f"the run was started again on {now.host} (process {now.pid}), which has it now")
+        """Raises SupersededError if a later start owns the run directory."""
+        owner = Claim(**json.loads((run_dir / CLAIM).read_text()))
+        if owner != self:
+            raise SupersededError(f"the run was started again on {owner.host} (process {owner.pid}), which owns it now")

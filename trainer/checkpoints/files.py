@@ -1,7 +1,7 @@
-"""One rank's file: safetensors, read by slices of parameters.
+"""One rank's file of a checkpoint: safetensors, read by slices of parameters.
 
-KIND/PARAMETER@START is elements START, START + 1, ... of a flattened parameter: of its weight, or of an optimizer state
-by its name. buffer/NAME is a buffer as this rank had it.
+The tensor KIND/PARAMETER@START holds elements START, START + 1, ... of a flattened parameter; KIND is `weight` or the
+name of an optimizer state. buffer/NAME is a buffer of this rank.
 """
 
 import json
@@ -15,7 +15,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.manifest import FileRecord
+from mixmae.trainer.checkpoints.manifest import DamagedError, FileRecord
 
 _CHUNK = 16 * 2**20
 _ALIGNMENT = 64
@@ -26,13 +26,13 @@ def file_name(rank: int) -> str:
 
 
 def write(file: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Writes the file and returns when it is on disk.
+    """Writes and fsyncs the file.
 
     Args:
-        tensors: by name, those with larger elements first, so that all are aligned.
+        tensors: by name, ordered by decreasing element size, so that all are aligned.
 
     Raises:
-        OSError: the disk is full, or out of reach.
+        OSError: the disk is full or unreachable.
     """
     digest = xxhash.xxh3_128()
     size = 0
@@ -59,7 +59,7 @@ def _write_all(descriptor: int, content: memoryview) -> None:
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """The file's first bytes: each tensor's type, shape, and offset behind them."""
+    """The safetensors header: dtype, shape and offsets of each tensor."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -80,12 +80,12 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""As the safetensors format names them."""
+"""Names of dtypes in the safetensors format."""
 
 
 @dataclass
 class ReadItem:
-    """Elements [start, start + len(target)) of a flattened weight or optimizer state, to be copied to `target`."""
+    """Elements [start, start + len(target)) of a flattened weight or optimizer state, to copy to `target`."""
 
     kind: str
     name: str
@@ -94,10 +94,13 @@ class ReadItem:
 
 
 def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
-    """Fills the items from a checkpoint's files; opens no more of them than that takes.
+    """Fills the items from a checkpoint's files; opens only as many files as needed.
 
     Args:
-        files: all of the checkpoint's, those first that are likely to hold most.
+        files: all files of the checkpoint, most likely ones first.
+
+    Raises:
+        DamagedError: elements that no file holds.
     """
     by_name: dict[tuple[str, str], list[ReadItem]] = {}
     missing = 0
@@ -108,11 +111,12 @@ def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
         if missing == 0:
             return
         missing -= _read_from(file, by_name)
-    assert missing == 0, f"{missing} elements are in no file"
+    if missing:
+        raise DamagedError(f"{missing} elements are in no file")
 
 
 def _read_from(file: Path, items: Mapping[tuple[str, str], list[ReadItem]]) -> int:
-    """Fills what the file has; returns the number of elements."""
+    """Copies the elements that the file has; returns their number."""
     copied = 0
     with safe_open(file, "pt") as opened:
         for key in list(opened.keys()):

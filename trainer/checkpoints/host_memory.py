@@ -1,4 +1,4 @@
-"""Copies of tensors in this host's memory, to be written while training goes on."""
+"""Staging buffers in host memory for asynchronous checkpoints."""
 
 import mmap
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class HostMemory:
-    """Memory of this host for copies of what a rank saves: reused by every save, pinned where there is a GPU."""
+    """A staging buffer for the tensors that a rank saves: reused by every save, pinned if they are on a GPU."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
-        """Allocates room for copies of these tensors, unless it has that; nothing is left to allocate for `copy`.
+        """Allocates memory for copies of these tensors, so that `copy` allocates none; a no-op if the size is the same.
 
-        Each page is written to, because the system commits memory only then, which takes several times as long as a
-        copy. numpy does that in one thread, and releases the interpreter for the threads that train.
+        Each page is touched, because the kernel commits memory on the first write only, which takes several times as
+        long as the copy. numpy does that in one thread, and releases the GIL for the threads that train.
         """
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._memory.numel() != size:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it says of itself. No torch: launchers read it too."""
+"""The manifest of a checkpoint: metadata, sizes and checksums. Free of torch, because login nodes read it too."""
 
 import json
 import os
@@ -15,12 +15,12 @@ _CHUNK = 64 * 2**20
 
 
 class DamagedError(Exception):
-    """A checkpoint is not what was written; the message says where."""
+    """A file of a checkpoint is missing or corrupt; the message names it."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and checksum of a file as it was written."""
+    """Size and checksum of a checkpoint file."""
 
     bytes: int
     xxh3_128: str
@@ -28,14 +28,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the training loop knows of a checkpoint.
+    """Training progress that the loop saves with each checkpoint.
 
     Attributes:
-        epoch: samples seen over samples in an epoch.
+        epoch: samples seen over samples per epoch.
         loss: mean loss at the last logged step; None before the first, or if it was not finite.
-        state: the run's counters.
-        position: of the data.
-        metrics: figures of the task's last evaluation, by name; finite ones.
+        state: training counters.
+        position: position in the data.
+        metrics: finite metrics of the task's last evaluation, by name.
     """
 
     step: int
@@ -46,21 +46,21 @@ class Progress:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def metric(self, name: str) -> float | None:
-        """The logged loss, or one of `metrics`; None where it is not known."""
+        """The logged loss, or one of `metrics`; None if unknown."""
         return self.loss if name == "loss" else self.metrics.get(name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Progress):
-    """What a checkpoint says of itself.
+    """Metadata of a checkpoint.
 
     Attributes:
-        shapes: of every parameter.
-        frozen: names of the parameters that are not trained, and have no optimizer states.
-        optimizer_states: names that the optimizer gives the tensors that it keeps with each trained parameter; none
-            before its first step.
-        optimizer_scalars: numbers that it keeps with each, by its names.
-        files: one a rank, by name.
+        shapes: shape of every parameter, by name.
+        frozen: names of the frozen parameters, which have no optimizer states.
+        optimizer_states: names of the optimizer's state tensors of each trained parameter; none before its first step.
+        optimizer_scalars: the optimizer's scalar states, such as `step`, by name.
+        files: sizes and checksums by file name, one file per rank.
+        ema: whether the files also hold the moving average of the weights.
     """
 
     world_size: int
@@ -72,13 +72,14 @@ class Manifest(Progress):
     optimizer_states: list[str]
     optimizer_scalars: Mapping[str, float]
     files: Mapping[str, FileRecord]
+    ema: bool = False
 
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files.values())
 
     def paths(self, folder: Path, first: int = 0) -> list[Path]:
-        """The checkpoint's files, beginning with the one that rank `first` wrote."""
+        """The checkpoint's files, starting with that of rank `first`."""
         names = sorted(self.files)
         start = first % len(names)
         return [folder / name for name in names[start:] + names[:start]]
@@ -92,7 +93,7 @@ class Manifest(Progress):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises DamagedError unless the manifest is intact and all files are there with their sizes."""
+        """Raises DamagedError unless the manifest is intact and all files exist with the recorded sizes."""
         content = _verified_json(folder / MANIFEST)
         files = {name: FileRecord(**facts) for name, facts in content.pop("files").items()}
         for name, record in files.items():
@@ -100,7 +101,7 @@ class Manifest(Progress):
             if not file.is_file():
                 raise DamagedError(f"{name} is missing")
             if file.stat().st_size != record.bytes:
-                raise DamagedError(f"{name} has {file.stat().st_size} bytes, not the {record.bytes} that were written")
+                raise DamagedError(f"{name} has {file.stat().st_size} bytes, expected {record.bytes}")
         return cls(**content, files=files)
 
 
@@ -113,17 +114,17 @@ def _verified_json(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError) as error:
         raise DamagedError(f"{file.name} cannot be read") from error
     if _digest(content) != checksum:
-        raise DamagedError(f"{file.name} has other content than was written")
+        raise DamagedError(f"{file.name} does not match its checksum")
     found = content.pop("format")
     if found == 1:
         return _from_format_1(content)
     if found != _FORMAT:
-        raise DamagedError(f"{file.name} is of format {found}, and this version reads formats 1 and {_FORMAT}")
+        raise DamagedError(f"{file.name} has format {found}, this version of mixmae reads formats 1 and {_FORMAT}")
     return dict(content)
 
 
 def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Until optimizers were the task's choice, all parameters were trained, by AdamW."""
+    """Converts format 1, in which all parameters were trained, by AdamW."""
     steps = content.pop("optimizer_step")
     states = {"optimizer_states": ["exp_avg", "exp_avg_sq"], "optimizer_scalars": {"step": float(steps)}}
     return {**content, "frozen": [], **(states if steps else {"optimizer_states": [], "optimizer_scalars": {}})}
@@ -134,7 +135,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def verify_file(file: Path, expected: FileRecord) -> None:
-    """Raises DamagedError if the file's content is not what was written."""
+    """Raises DamagedError if the file does not match its checksum."""
     digest = xxhash.xxh3_128()
     try:
         with file.open("rb", buffering=0) as opened:
@@ -143,4 +144,4 @@ def verify_file(file: Path, expected: FileRecord) -> None:
     except OSError as error:
         raise DamagedError(f"{file.name} cannot be read ({error.strerror})") from error
     if digest.hexdigest() != expected.xxh3_128:
-        raise DamagedError(f"{file.name} has other content than was written")
+        raise DamagedError(f"{file.name} does not match its checksum")

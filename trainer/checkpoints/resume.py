@@ -1,5 +1,6 @@
-"""Resuming from the newest intact checkpoint, on any number of ranks and at any ZeRO stage."""
+"""Resume from the newest intact checkpoint, at any world size and ZeRO stage."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,21 @@ from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, all_gather, from_main
+from mixmae.trainer.engine.ema import Ema
 
 
 class NoIntactCheckpointError(UsageError):
-    """Every checkpoint is damaged: the storage failed, not the user."""
+    """Every checkpoint is damaged. A failure of the storage and not a usage error, so the exit code is 1."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run resumed from.
+    """The checkpoint that a run resumed from.
 
     Attributes:
-        notes: why it is not the checkpoint that was expected, a line for each reason.
+        notes: why newer checkpoints were not used, one line each.
     """
 
     folder: Path
@@ -35,72 +37,91 @@ class Resumed:
     notes: tuple[str, ...]
 
 
-def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
-    """Loads the newest intact checkpoint into the engine; None in a run directory that has none. All ranks call it.
+def resume(engine: Any, run_dir: Path, ranks: Ranks, ema: Ema | None = None) -> Resumed | None:
+    """Loads the newest intact checkpoint into the engine; returns None in a run directory without any. Collective.
 
     Raises:
-        NoIntactCheckpointError: there are, or were, checkpoints, but none is intact.
+        NoIntactCheckpointError: there are or were checkpoints, but none is intact.
     """
     found = _newest_intact(run_dir, ranks)
     if found is not None:
-        _load(engine, found.folder, found.manifest, ranks)
+        _load(engine, found.folder, found.manifest, ranks, ema)
     return found
 
 
+def stored_state(run_dir: Path) -> dict[str, Any] | None:
+    """The training counters of the newest checkpoint that can be read, before any weights are; None without one."""
+    for folder in checkpoint_history(run_dir):
+        with suppress(DamagedError):
+            return dict(Manifest.read(folder).state)
+    return None
+
+
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    found = checkpoint_history(run_dir), _lost_pointer(run_dir), layout.lost(run_dir)
-    candidates, notes, lost = from_main(found, tuple[list[Path], list[str], list[str]])
+    found = checkpoint_history(run_dir), _check_newest(run_dir), layout.remnants(run_dir)
+    candidates, notes, remnants = from_main(found, tuple[list[Path], list[str], list[str]])
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
             if notes and ranks.is_main:
-                layout.point_to(folder)
+                layout.set_newest(folder)
             return Resumed(folder, manifest, tuple(notes))
-    if not candidates and not lost:
+    if not candidates and not remnants:
         return None
     raise NoIntactCheckpointError(
-        f"no checkpoint in {run_dir / CHECKPOINTS} is intact: {'; '.join(notes) if candidates else _gone(lost)}; "
+        f"no checkpoint in {run_dir / CHECKPOINTS} is intact: "
+        f"{'; '.join(notes) if candidates else _describe(remnants)}; "
         "restore one from a copy, or name another run_dir to start from the beginning"
     )
 
 
-def _gone(lost: list[str]) -> str:
-    """Of checkpoints that are gone, or were set aside by an earlier start."""
-    return f"there are only {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}"
+def _describe(remnants: list[str]) -> str:
+    return f"found only {', '.join(remnants[:3])}{', ...' if len(remnants) > 3 else ''}"
 
 
 def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
-    """The checkpoint's manifest if all its files are as they were written; each rank reads a share of them."""
-    manifest, fault = None, None
+    """The checkpoint's manifest if all files match their checksums, else None; each rank verifies a share of them."""
+    manifest, problem = None, None
     try:
         manifest = Manifest.read(folder)
         for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
             verify_file(folder / name, manifest.files[name])
     except DamagedError as error:
-        fault = str(error)
-    faults = all_gather(fault, str | None)
-    first = next((fault for fault in faults if fault is not None), None)
+        problem = str(error)
+    problems = all_gather(problem, str | None)
+    first = next((problem for problem in problems if problem is not None), None)
     if first is None:
         return manifest
     if ranks.is_main:
-        layout.set_aside(folder)
-    notes.append(f"{folder.name} is damaged and was set aside: {first}")
+        layout.quarantine(folder)
+    notes.append(f"{folder.name} is damaged and was quarantined: {first}")
     return None
 
 
-def _lost_pointer(run_dir: Path) -> list[str]:
-    pointed = named_newest(run_dir)
-    if pointed is not None and pointed.is_dir():
+def _check_newest(run_dir: Path) -> list[str]:
+    newest = named_newest(run_dir)
+    if newest is not None and newest.is_dir():
         return []
-    return [f"{CHECKPOINTS}/{NEWEST} names no checkpoint that exists, the last one was taken"]
+    return [f"{CHECKPOINTS}/{NEWEST} names no existing checkpoint; using the last complete one"]
 
 
-def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
+def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, ema: Ema | None) -> None:
     slices = ModelSlices(engine)
-    assert slices.shapes == dict(manifest.shapes), "the recipe was compared before; it makes the shapes"
+    names = {**slices.shapes, **manifest.shapes}
+    if wrong := [name for name in names if slices.shapes.get(name) != manifest.shapes.get(name)]:
+        raise NoIntactCheckpointError(
+            f"{folder} does not hold the weights of the recipe's model: {wrong[0]!r} is missing, foreign or of another "
+            "shape; restore it from a copy, or name another run_dir"
+        )
     slices.begin_load(manifest.optimizer_states, manifest.optimizer_scalars)
     items = [ReadItem(kind, part.name, part.start, to) for part, kind, to in slices.to_read(manifest.optimizer_states)]
-    read_slices(items, manifest.paths(folder, ranks.rank))
+    if ema is not None:
+        assert manifest.ema, "the recipe was compared before; it makes the average"
+        items += ema.to_read()
+    try:
+        read_slices(items, manifest.paths(folder, ranks.rank))
+    except DamagedError as error:
+        raise NoIntactCheckpointError(f"{folder} is damaged: {error}; restore it from a copy") from error
     restore_buffers(engine.module, manifest.paths(folder), ranks.rank, ranks.world_size)
     slices.end_load()
     engine.global_steps = manifest.step

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: the last ones, one every so often, and the best."""
+"""Retention of checkpoints: the last `keep`, one every `keep_every`, and the `keep_best` best."""
 
 import shutil
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from mixmae.trainer.recipe.schema import Checkpoint
 
 
 def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:
-    """Removes what is not kept, and checkpoints of later steps than the newest: their history was abandoned."""
+    """Deletes checkpoints that are not kept, and those of later steps than the newest, whose history was abandoned."""
     found = complete_checkpoints(run_dir)
     past = [checkpoint for checkpoint in found if checkpoint.name <= newest.name]
     keep = kept(past, settings)
     for checkpoint in found:
         if checkpoint not in keep:
             stale = checkpoint.with_name(layout.partial_name_of(checkpoint_step(checkpoint), "removed"))
-            checkpoint.rename(stale)  # a half-removed one must not have the name of a complete one
+            checkpoint.rename(stale)  # a partly deleted one must not have the name of a complete one
             shutil.rmtree(stale)
 
 
 def kept(checkpoints: Sequence[Path], settings: Checkpoint) -> set[Path]:
-    """Of a history, oldest first, what the recipe keeps."""
+    """The checkpoints that the recipe keeps, of a history that is sorted oldest first."""
     keep = set(checkpoints[-settings.keep :])
     if settings.keep_every is None and settings.keep_best == 0:
         return keep
@@ -35,7 +35,7 @@ def kept(checkpoints: Sequence[Path], settings: Checkpoint) -> set[Path]:
 
 
 def _best_first(manifests: dict[Path, Manifest], settings: Checkpoint) -> list[Path]:
-    """Checkpoints with a value of `best_metric`; of equal ones the older first."""
+    """Checkpoints with a value of `best_metric`, best first; ties are sorted oldest first."""
     values = {path: manifest.metric(settings.best_metric) for path, manifest in manifests.items()}
     known = {path: value for path, value in values.items() if value is not None}
     sign = 1 if settings.best_mode == "min" else -1
@@ -43,7 +43,7 @@ def _best_first(manifests: dict[Path, Manifest], settings: Checkpoint) -> list[P
 
 
 def _periods(manifests: dict[Path, Manifest], settings: Checkpoint) -> dict[Path, int]:
-    """For how many whole periods of `keep_every` each checkpoint is the first after their end."""
+    """Number of multiples of `keep_every` that each checkpoint is the first to reach."""
     every = settings.keep_every
     assert every is not None
     crossed = {}

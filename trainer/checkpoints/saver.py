@@ -1,6 +1,6 @@
-"""Saving while training goes on: the step waits for a copy to host memory, a thread writes and publishes it.
+"""Asynchronous checkpointing: a step blocks for the copy to host memory, a background thread writes and publishes it.
 
-Where saving is not asynchronous, training is blocked until everything is written, and no host memory is taken.
+With `checkpoint.asynchronous: false` training blocks until the checkpoint is written, and no staging memory is used.
 """
 
 import shutil
@@ -25,6 +25,7 @@ from mixmae.trainer.checkpoints.host_memory import HostMemory
 from mixmae.trainer.checkpoints.manifest import FileRecord, Manifest, Progress
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, all_gather, background_group, from_main
+from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.recipe.schema import Recipe
 
 
@@ -33,11 +34,11 @@ class Saved:
     """The outcome of a save.
 
     Attributes:
-        folder: the checkpoint; None if it could not be saved.
-        stall: seconds that training was blocked for it.
-        seconds: from the start until it was complete.
-        error: why it could not be saved, naming the rank; None if it was.
-        prune_error: why a checkpoint that is no longer kept could not be removed; None if all were.
+        folder: the checkpoint; None if the save failed.
+        stall: seconds that training was blocked.
+        seconds: from the start of the save until it was complete.
+        error: why the save failed, with the rank; None if it succeeded.
+        prune_error: why an expired checkpoint could not be deleted; None if all were.
     """
 
     step: int
@@ -50,28 +51,35 @@ class Saved:
 
 
 ManifestOf = Callable[[Mapping[str, FileRecord]], Manifest]
-"""The manifest of a save, once its files are written."""
+"""Makes the manifest of a save from its files' sizes and checksums."""
 
 
 class Saver:
-    """Writes an engine's checkpoints from all ranks; all of them construct it together.
+    """Writes an engine's checkpoints from all ranks. Construction is collective.
 
     Args:
-        recipe: of the run; the manifests hold it.
-        versions: of packages, for the manifests.
+        recipe: the run's recipe, stored in the manifests.
+        versions: versions of packages, stored in the manifests.
         begun: the step of the checkpoint that the run resumed from.
+        ema: is saved too.
 
     Attributes:
         begun: the step of the last save that was begun, or that the run resumed from.
-        error: why the last save failed, None if it did not; known to the main rank.
-        failures: saves in a row that failed; known to the main rank.
-        superseded: whether a later start owns the run directory; known to the main rank.
+        error: why the last save failed, None if it succeeded; on the main rank.
+        failures: number of consecutive failed saves; on the main rank.
+        superseded: whether a later start owns the run directory; on the main rank.
     """
 
     def __init__(
-        self, engine: Any, recipe: Recipe, versions: Mapping[str, str], ranks: Ranks, begun: int | None = None
+        self,
+        engine: Any,
+        recipe: Recipe,
+        versions: Mapping[str, str],
+        ranks: Ranks,
+        begun: int | None = None,
+        ema: Ema | None = None,
     ) -> None:
-        self._engine, self._recipe, self._versions, self._ranks = engine, recipe, versions, ranks
+        self._engine, self._recipe, self._versions, self._ranks, self._ema = engine, recipe, versions, ranks, ema
         self._run_dir = recipe.run_dir
         self.begun = begun
         self.error: str | None = None
@@ -86,15 +94,15 @@ class Saver:
         self._claim = claim
         if ranks.is_main:
             for leftover in layout.leftovers(self._run_dir):
-                shutil.rmtree(leftover, ignore_errors=True)  # on NFS a file that is still read elsewhere stays
-        if recipe.checkpoint.asynchronous:  # memory for the first save is allocated beside the first steps
+                shutil.rmtree(leftover, ignore_errors=True)  # on NFS a file that is open elsewhere stays
+        if recipe.checkpoint.asynchronous:  # allocates staging memory during the first steps
             tensors = self._tensors(ModelSlices(engine))
             self._begin(lambda: self._memory.reserve(tensors))
 
     def save(self, progress: Progress) -> None:
-        """Begins a save of what the engine holds now; where it is not asynchronous, also ends it.
+        """Starts a save of the engine's current state; returns after the copy if asynchronous, else when it is written.
 
-        All ranks call it. Waits for the save before, should it still be written.
+        Collective. Waits for the previous save first.
         """
         started = time.perf_counter()
         self.wait()
@@ -110,12 +118,13 @@ class Saver:
             self._write(tensors, progress.step, manifest_of, started)
 
     def _tensors(self, slices: ModelSlices) -> dict[str, Tensor]:
-        """What this rank saves, those with larger elements first."""
-        tensors = slices.to_write() | buffers_to_write(self._engine.module)
+        """The tensors that this rank saves, by decreasing element size."""
+        averages = {} if self._ema is None else self._ema.to_write()
+        tensors = slices.to_write() | averages | buffers_to_write(self._engine.module)
         return dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
 
     def _manifest_of(self, progress: Progress, slices: ModelSlices) -> ManifestOf:
-        """Takes what the engine holds now: by the time its files are written, training is ahead."""
+        """Captures the engine's state now: training continues before the files are written."""
         of_files = partial(
             Manifest,
             **vars(progress),
@@ -127,6 +136,7 @@ class Saver:
             frozen=slices.frozen,
             optimizer_states=slices.optimizer_states,
             optimizer_scalars=slices.optimizer_scalars,
+            ema=self._ema is not None,
         )
         return lambda files: of_files(files=files)
 
@@ -144,16 +154,16 @@ class Saver:
             self._saved = Saved(self.begun or 0, error=self.error)
 
     def poll(self) -> Saved | None:
-        """The outcome of a save that ended since the last call; known to the main rank."""
+        """The outcome of a save that ended since the last call; on the main rank."""
         saved, self._saved = self._saved, None
         return saved
 
     def is_writing(self) -> bool:
-        """Whether a save is still written, or memory for the first one allocated."""
+        """Whether the background thread is writing a save, or allocating staging memory."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Returns when nothing is being written any more, or after so many seconds."""
+        """Waits for the background thread, up to `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
 
@@ -165,12 +175,12 @@ class Saver:
         started: float,
         stall: float | None = None,
     ) -> None:
-        """Writes and publishes; `stall` is None where training is blocked until then."""
+        """Writes and publishes; `stall` is None if training is blocked meanwhile."""
         folder = self._run_dir / CHECKPOINTS / layout.partial_name_of(step, self._claim.token)
         own: FileRecord | str
         try:
             own = self._write_own(folder, tensors)
-        except Exception as error:  # whatever it is, the others wait to hear of it
+        except Exception as error:  # any error: the other ranks wait in all_gather
             own = _describe(error, self._ranks.rank, folder / file_name(self._ranks.rank))
         parts = all_gather(own, FileRecord | str, self._group)
         if self._ranks.is_main:
@@ -187,7 +197,7 @@ class Saver:
         return record
 
     def _publish(self, written: Path, step: int, manifest_of: ManifestOf, parts: list[FileRecord | str]) -> Saved:
-        """Gives the checkpoint its name if all ranks wrote theirs; else removes what they did write."""
+        """Renames the checkpoint to its final name if all ranks wrote their files, else deletes it."""
         saved = Saved(step)
         files = {file_name(rank): part for rank, part in enumerate(parts) if isinstance(part, FileRecord)}
         errors = [part for part in parts if isinstance(part, str)]
@@ -199,18 +209,18 @@ class Saver:
             manifest.write(written)
             self._claim.require(self._run_dir)
             folder = _rename(written, step)
-            layout.point_to(folder)
+            layout.set_newest(folder)
         except SupersededError as error:
             self.superseded = True
             shutil.rmtree(written, ignore_errors=True)
             return replace(saved, error=str(error))
-        except Exception as error:  # whatever it is, nobody must take this save for one that succeeded
+        except Exception as error:  # any error: the save must not be reported as successful
             shutil.rmtree(written, ignore_errors=True)
             return replace(saved, error=_describe(error, self._ranks.rank, written))
         return replace(saved, folder=folder, bytes=manifest.bytes, prune_error=self._prune(folder))
 
     def _prune(self, newest: Path) -> str | None:
-        """Removes what is no longer kept; returns why it could not, which makes the newest no worse."""
+        """Deletes expired checkpoints; returns why that failed, which does not fail the save."""
         try:
             retention.prune(self._run_dir, newest, self._recipe.checkpoint)
         except OSError as error:
@@ -230,11 +240,11 @@ def _describe(error: Exception, rank: int, path: Path) -> str:
 def _rename(written: Path, step: int) -> Path:
     folder = written.with_name(checkpoint_name(step))
     abandoned = written.with_name(f"{written.name}-before")
-    if folder.exists():  # of a history that was abandoned for an earlier checkpoint
+    if folder.exists():  # from a history that was abandoned for an earlier checkpoint
         folder.rename(abandoned)
     sync(written)
     written.rename(folder)
     sync(folder.parent)
-    sync(folder.parent.parent)  # the first save made the folder of checkpoints
+    sync(folder.parent.parent)  # the first save created the checkpoints directory
     shutil.rmtree(abandoned, ignore_errors=True)
     return folder

@@ -1,8 +1,8 @@
-"""What a rank holds of each parameter, whatever the ZeRO stage: slices of weights and of their optimizer states.
+"""Slices of weights and optimizer states that a rank holds, at any ZeRO stage.
 
-DeepSpeed 0.19 keeps the weights that are trained, in fp32, with every parameter (stage 0), in one flat tensor per
-parameter group (1 and 2), or in flat tensors of equal partitions of parameters (3). Frozen parameters are in the
-model's own precision, whole on every rank but at stage 3, where each is in equal partitions by itself.
+DeepSpeed 0.19 keeps fp32 master weights of trained parameters per parameter (stage 0), in one flat tensor per parameter
+group (stages 1 and 2), or in flat tensors of equal partitions of parameters (stage 3). Frozen parameters have the
+model's precision and are replicated, except at stage 3, where each is split into equal partitions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
 
-WEIGHT = "weight"
+WEIGHT, EMA = "weight", "ema"
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class ParameterSlice:
     """Elements [start, start + numel) of a flattened parameter.
 
     Attributes:
-        source: tensor that the weights are in; of trained ones in fp32, and the key of their optimizer states.
-        offset: of the first element in the flattened `source`.
+        source: tensor with the weights; fp32 if trained, and then the key of their optimizer states.
+        offset: offset of the first element in the flattened `source`.
         replicated: whether every rank holds it.
     """
 
@@ -38,7 +38,7 @@ class ParameterSlice:
     replicated: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slice's elements of a tensor shaped as `source`; a view."""
+        """A view of the slice's elements in a tensor with the shape of `source`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
@@ -46,9 +46,9 @@ class ModelSlices:
     """A rank's share of an engine's weights and optimizer states.
 
     Attributes:
-        shapes: of all parameters, by name.
-        frozen: names of the parameters that are not trained.
-        held: what this rank has.
+        shapes: shapes of all parameters, by name.
+        frozen: names of the frozen parameters.
+        held: the slices that this rank holds.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -84,17 +84,17 @@ class ModelSlices:
             yield ParameterSlice(name, start, numel, source, offset, frozen)
 
     def to_write(self) -> dict[str, Tensor]:
-        """What this rank saves, by its name in the file: together all ranks' are everything once."""
+        """The tensors that this rank saves, by key in its file; all ranks together save every element once."""
         tensors = {}
         for held in self.held:
-            share = _share(held) if held.replicated else held
+            share = own_share(held) if held.replicated else held
             if share.numel > 0:
                 for kind in (WEIGHT,) if share.frozen else (WEIGHT, *self._states):
                     tensors[f"{kind}/{share.name}@{share.start}"] = self._values(share, kind)
         return tensors
 
     def to_read(self, states: Sequence[str]) -> Iterator[tuple[ParameterSlice, str, Tensor]]:
-        """Slices to be filled, the kind of each (`WEIGHT` or the name of a state), and its elements, a view."""
+        """Yields each slice to load, its kind (`WEIGHT` or the name of a state), and a view of its elements."""
         for held in self.held:
             for kind in (WEIGHT,) if held.frozen else (WEIGHT, *states):
                 yield held, kind, self._values(held, kind)
@@ -103,18 +103,18 @@ class ModelSlices:
         if kind == WEIGHT:
             return part.of(part.source)
         state = self._optimizer.state.get(part.source, {})
-        if kind not in state:  # before the first step, or of a parameter that never had a gradient
+        if kind not in state:  # before the first step, or for a parameter that never had a gradient
             return torch.zeros(1, dtype=self._states[kind]).expand(part.numel)
         return part.of(state[kind])
 
     @property
     def optimizer_states(self) -> list[str]:
-        """Names that the optimizer gives the tensors that it keeps with each parameter; none before its first step."""
+        """Names of the optimizer's state tensors of each parameter; none before its first step."""
         return list(self._states) if any(self._optimizer.state.values()) else []
 
     @property
     def optimizer_scalars(self) -> dict[str, float]:
-        """Numbers that the optimizer keeps with each parameter, such as its steps; where they differ, the largest."""
+        """The optimizer's scalar states, such as `step`; the maximum where parameters differ."""
         scalars: dict[str, float] = {}
         for state in self._optimizer.state.values():
             for name in state.keys() - self._states.keys():
@@ -123,7 +123,7 @@ class ModelSlices:
 
     @cached_property
     def _states(self) -> Mapping[str, torch.dtype]:
-        """Of the tensors that the optimizer keeps with each parameter, or will from its first step on."""
+        """Dtypes of the optimizer's state tensors of each parameter, as they are after its first step."""
         states = ((source, state) for source, state in self._optimizer.state.items() if state and source.ndim > 0)
         source, state = next(states, None) or self._first_state()
         for name, value in state.items():
@@ -135,7 +135,7 @@ class ModelSlices:
         return {name: value.dtype for name, value in state.items() if value.shape == source.shape}
 
     def _first_state(self) -> tuple[Tensor, Mapping[str, Any]]:
-        """State of the optimizer after its first step, taken with a parameter that is not the model's."""
+        """Optimizer state after a first step, taken with a dummy parameter."""
         groups = self._optimizer.param_groups
         probe = nn.Parameter(torch.zeros(2, device=self.held[0].source.device))
         probe.grad = torch.zeros_like(probe)
@@ -145,23 +145,22 @@ class ModelSlices:
         return probe, self._optimizer.state.pop(probe, {})
 
     def begin_load(self, states: Sequence[str], scalars: Mapping[str, float]) -> None:
-        """Makes room for what is to be loaded; nothing where the optimizer had taken no step.
+        """Allocates the optimizer states to load; none if the optimizer had taken no step.
 
-        Each tensor of weights gets scalars of its own: a step count that several share would advance several times a
-        step.
+        Each weight tensor gets its own scalars: a shared step count would advance several times per step.
         """
         if self._stage == 3:
             self._zero.checkpoint_event_prologue()
         if not states and not scalars:
             return
         for source in {id(held.source): held.source for held in self.held if not held.frozen}.values():
-            numbers = {
+            own_scalars = {
                 name: torch.tensor(value, dtype=torch.float32, device=source.device) for name, value in scalars.items()
             }
-            self._optimizer.state[source] = numbers | {name: torch.zeros_like(source.detach()) for name in states}
+            self._optimizer.state[source] = own_scalars | {name: torch.zeros_like(source.detach()) for name in states}
 
     def end_load(self) -> None:
-        """Carries loaded weights over to the model in its own precision; on all ranks."""
+        """Copies loaded master weights to the model, in its own precision. Collective."""
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:
@@ -177,8 +176,8 @@ class ModelSlices:
                 part.data = value.data
 
 
-def _share(whole: ParameterSlice) -> ParameterSlice:
-    """Of a parameter that every rank holds, what this one saves."""
+def own_share(whole: ParameterSlice) -> ParameterSlice:
+    """The slice that this rank saves of a replicated parameter."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     low, high = whole.numel * rank // world_size, whole.numel * (rank + 1) // world_size
     return ParameterSlice(whole.name, low, high - low, whole.source, low, whole.frozen)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, put together without any rank running."""
+"""Full weights, optimizer states and buffers of a checkpoint, consolidated offline."""
 
 import math
 from collections.abc import Iterable
@@ -11,35 +11,61 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints.buffers import mean_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
-from mixmae.trainer.checkpoints.slices import WEIGHT
+from mixmae.trainer.checkpoints.slices import EMA, WEIGHT
 
 
 def master_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """fp32 weights by parameter name, whatever ranks and ZeRO stage wrote them.
+    """fp32 weights by parameter name, independent of the world size and ZeRO stage that wrote them.
 
     Raises:
-        UsageError: the checkpoint is not what was written.
+        UsageError: the checkpoint is damaged.
     """
     manifest = _verified(checkpoint)
-    return _assembled(checkpoint, manifest, WEIGHT, manifest.shapes)
+    return _consolidated(checkpoint, manifest, WEIGHT, manifest.shapes)
 
 
 def optimizer_states(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's fp32 states by its names for them, then by parameter name; frozen parameters have none.
+    """fp32 optimizer states by state name, then by parameter name; frozen parameters have none.
 
     Raises:
-        UsageError: the checkpoint is not what was written.
+        UsageError: the checkpoint is damaged.
     """
     manifest = _verified(checkpoint)
-    trained = [name for name in manifest.shapes if name not in manifest.frozen]
-    return {state: _assembled(checkpoint, manifest, state, trained) for state in manifest.optimizer_states}
+    return {
+        state: _consolidated(checkpoint, manifest, state, _trained(manifest)) for state in manifest.optimizer_states
+    }
+
+
+def _trained(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.shapes if name not in manifest.frozen]
+
+
+def model_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What is exported and started from: fp32 weights, by name, and buffers of floating point numbers; the moving
+    average of the weights where the run keeps one (`optim.ema_decay`).
+
+    Raises:
+        UsageError: the checkpoint is damaged.
+    """
+    buffers = {name: value for name, value in saved_buffers(checkpoint).items() if value.is_floating_point()}
+    return {**master_weights(checkpoint), **averaged_weights(checkpoint), **buffers}
+
+
+def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The moving average of trained weights, by name; empty where the run keeps none.
+
+    Raises:
+        UsageError: the checkpoint is damaged.
+    """
+    manifest = _verified(checkpoint)
+    return _consolidated(checkpoint, manifest, EMA, _trained(manifest)) if manifest.ema else {}
 
 
 def saved_buffers(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's buffers by name, as another number of ranks would have them.
+    """The model's buffers by name, averaged over ranks (see `mean_buffers`).
 
     Raises:
-        UsageError: the checkpoint is not what was written.
+        UsageError: the checkpoint is damaged.
     """
     return mean_buffers(_verified(checkpoint).paths(checkpoint))
 
@@ -57,7 +83,7 @@ def _verified(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def _assembled(checkpoint: Path, manifest: Manifest, kind: str, names: Iterable[str]) -> dict[str, Tensor]:
+def _consolidated(checkpoint: Path, manifest: Manifest, kind: str, names: Iterable[str]) -> dict[str, Tensor]:
     flat = {name: torch.empty(math.prod(manifest.shapes[name])) for name in names}
     read_slices([ReadItem(kind, name, 0, target) for name, target in flat.items()], manifest.paths(checkpoint))
     return {name: values.view(manifest.shapes[name]) for name, values in flat.items()}

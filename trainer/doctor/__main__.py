@@ -30,7 +30,7 @@ from mixmae.trainer.recipe.schema import Recipe
 
 
 class TerminatedError(BaseException):
-    """Raised by SIGTERM so that whatever waits stops waiting; only `_lead` catches it."""
+    """Raised on SIGTERM to interrupt any wait; only `_lead` catches it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,10 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lead(lead: MainRank, as_json: bool) -> int:
-    def end(*_: object) -> None:
+    def terminate(*_: object) -> None:
         raise TerminatedError
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         lead.run(on_timeout=lambda: os._exit(_print(lead.cluster, as_json)))
     except TerminatedError:  # the launcher ends all ranks because one failed
@@ -70,7 +70,7 @@ def _lead(lead: MainRank, as_json: bool) -> int:
 
 
 def _print(cluster: Cluster, as_json: bool) -> int:
-    """Prints what was found; returns the exit code."""
+    """Runs the checks and prints their findings; returns the exit code."""
     findings = run_checks(cluster)
     if as_json:
         print("\n".join(finding.to_json() for finding in findings))

@@ -1,4 +1,4 @@
-"""All known facts of a cluster: the input of the checks. No torch."""
+"""All facts collected about a cluster: the input of the checks. No torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,15 +9,15 @@ from mixmae.trainer.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Cluster:
-    """All known facts, for the checks.
+    """All facts collected, for the checks.
 
     Attributes:
-        expected_ranks: ranks asked for; None where that is unknown.
-        world_size: ranks that the launcher started.
-        ranks: those that arrived.
-        unresponsive: hosts, by their first rank, that arrived and then did not answer in time.
-        interrupted: whether the launcher ended the ranks before all checks were done.
-        link: expected network bandwidth, as the user gave it.
+        expected_ranks: requested number of ranks; None if unknown.
+        world_size: number of ranks that the launcher started.
+        ranks: facts of the ranks that reported.
+        unresponsive: first ranks of the hosts that reported and then timed out.
+        interrupted: whether the launcher terminated the ranks before all checks were done.
+        link: expected network bandwidth given by the user, bytes per second.
     """
 
     expected_ranks: int | None

@@ -1,6 +1,6 @@
-"""What ranks report to each other: plain values, serialised as JSON. No torch.
+"""Facts that ranks report to each other, serialised as JSON. No torch.
 
-Sizes are bytes, times seconds, rates bytes per second. None is what could not be determined.
+Sizes are bytes, times seconds, rates bytes per second. None means unknown.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RankFacts:
-    """A rank's own facts, reported when it arrives.
+    """Facts that a rank reports about itself at startup.
 
     Attributes:
-        host: its host's name, as the host has it.
-        machine: tells two machines of the same name apart.
-        cores: those that this process may run on, as bits of a number.
-        gpu: identifier of the GPU that it will take; empty where it computes on the host.
-        gpus: how many GPUs it can choose from.
+        host: its host name.
+        machine: machine id, to distinguish machines with the same host name.
+        cores: CPU affinity of this process, as a bit mask.
+        gpu: identifier of the GPU that it will use; empty on CPU.
+        gpus: number of GPUs visible to it.
     """
 
     rank: int
@@ -32,7 +32,7 @@ class RankFacts:
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface. `speed` is its nominal rate, bytes per second; None where unknown."""
+    """A network interface. `speed` is its nominal rate in bytes per second; None if unknown."""
 
     name: str
     address: str
@@ -41,14 +41,14 @@ class Interface:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as NVML shows it.
+    """A GPU as NVML reports it.
 
     Attributes:
-        used_by: processes that hold memory on it.
-        ecc_uncorrected: uncorrected memory errors since the driver was loaded.
-        pending_repair: whether memory waits to be remapped or retired at the next reset.
-        throttled: why its clock is held down for other reasons than idling and settings.
-        pcie_width: lanes in use, and how many there could be.
+        used_by: pids of processes that hold memory on it.
+        ecc_uncorrected: uncorrected ECC errors since the driver was loaded.
+        pending_repair: whether row remapping or page retirement is pending until the next reset.
+        throttled: reasons for clock throttling, except idle and application settings.
+        pcie_width: PCIe lanes in use, and their maximum.
         link: bandwidth to its neighbours, over NVLink if it has any, else over PCIe.
     """
 
@@ -69,7 +69,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """/dev/shm. `left_over` is what killed ranks of DeepSpeed programs left there."""
+    """/dev/shm. `left_over` is the size of files that killed ranks of DeepSpeed programs left there."""
 
     size: int
     free: int
@@ -78,17 +78,17 @@ class SharedMemory:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """A host's facts, reported by its first rank when it arrives.
+    """Facts about a host, reported by its first rank at startup.
 
     Attributes:
         versions: of packages, drivers and the project's own sources, by name.
-        environment: variables that change how ranks compute or communicate.
-        own_addresses: what the host's own name resolves to there.
-        interface: that towards the main rank.
-        fabric: added rate of its active InfiniBand or RoCE ports; None without any.
-        nvml: why NVML is unavailable; empty where it is available.
-        exporter_port_free: whether the first port for metrics is free; None where none is asked for.
-        listens_at: an address and a port that neighbours try to reach.
+        environment: variables that affect computation or communication.
+        own_addresses: addresses that the host's own name resolves to on it.
+        interface: the interface that routes to the main rank.
+        fabric: total rate of its active InfiniBand or RoCE ports; None without any.
+        nvml: why NVML is unavailable; empty if it is available.
+        exporter_port_free: whether the first port for metrics is free; None if metrics are off.
+        listens_at: address and port for the connection test from another host.
     """
 
     rank: int
@@ -112,14 +112,14 @@ class HostFacts:
 
 @dataclass(frozen=True)
 class RunDirFacts:
-    """What a host sees of the run directory.
+    """The run directory as seen from a host.
 
     Attributes:
-        resolved: where it is, with links followed.
-        filesystem: its type, such as nfs4 or tmpfs.
-        saw: whether it read what the main rank wrote.
-        seen: whether the main rank reads what it wrote; the main rank says so.
-        wrote: bytes of the probe that arrived on disk, in `seconds`.
+        resolved: its path with symlinks resolved.
+        filesystem: file system type, such as nfs4 or tmpfs.
+        saw: whether the host can read the main rank's file.
+        seen: whether the main rank can read the host's file; set by the main rank.
+        wrote: bytes written and synced in `seconds`.
     """
 
     resolved: str
@@ -134,10 +134,10 @@ class RunDirFacts:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """What a host sees of the shards.
+    """The shards as seen from a host.
 
     Attributes:
-        refused: why a run could not use them; empty where it could.
+        refused: why a run would refuse them; empty if it would not.
         note: what a run would replace.
         unreadable: samples that could not be read, of `tried`.
         read: bytes read in `seconds`.
@@ -155,10 +155,11 @@ class ShardFacts:
 
 @dataclass(frozen=True)
 class ProbeFacts:
-    """What a host's first rank found by probing.
+    """Results of the probes of a host's first rank.
 
     Attributes:
-        neighbour: the next host, and why its port could not be reached, if so.
+        neighbour: name of the next host.
+        unreachable: why its port could not be reached; empty if it could.
     """
 
     rank: int
@@ -170,7 +171,7 @@ class ProbeFacts:
 
 @dataclass(frozen=True)
 class Clock:
-    """A host's clock against the main rank's: seconds ahead, give or take `uncertainty`."""
+    """A host's clock offset from the main rank's: `ahead` seconds, plus or minus `uncertainty`."""
 
     host: str
     ahead: float
@@ -179,7 +180,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Reduction:
-    """An all-reduce across all ranks: seconds for one, of the slowest rank."""
+    """An all-reduce across all ranks; `seconds` is the time of one on the slowest rank."""
 
     bytes: int
     seconds: float
@@ -187,7 +188,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two neighbours of the ring, and what goes between them, one way at a time."""
+    """Point-to-point bandwidth between two neighbours of the ring, in one direction at a time."""
 
     first: str
     second: str
@@ -196,7 +197,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Network:
-    """What ranks measured together. `failure` says why they could not."""
+    """Collective bandwidth measurements. `failure` is the error if they failed."""
 
     backend: str
     reductions: tuple[Reduction, ...] = ()
@@ -206,12 +207,12 @@ class Network:
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """The main rank's facts about the recipe.
+    """Facts of the main rank about the recipe.
 
     Attributes:
-        refused: why training would refuse to start; empty where it would not.
-        parameters: of the whole model; None if it cannot be built.
-        checkpoints: complete ones in the run directory.
+        refused: why training would refuse to start; empty if it would not.
+        parameters: parameter count of the model; None if it cannot be built.
+        checkpoints: number of complete checkpoints in the run directory.
     """
 
     refused: str
@@ -221,11 +222,11 @@ class RecipeFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the main rank tells the others to probe, once all have arrived.
+    """What the ranks are to probe; the main rank publishes it once all have reported.
 
     Attributes:
         hosts: first ranks of the hosts, with name, address and port.
-        folder: where the main rank wrote `token`; None where there is no run directory to probe.
+        folder: where the main rank wrote `token`; None if there is no run directory to probe.
     """
 
     hosts: tuple[tuple[int, str, str, int], ...]
@@ -233,7 +234,7 @@ class Plan:
     token: str
 
     def next_to(self, rank: int) -> tuple[str, str, int] | None:
-        """Name, address and port of the host after that of `rank`; None for a host alone."""
+        """Name, address and port of the host after that of `rank`; None if there is only one host."""
         position = next(number for number, host in enumerate(self.hosts) if host[0] == rank)
         neighbour = self.hosts[(position + 1) % len(self.hosts)]
         return neighbour[1:] if neighbour[0] != rank else None

@@ -1,4 +1,4 @@
-"""What every rank does: report facts, probe the host (its first rank), and measure the network together."""
+"""The doctor's work on every rank: report facts, probe the host (its first rank), and measure collectives together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 
 MEASURING_SECONDS = 90.0
-"""Seconds in which an all-reduce has to be measured: a broken network never ends by itself."""
+"""Timeout of the measurements in seconds: on a broken network a collective may hang."""
 
 
 @dataclass(frozen=True)
 class ProbeLimits:
-    """How much the probes write, read and send.
+    """Sizes and time limits of the probes.
 
     Attributes:
-        write: bytes that each host writes into the run directory.
+        write: bytes that each host writes to the run directory.
         read: seconds after which no further sample is read.
-        reduce: bytes of the all-reduces, by backend.
+        reduce: sizes of the all-reduces in bytes, by backend.
     """
 
     write: int
@@ -41,7 +41,7 @@ SHORT = ProbeLimits(4 * _MIB, 2.0, {"gloo": (4 * _MIB,), "nccl": (64 * _MIB,)})
 
 
 def report_facts(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, listener: Listener) -> None:
-    """Publishes this rank's facts; a host's first rank also those of its host."""
+    """Publishes this rank's facts, and its host's if it is the first rank there."""
     messages.publish(f"rank/{ranks.rank}", rank_facts(ranks), RankFacts)
     if ranks.local_rank == 0:
         port = recipe.monitoring.port if recipe is not None and recipe.monitoring.enabled else None
@@ -49,7 +49,7 @@ def report_facts(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, li
 
 
 def probe_host(ranks: Ranks, recipe: Recipe | None, plan: Plan, limits: ProbeLimits) -> ProbeFacts:
-    """Probes a host: its neighbour, the run directory, the shards; for its first rank."""
+    """Probes a host from its first rank: connection to the next host, run directory, shards."""
     neighbour = plan.next_to(ranks.rank)
     name, unreachable = (neighbour[0], why_unreachable(*neighbour[1:])) if neighbour is not None else ("", "")
     run_dir = shards = None
@@ -61,13 +61,13 @@ def probe_host(ranks: Ranks, recipe: Recipe | None, plan: Plan, limits: ProbeLim
 
 
 def measure(ranks: Ranks, sizes: Sequence[int]) -> tuple[Reduction, ...]:
-    """Joins the process group as training does, and times all-reduces; a collective call."""
+    """Joins the process group as training does, and times all-reduces. Collective."""
     distributed.join(ranks)
     return measure_reductions(ranks, sizes)
 
 
 def measure_pairs(ranks: Ranks, members: Sequence[int], names: Mapping[int, str]) -> tuple[Pair, ...]:
-    """Rates between neighbours; on the main rank those of all pairs, elsewhere nothing. A collective call."""
+    """Bandwidth between neighbours of the ring; all pairs on the main rank, elsewhere none. Collective."""
     mine = measure_ring(ranks, members)
     everybody = distributed.all_gather(list(mine.items()), list[tuple[tuple[int, int], float]])
     found = [pair for rates in everybody if ranks.is_main for pair in rates]
@@ -75,17 +75,17 @@ def measure_pairs(ranks: Ranks, members: Sequence[int], names: Mapping[int, str]
 
 
 def leave_process_group(success: bool) -> None:
-    """Leaves the process group, if there is one and every rank got here."""
+    """Destroys the process group, if there is one and every rank succeeded."""
     if success and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def follow(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, limits: ProbeLimits) -> None:
-    """The doctor on a rank that is not the main one.
+    """Runs the doctor on a rank other than the main one.
 
     Raises:
-        NoAnswerError, torch.distributed.DistError: the main rank ended early.
+        NoAnswerError, torch.distributed.DistError: the main rank exited early.
     """
     with Listener(address_towards(ranks.master_addr)) as listener:
         report_facts(messages, ranks, recipe, listener)
@@ -100,7 +100,7 @@ def follow(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, limits: 
             if members := messages.receive("ring", tuple[int, ...], MEASURING_SECONDS):
                 measure_pairs(ranks, members, {})
             leave_process_group(success=True)
-    except RuntimeError as error:  # of the network: the main rank reports it, and says when all is over
+    except RuntimeError as error:  # a network error: the main rank reports it, and publishes when the ranks may exit
         messages.publish(f"failure/{ranks.rank}", str(error).splitlines()[0], str)
     messages.receive("over", bool, MEASURING_SECONDS)
     messages.publish(f"bye/{ranks.rank}", True, bool)

@@ -1,4 +1,4 @@
-"""The main rank's part of the doctor: it collects the other ranks' facts and directs the measurements."""
+"""The doctor's main rank: collects the facts of all ranks and coordinates the measurements."""
 
 import threading
 import time
@@ -27,22 +27,22 @@ from mixmae.trainer.doctor.protocol.findings import Level
 from mixmae.trainer.engine.distributed import Ranks
 
 _PROBING_SECONDS = 120.0
-"""Seconds in which a host has to read and write its probes."""
+"""Timeout of a host's probes in seconds."""
 _LEAVING_SECONDS = 10.0
 
 
 class MainRank:
-    """The main rank. `cluster` holds all facts so far, so that the checks can run whenever the job has to end."""
+    """The main rank. `cluster` holds all facts collected so far, so that the checks can run at any time."""
 
     def __init__(self, ranks: Ranks, limits: ProbeLimits, cluster: Cluster) -> None:
         self.cluster = cluster
         self._ranks, self._limits = ranks, limits
 
     def run(self, on_timeout: Callable[[], None]) -> None:
-        """Collects all facts; calls `on_timeout` from another thread if the network never answers.
+        """Collects all facts; calls `on_timeout` from another thread if the measurements hang.
 
         Raises:
-            UnreachableError: the message store cannot be served.
+            UnreachableError: the message store cannot listen.
         """
         self._messages = MessageStore(self._ranks)
         with ExitStack() as stack:
@@ -57,7 +57,7 @@ class MainRank:
             self._measure()
 
     def end(self) -> None:
-        """Releases the other ranks and waits until they have left: the store ends with this process."""
+        """Lets the other ranks exit and waits for them: the store ends with this process."""
         self._messages.publish("over", True, bool)
         deadline = time.monotonic() + _LEAVING_SECONDS
         for rank in range(1, self.cluster.world_size):
@@ -78,11 +78,11 @@ class MainRank:
                 if facts.local_rank == 0:
                     host = self._messages.receive(f"host/{rank}", HostFacts, deadline - time.monotonic())
                     self._record(hosts=(*self.cluster.hosts, host))
-            except NoAnswerError:  # a check names the rank
+            except NoAnswerError:  # `presence.ranks` reports it
                 continue
 
     def _plan(self, stack: ExitStack) -> tuple[Plan, RunDirFacts | None]:
-        """What to probe; and what is wrong with the run directory if the main rank cannot even write there."""
+        """The plan, and the facts of the run directory if the main rank cannot write to it."""
         hosts = tuple((host.rank, host.host, *host.listens_at) for host in self.cluster.hosts)
         if self.cluster.recipe is None:
             return Plan(hosts, None, ""), None
@@ -119,7 +119,7 @@ class MainRank:
                 self._record(unresponsive=(*self.cluster.unresponsive, host.rank))
 
     def _record_probe(self, found: ProbeFacts, folder: Path | None) -> None:
-        """Records what a host found, and whether what it wrote is visible here."""
+        """Records a host's probes, and whether its file in the run directory is visible to the main rank."""
         if found.run_dir is not None and found.run_dir.saw and folder is not None:
             found = replace(found, run_dir=replace(found.run_dir, seen=arrived(folder, found.rank)))
         self._record(probes=(*self.cluster.probes, found))
@@ -138,11 +138,11 @@ class MainRank:
                 pairs = measure_pairs(self._ranks, members, self._names())
                 self._record(network=replace(self.cluster.network, pairs=pairs))
             leave_process_group(success=True)
-        except RuntimeError as error:  # a finding, not the end
+        except RuntimeError as error:  # reported as a finding
             self._record(network=Network(backend, failure=str(error).splitlines()[0]))
 
     def _can_join(self) -> bool:
-        """Whether all ranks are present, each with a device of its own; otherwise a process group never forms."""
+        """Whether all ranks reported, each with its own device; otherwise the process group would hang."""
         checks = (presence.ranks, presence.hosts_once, gpus.visible)
         found = [finding for check in checks for finding in check(replace(self.cluster, expected_ranks=None))]
         return not self.cluster.unresponsive and not any(finding.level is Level.ERROR for finding in found)
@@ -172,10 +172,10 @@ class MainRank:
             timer.cancel()
 
     def _failure(self) -> str:
-        """What ranks reported of a measurement that never ended."""
+        """The error that a rank published before the measurements timed out."""
         for rank in range(1, self.cluster.world_size):
             try:
                 return f"rank {rank}: {self._messages.receive(f'failure/{rank}', str, 0.0)}"
             except NoAnswerError:
                 continue
-        return f"nothing came back for {MEASURING_SECONDS:g} s"
+        return f"no result within {MEASURING_SECONDS:g} s"

@@ -1,6 +1,6 @@
-"""How ranks communicate before there is a process group: through a TCPStore at the main rank's address.
+"""Messages between ranks before there is a process group, through a TCPStore at the main rank's address.
 
-It needs one port that every host reaches, so that whatever keeps a process group from forming can still be reported.
+It needs only one port that every host can reach, so that failures to form a process group can still be reported.
 """
 
 import time
@@ -18,27 +18,27 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.rendezvous import open_store
 
 ARRIVAL_SECONDS = JOIN_SECONDS
-"""Seconds that the slowest rank may take to start."""
+"""Seconds that ranks may take to start and report."""
 _ANSWER = timedelta(seconds=10)
 _PINGS = 8
 _POLL = 0.05
 
 
 class NoAnswerError(TimeoutError):
-    """No message arrived in time."""
+    """No message before the timeout."""
 
 
 class UnreachableError(UsageError):
-    """A rank cannot reach the main one: the cluster failed, not the command."""
+    """A rank cannot reach the main rank. A failure of the cluster and not a usage error, so the exit code is 1."""
 
     exit_code = 1
 
 
 class MessageStore:
-    """One key-value store for all ranks; values are serialised as JSON of a type.
+    """A key-value store shared by all ranks; values are serialised as JSON.
 
     Raises:
-        UnreachableError: the main rank does not answer at its address.
+        UnreachableError: there is no connection to the main rank's address.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -57,7 +57,7 @@ class MessageStore:
         self._store.set(key, TypeAdapter(kind).dump_json(value).decode())
 
     def receive(self, key: str, kind: Any, seconds: float) -> Any:
-        """The value of `key`; waits for it, `seconds` at most.
+        """Waits for the value of `key`, up to `seconds`.
 
         Raises:
             NoAnswerError: it was not set in time.
@@ -70,13 +70,13 @@ class MessageStore:
         return TypeAdapter(kind).validate_json(self._store.get(key))
 
     def answer_clock(self, rank: int) -> None:
-        """Reports this host's time whenever the main rank asks."""
+        """Answers the main rank's pings with this host's time."""
         for ping in range(_PINGS):
             self._store.get(f"clock/{rank}/{ping}/ask")
             self._store.set(f"clock/{rank}/{ping}/answer", repr(time.time()))
 
     def ask_clock(self, rank: int, host: str) -> Clock:
-        """A host's clock against this one, by the fastest of several round trips.
+        """A host's clock offset from this one, by the fastest of several round trips.
 
         Raises:
             NoAnswerError: the host does not answer.

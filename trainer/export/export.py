@@ -1,12 +1,18 @@
-"""`mixmae export RUN OUT`: the encoder of a run's newest checkpoint, in fp32, as an encoder directory."""
+"""`mixmae export RUN OUT`: the encoder of a checkpoint, by default the newest, in fp32, as an encoder directory.
+
+A fine-tuned one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.base.run_directory import checkpoint_step, newest_checkpoint
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.base.run_directory import checkpoint_step, complete_checkpoints, newest_checkpoint
+from mixmae.trainer.checkpoints.manifest import DamagedError
+from mixmae.trainer.checkpoints.weights import model_weights
+from mixmae.trainer.evaluation.held_out import evaluation_crop
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.run.provenance import read_recipe
 
@@ -14,37 +20,61 @@ _PREFIX = "encoder."
 _TRAINING_ONLY = ("drop_rate", "drop_path_rate")
 
 
-def export(run_dir: Path, out: Path) -> Path:
-    """Writes the encoder directory (with the method's own weights) and returns it.
+def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
+    """Writes the encoder directory, with the method's own weights or the classifier's head, and returns it.
+
+    Args:
+        step: of the checkpoint; None for the newest.
 
     Raises:
-        UsageError: not a run directory, nothing saved in it, or `out` exists.
+        UsageError: not a run directory, no such checkpoint in it, or `out` exists.
     """
     recipe = read_recipe(run_dir)
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise UsageError(f"{run_dir} holds no checkpoint yet")
-    weights = {name: value.float() for name, value in master_weights(checkpoint).items()}
+    checkpoint = _checkpoint(run_dir, step)
+    try:
+        weights = model_weights(checkpoint)
+    except DamagedError as error:
+        raise UsageError(f"{checkpoint} is damaged: {error}; restore it from a copy") from error
     encoder = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
     rest = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
-    part, method = recipe.encoder, recipe.method
+    part, method, trained = recipe.encoder, recipe.method, recipe.classification
+    input_facts = recipe.data.model_dump(include={"mean", "std"})
+    facts: dict[str, Any] = {
+        "pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}
+    }
+    if trained.num_classes is not None:
+        input_facts |= {"crop_pct": evaluation_crop(recipe), "label_names": trained.classes or None}
+        facts = {"finetuning": {"step": checkpoint_step(checkpoint), "multi_label": trained.multi_label}}
     write_encoder_directory(
         out,
         part.name,
         {"img_size": part.img_size, **{key: v for key, v in part.settings.items() if key not in _TRAINING_ONLY}},
         encoder,
-        (method.name, rest),
-        {"pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}},
-        recipe.data.model_dump(include={"mean", "std"}),
+        (method.name, rest) if trained.num_classes is None else None,
+        facts,
+        input_facts,
     )
     return out
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> Path:
+    found = {checkpoint_step(checkpoint): checkpoint for checkpoint in complete_checkpoints(run_dir)}
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
+        raise UsageError(f"{run_dir} holds no checkpoint yet")
+    if step is None:
+        return newest
+    if step not in found:
+        raise UsageError(f"--step {step}: {run_dir} holds checkpoints of the steps {', '.join(map(str, found))}")
+    return found[step]
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae export", description="Export a run's encoder for timm.")
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("out", type=Path, help="encoder directory to write")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
     args = parser.parse_args(argv)
-    export(args.run, args.out)
+    export(args.run, args.out, args.step)
     print(f"open it with: import mixmae, timm; timm.create_model('local-dir:{args.out}', pretrained=True)")
     return 0

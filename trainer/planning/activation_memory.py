@@ -1,4 +1,4 @@
-"""Activations, measured by running a recipe's model on the meta device: forward, backward, every byte counted."""
+"""Activation memory, measured by running a recipe's model forward and backward on the meta device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,38 +18,38 @@ from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.tasks.registry import build_model, task_of
 
 _SMALL, _LARGE = 8, 16
-"""Micro-batches of the two runs through which the line is drawn: what is alive after an operation is affine in it."""
+"""Micro-batches of the two runs for the linear fit: live bytes after each operation are affine in the micro-batch."""
 Bytes = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What a GPU holds of a pass at one moment, in bytes."""
+    """Bytes that a pass holds on a GPU at one moment."""
 
     activations: float
-    """Of what the forward pass leaves for the backward pass."""
+    """Saved by the forward pass for the backward pass."""
     temporary: float
-    """All else: results on their way, recomputed blocks, gradients of activations, kernels' workspaces."""
+    """All else: intermediate results, recomputed blocks, gradients of activations, kernels' workspaces."""
     gradients: float
     """Of parameters, as far as they are computed, in the dtype of the weights."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one pass over a micro-batch holds beside parameters and buffers, after each of its operations."""
+    """Bytes that a pass over a micro-batch holds after each operation, without parameters and buffers."""
 
     fixed: Bytes
     per_image: Bytes
     gradients: Bytes
     kept: tuple[float, float]
-    """What is alive when the forward pass ends: fixed, and per image."""
+    """Live bytes at the end of the forward pass: fixed, and per image."""
     on_host: float
-    """Bytes per image that are offloaded to host memory."""
+    """Bytes per image offloaded to host memory."""
     flops: float
-    """Operations per image, recomputed ones included."""
+    """FLOPs per image, including recomputation."""
 
     def worst(self, micro_batch: int, with_gradients: bool) -> Moment:
-        """The moment at which most is held; gradients count where they stay with their parameters."""
+        """The moment of peak memory; counts gradients if they stay with their parameters."""
         others = self.fixed + self.per_image * micro_batch
         gradients = self.gradients if with_gradients else np.zeros_like(self.gradients)
         at = int(np.argmax(others + gradients))
@@ -57,7 +57,7 @@ class Footprint:
         return Moment(kept, float(others[at]) - kept, float(gradients[at]))
 
     def growth(self, micro_batch: int) -> float:
-        """Bytes of one image more at the worst moment, gradients aside."""
+        """Bytes per additional image at the peak, without gradients."""
         return float(self.per_image[np.argmax(self.fixed + self.per_image * micro_batch)])
 
     def peak(self, micro_batch: int, with_gradients: bool) -> float:
@@ -66,7 +66,7 @@ class Footprint:
 
 
 def measure(recipe: Recipe, policy: ActivationCheckpointing, device: Device = "cuda") -> Footprint:
-    """What a pass of the recipe's model holds under an activation-checkpointing policy, eagerly run."""
+    """The footprint of the recipe's model under an activation-checkpointing policy, in eager mode."""
     small, large = (_run(task_of(recipe), policy, device, micro_batch) for micro_batch in (_SMALL, _LARGE))
     assert len(small.others) == len(large.others), "the passes differ in their operations"
     slope = (large.others - small.others) / (_LARGE - _SMALL)
@@ -109,7 +109,7 @@ def _run(task: Task, policy: ActivationCheckpointing, device: Device, micro_batc
 
 
 def on_meta(recipe: Recipe) -> Trainable:
-    """The recipe's model on the meta device, parameters in its precision and buffers as they are, as DeepSpeed does."""
+    """The recipe's model on the meta device; parameters in its precision, buffers unchanged, as in DeepSpeed."""
     with torch.device("meta"):
         model = build_model(recipe)
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -126,12 +126,12 @@ def describe(policy: ActivationCheckpointing) -> str:
     """A policy in a few characters: `none`, `selective all`, `torch 1-2`, `fairscale all, offloaded`."""
     if policy.kind == "none":
         return "none"
-    part = "all" if policy.stages is None else _spanned(policy.stages)
+    part = "all" if policy.stages is None else _join_stages(policy.stages)
     return f"{policy.kind} {part}" + (", offloaded" if policy.cpu_offload else "")
 
 
-def _spanned(groups: Sequence[str]) -> str:
-    """Names side by side, numbers in a row as a span: `1-3,decoder`."""
+def _join_stages(groups: Sequence[str]) -> str:
+    """Joins names; consecutive numbers become a range: `1-3,decoder`."""
     numbers = [int(name) for name in groups if name.isdigit()]
     if len(numbers) < 2 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         return ",".join(groups)

@@ -1,4 +1,4 @@
-"""Size and cost of a checkpoint: fp32 master weights and AdamW's two moments, each rank its share."""
+"""Size and cost of a checkpoint: fp32 master weights and AdamW's two moments, sharded over ranks."""
 
 import math
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ class CheckpointCost:
 
     bytes: float
     share: float
-    """What each rank copies to host memory, and writes."""
+    """Bytes that each rank copies to host memory and writes."""
     stall: float
-    """Seconds that training stands: the copy to host memory, at the rate of the GPU's slot; or until all is written."""
+    """Seconds that training is blocked: for the copy to host memory, or until the checkpoint is written."""
     seconds: float
-    """Until all is written."""
+    """Until the checkpoint is written."""
     host_bytes: float
-    """Of a node's memory, pinned for the copies; none where training stands until all is written."""
+    """Pinned host memory of a node for the copies; 0 if saving is not asynchronous."""
     kept_bytes: float
-    """On disk at most: the kept ones and the one being written."""
+    """Maximum on disk: kept checkpoints and the one being written."""
 
 
 def checkpoint_cost(model: Parameters, cluster: Cluster, settings: Checkpoint, write_rate: float) -> CheckpointCost:
-    """A save's cost when each node writes `write_rate` bytes per second; the same at every ZeRO stage."""
+    """Cost of a save if each node writes `write_rate` bytes per second; independent of the ZeRO stage."""
     whole = _BYTES * model.total
-    share, of_node = whole / cluster.gpus, whole / cluster.nodes
-    seconds = of_node / write_rate
+    share, per_node = whole / cluster.gpus, whole / cluster.nodes
+    seconds = per_node / write_rate
     return CheckpointCost(
         whole,
         share,
@@ -44,5 +44,5 @@ def checkpoint_cost(model: Parameters, cluster: Cluster, settings: Checkpoint, w
 
 
 def _pinned(size: float) -> int:
-    """Bytes that torch's pinned allocator takes for so many: the next power of two."""
+    """Bytes that torch's pinned allocator takes for `size`: the next power of two."""
     return 1 << (math.ceil(size) - 1).bit_length()

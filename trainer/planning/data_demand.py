@@ -1,4 +1,4 @@
-"""Data that a run reads: images per second, their size, and the worker cores that load them in time."""
+"""Data demand of a run: images per second, bytes per second, and the worker cores to decode them."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mixmae.trainer.recipe.schema import Recipe
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110_000
-"""A mean JPEG of ImageNet-1K's training set."""
+"""Mean size of a JPEG in ImageNet-1K's training set."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class WorkerRate:
-    """Images per second that one core was measured to decode and crop."""
+    """Measured images per second that one core decodes and crops."""
 
     images_per_second: float
     img_size: int
@@ -32,23 +32,23 @@ class WorkerRate:
 
 @dataclass(frozen=True)
 class Loading:
-    """What a node has to load."""
+    """Data-loading demand of a node."""
 
     images_per_second: float
     bytes_per_second: float
     cores: int | None
-    """That decode so many images; None where no rate was measured."""
+    """Cores to decode that many images; None if no rate was measured."""
     workers: int | None
-    """Per rank, for those cores."""
+    """Workers per rank for those cores."""
     host_bytes: float
-    """Of decoded batches that wait in a node's memory."""
+    """Host memory of a node for prefetched batches."""
 
 
 def corpus(recipe: Recipe, images: int | None, mean_bytes: int | None) -> Corpus:
-    """What is given, else the recipe's shards if their directory is there, else ImageNet-1K.
+    """The given values, else the recipe's shards if their directory exists, else ImageNet-1K.
 
     Raises:
-        UsageError: the directory is there, and its index is not or is damaged.
+        UsageError: the directory exists, but its index is missing or damaged.
     """
     directory = recipe.data.directory
     if directory is not None and directory.is_dir():
@@ -60,7 +60,7 @@ def corpus(recipe: Recipe, images: int | None, mean_bytes: int | None) -> Corpus
 
 
 def worker_rate(recipe: Recipe, results: Path) -> WorkerRate | None:
-    """The fastest measured rate of the recipe's decoder (`mixmae bench data`), at its image size where there is one."""
+    """The highest measured rate of the recipe's decoder (`mixmae bench data`), at its image size if there is one."""
     found = []
     for file in sorted(results.glob("data-*.json")):
         for entry in entries(file):
@@ -81,9 +81,9 @@ def loading(
     data: Corpus,
     rate: WorkerRate | None,
 ) -> Loading:
-    """A node's share of the run's images per second, in bytes, cores and memory."""
+    """A node's data-loading demand in bytes per second, cores and host memory."""
     settings, side = recipe.data, recipe.encoder.img_size
     cores = None if rate is None else math.ceil(images_per_second / rate.images_per_second)
     workers = None if cores is None else math.ceil(cores / gpus_per_node)
-    waiting = max(1, workers or settings.num_workers) * settings.prefetch_factor * micro_batch * 3 * side**2
-    return Loading(images_per_second, images_per_second * data.mean_bytes, cores, workers, waiting * gpus_per_node)
+    prefetched = max(1, workers or settings.num_workers) * settings.prefetch_factor * micro_batch * 3 * side**2
+    return Loading(images_per_second, images_per_second * data.mean_bytes, cores, workers, prefetched * gpus_per_node)

@@ -1,4 +1,4 @@
-"""Memory of one GPU: states and activations together, and the largest micro-batch that fits."""
+"""Memory of one GPU, states and activations together, and the largest micro-batch that fits."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ from mixmae.trainer.planning.activation_memory import Footprint
 from mixmae.trainer.planning.states import States
 
 MOST_IMAGES = 4096
-"""Micro-batches above this are not looked for."""
+"""Upper bound of the search for the largest micro-batch."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by kind, at the moment of a step when most is held; `moment` says which."""
+    """Bytes on one GPU by kind at the peak of a step; `moment` names the phase."""
 
     moment: str
     weights: float
@@ -29,10 +29,10 @@ class Memory:
 
 
 def peak_memory(held: States, footprint: Footprint, micro_batch: int, accumulates: bool) -> Memory:
-    """The worst of a step's three moments: computing, reducing gradients, updating weights.
+    """The maximum over a step's three phases: computing, reducing gradients, updating weights.
 
     Args:
-        accumulates: whether gradients of earlier micro-batches are there from the start.
+        accumulates: whether gradients of earlier micro-batches are held from the start.
     """
     worst = footprint.worst(micro_batch, with_gradients=held.gradients > 0 and not accumulates)
     gradients = held.gradients if accumulates else worst.gradients
@@ -46,7 +46,7 @@ def peak_memory(held: States, footprint: Footprint, micro_batch: int, accumulate
 
 
 def largest_micro_batch(held: States, footprint: Footprint, accumulates: bool, limit: float) -> int:
-    """The most images that fit into `limit` bytes; 0 where not even one does."""
+    """The largest micro-batch that fits into `limit` bytes; 0 if none does."""
     low, high = 0, MOST_IMAGES
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Attention on the meta device as a GPU computes it: torch would take the math path, which keeps attention matrices."""
+"""Attention on the meta device with a GPU's kernels: torch would use the math path, which keeps attention matrices."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,16 +14,16 @@ from mixmae.trainer.planning.op_counter import Workspaces
 Device = Literal["cuda", "cpu"]
 _aten = torch.ops.aten
 _ALIGNED = 16
-"""To so many columns SDPA pads a bias for the memory-efficient kernel."""
+"""SDPA pads a bias to a multiple of this many columns for the memory-efficient kernel."""
 _TILE = 64
-"""Rows and columns of a block in that kernel's backward pass."""
+"""Rows and columns of a tile in that kernel's backward pass."""
 _FLASH_ROWS = 128
-"""To so many queries the flash kernel's backward pass rounds."""
+"""The flash kernel's backward pass rounds queries up to a multiple of this."""
 
 
 @contextmanager
 def attention_of(device: Device) -> Iterator[None]:
-    """Makes attention, with and without a learned bias, take the kernel that it would take on a device."""
+    """Makes attention, with and without a learned bias, use the kernel of a device."""
     original, with_bias = F.scaled_dot_product_attention, sdpa.attend
     F.scaled_dot_product_attention = _CHOICES[device]
     if device == "cpu":
@@ -37,7 +37,7 @@ def attention_of(device: Device) -> Iterator[None]:
 def _on_cuda(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
 ) -> Tensor:
-    """A learned bias excludes the flash kernel, and so does fp32; what is left is the memory-efficient one."""
+    """A learned bias or fp32 excludes the flash kernel; the memory-efficient one is used then."""
     if attn_mask is None and q.dtype != torch.float32:
         return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, **more)[0]
     if attn_mask is not None:
@@ -59,9 +59,9 @@ _CHOICES: dict[Device, Callable[..., Tensor]] = {"cuda": _on_cuda, "cpu": _on_cp
 def _efficient_backward(
     _: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Any, out: Tensor, *__: Any, **___: Any
 ) -> int:
-    """The query's gradient in fp32, tile by tile with 16 bytes of locks, one number a row, and a contiguous `grad_out`.
+    """Workspace: the query's gradient in fp32 tiles with 16 bytes of locks, a float per row, a contiguous `grad_out`.
 
-    As kernel_backward.h computes it, in torch's include/ATen/native/transformers/cuda/mem_eff_attention.
+    Source: kernel_backward.h in torch's include/ATen/native/transformers/cuda/mem_eff_attention.
     """
     batch, heads, queries, width = q.shape
     tiles = -(-queries // _TILE) * -(-width // _TILE)
@@ -69,7 +69,7 @@ def _efficient_backward(
 
 
 def _flash_backward(_: Tensor, q: Tensor, *more: Any, **named: Any) -> int:
-    """The query's gradient in fp32 and one number a row, with rows rounded up (flash_api.cpp: dq_accum, softmax_d)."""
+    """Workspace: the query's gradient in fp32, a float per row, rows padded (flash_api.cpp: dq_accum, softmax_d)."""
     batch, heads, queries, width = q.shape
     return 4 * batch * heads * -(-queries // _FLASH_ROWS) * _FLASH_ROWS * (width + 1)
 

@@ -12,17 +12,17 @@ from torch.utils.flop_counter import flop_registry
 _TO_COPY = torch.ops.aten._to_copy.default
 
 Workspaces = Mapping[Any, Callable[..., int]]
-"""Operators to functions of their arguments that return the bytes which a kernel allocates only for itself."""
+"""Operators to functions of their arguments that return the bytes of the kernel's workspace."""
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages that operations make, from their making to their end, and products' operations.
+    """Tracks live storages of all operations from allocation to release, and counts FLOPs.
 
-    On the meta device nothing is computed and no memory is taken; the bytes are those that a real device would hold.
-    torch's own MemTracker counts the same, a snapshot for every module and operation, thirty times slower.
+    On the meta device nothing is computed or allocated; bytes are those of a real device. torch's own MemTracker gives
+    the same numbers, with a snapshot for every module and operation, thirty times slower.
 
     Args:
-        known: tensors that are there already and do not count.
+        known: existing tensors, which are not counted.
         workspaces: see `Workspaces`.
     """
 
@@ -33,23 +33,23 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._now = self._gradients_now = 0
         self.others: list[int] = []
-        """After each operation, and in each kernel that needs a workspace: bytes without parameters' gradients."""
+        """Live bytes without parameters' gradients, after each operation and in each kernel that needs a workspace."""
         self.gradients: list[int] = []
         """Bytes of parameters' gradients at the same moments."""
         self.on_host = 0
-        """Bytes that were copied to host memory."""
+        """Bytes copied to host memory."""
         self.flops = 0
-        """Operations by torch's own formulas for matrix products, convolutions and attention."""
+        """FLOPs by torch's formulas for matrix products, convolutions and attention."""
         for tensor in known:
             self._add(tensor, 0)
 
     @property
     def now(self) -> int:
-        """Bytes alive, without parameters' gradients."""
+        """Live bytes, without parameters' gradients."""
         return self._now
 
     def watch_gradients(self, model: nn.Module) -> None:
-        """Tells the gradients of a model's parameters from all else, from when each is complete."""
+        """Counts the gradients of a model's parameters separately once each is accumulated."""
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._is_gradient)
 
@@ -57,7 +57,7 @@ class Tracker(TorchDispatchMode):
         assert parameter.grad is not None
         key = parameter.grad.untyped_storage()._cdata
         size = self._sizes[key]
-        self._sizes[key] = 0  # stays to the end of the pass
+        self._sizes[key] = 0  # lives until the end of the pass
         self._now -= size
         self._gradients_now += size
 
@@ -74,14 +74,14 @@ class Tracker(TorchDispatchMode):
         del self._alive[key]
         self._now -= self._sizes.pop(key)
 
-    def _note(self, workspace: int = 0) -> None:
+    def _record(self, workspace: int = 0) -> None:
         self.others.append(self._now + workspace)
         self.gradients.append(self._gradients_now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _TO_COPY and torch.device(kwargs.get("device") or "meta").type == "cpu" and args[0].is_meta:
-            # To host memory (fairscale's offloading). The copy counts from when something reads it again.
+            # Offloaded to host memory (fairscale). The copy counts again once it is read back.
             self.on_host += args[0].untyped_storage().nbytes()
             return torch.empty_like(args[0])
         results = func(*args, **kwargs)
@@ -90,5 +90,5 @@ class Tracker(TorchDispatchMode):
                 self._add(result)
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=results)
-        self._note(self._workspaces[func](*args, **kwargs) if func in self._workspaces else 0)
+        self._record(self._workspaces[func](*args, **kwargs) if func in self._workspaces else 0)
         return results

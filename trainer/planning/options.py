@@ -13,12 +13,12 @@ from mixmae.trainer.planning.states import Limits, Parameters, States, states
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 
 NONE = "none"
-"""The description of no checkpointing, which `policies` always has."""
+"""The description of no checkpointing, which is always in `policies`."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe's model, counted and measured."""
+    """A recipe's model with its measured footprints."""
 
     recipe: Recipe
     parameters: Parameters
@@ -29,19 +29,19 @@ class Workload:
     """By their description."""
     footprints: Mapping[str, Footprint]
     min_batch: int = 1
-    """The fewest images that a micro-batch needs."""
+    """Minimum images per micro-batch."""
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """ZeRO stages that the recipe's precision and compilation allow."""
+        """ZeRO stages that are compatible with the recipe's precision and compilation."""
         train = self.recipe.train
         allowed = (1, 2, 3) if train.precision == "bf16" else (0, 1, 2, 3)
         return allowed[:-1] if train.compile else allowed
 
     def recomputed(self, policy: str) -> float:
-        """What recomputation adds to a pass, as a share of the operations without any.
+        """FLOPs of recomputation as a fraction of those without.
 
-        Counted, since torch stops recomputing a block at the last tensor that its backward pass needs.
+        Measured, because torch stops recomputing a block at the last tensor that its backward pass needs.
         """
         return self.footprints[policy].flops / self.footprints[NONE].flops - 1
 
@@ -53,13 +53,13 @@ class Workload:
         return peak_memory(held, self.footprints[policy], micro_batch, accumulates)
 
     def largest(self, stage: int, policy: str, gpus: int, limit: float) -> int:
-        """The largest micro-batch of which one step is made."""
+        """The largest micro-batch that fits without gradient accumulation."""
         return largest_micro_batch(self.held(stage, gpus, False), self.footprints[policy], False, limit)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run the recipe, and what it comes to."""
+    """One choice of settings, with its memory and time."""
 
     stage: int
     policy: str
@@ -69,7 +69,7 @@ class Option:
     traffic: list[traffic.Traffic]
     compute_seconds: float
     communication_seconds: float | None
-    """None where the network's rate is not known; the step's time then leaves it out."""
+    """None if the network's bandwidth is unknown; then the step time excludes it."""
 
     @property
     def step_seconds(self) -> float:
@@ -77,7 +77,7 @@ class Option:
 
 
 def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: str, micro_batch: int) -> Option:
-    """What a choice of stage, policy and micro-batch comes to; computing and communicating take turns."""
+    """Memory and time of a choice of stage, policy and micro-batch; computation and communication do not overlap."""
     per_gpu = work.recipe.train.global_batch // cluster.gpus
     accumulation = per_gpu // micro_batch
     parts = traffic.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, work.limits)
@@ -94,7 +94,7 @@ def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: s
 
 
 def options(work: Workload, cluster: Cluster, speed: Speed) -> Iterator[Option]:
-    """All ways, whether they fit or not."""
+    """All candidates, including those that do not fit."""
     for stage in work.stages:
         for policy in work.policies:
             for micro_batch in micro_batches(work.recipe.train.global_batch, cluster.gpus, work.min_batch):
@@ -102,12 +102,12 @@ def options(work: Workload, cluster: Cluster, speed: Speed) -> Iterator[Option]:
 
 
 def best(work: Workload, cluster: Cluster, speed: Speed) -> Option | None:
-    """The fastest way that fits; of equally fast ones that with the larger micro-batch, then one that recomputes
-    nothing, then the recipe's, then the smallest.
+    """The fastest option that fits.
 
-    Larger micro-batches count for themselves since they fill a GPU better, which an MFU does not tell. ZeRO-3 comes
-    last: it sends less, but module by module, and what that costs in latency and on the host is not in these times.
-    Nor is what selective checkpointing does twice, which is no product.
+    Ties are broken by larger micro-batch, no recomputation, the recipe's own settings, and smaller memory. Larger
+    micro-batches are preferred because they utilise a GPU better, which a constant MFU does not show. ZeRO-3 comes
+    last: it sends less, but module by module, and the estimates exclude its latency and host overhead. They also
+    exclude what selective checkpointing recomputes, which are no matrix products.
     """
     train = work.recipe.train
     own = (train.zero_stage, describe(train.activation_checkpointing))
@@ -122,33 +122,33 @@ def best(work: Workload, cluster: Cluster, speed: Speed) -> Option | None:
 
 
 def micro_batches(global_batch: int, gpus: int, min_batch: int) -> list[int]:
-    """Micro-batches that divide each GPU's part of the global batch and are large enough for the model, smallest first.
+    """Micro-batches that divide each GPU's part of the global batch and are large enough for the model, ascending.
 
     Raises:
-        UsageError: the global batch cannot be shared.
+        UsageError: the global batch is not divisible by the number of GPUs, or too small.
     """
     batch = global_batch
     if batch % gpus:
         below, above = batch - batch % gpus, batch + gpus - batch % gpus
         fits = " or ".join(f"train.global_batch={n}" for n in (below, above) if n)
-        raise UsageError(f"train.global_batch={batch} does not divide by {gpus} GPUs; {fits} would")
+        raise UsageError(f"train.global_batch={batch} is not divisible by {gpus} GPUs; {fits} is")
     per_gpu = batch // gpus
     if per_gpu < min_batch:
         raise UsageError(
             f"train.global_batch={batch} leaves {per_gpu} images for each of {gpus} GPUs, fewer than the "
-            f"{min_batch} that the method needs at once; train.global_batch={min_batch * gpus} would do, or "
+            f"{min_batch} that the method needs; set train.global_batch={min_batch * gpus}, or "
             f"--gpus {next(n for n in range(max(1, batch // min_batch), 0, -1) if batch % n == 0)}"
         )
     return [n for n in range(min_batch, per_gpu + 1) if per_gpu % n == 0]
 
 
 def policies(recipe: Recipe) -> dict[str, ActivationCheckpointing]:
-    """None, selective, torch's on the stages with the largest maps, torch's on all, and the recipe's own."""
+    """No checkpointing, selective, torch's on stages 1 and 2 or on all, and the recipe's own."""
     own = recipe.train.activation_checkpointing
-    ladder = [
+    candidates = [
         ActivationCheckpointing(),
         ActivationCheckpointing(kind="selective"),
         ActivationCheckpointing(kind="torch", stages=("1", "2")),
         ActivationCheckpointing(kind="torch"),
     ]
-    return {describe(policy): policy for policy in (*ladder, own)}
+    return {describe(policy): policy for policy in (*candidates, own)}

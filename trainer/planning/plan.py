@@ -1,4 +1,4 @@
-"""Plans a recipe on a cluster before anything is started: memory, time, communication, data."""
+"""The plan of a recipe on a cluster: memory, time, communication, data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,19 +24,21 @@ _MOST_GPUS = 4096
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the command line may say instead of a measurement."""
+    """Values from the command line that replace measurements."""
 
     mfu: float | None = None
     images: int | None = None
     image_bytes: int | None = None
     write_rate: float = 1e9
     """Bytes per second that a node writes to the checkpoints' storage."""
+    price: float | None = None
+    """Of an hour of one GPU."""
     results: Path = Path("benchmarks/results")
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """A ZeRO stage with the recipe's micro-batch and policy."""
+    """Memory at a ZeRO stage with the recipe's micro-batch and policy."""
 
     stage: int
     memory: Memory
@@ -45,7 +47,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class PolicyRow:
-    """An activation-checkpointing policy."""
+    """Memory and recomputation of an activation-checkpointing policy."""
 
     policy: str
     bytes_per_image: float
@@ -56,12 +58,16 @@ class PolicyRow:
 
 @dataclass(frozen=True)
 class Run:
-    """An option over a whole run."""
+    """Throughput and duration of a whole run with an option."""
 
     gpus: int
     option: Option
     images_per_second: float
     days: float
+
+    @property
+    def gpu_hours(self) -> float:
+        return 24 * self.days * self.gpus
 
 
 @dataclass(frozen=True)
@@ -73,26 +79,32 @@ class Plan:
     data: Corpus
     steps: int
     own: Run
-    """The recipe as it is; `note` says what had to be changed."""
+    """The recipe as it is; `note` describes any change."""
     note: str | None
     chosen: Run
-    """The best found."""
+    """The recommended option."""
     stages: list[StageRow]
     policies: list[PolicyRow]
     scaling: list[Run]
     """The chosen stage and policy on fewer GPUs."""
     checkpoint: CheckpointCost
     loading: Loading
-    """For the chosen option's images per second."""
+    """At the chosen option's images per second."""
     worker_rate: WorkerRate | None
+    price: float | None
+    """Of an hour of one GPU."""
+
+    def cost(self, run: Run) -> float | None:
+        """Of a run, in the price's currency."""
+        return None if self.price is None else self.price * run.gpu_hours
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
     """Plans a recipe's run.
 
     Raises:
-        UsageError: the batch or the streams cannot be shared by so many GPUs, the schedule has no steps, the shards'
-            index is damaged, or nothing fits into the GPU's memory.
+        UsageError: the batch or the streams are not divisible by the number of GPUs, the schedule has no steps, the
+            shards' index is damaged, or nothing fits into the GPU's memory.
     """
     recipe.streams_of(0, cluster.gpus)
     model = on_meta(recipe)
@@ -125,17 +137,18 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
         checkpoint_cost(work.parameters, cluster, recipe.checkpoint, given.write_rate),
         loading(recipe, per_node, cluster.gpus_per_node, found.micro_batch, data, rate),
         rate,
+        given.price,
     )
 
 
 def _divided(recipe: Recipe, gpus: int, min_batch: int) -> tuple[Recipe, str | None]:
-    """The recipe with a micro-batch that divides each GPU's part of the global batch, and what was changed."""
+    """The recipe with a micro-batch that divides each GPU's part of the global batch, and a note if it was changed."""
     train, fits = recipe.train, micro_batches(recipe.train.global_batch, gpus, min_batch)
     if train.micro_batch in fits:
         return recipe, None
     nearest = max((n for n in fits if n < train.micro_batch), default=fits[0])
     note = (
-        f"train.global_batch={train.global_batch} does not divide by the recipe's train.micro_batch="
+        f"train.global_batch={train.global_batch} is not divisible by the recipe's train.micro_batch="
         f"{train.micro_batch} on {gpus} GPUs; planned with train.micro_batch={nearest}"
     )
     return recipe.model_copy(update={"train": train.model_copy(update={"micro_batch": nearest})}), note
@@ -166,7 +179,7 @@ def _policy(work: Workload, cluster: Cluster, policy: str) -> PolicyRow:
 
 
 def _scaling(work: Workload, cluster: Cluster, pace: Speed, found: Option, steps: int) -> list[Run]:
-    """On parts of one node, or on 1, 2, 4, ... nodes, as far as the batch can be shared and fits."""
+    """On parts of one node, or on 1, 2, 4, ... nodes, as far as the batch is divisible and fits."""
     unit, most = (1, cluster.gpus) if cluster.nodes == 1 else (cluster.gpus_per_node, cluster.nodes)
     counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
     runs = []
@@ -181,8 +194,8 @@ def _scaling(work: Workload, cluster: Cluster, pace: Speed, found: Option, steps
 
 def _nothing_fits(work: Workload, cluster: Cluster, pace: Speed) -> str:
     least = min(options(work, cluster, pace), key=lambda o: o.memory.total)
-    words = (
-        f"nothing fits {cluster.gpus} x {cluster.gpu.name}: the least is {least.memory.total / 2**30:.1f} GiB of "
+    problem = (
+        f"nothing fits {cluster.gpus} x {cluster.gpu.name}: the minimum is {least.memory.total / 2**30:.1f} GiB of "
         f"{cluster.gpu.usable / 2**30:.1f} (ZeRO {least.stage}, train.micro_batch={least.micro_batch}, checkpointing "
         f"{least.policy})"
     )
@@ -190,15 +203,11 @@ def _nothing_fits(work: Workload, cluster: Cluster, pace: Speed) -> str:
     more = next((n for n in _more(work, cluster) if best(work, cluster.of(n), pace) is not None), None)
     remedies = [f"--gpus {more}"] if more else []
     remedies += [f"--gpu {min(larger, key=lambda gpu: gpu.memory).name}"] if larger else []
-    return words + (
-        f"; {' or '.join(remedies)} would do"
-        if remedies
-        else "; make the model smaller (a smaller encoder, or its sizes)"
-    )
+    return problem + (f"; use {' or '.join(remedies)}" if remedies else "; choose a smaller encoder")
 
 
 def _more(work: Workload, cluster: Cluster) -> list[int]:
-    """Twice, four times, ... as many GPUs, as far as the global batch can be shared by them."""
+    """Twice, four times, ... as many GPUs, as far as the global batch is divisible by them."""
     batch = work.recipe.train.global_batch
     doubled = (cluster.gpus * 2**power for power in range(1, _MOST_GPUS.bit_length()))
     return [gpus for gpus in doubled if batch % gpus == 0 and batch // gpus >= work.min_batch]

@@ -1,4 +1,4 @@
-"""How fast one GPU computes: measured, if benchmarks/results knows this model on this GPU, else by an assumed MFU."""
+"""Compute speed of one GPU: measured, if benchmarks/results has this model on this GPU, else by an assumed MFU."""
 
 import json
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ ASSUMED_MFU = 0.4
 
 @dataclass(frozen=True)
 class Speed:
-    """What one GPU achieves, communication and recomputation aside."""
+    """Compute speed of one GPU, without communication and recomputation."""
 
     flops: float
-    """Model operations per second."""
+    """Model FLOP/s."""
     mfu: float
-    """The share of the GPU's peak."""
+    """Fraction of the GPU's peak."""
     source: str
 
 
 def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
-    """The given MFU, else the best measured one of this model on this GPU in this precision, else an assumed one."""
+    """The given MFU, else the best measured one of this model on this GPU in this precision, else `ASSUMED_MFU`."""
     peak = gpu.peak(recipe.train.precision)
     if mfu is not None:
         return Speed(mfu * peak, mfu, "given with --mfu")
@@ -33,11 +33,11 @@ def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
     if found is not None:
         flops, file = found
         return Speed(flops, flops / peak, f"measured: {file}")
-    return Speed(ASSUMED_MFU * peak, ASSUMED_MFU, f"assumed: nothing measured of this model on this GPU in {results}")
+    return Speed(ASSUMED_MFU * peak, ASSUMED_MFU, f"assumed: no measurement of this model on this GPU in {results}")
 
 
 def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, str]]:
-    """Operations per second of the results that fit, their files, and how the step was computed."""
+    """FLOP/s of the matching results, with file name and variant."""
     wanted = {
         "model": recipe.encoder.name,
         "img_size": recipe.encoder.img_size,
@@ -45,15 +45,15 @@ def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, 
     }
     for file in sorted(results.glob("*.json")):
         for entry in entries(file):
-            told = {key: entry.get(key, value) for key, value in wanted.items()}
-            if "model" in entry and told == wanted and gpu.product in str(entry.get("device")):
-                yield entry["model_tflops"] * 1e12, f"{file.name}, {_way(entry)}"
+            recorded = {key: entry.get(key, value) for key, value in wanted.items()}
+            if "model" in entry and recorded == wanted and gpu.product in str(entry.get("device")):
+                yield entry["model_tflops"] * 1e12, f"{file.name}, {_variant(entry)}"
 
 
-def _way(entry: dict[str, Any]) -> str:
-    """How the step was computed: a recipe that computes another way is slower than the plan says."""
-    told = {"variant": entry.get("variant"), "K =": entry.get("num_images"), "batch": entry.get("batch")}
-    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
+def _variant(entry: dict[str, Any]) -> str:
+    """How the step was computed: a recipe with another variant is slower than planned."""
+    fields = {"variant": entry.get("variant"), "K =": entry.get("num_images"), "batch": entry.get("batch")}
+    return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
 
 
 def entries(file: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""What DeepSpeed holds on each GPU whatever the micro-batch: weights, gradients, optimizer states, buffers.
+"""Memory that DeepSpeed holds on each GPU at any micro-batch: weights, gradients, optimizer states, buffers.
 
 By arithmetic from parameter counts, as DeepSpeed 0.19.8 allocates it for our configuration; tests
-hold it against the tensors of real engines. Which class does it depends on ZeRO stage and precision (engine.py,
+hold it against the tensors of real engines. The class depends on ZeRO stage and precision (engine.py,
 `_do_optimizer_sanity_check`):
 
     stage   fp32                                bf16 (gradients accumulated in fp32)
@@ -22,36 +22,36 @@ from mixmae.trainer.planning.activation_memory import buffer_bytes
 _FP32 = 4
 _MASTER_AND_MOMENTS = 12
 """Bytes of an fp32 master weight and AdamW's two moments."""
-_CHECKED = 8
-"""Bytes for each element of a gradient whose norm and finiteness are looked at: a copy in double precision."""
+_NORM_BYTES = 8
+"""Bytes per element of a gradient whose norm is computed: a copy in double precision."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """A model's sizes, in elements of parameters."""
+    """Sizes of a model, in elements."""
 
     total: int
     largest: int
     persistent: int
-    """In tensors so small that ZeRO-3 leaves them on every rank."""
+    """In tensors below ZeRO-3's persistence threshold, which are replicated."""
     buffers: int
     """Bytes of the model's buffers."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Elements in DeepSpeed's buffers; the defaults are DeepSpeed's where the configuration does not say."""
+    """Sizes of DeepSpeed's buffers in elements, with DeepSpeed's defaults."""
 
     reduce_bucket: int = 500_000_000
     prefetch_bucket: int = 50_000_000
     persistence_threshold: int = 100_000
     max_live_parameters: int = 1_000_000_000
     all_reduce: int = 500_000_000
-    """engine.py, MEMORY_OPT_ALLREDUCE_SIZE: what stage 0 and BF16_Optimizer reduce at once."""
+    """engine.py, MEMORY_OPT_ALLREDUCE_SIZE: the bucket of stage 0 and BF16_Optimizer."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Limits":
-        """Those of a DeepSpeed configuration."""
+        """From a DeepSpeed configuration."""
         zero, default = config["zero_optimization"], cls()
         return cls(
             zero["reduce_bucket_size"],
@@ -63,22 +63,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on one GPU; all but the last two are there together with activations."""
+    """Bytes on one GPU; all but the last two coexist with activations."""
 
     weights: float
-    """In the dtype of the computation, whole at stages 0 to 2 and while ZeRO-3 computes, and the model's buffers."""
+    """In the compute dtype, unsharded at stages 0 to 2 and as gathered at stage 3; and the model's buffers."""
     gradients: float
-    """In the dtype of the weights, where they stay with the parameters until they are reduced."""
+    """In the dtype of the weights, if they stay with the parameters until they are reduced."""
     accumulation: float
-    """fp32 gradients of the micro-batches so far."""
+    """fp32 gradients accumulated over micro-batches."""
     optimizer: float
     """AdamW's moments, and fp32 master weights."""
     buckets: float
-    """Of communication."""
+    """Communication buckets."""
     reduction: float
-    """More, beside all but the buckets, while gradients are reduced and activations are gone."""
+    """Additional, except the buckets, while gradients are reduced and activations are freed."""
     update: float
-    """More, beside weights, accumulation and optimizer, while the optimizer steps."""
+    """Additional to weights, accumulation and optimizer, during the optimizer step."""
 
 
 def count_parameters(model: nn.Module, limits: Limits) -> Parameters:
@@ -88,7 +88,7 @@ def count_parameters(model: nn.Module, limits: Limits) -> Parameters:
 
 
 def states(stage: int, precision: str, parameters: Parameters, ranks: int, accumulates: bool, limits: Limits) -> States:
-    """What a rank holds at a ZeRO stage; `accumulates` says whether an optimizer step has several micro-batches."""
+    """Memory of a rank at a ZeRO stage; `accumulates` is whether an optimizer step has several micro-batches."""
     if stage == 0:
         return _data_parallel(parameters, limits)
     if stage == 3:
@@ -99,7 +99,7 @@ def states(stage: int, precision: str, parameters: Parameters, ranks: int, accum
 
 
 def _data_parallel(model: Parameters, limits: Limits) -> States:
-    """Stage 0, in fp32: gradients are flattened into one buffer to be reduced (engine.py, allreduce_bucket)."""
+    """Stage 0, in fp32: gradients are flattened into one buffer and reduced (engine.py, allreduce_bucket)."""
     total = model.total
     return States(
         weights=_FP32 * total + model.buffers,
@@ -113,7 +113,7 @@ def _data_parallel(model: Parameters, limits: Limits) -> States:
 
 
 def _bf16_stage1(model: Parameters, ranks: int, limits: Limits) -> States:
-    """bf16_optimizer.py: bf16 gradients stay with the parameters, and are added to whole fp32 ones after each pass.
+    """bf16_optimizer.py: bf16 gradients stay with the parameters, and are added to unsharded fp32 ones after each pass.
 
     Those are flattened into one buffer, rounded to bf16 in another, and reduced in bf16.
     """
@@ -130,9 +130,9 @@ def _bf16_stage1(model: Parameters, ranks: int, limits: Limits) -> States:
 
 
 def _bf16_stage2(model: Parameters, ranks: int, limits: Limits) -> States:
-    """stage_1_and_2.py: bf16 gradients go into a bucket as they come; a full one is flattened once more and reduced.
+    """stage_1_and_2.py: bf16 gradients fill a bucket; a full one is flattened again and reduced.
 
-    The part of this rank is added to its fp32 gradients, parameter by parameter.
+    This rank's shard is added to its fp32 gradients, parameter by parameter.
     """
     total, bucket = model.total, limits.reduce_bucket
     return States(
@@ -142,12 +142,12 @@ def _bf16_stage2(model: Parameters, ranks: int, limits: Limits) -> States:
         optimizer=_MASTER_AND_MOMENTS * total / ranks,
         buckets=2 * bucket + 2 * min(bucket, total) + _FP32 * model.largest,
         reduction=0,
-        update=_CHECKED * model.largest,
+        update=_NORM_BYTES * model.largest,
     )
 
 
 def _fp32_stages(stage: int, model: Parameters, ranks: int, accumulates: bool, limits: Limits) -> States:
-    """stage_1_and_2.py: the same bucket; gradients of this rank's part move from it into a buffer of their own.
+    """stage_1_and_2.py: the same bucket; gradients of this rank's shard move from it into a separate buffer.
 
     With several micro-batches stage 2 adds that buffer to another.
     """
@@ -166,13 +166,13 @@ def _fp32_stages(stage: int, model: Parameters, ranks: int, accumulates: bool, l
 
 
 def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits) -> States:
-    """stage3.py: weights are gathered module by module, ahead of their use, and stay for the backward pass.
+    """stage3.py: weights are prefetched and gathered module by module, and retained for the backward pass.
 
-    Gradients go into a bucket; a full one is reordered by rank and scattered.
+    Gradients fill a bucket; a full one is reordered by rank and scattered.
     """
     size = 2 if precision == "bf16" else _FP32
     total, bucket = model.total, min(limits.reduce_bucket, model.total)
-    alone = ranks == 1  # then there is nothing to gather
+    alone = ranks == 1  # nothing to gather
     gathered = 0 if alone else retained(model, limits)
     prefetched = 0 if alone else min(total - model.persistent, limits.prefetch_bucket + model.largest)
     scattered = size * bucket + _FP32 * bucket / ranks
@@ -188,9 +188,9 @@ def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits) -> St
 
 
 def retained(model: Parameters, limits: Limits) -> float:
-    """Elements of weights that ZeRO-3 keeps from their forward to their backward pass, beside those it never frees.
+    """Elements of weights that ZeRO-3 retains from forward to backward, besides the persistent ones.
 
-    Looking ahead for weights to gather, it reaches those that are there already, and then does not free them
-    (partitioned_param_coordinator.py, __params_to_release). So it keeps as many as may be gathered at once.
+    Its prefetching reaches weights that are already gathered, and then does not release them
+    (partitioned_param_coordinator.py, __params_to_release). So it retains as many as may be live at once.
     """
     return min(model.total - model.persistent, limits.max_live_parameters)

@@ -1,4 +1,4 @@
-"""Communication of an optimizer step: bytes that GPUs exchange, and how long it takes."""
+"""Communication of an optimizer step: bytes that GPUs exchange, and its duration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,24 +11,24 @@ Operation = Literal["all-reduce", "reduce-scatter", "all-gather"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """A collective operation's work in one optimizer step: bytes of the whole tensors that it works on."""
+    """A collective operation of one optimizer step; `bytes` is the size of the unsharded tensors."""
 
     operation: Operation
     bytes: float
 
     def sent(self, ranks: int) -> float:
-        """Bytes that each rank sends round the ring: an all-reduce is a reduce-scatter and an all-gather."""
+        """Bytes that each rank sends in a ring: an all-reduce is a reduce-scatter and an all-gather."""
         rounds = 2 if self.operation == "all-reduce" else 1
         return rounds * self.bytes * (ranks - 1) / ranks
 
 
 def traffic(stage: int, precision: str, model: Parameters, accumulation: int, limits: Limits) -> list[Traffic]:
-    """An optimizer step's traffic at a ZeRO stage, in the dtype that DeepSpeed sends.
+    """Traffic of an optimizer step at a ZeRO stage, in the dtype that DeepSpeed communicates.
 
-    That is the weights' dtype also where gradients are accumulated in fp32 (engine.py, communication_data_type). Stage
-    2 reduces after every micro-batch, and by all-reduce, since its buckets hold gradients of several ranks
+    That is the weights' dtype also if gradients are accumulated in fp32 (engine.py, communication_data_type). Stage
+    2 reduces after every micro-batch, by all-reduce, because its buckets hold gradients of several ranks
     (zero/config.py, use_multi_rank_bucket_allreduce). Stage 3 gathers weights for the forward pass, and again for the
-    backward pass what it did not retain; its small parameters once, after the step.
+    backward pass those that it did not retain; its persistent parameters once, after the step.
     """
     size = 2 if precision == "bf16" else 4
     whole = size * model.total
@@ -42,16 +42,16 @@ def traffic(stage: int, precision: str, model: Parameters, accumulation: int, li
 
 
 def seconds(parts: list[Traffic], cluster: Cluster) -> float | None:
-    """How long a step's traffic takes at the full rate of the slowest link; None where that is not known.
+    """Duration of a step's traffic at the full rate of the slowest link; None if that is unknown.
 
-    A ring passes each byte once from node to node, so a node's link carries what one rank sends. Latency is left out.
+    In a ring each byte crosses between nodes once, so a node's link carries what one rank sends. Excludes latency.
     """
     rate = bandwidth(cluster)
     return None if rate is None else sum(part.sent(cluster.gpus) for part in parts) / rate
 
 
 def bandwidth(cluster: Cluster) -> float | None:
-    """Bytes per second of the slowest link in a ring."""
+    """Bytes per second of the slowest link in a ring; None if unknown."""
     if cluster.nodes == 1:
         return cluster.gpu.peers
     return None if cluster.link is None else min(cluster.link, cluster.gpu.peers)

@@ -56,7 +56,8 @@ class FrozenRecipes:
         for recipe in self.recipes:
             file = frozen_file(recipe.run_dir, self.launch)
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
+                if not file.parent.is_dir():
+                    file.parent.mkdir(parents=True)
                 # The one copy that holds credentials in URLs is its owner's alone.
                 descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w") as opened:

@@ -109,6 +109,17 @@ class Classification(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
+class Linear(Section):
+    """Linear probes of one frozen encoder, all trained in one pass: a classifier for each pair of the two lists."""
+
+    lr_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
+    """Learning rates over the schedule's."""
+    stages: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 2), min_length=1)
+    """So many of the encoder's last stages are pooled, and their features put side by side."""
+    cache_features: bool = False
+    """Centre crops in place of random ones: the features of all images are computed once, and kept in run_dir."""
+
+
 class Augment(Section):
     """What is done to images with labels, beside crop and flip."""
 
@@ -182,6 +193,8 @@ class Data(Section):
     """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
     max_corrupt_fraction: float = Field(0.01, ge=0, lt=1)
     """Unusable samples that a rank steps over in an epoch, as a share of its samples; more end the run."""
+    max_pixels: int = Field(178_956_970, gt=0, le=178_956_970)
+    """Larger images are unusable: a worker decodes one in 4 bytes a pixel, and more while it does."""
     network: Network = Network()
     cache: Cache = Cache()
 
@@ -265,6 +278,8 @@ class Optim(Section):
     no_decay: tuple[str, ...] | None = None
     """Parts of names exempt from weight decay, beside all 1-D parameters; None exempts what the model names (bias
     tables, mask tokens), () decays that too, as the release does."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay in each step of a moving average of the fp32 weights, which is then evaluated and exported; None: none."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer's learning rate over that of the layer above it, where an encoder is fine-tuned."""
     layer_decay_rule: Literal["standard", "mixmim", "simmim"] = "standard"
@@ -363,6 +378,7 @@ class Recipe(Section):
     encoder: EncoderSection = EncoderSection()
     method: MethodSection = MethodSection()
     classification: Classification = Classification()
+    linear: Linear = Linear()
     data: Data = Data()
     augment: Augment = Augment()
     train: Train = Train()
@@ -399,6 +415,12 @@ class Recipe(Section):
                 f"{self.train.micro_batch} on {world_size} ranks; {change}"
             )
         return self.train.global_batch // at_once
+
+    @property
+    def batch_bytes_ahead(self) -> int:
+        """Bytes of shared memory for the images that a rank's data workers hold ready."""
+        image = 3 * self.encoder.img_size**2
+        return self.data.num_workers * self.data.prefetch_factor * self.train.micro_batch * image
 
     @property
     def streams(self) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ def fit(run: Run) -> str | None:
     while state.step < run.schedule.total_steps and signal is StopSignal.CONTINUE:
         losses, samples, batch = train_step(run)
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
+        if run.ema is not None and not state.skipped_in_row:
+            run.ema.update(state.step - state.skipped)
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         if run.sample_log is not None:
@@ -177,7 +180,7 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
             if bad
             else f"losses finite, gradient not, on {len(shown)} samples: "
         )
-        + f"{names}; lower optim.base_lr, set optim.clip_grad, or look at these images"
+        + f"{names}; lower optim.base_lr or set optim.clip_grad (--change), or look at these images"
     )
 
 
@@ -196,10 +199,10 @@ def due_evaluations(run: Run) -> list[Measure]:
 
 
 def evaluate(run: Run, measures: Sequence[Measure]) -> None:
-    """Evaluates the task on all ranks, and reports its metrics."""
+    """Evaluates the task on all ranks, with the averaged weights where there are some, and reports its metrics."""
     figures: dict[str, float] = {}
     run.engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
         for measure in measures:
             figures |= measure(run.engine.module, run.ranks)
     run.engine.train()

@@ -1,12 +1,16 @@
 """Pretraining: an encoder learns from images without labels, by a method."""
 
+import inspect
+import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
+from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
@@ -17,7 +21,7 @@ from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.features import pooled
 from mixmae.trainer.evaluation.held_out import held_out_batches, require_readable
 from mixmae.trainer.evaluation.probe import check_probe_shards, probe_shards
-from mixmae.trainer.export import encoder_directory
+from mixmae.trainer.export.initial_weights import initialise_method
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import MethodSection, Recipe
 from mixmae.trainer.tasks.contract import Task
@@ -31,7 +35,11 @@ _TIMM = ("img_size", "num_classes", "global_pool")
 class Pretrain(Task):
     """The recipe's `encoder:` under its `method:`."""
 
+    unused_sections: ClassVar[tuple[str, ...]] = ("classification", "augment", "linear")
+
     def resolve(self, recipe: Recipe) -> Recipe:
+        if recipe.optim.layer_decay != 1:
+            raise UsageError(f"optim.layer_decay={recipe.optim.layer_decay}: pretraining has one rate; leave it out")
         try:
             family, _ = family_of(recipe.encoder.name)
             method = method_class(recipe.method.name)
@@ -39,23 +47,23 @@ class Pretrain(Task):
             raise UsageError(str(error)) from error
         check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
         settings = check_settings("method", method.__init__, recipe.method.settings, ("self", "encoder"))
+        if None in settings.values():
+            with torch.device("meta"):
+                settings = method.fitted(settings, _encoder(recipe))
         return recipe.model_copy(update={"method": MethodSection(name=recipe.method.name, **settings)})
 
     def build(self) -> Method:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
+        encoder, method = _encoder(recipe), method_class(recipe.method.name)
         try:
-            encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
+            return method(encoder, **recipe.method.settings)
         except (ValueError, ZeroDivisionError) as error:
-            raise UsageError(f"encoder: {error}") from error
-        try:
-            return method_class(recipe.method.name)(encoder, **recipe.method.settings)
-        except (ValueError, ZeroDivisionError) as error:
-            raise UsageError(f"method: {error}") from error
+            raise UsageError(_with_keys("method", method, error)) from error
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
-            encoder_directory.initialise(_method(module), self.recipe.encoder.init, self.recipe.method.name)
+            initialise_method(_method(module), self.recipe.encoder.init, self.recipe.method.name)
 
     def check_data(self, index: ShardIndex) -> None:
         """Looks at the shards that are evaluated on: hours later it would be too late."""
@@ -117,6 +125,21 @@ class Pretrain(Task):
 
     def describe(self) -> str:
         return f"{self.recipe.encoder.name} by {self.recipe.method.name}"
+
+
+def _encoder(recipe: Recipe) -> Encoder:
+    part = recipe.encoder
+    try:
+        return create_encoder(part.name, img_size=part.img_size, **part.settings)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(_with_keys("encoder", family_of(part.name)[0], error)) from error
+
+
+def _with_keys(section: str, component: type, error: Exception) -> str:
+    """A component's error in the recipe's words: its arguments as keys."""
+    names = [name for name in inspect.signature(component).parameters if "_" in name]
+    text = re.sub(rf"\b({'|'.join(names)})\b", rf"{section}.\1", str(error)) if names else str(error)
+    return text if f"{section}." in text else f"{section}: {text}"
 
 
 def _method(module: Trainable) -> Method:

@@ -1,4 +1,4 @@
-"""Runs on this machine under DeepSpeed's launcher, of ranks that stand in: restarts, and two runs at once."""
+"""Runs on this machine under DeepSpeed's launcher, with fake ranks: restarts, and two runs at once."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from mixmae.launch.backends.local import LocalBackend
 from mixmae.launch.supervision.launcher import run_attempt
 from mixmae.launch.supervision.restarts import read_restarts
 from tests.helpers import ROOT
-from tests.launch.ranks import STAND_IN
+from tests.launch.ranks import FAKE_RANK
 
 START = """
 import sys
@@ -30,7 +30,7 @@ sys.exit(run_with_restarts(job, LocalBackend(2), int(restarts)))
 
 
 def start(run_dir: Path, *settings: str, port: int, restarts: int = 0) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", START, STAND_IN, str(run_dir), str(port), str(restarts), *settings]
+    command = [sys.executable, "-c", START, FAKE_RANK, str(run_dir), str(port), str(restarts), *settings]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

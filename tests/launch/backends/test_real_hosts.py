@@ -21,8 +21,8 @@ from mixmae.launch.supervision.restarts import read_restarts
 from mixmae.trainer.recipe.schema import Launch
 from tests.cluster.cluster import Cluster
 from tests.helpers import ROOT, tiny_recipe
-from tests.launch.ranks import STAND_IN
-from tests.launch.stand_in import SETTINGS
+from tests.launch.fake_rank import SETTINGS
+from tests.launch.ranks import FAKE_RANK
 
 pytestmark = pytest.mark.services
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -37,7 +37,7 @@ from mixmae.launch.supervision.restart_loop import run_with_restarts
 from mixmae.trainer.recipe.schema import Launch
 hostfile, run_dir, *settings = sys.argv[1:]
 hosts = read_hostfile(Path(hostfile))
-job = JobSpec("tests.launch.stand_in", (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=21000))
+job = JobSpec("tests.launch.fake_rank", (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=21000))
 sys.exit(run_with_restarts(job, HostfileBackend(hosts, master_address(hosts)), 0))
 """
 
@@ -48,7 +48,7 @@ def run_dir(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
 
 
 def on_hosts(cluster: Cluster, run_dir: Path, *settings: str) -> "subprocess.Popen[str]":
-    """A run of stand-in ranks, one on each host, started from the login host."""
+    """A run of fake ranks, one on each host, started from the login host."""
     hostfile = cluster.hostfile(slots=1)
     command = [sys.executable, "-c", START, str(hostfile), str(run_dir), *settings]
     return cluster.login.popen(command, ENVIRONMENT, ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -79,7 +79,7 @@ def left(cluster: Cluster, run_dir: Path) -> list[Sequence[str]]:
 def test_one_killed_rank_ends_both_hosts(cluster: Cluster, run_dir: Path) -> None:
     started = on_hosts(cluster, run_dir, "steps=100000")
     wait_for(lambda: saved(run_dir))
-    assert cluster.host("node2").kill(f"-m {STAND_IN}") == 1
+    assert cluster.host("node2").kill(f"-m {FAKE_RANK}") == 1
     output = started.communicate()[0]
     assert started.returncode == FAILED
     reason = "rank 1 on node2 was killed by SIGKILL; the kernel does that when the host runs out of memory"
@@ -129,12 +129,12 @@ def test_a_host_that_is_down_from_the_start_is_named(cluster: Cluster, run_dir: 
 
 
 def submitted(cluster: Cluster, run_dir: Path, tasks: str, *settings: str, array: str | None = None) -> int:
-    """A job of stand-in ranks, one on each node."""
-    job = JobSpec(STAND_IN, (f"run_dir={run_dir}", *settings), run_dir, Launch.model_validate({"tasks": tasks}))
+    """A job of fake ranks, one on each node."""
+    job = JobSpec(FAKE_RANK, (f"run_dir={run_dir}", *settings), run_dir, Launch.model_validate({"tasks": tasks}))
     for task in range(2):
         Path(str(run_dir).replace("{task}", str(task)), "logs").mkdir(parents=True, exist_ok=True)
     script = cluster.shared / "job.sh"
-    script.write_text(slurm_script(job, SlurmRequest(2, 1, name="stand-in", array=array), Site(), 3))
+    script.write_text(slurm_script(job, SlurmRequest(2, 1, name="fake-ranks", array=array), Site(), 3))
     return cluster.slurm.sbatch(script, env=ENVIRONMENT, cwd=ROOT)
 
 
@@ -184,7 +184,7 @@ def test_a_job_runs_the_recipe_of_its_submission(cluster: Cluster, run_dir: Path
     recipe.write_text(tiny_recipe(**{"optim.eps": 0.5}).to_yaml())
     site.write_text("sbatch: [--hold]\n")
     settings = json.dumps({"steps": 60})
-    typed = [sys.executable, "-m", "tests.launch.launch_stand_in", str(recipe), "--site", str(site), "--slurm"]
+    typed = [sys.executable, "-m", "tests.launch.launch_fake_ranks", str(recipe), "--site", str(site), "--slurm"]
     values = ["--array", "0-1", "seed={task}", f"run_dir={place}/{{task}}"]
     size = ["--nodes", "2", "--tasks-per-node", "1", "--skip-preflight"]
     done = cluster.login.run([*typed, *size, *values], {**ENVIRONMENT, SETTINGS: settings}, ROOT, check=True)

@@ -16,7 +16,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mixmae.launch.commands.watch import CHART_ROWS, RANKS, describe, frame
+from mixmae.launch.commands.watch import CHART_ROWS, RANKS, describe, frame, main
+from mixmae.launch.commands.watch_runs import table_of
 from mixmae.monitoring.watch.history import Log
 from mixmae.monitoring.watch.scrape import Alert, Rank
 from mixmae.monitoring.watch.view import View
@@ -231,6 +232,32 @@ def test_once_in_a_pipe(run_dir: Path) -> None:
     assert "step 200 of 1,000" in done.stdout
     assert "ranks are not shown: no exporter is announced" in done.stdout
     assert call(run_dir, "--once", PYTHONIOENCODING="ascii").returncode == 0
+
+
+def test_runs_of_a_folder_are_a_table(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_dir.parent / "more" / "second"
+    folder.mkdir(parents=True)
+    assert main([str(run_dir.parent), "--once"]) == 0
+    assert "step 200 of 1,000" in capsys.readouterr().out  # one run is shown in full
+    failed = {"event": "failed", "time": time.time(), "step": 200}
+    lines = [json.dumps(record) for record in [*events(until=time.time()), failed]]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    assert main([str(run_dir.parent), str(folder), "--once"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "state", "step", "%"]
+    assert [row.split()[:4] for row in rows] == [["second", "failed", "200", "20"], ["nano", "running", "200", "20"]]
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_table_of_runs_fits_its_terminal(width: int) -> None:
+    views = [replace(FULL, name=f"run-{number}-{'x' * 70}") for number in range(30)]
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(table_of(views, width, height=24))
+    lines = out.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    assert len(lines) < 24
+    assert lines[-1] == "and 9 more"
+    assert all("late" in line for line in lines[1:-1])
 
 
 def test_on_a_terminal_with_and_without_colour(run_dir: Path) -> None:

@@ -10,7 +10,7 @@ from mixmae.base.run_directory import CHECKPOINTS, OUTCOME, RESTARTS, attempt_fo
 from mixmae.launch.backends import slurm_job_steps
 from mixmae.launch.supervision.outcome import USER, Outcome, write_outcome
 from mixmae.launch.supervision.restarts import decide, read_restarts, record_restart
-from mixmae.trainer.checkpoints.layout import point_to
+from mixmae.trainer.checkpoints.layout import set_newest
 
 CRASH = Outcome(FAILED, "rank 3 on node2 was killed", rank=3, host="node2", signal="SIGKILL")
 TAKEN = Outcome(PREEMPTED, "stopped", stopped_by="the job", stop_signal="SIGUSR1")
@@ -19,7 +19,7 @@ TAKEN = Outcome(PREEMPTED, "stopped", stopped_by="the job", stop_signal="SIGUSR1
 def save(run_dir: Path, step: int) -> None:
     folder = run_dir / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
-    point_to(folder)
+    set_newest(folder)
 
 
 @pytest.mark.parametrize(

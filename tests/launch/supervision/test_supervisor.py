@@ -1,4 +1,4 @@
-"""Supervisors with stand-in ranks on loopback: every end of a rank ends the run, in words, and leaves nothing."""
+"""Supervisors with fake ranks on loopback: every end of a rank ends the run, in words, and leaves nothing."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_a_run_finishes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "code", "reason", "line"),
     [
-        ("error", FAILED, "rank 1 on {host} ended with exit code 1", "RuntimeError: the loss is made of cheese"),
+        ("error", FAILED, "rank 1 on {host} ended with exit code 1", "RuntimeError: injected error"),
         (
             "kill",
             FAILED,
@@ -43,7 +43,7 @@ def test_a_run_finishes(tmp_path: Path) -> None:
             "port",
         ),
         (
-            "leave",
+            "leak-child",
             FAILED,
             "rank 1 on {host} was killed by SIGKILL; the kernel does that when the host runs out of memory",
             "port",
@@ -73,7 +73,7 @@ def test_one_failed_rank_ends_all_and_is_named(tmp_path: Path, how: str, code: i
 def test_a_mistake_ends_with_its_own_code(tmp_path: Path) -> None:
     with started(tmp_path, 2, "at=0", "rank=1", "how=exit", "code=2") as run:
         assert run.codes() == [USAGE_ERROR] * 2
-        assert run.outcome().lines[-1] == "mixmae: error: this cannot be"
+        assert run.outcome().lines[-1] == "mixmae: error: injected usage error"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
@@ -98,7 +98,7 @@ def test_a_second_signal_does_not_disturb_the_stop(tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_heed_a_stop_are_ended(tmp_path: Path) -> None:
-    with started(tmp_path, 2, "steps=10000", "how=deaf", f"run_dir={tmp_path}", grace=2.0) as run:
+    with started(tmp_path, 2, "steps=10000", "how=ignore-signals", f"run_dir={tmp_path}", grace=2.0) as run:
         assert stepping(run)
         run.supervisors[0].send_signal(signal.SIGTERM)
         assert run.codes() == [FAILED] * 2
@@ -166,7 +166,7 @@ def test_wrong_environments_are_one_clear_line(environment: dict[str, str], mess
     options = ["--attempt", "a", "--run-dir", "r", "--ranks", "2", "--port", "20000"]
     limits = ["--join-seconds", "1", "--stuck-seconds", "1", "--grace-seconds", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "mixmae.launch.supervision.rank", *options, *limits, "tests.launch.stand_in"],
+        [sys.executable, "-m", "mixmae.launch.supervision.rank", *options, *limits, "tests.launch.fake_rank"],
         env={**os.environ, "MIXMAE_TOKEN": "secret", **place, **environment},
         capture_output=True,
         text=True,

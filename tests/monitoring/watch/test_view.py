@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from rich.console import Console
 
-from mixmae.launch.commands.watch import show
+from mixmae.launch.commands.watch import frame
 from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
@@ -603,7 +603,7 @@ def test_whatever_a_run_directory_holds_is_shown(events: list[dict[str, Any]], r
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     (tmp_path / "recipe.yaml").write_text(json.dumps({"encoder": {}, "train": {}} | recipe))
     with StringIO() as shown:
-        show(WatchedRun(tmp_path, 60.0).view(NOW), Console(file=shown, width=80))
+        Console(file=shown, width=80).print(frame(WatchedRun(tmp_path, 60.0).view(NOW), 80))
         assert "\x1b" not in shown.getvalue()
 
 
@@ -627,7 +627,7 @@ def test_whatever_an_exporter_answers_is_shown_or_named(lines: list[str]) -> Non
     for one in events_of(scrape):
         log.take(one)
     with StringIO() as shown:
-        show(View("a", "", log, NOW, endpoint.ranks(NOW)), Console(file=shown, width=80))
+        Console(file=shown, width=80).print(frame(View("a", "", log, NOW, endpoint.ranks(NOW)), 80))
 
 
 def test_a_run_written_while_it_is_watched(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mixmae.trainer.benchmarks.gpu import Part, parts, run, small
 ROOT = Path(__file__).parents[3]
 
 
-def test_what_matters_most_comes_first_and_fits_in_eight_minutes() -> None:
+def test_parts_are_ordered_by_priority_and_fit_in_eight_minutes() -> None:
     names = [part.name for part in parts()]
     assert names[0] == "parity"
     assert names[1].startswith("step swin_huge 64,128")
@@ -19,7 +19,7 @@ def test_what_matters_most_comes_first_and_fits_in_eight_minutes() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_list_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("configs", "tests", "trainer", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -44,6 +44,6 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, capfd
     assert told.read_text() == "here"
     assert run([late], 1) == ["late"]
     out = capfd.readouterr().out
-    assert "== fails: failed with 3" in out
-    assert "== hangs: ended after its 0 s" in out
-    assert "== late: left out: no time" in out
+    assert "== fails: failed with exit code 3" in out
+    assert "== hangs: timed out after 0 s" in out
+    assert "== late: skipped: no time left" in out

@@ -19,7 +19,7 @@ def test_steps_with_and_without_metrics_are_compared(tmp_path: Path) -> None:
     assert 0 <= result["exporter_cpu_share"] < 1
 
 
-def test_a_step_of_the_benchmark_tells_what_the_loop_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_benchmark_step_records_what_the_loop_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: set[str] = set()
     for verb in ("data", "process", "logged", "step"):
         original = getattr(Observer, verb)

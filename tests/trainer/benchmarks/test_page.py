@@ -15,12 +15,12 @@ def measurements() -> list[dict[str, object]]:
     return [found for file in files for found in json.loads(file.read_text())]
 
 
-def test_the_page_tells_what_was_measured() -> None:
+def test_the_page_shows_the_results() -> None:
     page = (ROOT / PAGE).read_text()
     assert with_table(page, table(measurements())) == page, "run `make performance`"
 
 
-def test_measurements_say_what_they_were_made_on() -> None:
+def test_results_have_machine_and_versions() -> None:
     assert measurements()
     for found in measurements():
         assert {*FIELDS, "ratio_to_plain", "versions", "commit"} <= set(found)

@@ -51,7 +51,7 @@ def test_ranks_send_what_is_planned() -> None:
         assert found["bytes"][name] == pytest.approx(planned, rel=0.02, abs=2000)
 
 
-def test_each_moment_of_a_gpu_is_told_once() -> None:
+def test_gpu_time_is_not_counted_twice() -> None:
     """Torch tells operators, and annotations, the time of the kernels that they started."""
 
     def event(key: str, device: DeviceType, microseconds: float, is_user_annotation: bool = False) -> SimpleNamespace:

@@ -62,7 +62,7 @@ def test_variants_equal_published_code_on_a_gpu(name: str, precision: str, k: in
     assert_equal(recipe_of(precision, k), name, torch.device("cuda"))
 
 
-def test_a_difference_would_be_seen() -> None:
+def test_a_difference_is_detected() -> None:
     """The control: groups that see each other are further off than any variant may be."""
     recipe = recipe_of("fp32", 4)
     mixed_up = recipe.model_copy(update={"method": recipe.method.model_copy(update={"separate_groups": False})})

@@ -105,7 +105,7 @@ def empty(checkpoint: Path) -> None:
 
 
 FAULTS: dict[Callable[[Path], None], str] = {
-    flip: "rank-00001.safetensors has other content than was written",
+    flip: "rank-00001.safetensors does not match its checksum",
     cut: "rank-00000.safetensors has",
     lose: "rank-00001.safetensors is missing",
     empty: "manifest.json cannot be read",
@@ -123,7 +123,7 @@ def test_damaged_checkpoints_are_skipped(
     damage(complete_checkpoints(copy)[-1])
     assert run_ranks(train, 2, recipe_for(shards, copy)) == ["", ""]
     (note,) = read_events(copy, "fallback")
-    assert "step-00000008 is damaged and was set aside: " + FAULTS[damage] in note["message"]
+    assert "step-00000008 is damaged and was quarantined: " + FAULTS[damage] in note["message"]
     assert note["step"] == 4
     assert (copy / CHECKPOINTS / "damaged-step-00000008").is_dir()
     assert same_end(whole, copy)
@@ -137,12 +137,10 @@ def test_a_run_never_starts_over_where_nothing_is_intact(whole: Path, shards: Pa
     with pytest.raises(UsageError, match="is damaged: rank-00001"):
         master_weights(complete_checkpoints(copy)[-1])
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
-        assert "is intact: step-00000012 is damaged and was set aside" in message
+        assert "is intact: step-00000012 is damaged and was quarantined" in message
         assert "name another run_dir to start from the beginning" in message
     for message in run_ranks(train, 2, recipe_for(shards, copy)):  # nor when it is tried again, as by --max-restarts
-        assert (
-            "is intact: there are only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
-        )
+        assert "is intact: found only damaged-step-00000004, damaged-step-00000008, damaged-step-00000012" in message
 
 
 def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, shards: Path, tmp_path: Path) -> None:
@@ -151,7 +149,7 @@ def test_a_run_never_starts_over_where_its_checkpoints_are_gone(whole: Path, sha
     for checkpoint in complete_checkpoints(copy):
         shutil.rmtree(checkpoint)
     for message in run_ranks(train, 2, recipe_for(shards, copy)):
-        assert "is intact: there are only newest; restore one from a copy" in message
+        assert "is intact: found only newest; restore one from a copy" in message
 
 
 def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:

@@ -31,4 +31,4 @@ def expect_another_sum(ranks: Ranks) -> str:
 
 
 def test_a_sum_that_is_not_that_of_all_ranks_is_refused() -> None:
-    assert run_ranks(expect_another_sum, 2) == ["ones of 3 ranks add up to 2 to 2"] * 2
+    assert run_ranks(expect_another_sum, 2) == ["all-reduce of ones over 3 ranks gave 2 to 2"] * 2

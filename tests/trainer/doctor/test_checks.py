@@ -48,8 +48,8 @@ def test_a_healthy_cluster_has_nothing_to_mend() -> None:
 FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
     "fewer started": (healthy(expected_ranks=8), E, "ranks", "all 2 hosts", "4 started, expected 8"),
     "absent": (healthy(ranks=tuple(map(rank_facts, (0, 1, 2)))), E, "ranks", "", "1 of 4 did not report: 3"),
-    "silent": (healthy(unresponsive=(2,)), E, "host", "node2", "stopped answering"),
-    "ended": (healthy(interrupted=True), E, "checks", "main rank", "ended by the launcher"),
+    "silent": (healthy(unresponsive=(2,)), E, "host", "node2", "stopped responding"),
+    "ended": (healthy(interrupted=True), E, "checks", "main rank", "terminated by the launcher"),
     "refused": (
         healthy(recipe_facts=RecipeFacts("run_dir=x belongs to another recipe", 1, 0)),
         E, "recipe", "main rank", "belongs to another",
@@ -87,12 +87,12 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
     "other GPU": (with_gpu(name="V100"), W, "GPUs", "node2 GPU 1", "V100, 80 GiB, expected A100, 80 GiB"),
     "used GPU": (with_gpu(free=40 * GIB, used_by=(4711,)), W, "GPU memory", "node2 GPU 1", "by processes 4711"),
     "ECC": (with_gpu(ecc_uncorrected=3), E, "GPU errors", "node2 GPU 1", "3 uncorrected memory errors"),
-    "repair": (with_gpu(pending_repair=True), E, "GPU errors", "node2 GPU 1", "a repair that waits"),
-    "hot": (with_gpu(throttled=("too hot",)), W, "GPU speed", "node2 GPU 1", "too hot"),
+    "repair": (with_gpu(pending_repair=True), E, "GPU errors", "node2 GPU 1", "row remapping pending"),
+    "hot": (with_gpu(throttled=("power brake",)), W, "GPU speed", "node2 GPU 1", "throttled: power brake"),
     "lanes": (with_gpu(pcie_width=(8, 16)), W, "GPU speed", "node2 GPU 1", "8 PCIe lanes, expected 16"),
     "clock limit": (with_gpu(clock_limit_mhz=1000), W, "GPU speed", "node2 GPU 1", "limit 1000 MHz, expected 1410"),
-    "not shared": (with_run_dir(saw=False), E, "run directory", "node2", "does not see what the main rank writes"),
-    "one way": (with_run_dir(seen=False), E, "run directory", "node2", "writes what the main rank does not see"),
+    "not shared": (with_run_dir(saw=False), E, "run directory", "node2", "does not show the main rank's files"),
+    "one way": (with_run_dir(seen=False), E, "run directory", "node2", "is not visible to the main rank"),
     "in memory": (with_run_dir(filesystem="tmpfs"), W, "run directory", "node1", "in memory"),
     "disk": (with_run_dir(free=30 * GIB), E, "disk space", "node2", "30.0 GiB free, expected 30.8 GiB for 4"),
     "cannot write": (with_run_dir(problem="Disk quota exceeded", seconds=0.0), E, "writing", "node2", "quota exceeded"),
@@ -101,7 +101,7 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
                   "does not exist"),
     "other shards": (with_shards(fingerprint="a" * 64), E, "shards", "node2", "fingerprint aaaaaaaaaaaa"),
     "unreadable": (with_shards(unreadable=("0001.tar: 7.jpg (Input/output error)",)), E, "samples", "node2",
-                   "1 of 16 tried samples cannot be used: 0001.tar"),
+                   "1 of 16 tried samples cannot be read: 0001.tar"),
     "own name": (with_host(lambda h: replace(h, own_addresses=("127.0.1.1",))), W, "host name", "node2",
                  "resolves to 127.0.1.1, expected 10.0.0.2"),
     "nameless": (with_host(lambda h: replace(h, own_addresses=())), W, "host name", "node2", "resolves to nothing"),
@@ -117,8 +117,8 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
 def test_a_fault_is_found_named_and_comes_with_what_to_do(fault: str) -> None:
     cluster, level, check, where, words = FAULTS[fault]
     found = trouble(cluster)
-    match = [f for f in found if f.check == check and f.level is level and words in f.line() and where in f.where]
-    assert match, [f.line() for f in found]
+    match = [f for f in found if f.check == check and f.level is level and words in f.describe() and where in f.where]
+    assert match, [f.describe() for f in found]
     assert match[0].advice
 
 
@@ -126,7 +126,7 @@ def test_one_fault_is_one_finding() -> None:
     several = {"no torch GPUs", "too many ranks", "cores", "refused"}  # on both hosts; also no batch's arithmetic
     for fault, (cluster, *_) in FAULTS.items():
         if fault not in several:
-            assert len(trouble(cluster)) == 1, (fault, [f.line() for f in trouble(cluster)])
+            assert len(trouble(cluster)) == 1, (fault, [f.describe() for f in trouble(cluster)])
 
 
 def test_every_check_has_a_cluster_that_fails_it() -> None:
@@ -174,7 +174,7 @@ def test_gpus_on_some_hosts_only() -> None:
 def test_left_over_shared_memory_and_a_taken_port_are_notes() -> None:
     cluster = with_host(lambda h: replace(h, exporter_port_free=False, shm=SharedMemory(GIB, GIB, 69 << 20)))
     notes = {(f.check, f.where): f.found for f in run_checks(cluster) if f.level is Level.NOTE}
-    assert notes == {("/dev/shm", "node2"): "69 MiB of ranks that were killed",
+    assert notes == {("/dev/shm", "node2"): "69 MiB left by killed ranks",
                      ("metrics port", "node2"): "port 9400 is taken"}  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_pa
     wrong = {finding.check: finding for finding in found if finding.level >= Level.WARNING and finding.where == "node2"}
     assert (wrong["clock"].level, wrong["clock"].found) == (Level.ERROR, "3600.0 s ahead of the main rank's host")
     assert (wrong["versions"].level, wrong["versions"].found) == (Level.WARNING, "timm 0.9.9")
-    assert "does not see what the main rank writes" in wrong["run directory"].found
+    assert "does not show the main rank's files" in wrong["run directory"].found
     assert f"{removed} (missing)" in wrong["shards"].found
     assert all(finding.advice for finding in wrong.values())
     assert not [finding for finding in found if finding.level is Level.ERROR and finding.where != "node2"]

@@ -120,7 +120,7 @@ def test_a_launcher_that_ends_all_ranks_is_told_who_is_missing(recipe: Path) -> 
     output, errors, codes = finish([main])
     assert codes == [1], errors
     wrong = [finding.found for finding in findings_in(output) if finding.level is Level.ERROR]
-    assert wrong == ["1 of 2 did not report: 1", "ended by the launcher"]
+    assert wrong == ["1 of 2 did not report: 1", "terminated by the launcher"]
 
 
 def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_a_network_that_never_answers_is_told_in_time(recipe: Path, tmp_path: Pa
     )
     output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
     wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
-    assert [(finding.check, finding.found) for finding in wrong] == [
-        ("all-reduce", "gloo: nothing came back for 5 s")
-    ], errors
+    assert [(finding.check, finding.found) for finding in wrong] == [("all-reduce", "gloo: no result within 5 s")], (
+        errors
+    )
 
 
 def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_host_that_stops_answering_is_named(recipe: Path, tmp_path: Path) -> N
     )
     output, errors = output_of_main(start([str(recipe), "--jsonl"], program=str(script)))
     wrong = [finding for finding in findings_in(output) if finding.level is Level.ERROR]
-    assert ("host", "stopped answering during the checks") in [(one.check, one.found) for one in wrong], errors
+    assert ("host", "stopped responding during the checks") in [(one.check, one.found) for one in wrong], errors
     assert "all-reduce" not in {finding.check for finding in findings_in(output)}
 
 

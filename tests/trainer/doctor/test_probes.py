@@ -246,7 +246,7 @@ def test_gpus_are_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     (gpu,), versions, problem = read_gpus()
     assert (versions, problem) == ({"NVIDIA driver": "550.54.15"}, "")
     assert (gpu.name, gpu.memory, gpu.free, gpu.used_by) == ("NVIDIA A100-SXM4-80GB", 80 << 30, 70 << 30, (4711,))
-    assert (gpu.ecc_uncorrected, gpu.pending_repair, gpu.throttled) == (2, True, ("too hot",))
+    assert (gpu.ecc_uncorrected, gpu.pending_repair, gpu.throttled) == (2, True, ("hardware thermal slowdown",))
     assert (gpu.clock_limit_mhz, gpu.pcie_width) == (1410, (8, 16))
     assert (gpu.link, gpu.link_kind) == (50e9, "2 NVLinks")
 

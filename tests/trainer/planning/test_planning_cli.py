@@ -45,7 +45,7 @@ def test_the_text_fits_a_terminal(recipe: str, capsys: pytest.CaptureFixture[str
     text = "\n".join(lines)
     for title in ("Memory of one GPU", "Activation checkpointing", "Time:", "Checkpoints and data", "Advice"):
         assert title in text
-    assert "does not divide by the recipe's train.micro_batch=64" in text
+    assert "is not divisible by the recipe's train.micro_batch=64" in text
 
 
 def test_advice_taken_is_the_best_found(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +80,20 @@ def test_figures_agree_with_each_other(recipe: str, capsys: pytest.CaptureFixtur
     assert cluster["gpus"] == 16
 
 
+def test_one_gpu_of_any_kind(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of several GPUs or nodes is said of one."""
+    gpu = ["--gpus", "1", "--gpu-memory", "24", "--gpu-tflops", "120", "--price-per-gpu-hour", "0.5"]
+    assert main([recipe, *gpu]) == 0
+    text = capsys.readouterr().out
+    for word in ("node", "each GPU", "all-reduce", "efficiency", "sending", "per GPU", "each rank", "--link"):
+        assert word not in text, word
+    assert "cost" in text
+    plan = planned(capsys, recipe, *gpu)
+    run = plan["chosen_run"]
+    assert run["cost"] == pytest.approx(0.5 * 24 * run["days"])
+    assert plan["speed"]["flops"] == pytest.approx(0.4 * 120e12)
+
+
 def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFixture[str]) -> None:
     """Overrides may stand before or behind the options."""
     plan = planned(capsys, DEMO, "--gpus", "2", "data.shards=nowhere", "--gpu", "l40s", "--image-bytes", "20KB")
@@ -99,7 +113,7 @@ def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFix
         (["--gpus", "3", "--gpu", "h100", "data.streams=1"], "3 ranks cannot share"),
         (["--gpus", "8", "--gpu", "h100", "train.duration=1 sample"], "less than one step"),
         (["--gpus", "8", "--gpu", "h100", "train.micro_batsch=8"], "did you mean 'train.micro_batch'?"),
-        (["--gpus", "8", "--gpu", "a10", "encoder.embed_dim=4096"], "nothing fits 8 x a10: the least is"),
+        (["--gpus", "8", "--gpu", "a10", "encoder.embed_dim=4096"], "nothing fits 8 x a10: the minimum is"),
     ],
     ids=str,
 )

@@ -51,7 +51,7 @@ def test_the_best_measurement_of_this_model_on_this_gpu(tmp_path: Path) -> None:
 def test_other_measurements_are_left_aside(change: dict[str, Any], tmp_path: Path) -> None:
     found = speed(RECIPE, A100, None, results(tmp_path, {**RESULT, **change}))
     assert found.mfu == ASSUMED_MFU
-    assert found.source.startswith("assumed: nothing measured of this model on this GPU")
+    assert found.source.startswith("assumed: no measurement of this model on this GPU")
 
 
 def test_results_of_other_benchmarks_are_no_measurement_of_steps() -> None:

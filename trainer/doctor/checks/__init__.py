@@ -1,6 +1,6 @@
-"""The checks: each is a function from a cluster's known facts to findings, and probes nothing itself.
+"""The checks: each is a pure function from a cluster's facts to findings.
 
-A new check is one more function here; `CHECKS` below has all of them, in the order in which they are shown.
+To add a check, write a function here and append it to `CHECKS`, which also sets the order of the report.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,5 +41,5 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (
 
 
 def run_checks(cluster: Cluster) -> list[Finding]:
-    """The findings of all checks."""
+    """The findings of all checks, in order."""
     return [finding for check in CHECKS for finding in check(cluster)]

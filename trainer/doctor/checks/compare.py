@@ -1,4 +1,4 @@
-"""Comparing hosts: which value most of them have, and which hosts differ from it."""
+"""Comparison of hosts: the most common value, and the hosts that differ from it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ T = TypeVar("T")
 
 
 def most_common(values: Mapping[str, T]) -> T:
-    """The value that most hosts have; of equally common ones the first host's."""
+    """The value that most hosts have; of ties the first host's."""
     return Counter(values.values()).most_common(1)[0][0]
 
 
 def outliers(values: Mapping[str, T]) -> dict[T, list[str]]:
-    """Hosts by value, without those that have the most common one."""
+    """Hosts by value, except those with the most common one."""
     usual = most_common(values)
     others: dict[T, list[str]] = {}
     for host, value in values.items():

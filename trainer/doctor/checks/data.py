@@ -1,4 +1,4 @@
-"""Do all hosts see the same shards, and can they read them?"""
+"""Whether all hosts see the same shards and can read them."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ def _probed(cluster: Cluster) -> dict[str, ShardFacts]:
 
 
 def same_shards(cluster: Cluster) -> Iterator[Finding]:
-    """One index, the same on every host."""
+    """All hosts see the same index."""
     probed = _probed(cluster)
     for host, facts in probed.items():
         if facts.refused:
@@ -24,7 +24,7 @@ def same_shards(cluster: Cluster) -> Iterator[Finding]:
     if not opened:
         return
     for fingerprint, hosts in outliers(opened).items():
-        advice = "copy the shards with their index anew, or let all hosts read one copy"
+        advice = "copy the shards with their index again, or let all hosts read one copy"
         found = f"other shards: fingerprint {fingerprint[:12]}"
         yield Finding(Level.ERROR, "shards", abbreviate(hosts), found, most_common(opened)[:12], advice)
     if len(set(opened.values())) == 1 and not any(facts.refused for facts in probed.values()):
@@ -34,15 +34,15 @@ def same_shards(cluster: Cluster) -> Iterator[Finding]:
 
 
 def readable(cluster: Cluster) -> Iterator[Finding]:
-    """The first and last samples of some shards are what was indexed; and how fast they came."""
+    """The first and last samples of some shards match the index; with the read throughput."""
     probed = _probed(cluster)
     for host, facts in probed.items():
         if facts.unreadable:
             found = (
-                f"{len(facts.unreadable)} of {facts.tried} tried samples cannot be used: {abbreviate(facts.unreadable)}"
+                f"{len(facts.unreadable)} of {facts.tried} tried samples cannot be read: {abbreviate(facts.unreadable)}"
             )
             advice = "run 'mixmae shards check' there; check its disk, mount or network"
-            yield Finding(Level.ERROR, "samples", host, found, "the bytes that were indexed", advice)
+            yield Finding(Level.ERROR, "samples", host, found, "samples as indexed", advice)
         if facts.note:
             yield Finding(Level.NOTE, "samples", host, facts.note)
     good = [facts for facts in probed.values() if facts.seconds and not facts.unreadable]

@@ -1,4 +1,4 @@
-"""GPUs: there, alike, free and in good health."""
+"""GPUs: visible, of one model, free and healthy."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from mixmae.trainer.doctor.facts import Gpu, HostFacts, RankFacts
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _FREE = 0.95
-"""Share of its memory that a GPU has free before ranks use it."""
+"""Fraction of its memory that must be free on an idle GPU."""
 
 
 def _all(cluster: Cluster) -> Iterator[tuple[HostFacts, Gpu]]:
@@ -30,7 +30,7 @@ def visible(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(
                 Level.ERROR, "GPUs", host.host, f"{len(host.gpus)}, of which torch sees none", "all of them", advice
             )
-        elif least > 1 and most >= least:  # a task that sees one GPU takes that, see `_shared_gpus`
+        elif least > 1 and most >= least:  # a task that sees one GPU uses that, see `_shared_gpus`
             advice = "start no more ranks on a host than it has GPUs: slots in the hostfile, --gpus-per-node"
             yield Finding(Level.ERROR, "GPUs", host.host, f"{least} for {most + 1} ranks", f"{most + 1}", advice)
     with_gpus = [rank.host for rank in cluster.ranks if rank.gpus]
@@ -51,12 +51,12 @@ def _shared_gpus(cluster: Cluster) -> Iterator[Finding]:
     for gpu, ranks in ranks_of.items():
         if len(ranks) > 1:
             found = f"ranks {abbreviate([str(rank.rank) for rank in ranks])} share {gpu}"
-            advice = "give each rank a GPU of its own; check CUDA_VISIBLE_DEVICES and at hosts named twice"
+            advice = "give each rank its own GPU; check CUDA_VISIBLE_DEVICES and hosts listed twice"
             yield Finding(Level.ERROR, "GPUs", ranks[0].host, found, "a GPU for each", advice)
 
 
 def alike(cluster: Cluster) -> Iterator[Finding]:
-    """The same model and memory everywhere: the slowest GPU sets the pace."""
+    """All GPUs have the same model and memory: the slowest one limits the throughput."""
     kinds = {_name(host, gpu): (gpu.name, round(gpu.memory / 2**30)) for host, gpu in _all(cluster)}
     if not kinds:
         return
@@ -70,22 +70,22 @@ def alike(cluster: Cluster) -> Iterator[Finding]:
 
 
 def free_memory(cluster: Cluster) -> Iterator[Finding]:
-    """Nobody else holds the GPUs' memory."""
+    """GPU memory is not used by other processes."""
     for host, gpu in _all(cluster):
         if gpu.free is not None and gpu.free < _FREE * gpu.memory:
             users = f" by processes {abbreviate([str(pid) for pid in gpu.used_by])}" if gpu.used_by else ""
             found = f"{size(gpu.memory - gpu.free)} of {size(gpu.memory)} in use{users}"
-            advice = "end what was left there by an earlier job ('nvidia-smi' names it), or take another node"
+            advice = "kill processes left by an earlier job (see 'nvidia-smi'), or use another node"
             yield Finding(Level.WARNING, "GPU memory", _name(host, gpu), found, f"{_FREE:.0%} free", advice)
 
 
 def errors(cluster: Cluster) -> Iterator[Finding]:
-    """Memory errors; and hosts whose GPUs could not be read."""
+    """Memory errors; and hosts where NVML is unavailable."""
     for host, gpu in _all(cluster):
         if gpu.ecc_uncorrected or gpu.pending_repair:
-            waiting = " and a repair that waits for a reset" if gpu.pending_repair else ""
-            found = f"{gpu.ecc_uncorrected or 0} uncorrected memory errors{waiting}"
-            advice = "drain the node and reset the GPU ('nvidia-smi --gpu-reset'); replace it if they come back"
+            pending = ", row remapping pending until a reset" if gpu.pending_repair else ""
+            found = f"{gpu.ecc_uncorrected or 0} uncorrected memory errors{pending}"
+            advice = "drain the node and reset the GPU ('nvidia-smi --gpu-reset'); replace it if they recur"
             yield Finding(Level.ERROR, "GPU errors", _name(host, gpu), found, "none", advice)
     blind = [host.host for host in cluster.hosts if host.nvml and host.gpus]
     if blind:
@@ -96,16 +96,16 @@ def errors(cluster: Cluster) -> Iterator[Finding]:
 
 
 def speed(cluster: Cluster) -> Iterator[Finding]:
-    """Clocks that are held down, lower clock limits than the others', and lost PCIe lanes."""
+    """Throttled clocks, clock limits below those of other GPUs, and missing PCIe lanes."""
     limits = {_name(host, gpu): gpu.clock_limit_mhz for host, gpu in _all(cluster) if gpu.clock_limit_mhz}
     for host, gpu in _all(cluster):
         where = _name(host, gpu)
         if gpu.throttled:
-            advice = "check cooling and power of this node, or take another"
-            found = f"clock held down: {', '.join(gpu.throttled)}"
+            advice = "check cooling and power of this node, or use another"
+            found = f"clock throttled: {', '.join(gpu.throttled)}"
             yield Finding(Level.WARNING, "GPU speed", where, found, "full clock", advice)
         if gpu.pcie_width is not None and gpu.pcie_width[0] < gpu.pcie_width[1]:
-            advice = "reseat the card, or take another node"
+            advice = "reseat the card, or use another node"
             lanes, expected = (f"{width} PCIe lanes" for width in gpu.pcie_width)
             yield Finding(Level.WARNING, "GPU speed", where, lanes, expected, advice)
     for limit, hosts in outliers(limits).items() if limits else ():

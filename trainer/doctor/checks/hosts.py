@@ -1,4 +1,4 @@
-"""Clocks, cores, memory and limits of each host."""
+"""Clocks, cores, memory and resource limits of each host."""
 
 from collections.abc import Iterator
 from functools import reduce
@@ -12,20 +12,20 @@ from mixmae.trainer.doctor.facts import HostFacts
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _CLOCK_WARNING, _CLOCK_ERROR = 1.0, 300.0
-"""Seconds: logs and alerts are confused from the first on; Slurm's authentication and S3 refuse beyond the second."""
+"""Seconds: above the first, logs and alerts are confusing; above the second, Slurm's authentication and S3 fail."""
 _MEMORY_PER_RANK = 3 << 29
 """Bytes of a rank's interpreter, libraries and data workers."""
 _OPEN_FILES, _OPEN_FILES_PER_RANK = 256, 8
-"""What a process opens for itself, and its connections to each of the others."""
+"""Files that a process opens by itself, and connections to each other rank."""
 
 
 def clocks(cluster: Cluster) -> Iterator[Finding]:
-    """Hosts' clocks against the main rank's."""
+    """Clock offsets of hosts from the main rank's."""
     off = [clock for clock in cluster.clocks if abs(clock.ahead) - clock.uncertainty > _CLOCK_WARNING]
     for clock in off:
         level = Level.ERROR if abs(clock.ahead) > _CLOCK_ERROR else Level.WARNING
         found = f"{abs(clock.ahead):.1f} s {'ahead of' if clock.ahead > 0 else 'behind'} the main rank's host"
-        advice = "start a time service there ('timedatectl set-ntp true', chrony)"
+        advice = "enable time synchronisation there ('timedatectl set-ntp true', chrony)"
         yield Finding(level, "clock", clock.host, found, f"within {_CLOCK_WARNING:g} s", advice)
     if cluster.clocks and not off:
         widest = max(abs(clock.ahead) + clock.uncertainty for clock in cluster.clocks)
@@ -53,13 +53,13 @@ def cores(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _cores(cluster: Cluster, host: HostFacts) -> int:
-    """Cores that any rank of a host may run on."""
+    """Number of cores in the union of the affinities of a host's ranks."""
     return reduce(or_, (rank.cores for rank in cluster.ranks_of(host)), 0).bit_count()
 
 
 def memory(cluster: Cluster) -> Iterator[Finding]:
-    """Room for the ranks, and for the copy of their states from which checkpoints are written."""
-    states = _copied_states(cluster)
+    """Memory for the ranks, and for the staging buffers of asynchronous checkpoints."""
+    states = _staging_bytes(cluster)
     low = False
     for host in cluster.hosts:
         count = len(cluster.ranks_of(host))
@@ -67,22 +67,22 @@ def memory(cluster: Cluster) -> Iterator[Finding]:
         if host.memory_available < needed:
             low = True
             found = f"{size(host.memory_available)} of {size(host.memory)} available"
-            advice = "end what else runs there, ask for more memory (Slurm: --mem=0), or put fewer ranks on a host"
+            advice = "stop other processes there, request more memory (Slurm: --mem=0), or put fewer ranks on a host"
             yield Finding(Level.WARNING, "memory", host.host, found, f"{size(needed)} for {count} ranks", advice)
     if not low and cluster.hosts:
         least = min(host.memory_available for host in cluster.hosts)
         yield Finding(Level.OK, "memory", describe_hosts(len(cluster.hosts)), f"at least {size(least)} available")
 
 
-def _copied_states(cluster: Cluster) -> int:
-    """Bytes of host memory, of all ranks together, from which checkpoints are written while training goes on."""
+def _staging_bytes(cluster: Cluster) -> int:
+    """Bytes of host memory for staging asynchronous checkpoints, of all ranks together."""
     if cluster.recipe is None or not cluster.recipe.checkpoint.asynchronous:
         return 0
     return checkpoint_bytes(cluster) or 0
 
 
 def open_files(cluster: Cluster) -> Iterator[Finding]:
-    """`ulimit -n` for connections to all ranks."""
+    """`ulimit -n` suffices for connections to all ranks."""
     needed = _OPEN_FILES + _OPEN_FILES_PER_RANK * cluster.world_size
     low = [host for host in cluster.hosts if host.open_files < needed]
     for host in low:
@@ -95,7 +95,7 @@ def open_files(cluster: Cluster) -> Iterator[Finding]:
 
 
 def locked_memory(cluster: Cluster) -> Iterator[Finding]:
-    """InfiniBand registers memory, which the limit of locked memory must allow."""
+    """`ulimit -l` is unlimited where InfiniBand has to register memory."""
     low = [host.host for host in cluster.hosts if host.fabric is not None and host.locked_memory >= 0]
     if low:
         advice = "'ulimit -l unlimited' for whoever starts ranks there (memlock in limits.conf, LimitMEMLOCK of slurmd)"
@@ -103,10 +103,11 @@ def locked_memory(cluster: Cluster) -> Iterator[Finding]:
 
 
 def shared_memory(cluster: Cluster) -> Iterator[Finding]:
-    """/dev/shm for batches on their way from data workers, and for NCCL."""
+    """/dev/shm is large enough for batches of the data workers, and for NCCL."""
     short = False
     for host in cluster.hosts:
-        needed = len(cluster.ranks_of(host)) * _batches_ahead(cluster)
+        ahead = 0 if cluster.recipe is None else cluster.recipe.batch_bytes_ahead
+        needed = len(cluster.ranks_of(host)) * ahead
         if host.shm is None:
             short = True
             advice = "mount a tmpfs on /dev/shm; data workers and NCCL need it"
@@ -117,7 +118,7 @@ def shared_memory(cluster: Cluster) -> Iterator[Finding]:
             advice = "enlarge it (mount -o remount,size=..., docker --shm-size), or lower data.prefetch_factor"
             yield Finding(Level.ERROR, "/dev/shm", host.host, found, f"{size(needed)} for batches", advice)
         if host.shm is not None and host.shm.left_over:
-            found = f"{size(host.shm.left_over)} of ranks that were killed"
+            found = f"{size(host.shm.left_over)} left by killed ranks"
             advice = "if no other DeepSpeed job runs there: rm /dev/shm/deepspeed_allreduce_buffer_*"
             yield Finding(Level.NOTE, "/dev/shm", host.host, found, "nothing", advice)
     if not short and cluster.hosts:
@@ -125,17 +126,8 @@ def shared_memory(cluster: Cluster) -> Iterator[Finding]:
         yield Finding(Level.OK, "/dev/shm", describe_hosts(len(cluster.hosts)), f"at least {size(least)} free")
 
 
-def _batches_ahead(cluster: Cluster) -> int:
-    """Bytes of the batches that a rank's workers hold ready."""
-    if cluster.recipe is None:
-        return 0
-    data, side = cluster.recipe.data, cluster.recipe.encoder.img_size
-    pixels = 3 * side * side
-    return data.num_workers * data.prefetch_factor * cluster.recipe.train.micro_batch * pixels
-
-
 def exporter_port(cluster: Cluster) -> Iterator[Finding]:
-    """The port of each node's metrics."""
+    """Whether each node's port for metrics is free."""
     taken = [host.host for host in cluster.hosts if host.exporter_port_free is False]
     if taken and cluster.recipe is not None:
         found = f"port {cluster.recipe.monitoring.port} is taken"

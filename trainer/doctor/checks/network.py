@@ -1,4 +1,4 @@
-"""Do hosts reach each other, over which interface, and how fast?"""
+"""Whether hosts reach each other, over which interface, and how fast."""
 
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -10,11 +10,11 @@ from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 
 _CHOSEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ENOUGH = 0.5
-"""Share of what the link should give; below it something is wrong."""
+"""Fraction of the link's bandwidth below which an all-reduce is slow."""
 
 
 def own_names(cluster: Cluster) -> Iterator[Finding]:
-    """A host's own name must not lead to its loopback interface: others would be told to call that."""
+    """A host's own name must not resolve to its loopback interface: other hosts would be given that address."""
     if len(cluster.hosts) < 2:
         return
     for host in cluster.hosts:
@@ -36,13 +36,13 @@ def neighbours(cluster: Cluster) -> Iterator[Finding]:
     for probe in failed:
         found = f"cannot reach {probe.neighbour}: {probe.unreachable}"
         advice = "open the hosts' firewalls to each other (TCP, all ports above 1023), and check routes"
-        yield Finding(Level.ERROR, "ports", names[probe.rank], found, "an answer", advice)
+        yield Finding(Level.ERROR, "ports", names[probe.rank], found, "a connection", advice)
     if len(cluster.probes) > 1 and not failed:
         yield Finding(Level.OK, "ports", describe_hosts(len(cluster.probes)), "each host reaches the next one")
 
 
 def all_reduce(cluster: Cluster) -> Iterator[Finding]:
-    """The measured bus bandwidth against what the link should give."""
+    """The measured bus bandwidth, compared with the link's."""
     network = cluster.network
     if network is None:
         return
@@ -50,7 +50,7 @@ def all_reduce(cluster: Cluster) -> Iterator[Finding]:
     if network.failure:
         advice = f"choose the interface with {network.backend.upper()}_SOCKET_IFNAME"
         advice += ", and run again with NCCL_DEBUG=INFO" if network.backend == "nccl" else "; check host names, ports"
-        yield Finding(Level.ERROR, "all-reduce", where, f"{network.backend}: {network.failure}", "a sum", advice)
+        yield Finding(Level.ERROR, "all-reduce", where, f"{network.backend}: {network.failure}", "a result", advice)
         return
     measured = fastest(cluster)
     if measured is None:
@@ -58,7 +58,7 @@ def all_reduce(cluster: Cluster) -> Iterator[Finding]:
     found = f"{network.backend}{_over(cluster)}: {_speed(measured)} bus bandwidth ({_by_size(cluster, network)})"
     link = expected_link(cluster)
     if link is None and len(cluster.hosts) > 1:
-        advice = "to have it judged, say what the network should give, such as --link 200gbps"
+        advice = "give the expected bandwidth to check it against, such as --link 200gbps"
         yield Finding(Level.NOTE, "all-reduce", where, found, advice=advice)
         return
     if link is None:
@@ -67,18 +67,18 @@ def all_reduce(cluster: Cluster) -> Iterator[Finding]:
     rate, source = link
     expected = f"{_speed(rate)} ({source})"
     if is_slow(cluster):
-        yield Finding(Level.WARNING, "all-reduce", where, found, expected, _what_is_slow(network))
+        yield Finding(Level.WARNING, "all-reduce", where, found, expected, _slow_advice(network))
     else:
         yield Finding(Level.OK, "all-reduce", where, found, expected)
 
 
 def bus_bandwidth(reduction: Reduction, world_size: int) -> float:
-    """Bytes per second through each rank's link, as nccl-tests defines it: comparable with the link's own speed."""
+    """Bytes per second through each rank's link (bus bandwidth of nccl-tests), comparable to the link's speed."""
     return reduction.bytes / reduction.seconds * 2 * (world_size - 1) / world_size
 
 
 def fastest(cluster: Cluster) -> float | None:
-    """The best bus bandwidth of the sizes that were measured."""
+    """The highest bus bandwidth over the measured sizes."""
     if cluster.network is None or cluster.world_size < 2:
         return None
     found = [bus_bandwidth(one, cluster.world_size) for one in cluster.network.reductions]
@@ -86,13 +86,13 @@ def fastest(cluster: Cluster) -> float | None:
 
 
 def is_slow(cluster: Cluster) -> bool:
-    """Whether the all-reduce reached less than half of what the link should give."""
+    """Whether the all-reduce reached less than half of the link's bandwidth."""
     measured, link = fastest(cluster), expected_link(cluster)
     return measured is not None and link is not None and measured < _ENOUGH * link[0]
 
 
 def expected_link(cluster: Cluster) -> tuple[float, str] | None:
-    """What the slowest link of the ring should give, in bytes per second, and who says so; None where nobody does."""
+    """Bandwidth of the slowest link of the ring in bytes per second, and its source; None if unknown."""
     if cluster.link is not None:
         return cluster.link, "--link"
     if len(cluster.hosts) > 1:
@@ -112,7 +112,7 @@ def _network_of(host: HostFacts, cluster: Cluster) -> tuple[float, str] | None:
 
 
 def _over(cluster: Cluster) -> str:
-    """Through which interfaces, as far as that is known."""
+    """The interfaces used, as far as known."""
     if len(cluster.hosts) < 2:
         return ""
     if cluster.network is not None and cluster.network.backend == "nccl" and any(h.fabric for h in cluster.hosts):
@@ -122,7 +122,7 @@ def _over(cluster: Cluster) -> str:
     return f" over {', '.join(sorted(map(str, chosen or names)))}" if chosen or names else ""
 
 
-def _what_is_slow(network: Network) -> str:
+def _slow_advice(network: Network) -> str:
     advice = "check that NCCL takes the fast interface (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, NCCL_IB_HCA)"
     if network.backend == "gloo":
         advice = "check that the fast interface is taken (GLOO_SOCKET_IFNAME)"

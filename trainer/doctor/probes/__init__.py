@@ -1,1 +1,1 @@
-"""Gathering facts about a host; nothing is judged here."""
+"""Probes that collect facts about a host; the checks evaluate them."""

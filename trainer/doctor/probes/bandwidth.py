@@ -1,4 +1,4 @@
-"""What goes through the network: an all-reduce of all ranks, and pairs of neighbours where that is slow."""
+"""Network bandwidth: all-reduces of all ranks, and point-to-point between pairs of neighbours if those are slow."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ _PAIR_BYTES = 16 << 20
 
 
 class WrongSumError(RuntimeError):
-    """An all-reduce gave another number than the sum."""
+    """An all-reduce gave a wrong sum."""
 
 
 def measure_reductions(ranks: Ranks, sizes: Sequence[int]) -> tuple[Reduction, ...]:
-    """Times all-reduces of some sizes in bytes; a collective call.
+    """Times all-reduces of these sizes in bytes. Collective.
 
     Raises:
-        WrongSumError: the network changes what it carries.
+        WrongSumError: data is corrupted in transit.
     """
     return tuple(Reduction(size, _reduction(ranks, size)) for size in sizes)
 
@@ -31,7 +31,7 @@ def _reduction(ranks: Ranks, size: int) -> float:
     dist.all_reduce(values)
     low, high = values.min().item(), values.max().item()
     if not low == high == ranks.world_size:
-        raise WrongSumError(f"ones of {ranks.world_size} ranks add up to {low:g} to {high:g}")
+        raise WrongSumError(f"all-reduce of ones over {ranks.world_size} ranks gave {low:g} to {high:g}")
     values.zero_()
     seconds = _time(ranks, lambda: [dist.all_reduce(values) for _ in range(_REPEATS)])
     slowest = torch.tensor(seconds / _REPEATS, dtype=torch.float64, device=ranks.device)
@@ -40,26 +40,26 @@ def _reduction(ranks: Ranks, size: int) -> float:
 
 
 def _time(ranks: Ranks, work: Callable[[], object]) -> float:
-    """Seconds of some work, which all of its ranks begin together."""
-    _finish(ranks)
+    """Duration of some work in seconds, with the device synchronised before and after."""
+    _synchronize(ranks)
     started = time.perf_counter()
     work()
-    _finish(ranks)
+    _synchronize(ranks)
     return time.perf_counter() - started
 
 
-def _finish(ranks: Ranks) -> None:
+def _synchronize(ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize(ranks.device)
 
 
 def measure_ring(ranks: Ranks, members: Sequence[int]) -> dict[tuple[int, int], float]:
-    """Rates between neighbours of a ring, in bytes per second and one way at a time; a collective call.
+    """Bandwidth between neighbours of a ring, in bytes per second and one direction at a time. Collective.
 
-    Pairs that share no rank take their turn together.
+    Pairs without a common rank are measured at the same time.
 
     Returns:
-        those pairs of which this rank is the first.
+        the pairs of which this rank is the first.
     """
     rates = {}
     for turn in turns(members):
@@ -74,7 +74,7 @@ def measure_ring(ranks: Ranks, members: Sequence[int]) -> dict[tuple[int, int], 
 
 
 def turns(members: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """The pairs of neighbours of a ring, in groups in which nobody stands twice."""
+    """The pairs of neighbours of a ring, in groups of pairs without a common rank."""
     pairs = [(a, b) for a, b in zip(members, [*members[1:], members[0]], strict=True) if a != b]
     if len(members) == 2:
         pairs = pairs[:1]
@@ -92,5 +92,5 @@ def _exchange(ranks: Ranks, first: int, second: int) -> float:
             there(values, other)
             back(values, other)
 
-    trips()  # connects the two
+    trips()  # warm-up: opens the connection
     return _time(ranks, trips)

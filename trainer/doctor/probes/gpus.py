@@ -1,4 +1,4 @@
-"""A host's GPUs through NVML; its library is an optional package, and a machine may have no driver."""
+"""A host's GPUs through NVML; nvidia-ml-py is optional, and a machine may have no driver."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ _LANE = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 
 
 def read_gpus() -> tuple[tuple[Gpu, ...], dict[str, str], str]:
-    """The GPUs, versions of what drives them, and why NVML shows nothing (empty where it does)."""
+    """The GPUs, driver versions, and why NVML is unavailable (empty if it is available)."""
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -28,7 +28,7 @@ def read_gpus() -> tuple[tuple[Gpu, ...], dict[str, str], str]:
 
 
 class _Reader:
-    """One GPU. Not every GPU tells everything: what it does not support stays None."""
+    """Reads one GPU. Values that a GPU does not support are None."""
 
     def __init__(self, nvml: Any, index: int) -> None:
         self._nvml, self._index = nvml, index
@@ -44,17 +44,17 @@ class _Reader:
             name=nvml.nvmlDeviceGetName(handle),
             memory=memory.total,
             free=memory.free,
-            used_by=tuple(self._ask(lambda: [p.pid for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]) or ()),
-            ecc_uncorrected=self._ask(self._uncorrected),
-            pending_repair=self._ask(lambda: bool(nvml.nvmlDeviceGetRemappedRows(handle)[2])),
+            used_by=tuple(self._get(lambda: [p.pid for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]) or ()),
+            ecc_uncorrected=self._get(self._uncorrected),
+            pending_repair=self._get(lambda: bool(nvml.nvmlDeviceGetRemappedRows(handle)[2])),
             throttled=self._throttled(),
-            clock_limit_mhz=self._ask(lambda: int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))),
-            pcie_width=self._ask(self._pcie_width),
+            clock_limit_mhz=self._get(lambda: int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))),
+            pcie_width=self._get(self._pcie_width),
             link=link,
             link_kind=kind,
         )
 
-    def _ask(self, query: Callable[[], Any]) -> Any:
+    def _get(self, query: Callable[[], Any]) -> Any:
         try:
             return query()
         except self._nvml.NVMLError:
@@ -68,12 +68,12 @@ class _Reader:
     def _throttled(self) -> tuple[str, ...]:
         nvml = self._nvml
         reasons = {
-            nvml.nvmlClocksThrottleReasonHwThermalSlowdown: "too hot",
-            nvml.nvmlClocksThrottleReasonSwThermalSlowdown: "held below a temperature",
+            nvml.nvmlClocksThrottleReasonHwThermalSlowdown: "hardware thermal slowdown",
+            nvml.nvmlClocksThrottleReasonSwThermalSlowdown: "thermal limit",
             nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "power brake",
             nvml.nvmlClocksThrottleReasonHwSlowdown: "hardware slowdown",
         }
-        held = self._ask(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)) or 0
+        held = self._get(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)) or 0
         return tuple(words for bit, words in reasons.items() if held & bit)
 
     def _pcie_width(self) -> tuple[int, int]:
@@ -82,13 +82,13 @@ class _Reader:
 
     def _link(self) -> tuple[float | None, str]:
         """What it sends to other GPUs of its host at best, one way."""
-        nvlinks = sum(bool(self._ask(lambda n=n: self._nvlink_is_active(n))) for n in range(18))  # type: ignore[misc]
-        speed = self._ask(self._nvlink_speed) if nvlinks else None
+        nvlinks = sum(bool(self._get(lambda n=n: self._nvlink_is_active(n))) for n in range(18))  # type: ignore[misc]
+        speed = self._get(self._nvlink_speed) if nvlinks else None
         if speed:
             return nvlinks * speed, f"{nvlinks} NVLinks"
         pcie = (
-            self._ask(lambda: self._nvml.nvmlDeviceGetMaxPcieLinkGeneration(self._handle)),
-            self._ask(self._pcie_width),
+            self._get(lambda: self._nvml.nvmlDeviceGetMaxPcieLinkGeneration(self._handle)),
+            self._get(self._pcie_width),
         )
         if None in pcie or pcie[0] not in _LANE:
             return None, ""

@@ -1,4 +1,4 @@
-"""What a rank and its host are: memory, limits, GPUs, interfaces."""
+"""Facts about a rank and its host: memory, limits, GPUs, interfaces."""
 
 import os
 import resource
@@ -17,11 +17,11 @@ from mixmae.trainer.doctor.probes.versions import relevant, software
 from mixmae.trainer.engine.distributed import Ranks
 
 _LEFT_OVER = "deepspeed_allreduce_buffer_*"
-"""What killed ranks of other programs leave in shared memory."""
+"""Shared-memory files that killed ranks of DeepSpeed programs leave behind."""
 
 
 def rank_facts(ranks: Ranks) -> RankFacts:
-    """This process. Allocates nothing on a GPU."""
+    """Facts about this process. Allocates nothing on a GPU."""
     gpus = torch.cuda.device_count()
     takes_one = ranks.device.type == "cuda" and ranks.device.index < gpus
     return RankFacts(
@@ -37,13 +37,13 @@ def rank_facts(ranks: Ranks) -> RankFacts:
 
 
 def _machine() -> str:
-    """The kernel that runs, and the network it shows: two hosts may have one name, and one host two."""
+    """An id of the machine and its network namespace: host names are not unique, and a host may have several."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def host_facts(ranks: Ranks, exporter_port: int | None, listens_at: tuple[str, int]) -> HostFacts:
-    """This host, for its first rank. Allocates nothing on a GPU."""
+    """Facts about this host, for its first rank. Allocates nothing on a GPU."""
     memory = psutil.virtual_memory()
     gpus, drivers, nvml = read_gpus()
     open_files, open_files_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -77,6 +77,6 @@ def _shared_memory() -> SharedMemory | None:
 
 
 def _gpus_of_torch() -> tuple[Gpu, ...]:
-    """Names and sizes, where NVML tells nothing."""
+    """Names and sizes of GPUs, if NVML is unavailable."""
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return tuple(Gpu(i, str(one.uuid), one.name, one.total_memory) for i, one in enumerate(properties))

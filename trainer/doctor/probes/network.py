@@ -1,4 +1,4 @@
-"""A host's interfaces, and whether its neighbour answers."""
+"""A host's network interfaces, and connection tests between hosts."""
 
 import socket
 from pathlib import Path
@@ -9,13 +9,13 @@ import psutil
 from mixmae.trainer.doctor.facts import Interface
 
 _SECONDS = 5.0
-"""In which a neighbour has to answer."""
+"""Connection timeout."""
 _BITS_OF_RATE = 1e9 / 8
 FABRIC = Path("/sys/class/infiniband")
 
 
 def address_towards(host: str) -> str:
-    """This host's address on the way to another; nothing is sent."""
+    """This host's address on the route to another host; sends no packet."""
     family, kind, protocol, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(there)
@@ -23,7 +23,7 @@ def address_towards(host: str) -> str:
 
 
 def interface_with(address: str) -> Interface | None:
-    """The interface that has an address, with the speed that its driver tells."""
+    """The interface that has this address, with the nominal speed that its driver reports."""
     stats = psutil.net_if_stats()
     for name, addresses in psutil.net_if_addrs().items():
         if address in (one.address.partition("%")[0] for one in addresses):
@@ -33,14 +33,14 @@ def interface_with(address: str) -> Interface | None:
 
 
 def fabric_rate(folder: Path = FABRIC) -> float | None:
-    """Bytes per second of all active InfiniBand and RoCE ports together; None without any."""
+    """Total rate of all active InfiniBand and RoCE ports in bytes per second; None without any."""
     ports = [port for port in folder.glob("*/ports/*") if "ACTIVE" in (port / "state").read_text()]
     rates = [float((port / "rate").read_text().split()[0]) for port in ports]
     return sum(rates) * _BITS_OF_RATE if rates else None
 
 
 def own_addresses() -> tuple[str, ...]:
-    """What this host's name resolves to here; nothing if to nothing."""
+    """Addresses that this host's name resolves to on this host; empty if it does not resolve."""
     try:
         found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
     except socket.gaierror:
@@ -49,7 +49,7 @@ def own_addresses() -> tuple[str, ...]:
 
 
 def is_free(port: int) -> bool:
-    """Whether a port of the loopback interface can be taken now."""
+    """Whether a port of the loopback interface is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -60,7 +60,7 @@ def is_free(port: int) -> bool:
 
 
 class Listener:
-    """A port that neighbours try to reach; the kernel accepts for it."""
+    """A listening port for the connection test of another host; the kernel accepts connections."""
 
     def __init__(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -77,7 +77,7 @@ class Listener:
 
 
 def why_unreachable(address: str, port: int) -> str:
-    """Why a port does not answer; empty where it does."""
+    """Why a port cannot be reached; empty if it can."""
     try:
         with socket.create_connection((address, port), _SECONDS):
             return ""

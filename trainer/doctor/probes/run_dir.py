@@ -1,4 +1,4 @@
-"""The run directory as a host sees it."""
+"""The run directory as seen from a host."""
 
 import errno
 import os
@@ -15,20 +15,20 @@ from mixmae.trainer.doctor.facts import RunDirFacts
 from mixmae.trainer.doctor.protocol.folders import temporary_folder
 
 _CACHING = 5.0
-"""Seconds after which a network file system shows what another host wrote."""
+"""Seconds that a network file system may take to show another host's writes."""
 _WRITING = 5.0
-"""Seconds after which no more is written."""
+"""Seconds after which the write test stops."""
 _TOKEN = "token"
 
 
 @contextmanager
 def probe_folder(run_dir: Path) -> Iterator[tuple[Path, str]]:
-    """A folder in the run directory with a random token in it; for the main rank.
+    """A folder in the run directory with a random token in it. For the main rank.
 
-    A run directory that is not there yet is made for as long as the probe takes.
+    A missing run directory is created and removed again.
 
     Raises:
-        OSError: it cannot be made or written.
+        OSError: it cannot be created or written.
     """
     folder, token = run_dir / f".doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
     with temporary_folder(run_dir):
@@ -41,7 +41,7 @@ def probe_folder(run_dir: Path) -> Iterator[tuple[Path, str]]:
 
 
 def probe_run_dir(run_dir: Path, probe: Path, token: str, rank: int, size: int) -> RunDirFacts:
-    """Whether this host shares the run directory, and how fast it writes there: `size` bytes at most."""
+    """Whether this host shares the run directory, and its write throughput, measured with up to `size` bytes."""
     saw = _until(lambda: (probe / _TOKEN).is_file() and (probe / _TOKEN).read_text() == token)
     wrote, seconds, problem = _write(probe / f"host-{rank}", size) if saw else (0, 0.0, "")
     there = _nearest(run_dir)
@@ -58,12 +58,12 @@ def probe_run_dir(run_dir: Path, probe: Path, token: str, rank: int, size: int) 
 
 
 def arrived(probe: Path, rank: int) -> bool:
-    """Whether the main rank reads what a host wrote."""
+    """Whether the main rank can see a host's file."""
     return _until(lambda: probe / f"host-{rank}" in probe.iterdir())
 
 
 def _write(file: Path, size: int) -> tuple[int, float, str]:
-    """Writes and syncs a file: bytes, seconds, and why it failed if it did."""
+    """Writes and syncs a file; returns bytes, seconds and an error message, empty on success."""
     block = os.urandom(min(size, 1 << 20))
     wrote, started = 0, time.perf_counter()
     try:
@@ -79,7 +79,7 @@ def _write(file: Path, size: int) -> tuple[int, float, str]:
 
 
 def _until(holds: Callable[[], bool]) -> bool:
-    """Waits for what another host did to be seen here, as long as file systems may take."""
+    """Polls a condition that another host's write makes true, for as long as file systems may cache."""
     deadline = time.monotonic() + _CACHING
     while not (there := _quietly(holds)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -89,12 +89,12 @@ def _until(holds: Callable[[], bool]) -> bool:
 def _quietly(holds: Callable[[], bool]) -> bool:
     try:
         return holds()
-    except OSError:  # not there, not readable, or stale: not seen
+    except OSError:  # missing, unreadable or stale
         return False
 
 
 def _nearest(path: Path) -> Path:
-    """The innermost folder of a path that is there, with links followed."""
+    """The innermost existing folder of a path, with symlinks resolved."""
     return next(one for one in (path, *path.absolute().parents) if one.exists()).resolve()
 
 
@@ -104,7 +104,7 @@ def _filesystem(path: Path) -> str:
 
 
 def unusable(run_dir: Path, error: OSError) -> RunDirFacts:
-    """A run directory in which the main rank cannot write."""
+    """Facts of a run directory that the main rank cannot write to."""
     there = _nearest(run_dir)
     free = shutil.disk_usage(there).free
     return RunDirFacts(str(run_dir.resolve()), _filesystem(there), free, True, True, str(error.strerror), 0, 0.0)

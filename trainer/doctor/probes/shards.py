@@ -1,4 +1,4 @@
-"""The shards as a host sees them."""
+"""The shards as seen from a host."""
 
 import time
 from collections.abc import Iterator
@@ -13,23 +13,23 @@ from mixmae.trainer.doctor.facts import ShardFacts
 from mixmae.trainer.recipe.schema import Recipe
 
 _SHARDS = 8
-"""So many shards are tried, the first and the last among them."""
+"""Number of shards to read from, including the first and the last."""
 
 
 def probe_shards(recipe: Recipe, seconds: float) -> ShardFacts:
-    """Opens the shards as a run would, and reads samples of some of them; begins none after `seconds`."""
+    """Opens the shards as a run would, and reads samples from some of them; starts no read after `seconds`."""
     once = recipe.data.network.model_copy(update={"retries": 1})
     try:
         index = open_index(recipe.data.shards, once, recipe.data.cache)
     except UsageError as error:
         return ShardFacts(refused=str(error))
     try:
-        return _look_into(index, recipe.data.max_corrupt_fraction, seconds)
+        return _read_samples(index, recipe.data.max_corrupt_fraction, seconds)
     finally:
         index.store.close()
 
 
-def _look_into(index: ShardIndex, max_corrupt_fraction: float, seconds: float) -> ShardFacts:
+def _read_samples(index: ShardIndex, max_corrupt_fraction: float, seconds: float) -> ShardFacts:
     try:
         note = require_usable(index, max_corrupt_fraction) or ""
     except UsageError as error:
@@ -49,7 +49,7 @@ def _look_into(index: ShardIndex, max_corrupt_fraction: float, seconds: float) -
 
 
 def first_and_last(index: ShardIndex) -> Iterator[int]:
-    """The first and the last usable sample of some shards, spread over the directory."""
+    """The first and last usable samples of some shards, spread evenly over the index."""
     ends = np.cumsum([shard.samples for shard in index.shards])
     for shard in np.unique(np.linspace(0, len(ends) - 1, _SHARDS).astype(int)):
         start = int(ends[shard]) - index.shards[shard].samples

@@ -1,4 +1,4 @@
-"""Which software a host runs, down to the project's own sources."""
+"""Software versions of a host, including a hash of the project's sources."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from mixmae.base.software import versions
 SOURCES = "mixmae's sources"
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "DS_", "UCX_", "FI_", "LD_", "PYTHONPATH")
 _BY_RANK = ("CUDA_VISIBLE_DEVICES",)
-"""Launchers set these for each rank as it should be."""
+"""Launchers set these for each rank."""
 
 
 def software(drivers: Mapping[str, str]) -> dict[str, str]:
-    """Versions by name: packages, what torch was built with, drivers, and a fingerprint of the project's sources."""
+    """Versions by name: packages, torch's CUDA and NCCL, drivers, and a hash of the project's sources."""
     built = {"CUDA": torch.version.cuda or "none"}
     if torch.cuda.is_available():
         built["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -24,7 +24,7 @@ def software(drivers: Mapping[str, str]) -> dict[str, str]:
 
 
 def fingerprint_of(folders: list[Path]) -> str:
-    """Of all Python files below some folders; 12 hexadecimal digits."""
+    """Hash of all Python files below the folders; 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
@@ -37,7 +37,7 @@ def _packages() -> list[Path]:
 
 
 def relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that change how ranks compute or communicate."""
+    """Environment variables that affect computation or communication."""
     return {
         name: value
         for name, value in sorted(environment.items())

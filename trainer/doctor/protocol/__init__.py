@@ -1,1 +1,1 @@
-"""What the launcher shares with the doctor: findings, folders, link speeds. No torch."""
+"""Types that the launcher shares with the doctor: findings, folders, link speeds. No torch."""

@@ -1,4 +1,4 @@
-"""The findings of the checks: one line each, as a table, as JSON and as an exit code. No torch."""
+"""Findings of the checks, printed as a table, lines or JSON, and their exit code. No torch."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,14 @@ from rich.text import Text
 from mixmae.base.exit_codes import FAILED, FINISHED
 from mixmae.base.redaction import redact
 
-_NARROW, _ENDLESS = 140, 10_000
+_NARROW, _UNWRAPPED = 140, 10_000
 """Columns of a terminal that a table needs; and of a file, where every line stays whole."""
+_NARROW_CHECK = 16
 _SHOWN = 4
 
 
 class Level(IntEnum):
-    """How bad it is. A run may start with warnings; an error stops it."""
+    """Severity of a finding. Warnings do not stop a run from starting; errors do."""
 
     OK = 0
     NOTE = 1
@@ -35,14 +36,14 @@ _STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.WARNING: "bold yellow", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One result of a check.
 
     Attributes:
-        check: what was checked.
-        where: host, rank, file, or how many hosts.
-        found: the value.
-        expected: what it should have been; empty where there is no such thing.
-        advice: what to do; never empty in a warning or an error.
+        check: name of the check.
+        where: host, rank or file, or the number of hosts.
+        found: the value found.
+        expected: the expected value; may be empty.
+        advice: how to fix it; never empty in a warning or an error.
     """
 
     level: Level
@@ -57,37 +58,38 @@ class Finding:
         for name in ("where", "found", "expected", "advice"):
             object.__setattr__(self, name, redact(getattr(self, name)))
 
-    def line(self) -> str:
-        """As one line of text."""
+    def describe(self) -> str:
+        """All but level and check, as one sentence."""
+        where = f"{self.where}: " if self.where else ""
         expected = f", expected {self.expected}" if self.expected else ""
         advice = f"; {self.advice}" if self.advice else ""
-        return f"{self.level}: {self.check}: {self.where}: {self.found}{expected}{advice}"
+        return f"{where}{self.found}{expected}{advice}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"level": str(self.level)})
 
 
 def finding_of(fields: Mapping[str, Any]) -> Finding:
-    """What `Finding.to_json` wrote.
+    """Parses a finding from the fields of `Finding.to_json`.
 
     Raises:
-        KeyError, TypeError: something else.
+        KeyError, TypeError: the fields are not those of a finding.
     """
     return Finding(**{**fields, "level": Level[str(fields["level"]).upper()]})
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """By level; within one level in the order given."""
+    """Sorts by level, most severe first; stable within a level."""
     return sorted(findings, key=lambda finding: -finding.level)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """1 if there is an error."""
+    """1 if there is an error, else 0."""
     return FAILED if any(finding.level is Level.ERROR for finding in findings) else FINISHED
 
 
 def summary_line(findings: Sequence[Finding]) -> str:
-    """The last line of a report."""
+    """The last line of a report, with the number of errors and warnings."""
     counts = {level: sum(finding.level is level for finding in findings) for level in Level}
     named = [f"{counts[level]} {level}{'s'[: counts[level] != 1]}" for level in (Level.ERROR, Level.WARNING)]
     state = "not ready" if counts[Level.ERROR] else "ready"
@@ -95,24 +97,18 @@ def summary_line(findings: Sequence[Finding]) -> str:
 
 
 def as_document(findings: Sequence[Finding]) -> str:
-    """All of it as one JSON document."""
+    """All findings as one JSON document."""
     lines = ",\n  ".join(finding.to_json() for finding in worst_first(findings))
     return f'{{"exit_code": {exit_code(findings)}, "findings": [\n  {lines}\n]}}'
 
 
 def print_findings(findings: Sequence[Finding], console: Console, least: Level = Level.OK) -> None:
-    """Prints a table of all from a level on, worst first, and the verdict.
-
-    Where a terminal is too narrow for columns, it has one line after the other.
-    """
+    """Prints a table of all from a level on, worst first, and the verdict; folded to the width of a terminal."""
     if not console.is_terminal:
-        console.width = _ENDLESS
+        console.width = _UNWRAPPED
     ordered = worst_first(finding for finding in findings if finding.level >= least)
-    if console.width < _NARROW:
-        for finding in ordered:
-            console.print(Text(finding.line(), _STYLES[finding.level]))
-    elif ordered:
-        console.print(_table(ordered))
+    if ordered:
+        console.print(_narrow_table(ordered) if console.width < _NARROW else _table(ordered))
     console.print(Text(summary_line(findings), "bold"))
 
 
@@ -123,6 +119,18 @@ def _table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         cells = (finding.check, finding.where, finding.found, finding.expected, finding.advice)
         table.add_row(Text(str(finding.level), _STYLES[finding.level]), *map(Text, cells))
+    return table
+
+
+def _narrow_table(findings: Sequence[Finding]) -> Table:
+    """Level and check, and beside them all else as text."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(max_width=_NARROW_CHECK)
+    table.add_column(ratio=1, overflow="fold")
+    for finding in findings:
+        cells = Text(finding.check), Text(finding.describe())
+        table.add_row(Text(str(finding.level), _STYLES[finding.level]), *cells)
     return table
 
 

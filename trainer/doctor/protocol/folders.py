@@ -7,10 +7,10 @@ from pathlib import Path
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder with its parents; removes afterwards those that were not there, unless they are in use by then.
+    """Creates a folder with its parents; afterwards removes those it created, unless they are in use by then.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Speeds of network links, as users write them. No torch."""
+"""Parser of network link speeds. No torch."""
 
 import argparse
 import re
@@ -8,10 +8,10 @@ _PREFIX = {"M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def link_rate(text: str) -> float:
-    """An argument's type: `200gbps` or `25GB/s` to bytes per second.
+    """Argument type: `200gbps` or `25GB/s` to bytes per second.
 
     Raises:
-        argparse.ArgumentTypeError: text that is not a speed.
+        argparse.ArgumentTypeError: the text is not a speed.
     """
     match = _SPEED.fullmatch(re.sub("[mgt](?=bps|bit/s)", lambda prefix: prefix[0].upper(), text.strip()))
     if match is None or not float(match[1]):

@@ -1,8 +1,8 @@
-"""A rank that trains nothing: `python -m tests.launch.stand_in --world-size N key=value ...`.
+"""A fake rank that does not train: `python -m tests.launch.fake_rank --world-size N key=value ...`.
 
-It steps, beats, notes signals and fails as it is told; ranks that would wait for a failed one in a collective do so.
-Started by `tests.launch.launch_stand_in` it gets a recipe, as a rank that trains does, and says its seed; what it is to
-do stands in the environment then.
+It steps, writes heartbeats, records signals and fails as its settings say. The other ranks then hang, as if they waited
+for the failed one in a collective. Started by `tests.launch.launch_fake_ranks` it gets a recipe, as a real rank does,
+prints its seed, and reads its settings from the environment.
 """
 
 import argparse
@@ -19,17 +19,17 @@ from mixmae.base.exit_codes import PREEMPTED
 from mixmae.base.heartbeat import HEARTBEAT, Heartbeat
 from mixmae.base.rank_env import read_rank_env
 from mixmae.base.run_directory import CHECKPOINTS, checkpoint_name, newest_step
-from mixmae.trainer.checkpoints.layout import point_to
+from mixmae.trainer.checkpoints.layout import set_newest
 from mixmae.trainer.recipe.loading import load_recipe
 
 STEP_SECONDS = 0.1
-SETTINGS = "STAND_IN_SETTINGS"
+SETTINGS = "FAKE_RANK_SETTINGS"
 
 
-class Rank:
-    """Does `steps` steps; at step `at` rank `rank` does `how`: error, exit, kill, stop, hang, leave, deaf.
+class FakeRank:
+    """Does `steps` steps; at step `at` rank `rank` fails by `how`: error, exit, kill, stop, hang or leak-child.
 
-    At that step the file `edits` is written over by all ranks.
+    With `how=ignore-signals` all ranks ignore signals to stop. At step `at` all ranks overwrite the file `edits`.
     """
 
     def __init__(self, settings: dict[str, str]) -> None:
@@ -39,13 +39,13 @@ class Rank:
         self.code = int(settings.get("code", 1))
         self.run_dir = Path(settings["run_dir"]) if "run_dir" in settings else None
         self.edits = Path(settings["edits"]) if "edits" in settings else None
-        self.asked: str | None = None
+        self.stop_signal: str | None = None
         self.beat = Heartbeat(Path(os.environ[HEARTBEAT]))
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN if self.how == "deaf" else self.note)
+            signal.signal(number, signal.SIG_IGN if self.how == "ignore-signals" else self.on_signal)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = signal.Signals(number).name
 
     def run(self) -> int:
         first = newest_step(self.run_dir) if self.run_dir is not None else 0
@@ -56,11 +56,11 @@ class Rank:
             time.sleep(STEP_SECONDS)
             if step == self.at and self.edits is not None:
                 self.edits.write_text("edited: after submission")
-            if step == self.at and self.how not in ("", "deaf"):
+            if step == self.at and self.how not in ("", "ignore-signals"):
                 self.fail() if self.fails else self.wait()
-            if self.asked is not None:
+            if self.stop_signal is not None:
                 self.save(step + 1)
-                print(f"stopped by {self.asked} after step {step + 1}")
+                print(f"stopped by {self.stop_signal} after step {step + 1}")
                 return PREEMPTED
             if (step + 1) % 5 == 0:
                 self.save(step + 1)
@@ -70,17 +70,17 @@ class Rank:
     def fail(self) -> None:
         match self.how:
             case "error":
-                raise RuntimeError("the loss is made of cheese")
+                raise RuntimeError("injected error")
             case "exit":
-                print("mixmae: error: this cannot be", file=sys.stderr)
+                print("mixmae: error: injected usage error", file=sys.stderr)
                 sys.exit(self.code)
             case "kill" | "stop":
                 os.kill(os.getpid(), signal.SIGKILL if self.how == "kill" else signal.SIGSTOP)
             case "hang":
                 self.beat.set_phase("data_wait")
                 time.sleep(1000)
-            case "leave":
-                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "left behind"])
+            case "leak-child":
+                subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)", "leaked child"])
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def wait(self) -> None:
@@ -92,7 +92,7 @@ class Rank:
         if self.run_dir is not None and self.rank_env.is_main:
             folder = self.run_dir / CHECKPOINTS / checkpoint_name(step)
             folder.mkdir(parents=True, exist_ok=True)
-            point_to(folder)
+            set_newest(folder)
 
 
 if __name__ == "__main__":
@@ -105,6 +105,6 @@ if __name__ == "__main__":
         recipe = load_recipe(Path(args.settings[0]))
         print(f"seed {recipe.seed}")
         settings = {"run_dir": str(recipe.run_dir), **json.loads(os.environ[SETTINGS])}
-    rank = Rank(settings)
+    rank = FakeRank(settings)
     assert args.world_size == rank.rank_env.world_size
     sys.exit(rank.run())
