@@ -35,6 +35,12 @@ class Size:
     img_size: int
     micro_batch: int
 
+    @property
+    def reason(self) -> str:
+        if not self.images:
+            return "the smallest, for small collections or little time"
+        return f"worth its time from {self.images:,} images on, if there is time for {TOO_FEW_EPOCHS} epochs"
+
 
 LADDER = (
     Size("mixmae_swin_nano", 0, 128, 256),
@@ -98,7 +104,7 @@ class Suggestion:
         every = max(1, round(1000 / self.steps_an_epoch))
         gpus = f"{self.gpus} GPU{'s'[: self.gpus != 1]}"
         content: list[tuple[str, str, dict[str, object]]] = [
-            ("encoder", f"worth its time from {self.size.images:,} images on, if there is time for 100 epochs",
+            ("encoder", self.size.reason,
              {"name": self.size.encoder, "img_size": self.size.img_size}),
             ("data", f"streams: a whole number for each of {gpus}", {"shards": shards, "streams": self.streams}),
             ("train", self.length, {"duration": f"{self.epochs} epochs"}),
