@@ -116,13 +116,14 @@ def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, ema: Ema 
         )
     slices.begin_load(manifest.optimizer_states, manifest.optimizer_scalars)
     items = [ReadItem(kind, part.name, part.start, to) for part, kind, to in slices.to_read(manifest.optimizer_states)]
-    if ema is not None:
-        assert manifest.ema, "the recipe was compared before; it makes the average"
+    if ema is not None and manifest.ema:
         items += ema.to_read()
     try:
         read_slices(items, manifest.paths(folder, ranks.rank))
     except DamagedError as error:
         raise NoIntactCheckpointError(f"{folder} is damaged: {error}; restore it from a copy") from error
+    if ema is not None and not manifest.ema:  # a run that goes on with an average
+        ema.restart()
     restore_buffers(engine.module, manifest.paths(folder), ranks.rank, ranks.world_size)
     slices.end_load()
     engine.global_steps = manifest.step

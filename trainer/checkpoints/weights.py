@@ -47,8 +47,13 @@ def model_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: the checkpoint is damaged.
     """
-    buffers = {name: value for name, value in saved_buffers(checkpoint).items() if value.is_floating_point()}
-    return {**master_weights(checkpoint), **averaged_weights(checkpoint), **buffers}
+    manifest = _verified(checkpoint)
+    buffers = mean_buffers(manifest.paths(checkpoint))
+    return {
+        **_consolidated(checkpoint, manifest, WEIGHT, manifest.frozen if manifest.ema else manifest.shapes),
+        **_averages(checkpoint, manifest),
+        **{name: value for name, value in buffers.items() if value.is_floating_point()},
+    }
 
 
 def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -57,7 +62,10 @@ def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: the checkpoint is damaged.
     """
-    manifest = _verified(checkpoint)
+    return _averages(checkpoint, _verified(checkpoint))
+
+
+def _averages(checkpoint: Path, manifest: Manifest) -> dict[str, Tensor]:
     return _consolidated(checkpoint, manifest, EMA, _trained(manifest)) if manifest.ema else {}
 
 

@@ -26,6 +26,11 @@ class Ema:
         self._weights = [held.of(held.source) for held in self._held]
         self._averages = [weights.clone() for weights in self._weights]
 
+    def restart(self) -> None:
+        """Averages from the present weights on."""
+        for average, weights in zip(self._averages, self._weights, strict=True):
+            average.copy_(weights)
+
     def update(self, count: int) -> None:
         """Takes the weights into the average; `count` is of the optimizer's steps so far. Nothing waits."""
         decay = min(self._decay, (1 + count) / (10 + count))

@@ -11,7 +11,7 @@ def test_each_gpu_has_a_peak_and_sane_figures() -> None:
     for name, gpu in GPUS.items():
         assert gpu.peak("bf16") == PEAKS[gpu.product] == known_peak(f"NVIDIA {gpu.product}")
         assert gpu.peak("fp32") < gpu.peak("bf16")
-        assert 0.85 * gpu.memory < gpu.usable < gpu.memory, name
+        assert 0.75 * gpu.memory < gpu.usable < gpu.memory, name
         assert gpu.host <= gpu.peers
 
 
@@ -50,7 +50,7 @@ def test_unknown_gpus_name_the_nearest_and_all_known() -> None:
     with pytest.raises(UsageError, match="--gpu teapot: unknown; known: rtx3080") as error:
         find_gpu("teapot")
     assert "did you mean" not in str(error.value)
-    assert find_gpu("H100") is GPUS["h100"]
+    assert find_gpu("H100") == GPUS["h100"]
 
 
 @pytest.mark.parametrize(
