@@ -1,6 +1,6 @@
 """`mixmae export RUN OUT`: the encoder of a checkpoint, by default the newest, in fp32, as an encoder directory.
 
-A fine-tuned one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
+A fine-tuned or probed one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
 """
 
 import argparse
@@ -14,6 +14,7 @@ from mixmae.trainer.checkpoints.manifest import DamagedError
 from mixmae.trainer.checkpoints.weights import model_weights
 from mixmae.trainer.evaluation.held_out import evaluation_crop
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
+from mixmae.trainer.export.linear_head import linear_head
 from mixmae.trainer.run.provenance import read_recipe
 
 _PREFIX = "encoder."
@@ -42,6 +43,8 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
     facts: dict[str, Any] = {
         "pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}
     }
+    if recipe.task == "linear":
+        encoder |= linear_head(recipe, checkpoint, weights)
     if trained.num_classes is not None:
         input_facts |= {"crop_pct": evaluation_crop(recipe), "label_names": trained.classes or None}
         facts = {"finetuning": {"step": checkpoint_step(checkpoint), "multi_label": trained.multi_label}}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
@@ -14,7 +13,7 @@ from mixmae.models.contract import Trainable
 from mixmae.trainer.data.faults import Reason, too_many
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
 from mixmae.trainer.data.stream import Batch
-from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum, peak_memory
+from mixmae.trainer.engine.distributed import Ranks, all_gather, all_reduce_sum, peak_memory
 from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.recipe.units import Span
@@ -148,10 +147,9 @@ def abort_on_corrupt_data(run: Run, epoch: int) -> None:
     """Ends the run on all ranks, naming the shards of which too much could not be used."""
     tally = run.batches.fault_log
     own = tally.of_epoch(epoch), tally.counts
-    gathered = [own] * run.ranks.world_size
-    dist.all_gather_object(gathered, own)
-    shards: Counter[str] = sum((of_shard for of_shard, _ in gathered), Counter())
-    reasons: Counter[Reason] = sum((of_reason for _, of_reason in gathered), Counter())
+    gathered = all_gather(own, tuple[dict[str, int], dict[Reason, int]])
+    shards: Counter[str] = sum((Counter(of_shard) for of_shard, _ in gathered), Counter())
+    reasons: Counter[Reason] = sum((Counter(of_reason) for _, of_reason in gathered), Counter())
     raise too_many(shards, reasons, epoch, run.batches.allowed)
 
 
@@ -170,8 +168,7 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
     finite = losses.isfinite().tolist()
     suspects = [sample for part, good in zip(samples, finite, strict=True) if not good for sample in part]
     everything = [sample for part in samples for sample in part]
-    gathered: list[tuple[list[int], list[int]]] = [([], [])] * run.ranks.world_size
-    dist.all_gather_object(gathered, (suspects, everything))
+    gathered = all_gather((suspects, everything), tuple[list[int], list[int]])
     bad = [sample for part, _ in gathered for sample in part]
     shown = bad or [sample for _, part in gathered for sample in part]
     names = ", ".join(run.index.name_of(sample) for sample in shown[:8]) + (", ..." if len(shown) > 8 else "")

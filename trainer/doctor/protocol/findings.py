@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.redaction import redact
 
 _NARROW, _UNWRAPPED = 140, 10_000
 """Columns of a terminal that a table needs; and of a file, where every line stays whole."""
@@ -54,6 +55,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level < Level.WARNING or self.advice, self
+        for name in ("where", "found", "expected", "advice"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def describe(self) -> str:
         """All but level and check, as one sentence."""
