@@ -176,7 +176,7 @@ def _variants(recipe: Recipe, folder: Path) -> Iterator[Variant]:
 
 def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
-    position, transform = Position(recipe.seed, 0, index.fingerprint), _transform(recipe, variant)
+    position, transform = Position(recipe.seed, 0, index.fingerprint), _transform(recipe, variant, index)
     with Stream(_with(recipe, variant), Ranks(), index, position, transform=transform) as stream:
         to_device = ToDevice(_device(), recipe.data.mean, recipe.data.std)
         for batch in stream:
@@ -201,11 +201,13 @@ def _augments(recipe: Recipe) -> bool:
     return recipe.augment.rand_augment is not None or recipe.augment.random_erasing > 0
 
 
-def _transform(recipe: Recipe, variant: Variant) -> SampleTransform:
-    """The recipe's; its images have no labels here."""
+def _transform(recipe: Recipe, variant: Variant, index: ShardIndex) -> SampleTransform:
+    """The recipe's; classes say nothing here."""
     if not _augments(recipe):
         return RandomResizedCropFlip(recipe.encoder.img_size, variant.settings)
-    return replace(labelled_crop(recipe, torch.zeros(1, dtype=torch.int64)), settings=variant.settings)
+    return replace(
+        labelled_crop(recipe, torch.zeros(len(index.classes) + 1, dtype=torch.int64)), settings=variant.settings
+    )
 
 
 def _reference_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor]:
@@ -224,6 +226,7 @@ def _reference_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor
             re_prob=augment.random_erasing,
             re_mode="pixel",
         )
+        _spare_zero_bits(made)
         return made
     return transforms.Compose(
         [
@@ -235,6 +238,15 @@ def _reference_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor
             transforms.Normalize(data.mean, data.std),
         ]
     )
+
+
+def _spare_zero_bits(made: Any) -> None:
+    """Lets timm's posterising pass over images of which it would keep no bit: recent versions of Pillow refuse that."""
+    for step in made.transforms:
+        for operation in getattr(step, "ops", []):
+            if operation.name.startswith("Posterize"):
+                posterize = operation.aug_fn
+                operation.aug_fn = lambda image, bits, _posterize=posterize, **_: _posterize(image, max(1, bits))
 
 
 def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
@@ -273,7 +285,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
     index, size = open_index(variant.shards), recipe.encoder.img_size
     settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "augment", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
-    transform = _transform(recipe, variant)
+    transform = _transform(recipe, variant, index)
     reader = BatchReader(index, transform, recipe.seed)
     request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
     threads = torch.get_num_threads()
