@@ -25,8 +25,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/mixmae demo
 
-# Tests come in tiers, told apart by pytest's markers (pyproject.toml); a process for each core, a file at a time.
-TIER := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --timeout 900 -m
+# Tests come in tiers, told apart by pytest's markers (pyproject.toml); a file at a time, in PROCESSES.
+PROCESSES = auto
+TIER = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	--timeout 900 -m
 
 # Whatever proves numbers and data: no test of these starts several ranks, or needs a program of a Debian package.
 test: $(VENV)/.installed-test
@@ -37,6 +39,8 @@ test-distributed: $(VENV)/.installed-test
 	$(TIER) "distributed and not services and not slow"
 
 # As root, with what .ci/run installs: Slurm, sshd, Prometheus, Alertmanager, a browser. What is missing is named.
+# Most of their time is waiting, whatever the number of cores.
+test-services: PROCESSES = 4
 test-services: $(VENV)/.installed-test
 	$(TIER) "services and not slow"
 

@@ -3,8 +3,10 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import version
 
-from mixmae.base.errors import run_cli
+from mixmae.base.errors import UsageError, run_cli
 
 COMMANDS = {
     "launch": ("mixmae.launch.commands.launch", "start a pretraining run: on this machine, on hosts, or under Slurm"),
@@ -23,12 +25,12 @@ COMMANDS = {
     ),
     "predict": ("mixmae.trainer.evaluation.predict", "what a classifier takes images for"),
     "plan": ("mixmae.trainer.planning.cli", "memory, time and cost of a recipe on a cluster, before it is started"),
-    "watch": ("mixmae.launch.commands.watch", "watch a run's progress, ranks and alerts in a terminal"),
+    "watch": ("mixmae.launch.commands.watch", "watch progress, ranks and alerts of runs in a terminal"),
     "monitor": (
         "mixmae.launch.commands.monitor",
         "Prometheus and Alertmanager for runs on this machine: monitor up RUN_DIR",
     ),
-    "curves": ("mixmae.trainer.telemetry.curves", "draw a run's loss curve"),
+    "curves": ("mixmae.trainer.telemetry.curves", "draw the loss curves of runs into one picture"),
     "bench": (
         "mixmae.trainer.benchmarks.cli",
         "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, scrape",
@@ -49,23 +51,32 @@ commands:
 
 def usage() -> str:
     lines = [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
-    return _HEAD + "\n".join(lines) + "\n\n'mixmae COMMAND --help' tells more."
+    return _HEAD + "\n".join(lines) + "\n\n'mixmae COMMAND --help' tells more; 'mixmae --version' the version."
 
 
 def main() -> int:
     command, *rest = sys.argv[1:] or ["--help"]
-    if command in ("-h", "--help"):
-        print(usage())
-        return 0
-    if command not in COMMANDS:
-        print(f"mixmae: error: no command {command!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
     return run_cli(lambda argv: _run(command, argv), rest)
 
 
 def _run(command: str, argv: Sequence[str]) -> int:
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command in ("-V", "--version"):
+        print(f"mixmae {version('mixmae')}")
+        return 0
+    if command not in COMMANDS:
+        raise UsageError(f"no command {command!r}; {_instead_of(command)}")
     module = importlib.import_module(COMMANDS[command][0])
     return int(module.main(argv))
+
+
+def _instead_of(command: str) -> str:
+    """The command that was meant, or the list of all."""
+    if close := get_close_matches(command, COMMANDS, n=1):
+        return f"did you mean 'mixmae {close[0]}'?"
+    return f"expected one of {', '.join(COMMANDS)}"
 
 
 if __name__ == "__main__":

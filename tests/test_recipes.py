@@ -19,6 +19,8 @@ def test_recipe(file: Path) -> None:
     recipe = load_recipe(file)
     with torch.device("meta"):
         model = build_model(recipe)
+    if recipe.method.name != "simmim":
+        assert {"decoder_dim", "decoder_depth", "decoder_num_heads"} <= recipe.method.settings.keys()
     assert model.grid == (recipe.encoder.img_size // 32,) * 2
     assert build_schedule(recipe, 1_281_167).total_steps > 0
     command = file.read_text().splitlines()[0]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import begin_heartbeat
 from mixmae.base.logs import set_up_logging
+from mixmae.base.ownership import HELD, hold_run
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.recipe.arguments import add_recipe
 from mixmae.trainer.recipe.loading import load_recipe
@@ -21,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae.trainer.train", description=__doc__)
     add_recipe(parser)
     parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
+    parser.add_argument("--change", action="store_true", help="go on although the recipe changes what is computed")
+    parser.add_argument("--take-over", action="store_true", help="start although another process has the run")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
     )  # deepspeed's launcher passes it; the environment has it too
@@ -39,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
             f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start: check the hostfile or "
             "the job's size"
         )
-    return train(recipe, ranks, stop, heartbeat)
+    if not ranks.is_main or HELD in os.environ:
+        return train(recipe, ranks, stop, heartbeat, args.change)
+    with hold_run(recipe.run_dir, args.take_over):
+        return train(recipe, ranks, stop, heartbeat, args.change)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile import HostfileBackend, master_address
-from mixmae.launch.backends.hostfile_parser import read_hostfile, select
+from mixmae.launch.backends.hostfile_parser import HostSlots, read_hostfile, select
 from mixmae.launch.backends.local import LocalBackend
 from mixmae.launch.backends.slurm_script import SlurmRequest
 
@@ -65,8 +65,11 @@ def local_backend(ranks: int) -> LocalBackend:
     return LocalBackend(ranks)
 
 
-def hostfile_backend(args: argparse.Namespace) -> HostfileBackend:
+def hostfile_backend(args: argparse.Namespace, resolve: bool = True) -> HostfileBackend:
     """Ranks on the hosts of a hostfile.
+
+    Args:
+        resolve: False where nothing is started: the first host's name stands for an address that is not known here.
 
     Raises:
         UsageError: the hostfile, --include or --exclude is wrong, or gives another number of ranks than --ranks.
@@ -77,7 +80,16 @@ def hostfile_backend(args: argparse.Namespace) -> HostfileBackend:
             f"expected world size {args.ranks} (--ranks), got {hosts.ranks} from {len(hosts.slots)} hosts of "
             f"{args.hostfile}; refusing to start: correct one of them"
         )
-    return HostfileBackend(hosts, args.master_addr or master_address(hosts), args.ssh_port)
+    return HostfileBackend(hosts, args.master_addr or _address(hosts, resolve), args.ssh_port)
+
+
+def _address(hosts: HostSlots, resolve: bool) -> str:
+    try:
+        return master_address(hosts)
+    except UsageError:
+        if resolve:
+            raise
+        return hosts.first
 
 
 def slurm_request(args: argparse.Namespace, name: str, array: str | None = None) -> SlurmRequest:

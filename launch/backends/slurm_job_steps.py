@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mixmae.base.errors import run_cli
 from mixmae.base.exit_codes import FAILED
+from mixmae.base.ownership import evict
 from mixmae.base.run_directory import LOGS, attempt_folder
 from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.protocol import connect
@@ -21,7 +22,9 @@ REQUEUE = "requeue"
 
 
 def begin(args: argparse.Namespace) -> int:
-    """Records a restart, and how the start before it ended, whoever requeued the job."""
+    """Records a restart, and how the start before it ended, whoever requeued the job; the first takes the run over."""
+    if args.take_over and not args.restarts:
+        evict(args.run_dir)
     if args.restarts:
         ours = re.compile(rf".*-{re.escape(args.launch)}-{args.restarts - 1}")
         earlier = [folder for folder in sorted((args.run_dir / LOGS).iterdir()) if ours.fullmatch(folder.name)]
@@ -75,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             own.add_argument("--launch", required=True, help="the same for all starts of a job")
     steps.choices["begin"].add_argument("--restarts", type=int, required=True)
+    steps.choices["begin"].add_argument("--take-over", action="store_true")
     steps.choices["end"].add_argument("--max-restarts", type=int, required=True)
     steps.choices["end"].add_argument("--job-state", required=True, help="as squeue says")
     args = parser.parse_args(argv)

@@ -48,12 +48,20 @@ class SlurmRequest:
         return self.nodes * self.ranks_per_node
 
 
-def slurm_script(job: JobSpec, request: SlurmRequest, site: Site, max_restarts: int, preflight: bool = False) -> str:
+def slurm_script(
+    job: JobSpec,
+    request: SlurmRequest,
+    site: Site,
+    max_restarts: int,
+    preflight: bool = False,
+    take_over: bool = False,
+) -> str:
     """The batch script of a job; `{task}` in its directory and arguments stands for the number of the array task.
 
     Args:
         max_restarts: restarts in a row without a new checkpoint after which the run is given up.
         preflight: whether its nodes are checked before the first start; errors end the job there.
+        take_over: whether its first start takes the run from a process that has it.
 
     Raises:
         UsageError: a value cannot be written in an #SBATCH line.
@@ -62,7 +70,7 @@ def slurm_script(job: JobSpec, request: SlurmRequest, site: Site, max_restarts: 
         _header(job, request, site),
         _site(site),
         _settings(job, site),
-        _start(job, site),
+        _start(job, site, take_over),
         _launcher(request) if _per_node(job) else "",
         _preflight(job, request, site) if preflight else "",
         _ranks(job, request, site),
@@ -174,7 +182,7 @@ def _word(text: str) -> str:
     return '"$SLURM_ARRAY_TASK_ID"'.join(quoted) or "''"
 
 
-def _start(job: JobSpec, site: Site) -> str:
+def _start(job: JobSpec, site: Site, take_over: bool) -> str:
     block = f"$(({FIRST_PORT} + {PORT_BLOCK} * ((SLURM_JOB_ID + 7 * restarts) % {PORT_BLOCKS})))"
     once = "srun --overlap --nodes=1 --ntasks=1 " if site.container.srun else ""
     return f"""\
@@ -194,7 +202,7 @@ batch() {{
     {once}{_inside(site)}"$python" -m mixmae.launch.backends.slurm_job_steps "$step" \\
         --run-dir "$run_dir" --attempt "$attempt" "$@"
 }}
-batch begin --launch "job$SLURM_JOB_ID" --restarts "$restarts"
+batch begin --launch "job$SLURM_JOB_ID" --restarts "$restarts"{" --take-over" if take_over else ""}
 """
 
 

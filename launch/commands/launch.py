@@ -9,9 +9,11 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.base.exit_codes import FINISHED
+from mixmae.base.ownership import hold_run
 from mixmae.launch.backends import slurm_array
 from mixmae.launch.backends.hostfile import HostfileBackend, require_pdsh
 from mixmae.launch.backends.job_spec import JobSpec, new_attempt
+from mixmae.launch.backends.local import LocalBackend
 from mixmae.launch.backends.options import (
     add_backend_options,
     hostfile_backend,
@@ -21,6 +23,7 @@ from mixmae.launch.backends.options import (
 )
 from mixmae.launch.backends.site import find_site, read_site
 from mixmae.launch.backends.slurm_script import output_file, slurm_script, submit
+from mixmae.launch.preflight.local_checks import check_this_machine
 from mixmae.launch.preflight.preflight import preflight
 from mixmae.launch.supervision.restart_loop import run_with_restarts
 from mixmae.trainer.recipe.arguments import add_recipe
@@ -45,8 +48,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                         f"row saved no new checkpoint (default 0; --slurm {_SLURM_RESTARTS})")  # fmt: skip
     parser.add_argument("--array", metavar="TASKS", help="with --slurm: such as 0-7%%2; {task} in values is the task's "
                         "number")  # fmt: skip
-    parser.add_argument("--skip-preflight", action="store_true", help="start without preflight checks of all hosts; "
-                        "--local has none")  # fmt: skip
+    parser.add_argument("--change", action="store_true", help="go on from the checkpoint although the recipe changes "
+                        "what is computed, such as train.duration or optim.base_lr; events.jsonl tells")  # fmt: skip
+    parser.add_argument("--take-over", action="store_true", help="start although another process has the run, which "
+                        "ends at its next checkpoint")  # fmt: skip
+    parser.add_argument(
+        "--skip-preflight", action="store_true", help="start without preflight checks of the hosts or of this machine"
+    )
     add_backend_options(parser)
     args = parser.parse_intermixed_args(argv)
     require_matching_options(args)
@@ -60,9 +68,12 @@ def main(argv: Sequence[str]) -> int:
     if args.slurm:
         return _submit(args, argv)
     recipe = load_recipe(args.recipe, args.overrides)
-    backend = hostfile_backend(args) if args.hostfile is not None else local_backend(args.local)
+    if args.hostfile is not None:
+        backend: HostfileBackend | LocalBackend = hostfile_backend(args, resolve=not args.dry_run)
+    else:
+        backend = local_backend(args.local)
     frozen = freeze([recipe], argv)
-    job = _job(frozen, recipe.run_dir)
+    job = _job(frozen, recipe.run_dir, args.change)
     _require_ranks(recipe, backend.ranks)
     if args.dry_run:
         print(backend.command(job, new_attempt(job), os.environ).describe())
@@ -70,21 +81,28 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if isinstance(backend, HostfileBackend):
         require_pdsh()
-        typed = (str(args.recipe), *args.overrides)
-        if not args.skip_preflight and (code := preflight(backend, recipe, typed)) != FINISHED:
-            raise UsageError(
-                f"preflight checks found errors on the hosts, shown above (exit code {code}); fix them, or use "
-                "--skip-preflight"
-            )
-    elif recipe.data.directory is not None and not recipe.data.directory.is_dir():
-        raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
-    frozen.write()
-    print(f"mixmae: the resolved recipe is {frozen_file(recipe.run_dir, frozen.launch)}", file=sys.stderr, flush=True)
-    return run_with_restarts(job, backend, args.max_restarts or 0)
+    elif not args.skip_preflight:
+        check_this_machine(recipe, backend.ranks)
+    with hold_run(recipe.run_dir, args.take_over) as holding:
+        if isinstance(backend, HostfileBackend) and not args.skip_preflight:
+            _preflight(backend, recipe, (str(args.recipe), *args.overrides))
+        frozen.write()
+        written = frozen_file(recipe.run_dir, frozen.launch)
+        print(f"mixmae: the resolved recipe is {written}", file=sys.stderr, flush=True)
+        return run_with_restarts(job, backend, args.max_restarts or 0, holding)
 
 
-def _job(frozen: FrozenRecipes, run_dir: Path) -> JobSpec:
-    return JobSpec(TRAINER, (str(frozen_file(run_dir, frozen.launch)),), run_dir, frozen.recipes[0].launch)
+def _preflight(backend: HostfileBackend, recipe: Recipe, typed: tuple[str, ...]) -> None:
+    if (code := preflight(backend, recipe, typed)) != FINISHED:
+        raise UsageError(
+            f"preflight checks found errors on the hosts, shown above (exit code {code}); fix them, or use "
+            "--skip-preflight"
+        )
+
+
+def _job(frozen: FrozenRecipes, run_dir: Path, change: bool) -> JobSpec:
+    arguments = (str(frozen_file(run_dir, frozen.launch)), *(["--change"] if change else []))
+    return JobSpec(TRAINER, arguments, run_dir, frozen.recipes[0].launch)
 
 
 def _show(frozen: FrozenRecipes) -> None:
@@ -109,13 +127,13 @@ def _submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 f"run_dir={run_dir}: {slurm_array.TASK} stands for the task of an --array, which is not given"
             )
     frozen = freeze(recipes, argv)
-    job = _job(frozen, run_dir)
+    job = _job(frozen, run_dir, args.change)
     request = slurm_request(args, _plain(run_dir.name), args.array)
     for recipe in recipes:
         _require_ranks(recipe, request.ranks)
     site = read_site(find_site(args.site, os.environ))
     restarts = _SLURM_RESTARTS if args.max_restarts is None else args.max_restarts
-    script = slurm_script(job, request, site, restarts, preflight=not args.skip_preflight)
+    script = slurm_script(job, request, site, restarts, not args.skip_preflight, args.take_over)
     if args.dry_run:
         print(script, end="")
         _show(frozen)

@@ -1,9 +1,12 @@
-"""`mixmae watch RUN`: a run's progress, rates, loss, ranks and alerts in a terminal, over ssh too."""
+"""`mixmae watch RUN ...`: progress, rates, loss, ranks and alerts of a run in a terminal, over ssh too.
+
+Several runs, or a folder of runs, are a table with a line for each.
+"""
 
 import argparse
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,21 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.base.errors import UsageError
+from mixmae.launch.commands.watch_runs import STYLES, WatchedRuns, table_of
 from mixmae.monitoring.exporter.access import PLAIN, Access, AccessError
 from mixmae.monitoring.watch.history import State, number
 from mixmae.monitoring.watch.scrape import Rank
-from mixmae.monitoring.watch.text import ASCII_BLOCKS, BLOCKS, amount, chart, clock, duration, packed, plain, size
+from mixmae.monitoring.watch.text import (
+    ASCII_BLOCKS,
+    BLOCKS,
+    amount,
+    chart,
+    clock,
+    duration,
+    sanitize,
+    size,
+    wrap_items,
+)
 from mixmae.monitoring.watch.view import View, Watched, WatchedEndpoint, WatchedRun, WatchError
 
 CHART_ROWS, RANKS, EVENTS = 3, 10, 5
@@ -29,6 +43,8 @@ _NARROW = 100
 """Columns below which the table of ranks is abridged."""
 _WIDE = 120
 """Columns from which it says where late ranks are."""
+Frame = tuple[RenderableType, bool]
+"""A picture, and whether all that it shows has finished."""
 _RANK_COLUMNS = {
     "rank": "rank",
     "node": "node",
@@ -40,20 +56,12 @@ _RANK_COLUMNS = {
     "replaced": "repl",
     "": "",
 }
-_STYLES = {
-    State.NOT_STARTED: "bold yellow",
-    State.RUNNING: "bold green",
-    State.STALLED: "bold white on red",
-    State.FINISHED: "bold blue",
-    State.FAILED: "bold white on red",
-    State.PREEMPTED: "bold yellow",
-}
 
 
 def frame(view: View, width: int, height: int | None = None, ascii_only: bool = False) -> RenderableType:
     """One picture of a run; as high as it needs to be, or not higher than `height` lines."""
     alerts = [*_alerts(view)]
-    notes = [_line(plain(note), "yellow") for note in view.notes]
+    notes = [_line(sanitize(note), "yellow") for note in view.notes]
     room = RANKS + EVENTS if height is None else max(4, height - _OTHER_LINES - len(alerts) - len(notes))
     news = min(EVENTS, max(1, room // 3), len(view.log.news))
     parts: list[RenderableType] = [_title(view), *_progress(view, width)]
@@ -74,9 +82,9 @@ def _title(view: View) -> Text:
         words += f" for {duration(view.silence)}"
     elif log.ended is not None and log.latest is not None:
         words += f" {duration(view.now - log.latest)} ago"
-    title = Text.assemble((plain(view.name), "bold"), "  ", (f" {words} ", _STYLES[state]), "  ", no_wrap=True)
+    title = Text.assemble((sanitize(view.name), "bold"), "  ", (f" {words} ", STYLES[state]), "  ", no_wrap=True)
     resumed = f", resumed {log.resumes}x" if log.resumes else ""
-    title.append(plain(view.details) + resumed, "dim")
+    title.append(sanitize(view.details) + resumed, "dim")
     title.overflow = "ellipsis"
     return title
 
@@ -99,7 +107,7 @@ def _progress(view: View, width: int) -> Iterator[RenderableType]:
         facts.append(f"elapsed {duration(view.elapsed)}")
     if math.isfinite(view.remaining):
         facts.append(f"ETA {duration(view.remaining)} ({clock(view.now + view.remaining, view.now)})")
-    yield from (Text(line, "bold") for line in packed(facts, width))
+    yield from (Text(line, "bold") for line in wrap_items(facts, width))
 
 
 def _loss(view: View) -> Text:
@@ -178,7 +186,7 @@ def _rank_cells(rank: Rank, narrow: bool, wide: bool) -> list[str]:
     full = f" {100 * rank.memory / rank.memory_limit:3.0f} %" if rank.memory_limit and not narrow else ""
     return [
         str(rank.rank),
-        plain(rank.node),
+        sanitize(rank.node),
         "-" if rank.step is None else f"{rank.step:,}",
         "-" if rank.age is None else duration(rank.age),
         amount(rank.images_per_second),
@@ -192,7 +200,7 @@ def _rank_cells(rank: Rank, narrow: bool, wide: bool) -> list[str]:
 def _events(view: View, count: int) -> Iterator[Text]:
     styles = {"skipped": "yellow", "failed": "bold red"}
     for event in list(view.log.news)[len(view.log.news) - count :]:
-        kind = plain(event["event"])
+        kind = sanitize(event["event"])
         yield _line(f"{clock(event['time'], view.now):>9}  {kind:<10} {describe(event)}", styles.get(kind, ""))
 
 
@@ -202,7 +210,9 @@ def _alerts(view: View) -> Iterator[Text]:
     for alert in (view.alerts or ())[:EVENTS]:
         style = "bold red" if alert.severity == "critical" else "bold yellow"
         since = duration(view.now - alert.since)
-        yield _line(f"ALERT {plain(alert.name)} ({plain(alert.severity)}) for {since}: {plain(alert.text)}", style)
+        yield _line(
+            f"ALERT {sanitize(alert.name)} ({sanitize(alert.severity)}) for {since}: {sanitize(alert.text)}", style
+        )
     if (more := len(view.alerts or ()) - EVENTS) > 0:
         yield _line(f"and {more} more alerts", "bold yellow")
 
@@ -218,7 +228,7 @@ def describe(event: Mapping[str, Any]) -> str:
         f"{name.replace('_', ' ')} {amount(number(event, name)) if isinstance(value, int | float) else value}"
         for name, value in fields
     ]
-    return plain(str(event.get("message") or ", ".join(words)))
+    return sanitize(str(event.get("message") or ", ".join(words)))
 
 
 def open_run(what: str, interval: float, prometheus: str | None, access: Access = PLAIN) -> Watched:
@@ -240,23 +250,19 @@ def open_run(what: str, interval: float, prometheus: str | None, access: Access 
     return WatchedRun(Path(what), interval, prometheus, access)
 
 
-def follow(run: Watched, console: Console, interval: float) -> None:
+def follow(look: Callable[[], Frame], console: Console, interval: float) -> None:
     """Draws a frame every `interval` seconds until the run has finished: in place on a terminal, else one by one."""
     in_place = console.is_terminal and not console.is_dumb_terminal
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") if in_place else nullcontext() as live:
         while True:
-            view = run.view(time.time())
+            drawn, finished = look()
             if live is None:
-                show(view, console)
+                console.print(drawn)
             else:
-                live.update(frame(view, console.width, console.height, console.options.ascii_only), refresh=True)
-            if view.state is State.FINISHED:
+                live.update(drawn, refresh=True)
+            if finished:
                 return
             time.sleep(interval)
-
-
-def show(view: View, console: Console) -> None:
-    console.print(frame(view, console.width, ascii_only=console.options.ascii_only))
 
 
 def add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +274,9 @@ def add_access_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae watch", description=__doc__)
-    parser.add_argument("run", help="run directory, or http://NODE:PORT of one node's exporter")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory, folder of them, or http://NODE:PORT of a node's exporter"
+    )
     parser.add_argument("--once", action="store_true", help="print one frame and end")
     parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two frames (default 2)")
     parser.add_argument(
@@ -279,17 +287,30 @@ def main(argv: Sequence[str]) -> int:
     if not 0.1 <= args.interval < math.inf:
         raise UsageError(f"--interval {args.interval:g}: expected 0.1 seconds or more")
     console = Console(highlight=False)
+    in_place = console.is_terminal and not console.is_dumb_terminal and not args.once
     try:
         access = Access(args.certfile, args.auth_file)
         access.check()
-        run = open_run(args.run, args.interval, args.prometheus, access)
+        runs = WatchedRuns(args.runs, lambda what: open_run(what, args.interval, args.prometheus, access))
+
+        def look() -> Frame:
+            return picture(runs.views(time.time()), console, console.height if in_place else None)
+
         if args.once:
-            run.settle()
-            show(run.view(time.time()), console)
+            runs.wait_until_polled()
+            console.print(look()[0])
         else:
-            follow(run, console, args.interval)
+            follow(look, console, args.interval)
     except (WatchError, AccessError) as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
         return 0
     return 0
+
+
+def picture(views: Sequence[View], console: Console, height: int | None) -> Frame:
+    """One run in full, several as a table."""
+    finished = all(view.state is State.FINISHED for view in views)
+    if len(views) == 1:
+        return frame(views[0], console.width, height, console.options.ascii_only), finished
+    return table_of(views, console.width, height), finished

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from mixmae.base.ownership import Holding
 from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec, new_attempt
 from mixmae.launch.supervision.launcher import run_attempt
 from mixmae.launch.supervision.restarts import decide, print_outcome, record_restart
@@ -25,14 +26,15 @@ class Backend(Protocol):
     def kill_leftovers(self, attempt: Attempt) -> None: ...
 
 
-def run_with_restarts(job: JobSpec, backend: Backend, max_restarts: int) -> int:
+def run_with_restarts(job: JobSpec, backend: Backend, max_restarts: int, holding: Holding | None = None) -> int:
     """Runs a job to its end; returns its exit code.
 
     Args:
         max_restarts: restarts in a row without a new checkpoint after which the run is given up.
+        holding: the run, which no restart may take back from another launch.
 
     Raises:
-        UsageError: the backend cannot start it.
+        UsageError: the backend cannot start it, or another launch took the run over.
     """
     launch = None
     while True:
@@ -44,4 +46,6 @@ def run_with_restarts(job: JobSpec, backend: Backend, max_restarts: int) -> int:
         if not decision.restart:
             return decision.exit_code(outcome)
         time.sleep(decision.delay)
+        if holding is not None:
+            holding.require()
         record_restart(job.run_dir, launch, attempt.name, outcome)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def _without_progress(run_dir: Path, launch: str, step: int) -> int:
 def print_outcome(outcome: Outcome, decision: Decision) -> None:
     """Prints how a start ended and what follows."""
     messages = [outcome.final_message(), decision.message and f"mixmae: {decision.message}"]
-    print("\n".join(filter(None, messages)), file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # nobody reads any more; the record of the start says it too
+        print("\n".join(filter(None, messages)), file=sys.stderr, flush=True)
 
 
 def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | None, **more: object) -> None:

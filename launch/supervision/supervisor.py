@@ -14,6 +14,7 @@ from pathlib import Path
 from mixmae.base.exit_codes import FAILED, PREEMPTED
 from mixmae.base.heartbeat import HEARTBEAT, read_beat
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
+from mixmae.base.ownership import HELD
 from mixmae.base.ports import PortError
 from mixmae.base.rank_env import RankEnv
 from mixmae.base.run_directory import attempt_folder
@@ -173,6 +174,7 @@ class Supervisor:
             HEARTBEAT: self._heartbeat,
             "PYTHONFAULTHANDLER": "1",
             "PYTHONUNBUFFERED": "1",
+            **({HELD: "1"} if self._spec.launcher else {}),
         }
         del environment[TOKEN]
         log = log_file(self._spec.folder, rank_env.rank)

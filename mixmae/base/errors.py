@@ -1,13 +1,18 @@
 """Errors of the user: one clear line and exit code 2, never a traceback."""
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TextIO
 
 ERROR = "mixmae: error: "
 """How the line begins that says what went wrong."""
 _INTERRUPTED = 130
 """What a shell reports of a command that SIGINT ended."""
+_BROKEN_PIPE = 141
+"""What it reports of one that SIGPIPE ended."""
 
 
 class UsageError(ValueError):
@@ -17,7 +22,25 @@ class UsageError(ValueError):
 
 
 def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command; a UsageError, or Ctrl-C, becomes one line on standard error and an exit code."""
+    """Runs a command; a UsageError, or Ctrl-C, becomes one line on standard error and an exit code.
+
+    A command whose reader has gone, as in `mixmae ... | head`, ends without a word.
+    """
+    try:
+        try:
+            return _run(main, argv)
+        finally:
+            sys.stdout.flush()  # or the interpreter would find the closed pipe at its end, and complain
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
+        if not gone:
+            raise
+        for stream in gone:
+            _drop_output(stream)
+        return _BROKEN_PIPE
+
+
+def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
         return main(argv)
     except UsageError as error:
@@ -27,3 +50,18 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("mixmae: interrupted", file=sys.stderr, flush=True)
         return _INTERRUPTED
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody will read any more."""
+    poll = select.poll()
+    with suppress(OSError):  # a stream without a descriptor, as in tests
+        poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _drop_output(stream: TextIO) -> None:
+    """What is still buffered, and the interpreter writes at its end, goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -7,13 +7,15 @@ checkpoints/     step-00001000/ and so on, `newest`  logs/            a folder f
 tensorboard/     curves and pictures                 pictures/        reconstructions, step by step
 replaced/        by rank, samples not usable         samples/         by rank, used at each step (`log.samples`)
 launches/        by launch, the recipe that its ranks read
+owner.json       the process that has the run now, while it lives
 monitoring/      targets/, for Prometheus            wandb/           the files of Weights & Biases
 """
 
 import re
 from pathlib import Path
 
-RECIPE, SHARDS, VERSIONS, CLAIM = "recipe.yaml", "shards.json", "versions.json", "claimed.json"
+RECIPE, SHARDS, VERSIONS = "recipe.yaml", "shards.json", "versions.json"
+CLAIM, OWNER = "claimed.json", "owner.json"
 EVENTS, RESTARTS = "events.jsonl", "restarts.jsonl"
 TENSORBOARD, PICTURES, WANDB = "tensorboard", "pictures", "wandb"
 REPLACED, SAMPLES = "replaced", "samples"
@@ -22,6 +24,31 @@ LAUNCHES = "launches"
 CHECKPOINTS, NEWEST = "checkpoints", "newest"
 _STEP = "step-"
 _CHECKPOINT = re.compile(rf"{_STEP}(\d+)")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return (folder / RECIPE).is_file() or (folder / EVENTS).is_file()
+
+
+def runs_below(folder: Path, depth: int = 3) -> list[Path]:
+    """The folder itself if it is a run directory, else those below it, by name; not what lies within runs.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if is_run(folder):
+        return [folder]
+    try:
+        names = sorted(folder.iterdir()) if depth > 0 else []
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    below = [path for path in names if path.is_dir() and not path.name.startswith(".")]
+    return [run for path in below for run in runs_below(path, depth - 1)]
 
 
 def targets_folder(run_dir: Path) -> Path:

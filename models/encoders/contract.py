@@ -6,11 +6,36 @@ keyword arguments are the keys of the recipe's `encoder:` section, beside `name`
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+_Given = TypeVar("_Given")
+
+
+def require_size(images: Tensor, height: int, width: int) -> Tensor:
+    """The images, if they have this size; a function of its own, which symbolic traces keep whole.
+
+    Raises:
+        ValueError: they have another.
+    """
+    if images.shape[2] != height or images.shape[3] != width:
+        raise ValueError(
+            f"images are {images.shape[2]}x{images.shape[3]} px and the encoder is for {height}x{width}; resize them, "
+            "or call set_input_size"
+        )
+    return images
+
+
+fx.wrap("require_size")
+
+
+def unless_traced(given: _Given | None) -> _Given | None:
+    """Groups, or an edit; None in symbolic traces (torch.fx, and TorchScript through it), which are of images alone."""
+    return None if isinstance(given, fx.Proxy) else given
+
 
 MapEdit = Callable[[int, Tensor], Tensor]
 """`edit(stage, x)`: what a method makes of the map [B, H, W, C] at the beginning of a stage, counted from 1: behind its
@@ -25,6 +50,8 @@ class Encoder(nn.Module):
     features as a map [B, Gh, Gw, num_features].
     """
 
+    output_fmt = "NHWC"
+    """timm's: the layout of `forward_features`; `forward_intermediates` and features_only give NCHW."""
     stride = 32
     """Pixels along a cell's side."""
     num_stages = 4
@@ -41,6 +68,11 @@ class Encoder(nn.Module):
     keep_map: Literal["sample", "micro_batch"] | None = None
     """Whether `forward_kept` is there: where attention is global throughout, each sample may keep cells of its own, and
     a class token may stand before them; else a micro-batch keeps the same ones."""
+
+    @classmethod
+    def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments: a name's sizes, those given in their place, and what follows from these."""
+        return {**sizes, **given}
 
     @abstractmethod
     def forward(
@@ -96,6 +128,13 @@ class Encoder(nn.Module):
     def no_weight_decay(self) -> Collection[str]:
         """timm's: names of parameters that weight decay leaves alone, beside all 1-D ones."""
         return set()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the forward pass of unmixed images, with these weights."""
+        graph = fx.Tracer().trace(self)
+        for node in [node for node in graph.nodes if node.op == "placeholder" and not node.users][::-1]:
+            graph.erase_node(node)
+        return fx.GraphModule(self, graph, type(self).__name__).train(self.training)
 
     def set_fused_attention(self) -> None:
         """Attention in a kernel of this project's own, on GPUs, where problems are small enough; else nothing."""

@@ -60,7 +60,7 @@ class PVTStage(Stage):
         edit: Callable[[Tensor], Tensor] = unchanged,
     ) -> Tensor:
         x = self.pos_embed(edit(self.patch_embed(x)))
-        layout = by_cell(x, self.cells, groups, num_groups)
+        layout = by_cell(self._grid(), self.cells, groups, num_groups, x.dtype)
         tokens = layout.arrangement.sort(x)
         for block in self.blocks:
             tokens = self.run(block, tokens, layout)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder
 
+_FIXED_SIZE = {"strict_img_size": True, "dynamic_img_size": False, "dynamic_img_pad": False}
 ENCODERS: dict[str, tuple[type[Encoder], dict[str, Any]]] = {}
 """By name: the family, and the sizes that differ from its defaults."""
 
@@ -23,13 +24,14 @@ def register_encoder(name: str, family: type[Encoder], **sizes: Any) -> None:
     """
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        _refuse_other_sizes(name, kwargs)
         model: nn.Module = build_model_with_cfg(
             family,
             name,
             pretrained,
             pretrained_filter_fn=_fit_state_dict,
             feature_cfg={"out_indices": tuple(range(family.num_stages)), "feature_cls": "getter"},
-            **{**sizes, **kwargs},
+            **family.fit_sizes(sizes, kwargs),
         )
         return model
 
@@ -61,6 +63,20 @@ def default_cfg(name: str, img_size: int | None = None, **facts: Any) -> dict[st
         "classifier": "head.fc",
         **facts,
     }
+
+
+def _refuse_other_sizes(name: str, arguments: dict[str, Any]) -> None:
+    """Takes timm's arguments for images of any size; positions, and windows that are a whole map, are of one size.
+
+    Raises:
+        ValueError: one of them asks for it.
+    """
+    for argument, fixed in _FIXED_SIZE.items():
+        if arguments.pop(argument, fixed) != fixed:
+            raise ValueError(
+                f"{argument}={not fixed}: {name} has positions and global attention of one image size; create it with "
+                "img_size=..., or call set_input_size(...), which resizes them"
+            )
 
 
 def default_img_size(name: str) -> int:

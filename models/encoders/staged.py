@@ -12,10 +12,17 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of
+from mixmae.models.encoders import contract
+from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unless_traced
 from mixmae.models.layers.positions import LearnedPositions
 
 NUM_STAGES = 4
+
+
+def require_format(output_fmt: str) -> None:
+    """Raises ValueError unless maps can be given so."""
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt={output_fmt!r}: expected NCHW or NHWC")
 
 
 class Stage(nn.Module):
@@ -95,6 +102,7 @@ class StagedEncoder(Encoder):
         edit: MapEdit | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W], normalised; groups [Gh, Gw] or [B, Gh, Gw], or None for unmixed images."""
+        groups, edit = unless_traced(groups), unless_traced(edit)
         return self.forward_head(self.forward_features(images, groups, num_groups, edit))
 
     def forward_features(
@@ -112,12 +120,7 @@ class StagedEncoder(Encoder):
 
     def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
         """The map that the first stage takes; edited where that stage does not begin with an embedding of its own."""
-        if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(
-                f"images are {images.shape[2]}x{images.shape[3]} px and the encoder is for "
-                f"{self.img_size[0]}x{self.img_size[1]}; resize them, or call set_input_size"
-            )
-        return images.permute(0, 2, 3, 1)
+        return contract.require_size(images, *self.img_size).permute(0, 2, 3, 1)
 
     def _normalise(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         """The last stage's map behind the final norm."""
@@ -136,6 +139,7 @@ class StagedEncoder(Encoder):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """timm's feature-extraction contract: the maps behind the stages `indices`."""
+        require_format(output_fmt)
         take, last = feature_take_indices(NUM_STAGES, indices)
         maps = []
         x = self._embed(x)
@@ -147,6 +151,18 @@ class StagedEncoder(Encoder):
         if intermediates_only:
             return maps
         return x if stop_early and last < NUM_STAGES - 1 else self._normalise(x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: keeps what the maps behind the stages `indices` need, and returns their numbers."""
+        take, last = feature_take_indices(NUM_STAGES, indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
     def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] | None = None) -> None:
         for number, stage in enumerate(self.stages, start=1):

@@ -3,9 +3,10 @@
 Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage is one cell of the mixing grid.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
 from itertools import pairwise
-from typing import Self
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
@@ -13,8 +14,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unchanged
+from mixmae.models.encoders import contract
+from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unchanged, unless_traced
 from mixmae.models.encoders.registry import register_encoder
+from mixmae.models.encoders.staged import require_format
 from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
@@ -23,7 +26,6 @@ from mixmae.models.layers.token_order import (
     of_kept,
     relative_position_index,
     separated,
-    window_order,
 )
 from mixmae.models.layers.window_attention import WindowAttention, resize_table
 
@@ -55,13 +57,6 @@ class Stage(nn.Module):
             Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
         )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
-        # No buffers: checkpoints hold all buffers of a model, and older ones would lack these.
-        self._window_order = window_order(grid, window, self.relative_position_index.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._window_order = window_order(self.grid, self.window, self.relative_position_index.device)
-        return self
 
     def set_grid(self, grid: tuple[int, int], window: int) -> None:
         """Another token grid and window side; bias tables are resized."""
@@ -73,7 +68,6 @@ class Stage(nn.Module):
                 assert isinstance(block.attn, WindowAttention)
                 block.attn.set_window(window)
         self.grid, self.window = grid, window
-        self._window_order = window_order(grid, window, device)
 
     def forward(
         self,
@@ -109,7 +103,7 @@ class Stage(nn.Module):
         is_global = self.grid == (self.window, self.window)
         if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
             return by_group(groups, num_groups, self.grid, self.relative_position_index)
-        windows = by_window(self.grid, self.window, self.relative_position_index, self._window_order)
+        windows = by_window(self.grid, self.window, self.relative_position_index)
         return windows if groups is None else separated(windows, groups, self.grid, dtype)
 
 
@@ -169,9 +163,22 @@ class Swin(Encoder):
             Stage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
             for i in range(NUM_STAGES)
         )
-        self.norm = nn.LayerNorm(dims[-1])
+        self.norm: nn.Module = nn.LayerNorm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
         self.apply(init_weights)
+
+    @classmethod
+    def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Windows that are not given fit the image: those of the name where they divide its grids."""
+        merged = {**sizes, **given}
+        if "window_size" not in given and "img_size" in given:
+            side = merged["img_size"]
+            defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
+            windows, patch_size = ({**defaults, **merged}[name] for name in ("window_size", "patch_size"))
+            grids = stage_grids((side, side) if isinstance(side, int) else side, patch_size)
+            if all(0 not in grid for grid in grids) and not _divide(windows, grids):
+                merged["window_size"] = fitting_windows(grids, windows)
+        return merged
 
     def forward(
         self,
@@ -181,6 +188,7 @@ class Swin(Encoder):
         edit: MapEdit | None = None,
     ) -> Tensor:
         """Images [B, 3, H, W], normalised; groups [H/32, W/32] or [B, H/32, W/32], or None for unmixed images."""
+        groups, edit = unless_traced(groups), unless_traced(edit)
         return self.forward_head(self.forward_features(images, groups, num_groups, edit))
 
     def forward_features(
@@ -224,6 +232,7 @@ class Swin(Encoder):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """timm's feature-extraction contract: the maps behind the stages `indices`."""
+        require_format(output_fmt)
         take, last = feature_take_indices(NUM_STAGES, indices)
         maps = []
         x = self._embed(x)
@@ -232,11 +241,25 @@ class Swin(Encoder):
             if i in take:
                 out = self.norm(x) if norm and i == NUM_STAGES - 1 else x
                 maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
-        return maps if intermediates_only else (self.norm(x) if last == NUM_STAGES - 1 else x, maps)
+        if intermediates_only:
+            return maps
+        return x if stop_early and last < NUM_STAGES - 1 else self.norm(x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: keeps what the maps behind the stages `indices` need, and returns their numbers."""
+        take, last = feature_take_indices(NUM_STAGES, indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
     def _embed(self, images: Tensor, edit: MapEdit | None = None) -> Tensor:
-        x = edit_of(edit, 1)(self.patch_embed(images))
-        return x + self.positions.to(x.dtype)
+        x = edit_of(edit, 1)(self.patch_embed(contract.require_size(images, *self.patch_embed.img_size)))
+        return x + self.positions.type_as(x)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
@@ -251,7 +274,7 @@ class Swin(Encoder):
         self.grid = grids[-1]
         self.patch_embed.set_input_size((height, width))
         self.positions = sincos_positions(grids[0], self.positions.shape[-1]).to(self.positions.device)
-        for stage, grid, window in zip(self.stages, grids, self.window_size, strict=True):
+        for stage, grid, window in zip(self.stages, grids, self.window_size, strict=False):  # stages may be pruned
             assert isinstance(stage, Stage)
             stage.set_grid(grid, window)
 
@@ -319,14 +342,18 @@ def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequenc
     if any(window < 1 for window in window_size):
         raise ValueError(f"window_size {tuple(window_size)}: expected sides greater than 0")
     grids = stage_grids(img_size, patch_size)
-    if any(side % w for grid, w in zip(grids, window_size, strict=True) for side in grid):
+    if not _divide(window_size, grids):
         raise ValueError(
             f"img_size {img_size[0]}x{img_size[1]} gives token grids "
             f"{', '.join(f'{h}x{w}' for h, w in grids)} that do not divide by window_size "
-            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit"
+            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit, and are taken where none are given"
         )
     assert all(coarse[0] * 2 == fine[0] for fine, coarse in pairwise(grids))
     return grids
+
+
+def _divide(windows: Sequence[int], grids: Sequence[tuple[int, int]]) -> bool:
+    return not any(side % window for grid, window in zip(grids, windows, strict=True) for side in grid)
 
 
 def stage_grids(img_size: tuple[int, int], patch_size: int) -> list[tuple[int, int]]:

@@ -50,7 +50,8 @@ class TwinsStage(Stage):
     def set_cells(self, cells: tuple[int, int]) -> None:
         """Another cell grid; windows are the nearest that divide its tokens."""
         self.cells = cells
-        self.window = nearest_window((cells[0] * self.reduction, cells[1] * self.reduction), self.window_size)
+        self.grid = (cells[0] * self.reduction, cells[1] * self.reduction)
+        self.window = nearest_window(self.grid, self.window_size)
 
     def forward(
         self,
@@ -60,12 +61,14 @@ class TwinsStage(Stage):
         edit: Callable[[Tensor], Tensor] = unchanged,
     ) -> Tensor:
         x = edit(self.patch_embed(x))
-        grid = (x.shape[1], x.shape[2])
-        layouts = (by_window(x, self.window, groups), by_cell(x, self.cells, groups, num_groups))
+        layouts = (
+            by_window(self.grid, self.window, groups, x.shape[0], x.dtype),
+            by_cell(self.grid, self.cells, groups, num_groups, x.dtype),
+        )
         for i, block in enumerate(self.blocks):
             layout = layouts[i % 2]
             tokens = self.run(block, layout.arrangement.sort(x), layout)
-            x = layout.arrangement.restore(tokens, grid)
+            x = layout.arrangement.restore(tokens, self.grid)
             if i == 0:
                 x = x + self.pos_conv(x, None if groups is None else Mix.of(groups))
         return x

@@ -25,8 +25,17 @@ _EPS = 1e-6
 class ViTStage(Stage):
     """A quarter of the blocks; attention is global."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: list[float], is_first: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path: list[float],
+        grid: tuple[int, int],
+        is_first: bool,
+    ) -> None:
         super().__init__()
+        self.grid = grid
         self.is_first = is_first
         self.blocks.extend(Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path)
 
@@ -38,12 +47,11 @@ class ViTStage(Stage):
         edit: Callable[[Tensor], Tensor] = unchanged,
     ) -> Tensor:
         x = x if self.is_first else edit(x)  # the first map is edited before positions are added
-        grid = (x.shape[1], x.shape[2])
-        layout = by_cell(x, grid, groups, num_groups)
+        layout = by_cell(self.grid, self.grid, groups, num_groups, x.dtype)
         tokens = layout.arrangement.sort(x)
         for block in self.blocks:
             tokens = self.run(block, tokens, layout)
-        return layout.arrangement.restore(tokens, grid)
+        return layout.arrangement.restore(tokens, self.grid)
 
 
 class ViT(StagedEncoder):
@@ -85,7 +93,7 @@ class ViT(StagedEncoder):
         self.pos_embed = LearnedPositions(self.grid, embed_dim)
         rates = calculate_drop_path_rates(drop_path_rate, [depth // NUM_STAGES] * NUM_STAGES, stagewise=True)
         self.stages = nn.ModuleList(
-            ViTStage(embed_dim, num_heads, mlp_ratio, rate, is_first=i == 0) for i, rate in enumerate(rates)
+            ViTStage(embed_dim, num_heads, mlp_ratio, rate, self.grid, is_first=i == 0) for i, rate in enumerate(rates)
         )
         self.norm = nn.LayerNorm(embed_dim, _EPS)
         self.apply(init_weights)
@@ -93,6 +101,9 @@ class ViT(StagedEncoder):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         super().set_input_size(img_size)
         self.pos_embed.set_grid(self.grid)
+        for stage in self.stages:
+            assert isinstance(stage, ViTStage)
+            stage.grid = self.grid
 
     def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
         return self.pos_embed(edit_of(edit, 1)(self.patch_embed(super()._embed(images))))

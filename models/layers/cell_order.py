@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmae.models.layers.token_order import Arrangement, to_windows, token_counts
+from mixmae.models.layers.token_order import Arrangement, to_tiles, token_counts
 from mixmae.models.methods.mixing import upsample_groups
 from mixmae.models.ops import sdpa
 
@@ -33,51 +33,60 @@ class Layout(NamedTuple):
 
 def dense(units: int) -> Layout:
     """Tokens in the order they have, all of which see each other."""
-    return Layout(Arrangement(None, None, ()), ((1, units),))
+    return Layout(Arrangement(), ((1, units),))
 
 
-def by_cell(x: Tensor, cells: tuple[int, int], groups: Tensor | None = None, num_groups: int | None = None) -> Layout:
+def by_cell(
+    grid: tuple[int, int],
+    cells: tuple[int, int],
+    groups: Tensor | None = None,
+    num_groups: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Layout:
     """For attention over the whole of a map.
 
     Args:
-        x: the map [B, H, W, C].
+        grid: H, W of the map.
         cells: Gh, Gw.
         groups: [Gh, Gw] or [B, Gh, Gw].
         num_groups: K, for maps of `draw_mix`; without it, and with a map for each sample, a mask keeps groups apart.
+        dtype: of the map.
     """
-    grid = (x.shape[1], x.shape[2])
     rows, cols = grid[0] // cells[0], grid[1] // cells[1]
     number = cells[0] * cells[1]
-    position = torch.arange(grid[0] * grid[1], device=x.device).view(cells[0], rows, cells[1], cols)
-    position = position.transpose(1, 2).reshape(number, rows * cols)
-    if groups is not None and groups.dim() == 2 and num_groups is not None:
-        return _grouped(position, groups, num_groups)
-    problems = ((1, number),)
-    mask = None
-    if groups is not None:
-        member = groups.flatten(-2).view(-1, 1, number)
-        mask = _mask(member[..., :, None] == member[..., None, :], x.dtype)
-        mask = mask.repeat_interleave(rows * cols, dim=2)
-    return Layout(_arrangement(position.flatten() if rows * cols > 1 else None), problems, mask)
+    arrangement = Arrangement(tile=(rows, cols) if rows * cols > 1 else None)
+    if groups is None:
+        return Layout(arrangement, ((1, number),))
+    if groups.dim() == 2 and num_groups is not None:
+        position = torch.arange(grid[0] * grid[1], device=groups.device).view(1, *grid, 1)
+        return _grouped(to_tiles(position, (rows, cols)).view(number, rows * cols), groups, num_groups)
+    member = groups.flatten(-2).view(-1, 1, number)
+    mask = _mask(member[..., :, None] == member[..., None, :], dtype)
+    return Layout(arrangement, ((1, number),), mask.repeat_interleave(rows * cols, dim=2))
 
 
-def by_window(x: Tensor, window: int, groups: Tensor | None = None) -> Layout:
+def by_window(
+    grid: tuple[int, int],
+    window: int,
+    groups: Tensor | None = None,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Layout:
     """For attention inside windows of side `window`, which need not end where cells do.
 
     Args:
-        x: the map [B, H, W, C], H and W multiples of `window`.
+        grid: H, W of the map, multiples of `window`.
         groups: [Gh, Gw] or [B, Gh, Gw].
+        batch: B; with `dtype` what the map has.
     """
-    batch, height, width, _ = x.shape
-    number = height * width // window**2
-    position = torch.arange(height * width, device=x.device).view(height, width, 1)
-    order = None if (height, width) == (window, window) else to_windows(position, window).flatten()
+    number = grid[0] * grid[1] // window**2
+    arrangement = Arrangement(tile=None if grid == (window, window) else (window, window))
     mask = None
     if groups is not None:
-        member = upsample_groups(groups, (height, width)).expand(batch, height, width)[..., None]
-        member = to_windows(member, window).flatten(0, 1)[:, None, :, 0]
-        mask = _mask(member[..., :, None] == member[..., None, :], x.dtype)
-    return Layout(_arrangement(order), ((number, window**2),), mask)
+        members = upsample_groups(groups, grid).expand(batch, *grid)[..., None]
+        member = to_tiles(members, (window, window)).flatten(0, 1)[:, None, :, 0]
+        mask = _mask(member[..., :, None] == member[..., None, :], dtype)
+    return Layout(arrangement, ((number, window**2),), mask)
 
 
 def _grouped(position: Tensor, groups: Tensor, num_groups: int) -> Layout:
@@ -87,11 +96,7 @@ def _grouped(position: Tensor, groups: Tensor, num_groups: int) -> Layout:
         sizes = [size for count, size in counts for _ in range(count)]
         assert groups.flatten().bincount().tolist() == sizes, f"groups are not of {sizes} cells"
     order = position.index_select(0, groups.flatten().argsort(stable=True)).flatten()
-    return Layout(_arrangement(order), counts)
-
-
-def _arrangement(order: Tensor | None) -> Arrangement:
-    return Arrangement(order, None if order is None else order.argsort(), ())
+    return Layout(Arrangement((), order, order.argsort()), counts)
 
 
 def _mask(same: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,21 +105,28 @@ def _mask(same: Tensor, dtype: torch.dtype) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """[B, L, h*d] for queries [B, L, h, d] and keys and values [B, L, h, d] or, one for each cell, [B, Gh*Gw, h, d]."""
+    if len(layout.problems) == 1:
+        return _attend(q, k, v, layout.problems[0][0], layout.mask)
     units = sum(count * size for count, size in layout.problems)
     out, start = [], 0
     for count, size in layout.problems:
-        queries, keys, values = (_problems(x, units, start, count, size) for x in (q, k, v))
-        part = sdpa.attend_unbiased(queries, keys, values, layout.mask)
-        out.append(part.transpose(1, 2).reshape(len(q), -1, q.shape[2] * q.shape[3]))
+        queries, keys, values = (_units(x, units, start, count * size) for x in (q, k, v))
+        out.append(_attend(queries, keys, values, count, layout.mask))
         start += count * size
-    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+    return torch.cat(out, dim=1)
 
 
-def _problems(x: Tensor, units: int, start: int, count: int, size: int) -> Tensor:
-    """[B * count, h, size * tokens of a unit, d]: the problems that begin at unit `start`."""
+def _units(x: Tensor, units: int, start: int, number: int) -> Tensor:
+    """Tokens of the units from `start` on."""
     per_unit = x.shape[1] // units
-    x = x.narrow(1, start * per_unit, count * size * per_unit)
-    return x.unflatten(1, (count, size * per_unit)).flatten(0, 1).transpose(1, 2)
+    return x.narrow(1, start * per_unit, number * per_unit)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, count: int, mask: Tensor | None) -> Tensor:
+    """`count` problems of one size, side by side in tokens."""
+    queries, keys, values = (x.unflatten(1, (count, -1)).flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+    out = sdpa.attend_unbiased(queries, keys, values, mask)
+    return out.transpose(1, 2).flatten(2).unflatten(0, (-1, count)).flatten(1, 2)
 
 
 class SelfAttention(nn.Module):

@@ -27,7 +27,8 @@ _CODE_WIDTH = 8
 class Problems(NamedTuple):
     """`num` attention problems of `size` tokens each, side by side in a stage's order.
 
-    pairs: [1 or num, size * size], the rows of the bias table for all pairs of query and key.
+    pairs: [size * size] for all problems, or [num, size * size] for each: the rows of the bias table for all pairs of
+        query and key.
     bias: [num, 1, size, size], 0 within a group and -inf across, where one map is shared by the micro-batch.
     query_codes, key_codes: [B, num, 1, size, 8] where each sample has its own map: extra head dimensions whose
         product is 0 within a group and hugely negative across, so that no mask for each sample is ever made.
@@ -45,6 +46,11 @@ class Problems(NamedTuple):
         return self.num * self.size
 
     @property
+    def is_shared(self) -> bool:
+        """Whether problems have the same positions, and so the same bias."""
+        return self.pairs.dim() == 1 or len(self.pairs) == 1
+
+    @property
     def is_dense(self) -> bool:
         """Whether all tokens of a problem see each other."""
         return self.bias is None and self.query_codes is None
@@ -53,24 +59,32 @@ class Problems(NamedTuple):
 class Arrangement(NamedTuple):
     """The order of a stage's tokens, and the attention problems in that order.
 
-    order: [L], the grid position of each token; None if that is the grid's own order.
+    problems: of attention.
+    order: [L], the grid position of each token; None if that is tile by tile.
     place: [L], where each grid position went; the inverse of `order`.
+    tile: tokens along a tile's sides, without an `order`; None if it is the grid's own.
     """
 
-    order: Tensor | None
-    place: Tensor | None
-    problems: tuple[Problems, ...]
+    problems: tuple[Problems, ...] = ()
+    order: Tensor | None = None
+    place: Tensor | None = None
+    tile: tuple[int, int] | None = None
 
     def sort(self, grid: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, L, C] in the stage's order."""
-        tokens = grid.flatten(1, 2)
-        return tokens if self.order is None else _Permuted.apply(tokens, self.order, self.place)
+        if self.order is not None:
+            return _Permuted.apply(grid.flatten(1, 2), self.order, self.place)
+        return grid.flatten(1, 2) if self.tile is None else to_tiles(grid, self.tile).flatten(1, 2)
 
     def restore(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, L, C] -> [B, H, W, C]."""
         if self.order is not None:
-            tokens = _Permuted.apply(tokens, self.place, self.order)
-        return tokens.unflatten(1, grid)
+            return _Permuted.apply(tokens, self.place, self.order).unflatten(1, grid)
+        if self.tile is None:
+            return tokens.unflatten(1, grid)
+        height, width = self.tile
+        tiles = tokens.unflatten(1, (grid[0] // height, grid[1] // width, height, width))
+        return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class _Permuted(torch.autograd.Function):
@@ -87,29 +101,15 @@ class _Permuted(torch.autograd.Function):
         return gradients[0].index_select(1, place), None, None
 
 
-def window_order(grid: tuple[int, int], window: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """`order` and `place` of tokens window by window; None where that is the grid's own order."""
-    height, width = grid
-    if (height, width) == (window, window):
-        return None
-    position = torch.arange(height * width, device=device).view(height, width, 1)
-    order = to_windows(position, window).flatten()
-    return order, order.argsort()
-
-
-def by_window(
-    grid: tuple[int, int], window: int, pairs: Tensor, order_and_place: tuple[Tensor, Tensor] | None
-) -> Arrangement:
+def by_window(grid: tuple[int, int], window: int, pairs: Tensor) -> Arrangement:
     """Tokens window by window, unmixed.
 
     Args:
         pairs: those of `relative_position_index(window)`.
-        order_and_place: those of `window_order`.
     """
     height, width = grid
-    problems = Problems((height // window) * (width // window), window * window, pairs[None])
-    order, place = order_and_place or (None, None)
-    return Arrangement(order, place, (problems,))
+    problems = Problems((height // window) * (width // window), window * window, pairs)
+    return Arrangement((problems,), tile=None if grid == (window, window) else (window, window))
 
 
 def separated(arrangement: Arrangement, groups: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Arrangement:
@@ -120,10 +120,10 @@ def separated(arrangement: Arrangement, groups: Tensor, grid: tuple[int, int], d
         dtype: of the tokens.
     """
     (windows,) = arrangement.problems
-    members = upsample_groups(groups, grid).flatten(-2)
-    if arrangement.order is not None:
-        members = members.index_select(-1, arrangement.order)
-    members = members.unflatten(-1, (windows.num, windows.size))
+    members = upsample_groups(groups, grid)
+    if arrangement.tile is not None:
+        members = to_tiles(members.view(-1, *grid, 1), arrangement.tile).view(*groups.shape[:-2], -1)
+    members = members.view(*groups.shape[:-2], windows.num, windows.size)
     if groups.dim() == 2:
         same = members[:, :, None] == members[:, None, :]
         bias = torch.zeros(same.shape, dtype=dtype, device=groups.device).masked_fill_(~same, float("-inf"))
@@ -149,7 +149,7 @@ def by_group(groups: Tensor, num_groups: int, grid: tuple[int, int], pairs: Tens
         own = order[start : start + count * size].view(count, size)
         problems.append(Problems(count, size, pairs[own[:, :, None], own[:, None, :]].flatten(1)))
         start += count * size
-    return Arrangement(order, order.argsort(), tuple(problems))
+    return Arrangement(tuple(problems), order, order.argsort())
 
 
 def of_kept(
@@ -176,7 +176,7 @@ def of_kept(
         same = number[:, None] == number
         bias = torch.zeros(same.shape, dtype=dtype, device=kept.device).masked_fill_(~same, float("-inf"))
         problems = problems._replace(bias=bias[None, None])
-    return Arrangement(None, None, (problems,))
+    return Arrangement((problems,))
 
 
 def token_counts(num_groups: int, cells: Sequence[int], grid: tuple[int, int]) -> list[tuple[int, int]]:
@@ -184,6 +184,12 @@ def token_counts(num_groups: int, cells: Sequence[int], grid: tuple[int, int]) -
     per_cell = (grid[0] // cells[0]) * (grid[1] // cells[1])
     sizes = [size * per_cell for size in group_sizes(num_groups, cells[0] * cells[1])]
     return [(sizes.count(size), size) for size in dict.fromkeys(sizes)]
+
+
+def to_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    """[B, H, W, C] -> [B, tiles, h * w, C], row by row."""
+    x = x.unflatten(2, (-1, tile[1])).unflatten(1, (-1, tile[0]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:

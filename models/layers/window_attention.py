@@ -6,6 +6,7 @@ Shapes: tokens [B, L, C] in the stage's order; h heads of width d.
 from collections.abc import Callable
 
 import torch
+import torch.fx
 from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
@@ -37,9 +38,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, arrangement: Arrangement) -> Tensor:
         """[B, L, C] -> [B, L, C]."""
+        if len(arrangement.problems) == 1:
+            return self.proj(self._attend(self.qkv(x), arrangement.problems[0]))
         parts = self.qkv(x).split([problems.tokens for problems in arrangement.problems], dim=1)
         out = [self._attend(part, problems) for part, problems in zip(parts, arrangement.problems, strict=True)]
-        return self.proj(out[0] if len(out) == 1 else torch.cat(out, dim=1))
+        return self.proj(torch.cat(out, dim=1))
 
     def set_window(self, window: int) -> None:
         """Another window side; the bias table is resized."""
@@ -48,33 +51,43 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
         """[B, num * size, 3C] -> [B, num * size, C]."""
-        bias = self._position_bias(problems)
-        fits = problems.size <= MAX_SIZES.get(qkv.itemsize, 0)
-        if self.kernel is not None and len(bias) == problems.num and fits and problems.is_dense:
+        bias = position_bias(self.relative_position_bias_table, problems.pairs, problems.size)
+        one_bias = problems.is_shared
+        own_bias = not one_bias or problems.num == 1
+        if self.kernel is not None and own_bias and problems.is_dense and _fits(problems.size, qkv):
             return self.kernel(qkv, bias, self.scale)
-        batch, tokens, triple = qkv.shape
-        heads, width = self.num_heads, triple // 3 // self.num_heads
-        q, k, v = qkv.view(batch, problems.num, problems.size, 3, heads, width).permute(3, 0, 1, 4, 2, 5)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).unflatten(1, (problems.num, problems.size))
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
         if problems.bias is not None:
             bias = bias + problems.bias
+            one_bias = problems.num == 1
         if problems.query_codes is not None and problems.key_codes is not None:
             q, k = _append(q, problems.query_codes), _append(k, problems.key_codes)
-        if len(bias) == 1:
+        if one_bias:
             out = sdpa.attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, self.scale)
         else:
             # Problems differ in their bias, samples do not: problems stand beside the heads.
             joint = bias.flatten(0, 1)[None]
             out = sdpa.attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), joint, self.scale)
-        return out.view(batch, problems.num, heads, problems.size, width).transpose(2, 3).reshape(batch, tokens, -1)
+        width = self.proj.in_features // self.num_heads
+        out = out.view(-1, problems.num, self.num_heads, problems.size, width)
+        return out.transpose(2, 3).flatten(3).flatten(1, 2)
 
-    def _position_bias(self, problems: Problems) -> Tensor:
-        """[1 or num, h, size, size]."""
-        # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs. From fp32: the
-        # gradient sums hundreds of pairs into an entry, one by one.
-        table = self.relative_position_bias_table
-        wide = table.to(torch.promote_types(table.dtype, torch.float32))
-        bias = wide.t().index_select(1, problems.pairs.flatten()).to(table.dtype)
-        return bias.view(-1, len(problems.pairs), problems.size, problems.size).transpose(0, 1)
+
+def _fits(size: int, qkv: Tensor) -> bool:
+    return size <= MAX_SIZES.get(qkv.itemsize, 0)
+
+
+def position_bias(table: Tensor, pairs: Tensor, size: int) -> Tensor:
+    """[1 or num, h, size, size] for pairs of positions as in `Problems`."""
+    # Not `table[pairs]`: the gradient of that sorts on GPUs, and takes twenty times as long on CPUs. From fp32: the
+    # gradient sums hundreds of pairs into an entry, one by one.
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    bias = wide.t().index_select(1, pairs.flatten()).to(table.dtype)
+    return bias.view(table.shape[1], -1, size, size).transpose(0, 1)
+
+
+torch.fx.wrap("position_bias")
 
 
 def resize_table(table: Tensor, window: int) -> Tensor:

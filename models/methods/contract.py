@@ -7,7 +7,7 @@ keys of the recipe's `method:` section, with their types and defaults.
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class Method(Trainable):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+
+    @classmethod
+    def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
+        """The settings, with what is None chosen to fit the encoder: a run's recipe says what was chosen."""
+        return dict(settings)
 
     @abstractmethod
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -1,11 +1,45 @@
 """The decoder: unmixes the encoder's tokens and paints all K images from them (paper section 3.2)."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixmae.models.layers.blocks import Block, init_weights, sincos_positions
+
+_LARGE, _SMALL = 75e6, 10e6
+"""Parameters of an encoder: from the first on it is a base size or larger, below the second a toy."""
+_HEAD_DIM = 32
+
+
+class DecoderSizes(NamedTuple):
+    dim: int
+    depth: int
+    num_heads: int
+
+
+def decoder_sizes(
+    encoder: nn.Module, dim: int | None = None, depth: int | None = None, num_heads: int | None = None
+) -> DecoderSizes:
+    """What is given, and for the rest what fits the encoder: the papers' 512 x 8 for base sizes and larger.
+
+    A decoder works on K sequences for each mixed input: at 512 x 8 it would take most of a small encoder's step.
+    """
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    fitting = (512, 8) if count >= _LARGE else (256, 4) if count >= _SMALL else (64, 4)
+    dim, depth = dim or fitting[0], depth or fitting[1]
+    wanted = max(1, dim // _HEAD_DIM)
+    return DecoderSizes(dim, depth, num_heads or max(n for n in range(1, wanted + 1) if dim % n == 0))
+
+
+def fit_decoder(settings: Mapping[str, Any], encoder: nn.Module) -> dict[str, Any]:
+    """A method's settings with the decoder's sizes that it leaves to the encoder."""
+    names = ("decoder_dim", "decoder_depth", "decoder_num_heads")
+    sizes = decoder_sizes(encoder, *(settings[name] for name in names))
+    return {**settings, **dict(zip(names, sizes, strict=True))}
 
 
 class Decoder(nn.Module):

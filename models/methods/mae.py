@@ -8,13 +8,14 @@ Shapes: L cells of the encoder's grid, of which n are kept; `order` int64 [B or 
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.methods.contract import Column, Method
-from mixmae.models.methods.decoder import KeptDecoder
+from mixmae.models.methods.decoder import KeptDecoder, decoder_sizes, fit_decoder
 from mixmae.models.methods.masking import blank, check_ratio, draw_order, first_of
 from mixmae.models.methods.reconstruction_loss import ReconstructionLoss, denormalize_patches, patchify, unpatchify
 from mixmae.models.methods.registry import register_method
@@ -44,9 +45,9 @@ class MAE(Method):
         encoder: Encoder,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
+        decoder_dim: int | None = None,
+        decoder_depth: int | None = None,
+        decoder_num_heads: int | None = None,
     ) -> None:
         super().__init__(encoder)
         if encoder.keep_map is None:
@@ -63,8 +64,13 @@ class MAE(Method):
             self.class_token = nn.Parameter(torch.zeros(1, 1, encoder.num_features))
             nn.init.normal_(self.class_token, std=0.02)
         self.loss = ReconstructionLoss(self.patch_size, norm_pix_loss)
-        values, sizes = 3 * self.patch_size**2, (decoder_dim, decoder_depth, decoder_num_heads)
+        values = 3 * self.patch_size**2
+        sizes = decoder_sizes(encoder, decoder_dim, decoder_depth, decoder_num_heads)
         self.decoder = KeptDecoder(encoder.num_features, encoder.grid, values, *sizes, norm_eps=_EPS)
+
+    @classmethod
+    def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
+        return fit_decoder(settings, encoder)
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor]:
         return (draw_order(batch if self.encoder.keep_map == "sample" else 1, self.num_cells, generator),)

@@ -4,7 +4,7 @@ Shapes are those of `mixmae.models.methods.mixing` and `mixmae.models.methods.re
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder, MapEdit
 from mixmae.models.methods.contract import Column, Method
-from mixmae.models.methods.decoder import Decoder
+from mixmae.models.methods.decoder import Decoder, decoder_sizes, fit_decoder
 from mixmae.models.methods.filling import draw_crops, draw_hidden, draw_shuffle, move_cells, num_hidden, zoom_in
 from mixmae.models.methods.masking import blank, replace_tokens
 from mixmae.models.methods.mixing import (
@@ -65,9 +65,9 @@ class MixMAE(Method):
         fill: Fill = "mix",
         extra_mask_ratio: float = 0.0,
         norm_pix_loss: bool = True,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
+        decoder_dim: int | None = None,
+        decoder_depth: int | None = None,
+        decoder_num_heads: int | None = None,
     ) -> None:
         super().__init__(encoder)
         check_num_images(num_images, encoder.grid)
@@ -90,9 +90,8 @@ class MixMAE(Method):
             nn.Parameter(0.02 * torch.randn(num_images, dim)) for dim in (encoder.edit_dims if mix_embedding else ())
         )
         self.loss = ReconstructionLoss(self.patch_size, norm_pix_loss)
-        self.decoder = Decoder(
-            encoder.num_features, encoder.grid, 3 * self.patch_size**2, decoder_dim, decoder_depth, decoder_num_heads
-        )
+        sizes = decoder_sizes(encoder, decoder_dim, decoder_depth, decoder_num_heads)
+        self.decoder = Decoder(encoder.num_features, encoder.grid, 3 * self.patch_size**2, *sizes)
 
     def _check_fill(self) -> None:
         if self.fill == "mix":
@@ -123,6 +122,10 @@ class MixMAE(Method):
                 )
         if (mix_embedding or self.extra_mask_ratio or self.fill in _TOKENS) and not self.encoder.edit_dims:
             raise ValueError(f"{type(self.encoder).__name__} takes no tokens of a method; set fill=mix and no ratio")
+
+    @classmethod
+    def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
+        return fit_decoder(settings, encoder)
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Groups, partners, and what an ablation needs: hidden cells, the order of shuffled ones, or crops."""

@@ -42,7 +42,7 @@ def make_plain(model: Trainable) -> Trainable:
     return model
 
 
-def _stage(self: Stage, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None) -> Tensor:
+def _stage(self: Stage, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None, *_: object) -> Tensor:
     x = self.downsample(x)
     for block in self.blocks:
         x = block(x, groups, self.window)

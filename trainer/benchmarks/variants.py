@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,10 @@ def _masked(model: Trainable) -> None:
         stage.forward = MethodType(_without_sorting_by_group, stage)
 
 
-def _without_sorting_by_group(self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None) -> Tensor:
-    return Stage.forward(self, x, groups, None)
+def _without_sorting_by_group(
+    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, *rest: Any
+) -> Tensor:
+    return Stage.forward(self, x, groups, None, *rest)
 
 
 def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], object]:

@@ -200,20 +200,18 @@ def random_resized_crop(
     settings: Data,
     random: Random,
     out: Tensor | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """A random crop, resized (bicubic) and perhaps flipped.
 
     Args:
         state: the content's, as `inspect_image` gave it.
         out: where the crop is written, uint8 [3, size, size] in channels-last memory; None allocates.
-        max_pixels: of the whole image.
 
     Raises:
-        UnusableError: the content cannot be decoded after all, or has more pixels.
+        UnusableError: the content cannot be decoded after all, or has more than `settings.max_pixels`.
         OutOfMemoryError: the machine's memory does not suffice.
     """
-    source = open_encoded(content, state, settings.decoder, max_pixels)
+    source = open_encoded(content, state, settings.decoder, settings.max_pixels)
     plan = plan_random_crop(source, size, settings, random)
     return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 

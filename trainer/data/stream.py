@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mixmae.base.errors import UsageError
-from mixmae.base.signals import leave_signals_to_the_main_process
 from mixmae.trainer.data.faults import (
     UNREACHABLE,
     Fault,
@@ -32,6 +31,7 @@ from mixmae.trainer.data.order import BatchSlice, Order, SampleRange, SampleRef
 from mixmae.trainer.data.rng import Purpose, numpy_at, random_at
 from mixmae.trainer.data.stores.store import CacheCounts
 from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, SampleTransform
+from mixmae.trainer.data.workers import HandOverError, hand_over_words, init_worker
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -117,7 +117,10 @@ class BatchReader(Dataset[Batch]):
             self._prefetch(samples_ahead)
         store = self.index.store
         retried, cache_counts = store.retried, store.cache_counts
-        buffers = self.transform.new_batch(len(request.samples))
+        try:
+            buffers = self.transform.new_batch(len(request.samples))
+        except (RuntimeError, OSError) as error:  # of torch, where shared memory or descriptors are short
+            return Batch(torch.empty(0), {}, [], [], 0, 0, usage_error=hand_over_words(error))
         samples: list[int] = []
         faults: list[Fault] = []
         try:
@@ -177,10 +180,6 @@ class BatchReader(Dataset[Batch]):
             self.index.store.will_need(shard, start, int(last["offset"]) + int(last["size"]) - start)
 
 
-def _init_worker(worker: int) -> None:
-    leave_signals_to_the_main_process()
-
-
 class _MicroBatches:
     """One rank's endless sequence of micro-batches, as slices of the global batches."""
 
@@ -230,7 +229,7 @@ class Stream:
             prefetch_factor=recipe.data.prefetch_factor if workers else None,
             collate_fn=_identity,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_init_worker,
+            worker_init_fn=init_worker,
         )
         self._batches: Iterator[Batch] | None = iter(loader)
 
@@ -252,6 +251,8 @@ class Stream:
             if (lost := lost_worker_error(self._torch_error(error), self.rank)) is not None:
                 raise lost from error
             raise
+        if isinstance(batch, HandOverError):
+            raise UsageError(f"rank {self.rank}: {batch.words}")
         if batch.usage_error is not None:
             raise UsageError(batch.usage_error)
         self.retried += batch.retried

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mixmae.trainer.data.decode import MAX_PIXELS, random_resized_crop
+from mixmae.trainer.data.decode import random_resized_crop
 from mixmae.trainer.recipe.schema import Data
 
 
@@ -59,15 +59,13 @@ class RandomResizedCropFlip(SampleTransform):
 
     size: int
     settings: Data
-    max_pixels: int = MAX_PIXELS
-    """Larger images are unusable: a worker decodes one in 4 bytes a pixel, and more while it does."""
 
     def new_batch(self, count: int) -> BatchBuffers:
         return BatchBuffers(shared_images(count, self.size), {"label": shared_empty((count,), torch.int64)})
 
     def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
         image, state = buffers.images[i], int(row["state"])
-        random_resized_crop(content, state, self.size, self.settings, random, image, self.max_pixels)
+        random_resized_crop(content, state, self.size, self.settings, random, image)
         buffers.targets["label"][i] = int(row["label"])
 
 

@@ -86,7 +86,8 @@ def _about_data(plan: Plan) -> Iterator[str]:
         yield "The loader's cores are unknown: measure them with mixmae bench data RECIPE --photos --json."
         return
     if needed.workers > plan.recipe.data.num_workers:
+        of_a_node = " a node" if plan.cluster.nodes > 1 else ""
         yield (
-            f"The loader needs {needed.cores} cores per node at {rate.images_per_second:,.0f} images/s each: "
+            f"The loader needs {needed.cores} cores{of_a_node} at {rate.images_per_second:,.0f} images/s each: "
             f"data.num_workers={needed.workers}, more on slower cores."
         )

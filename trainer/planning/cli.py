@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mixmae.trainer.benchmarks.results import RESULTS
-from mixmae.trainer.planning.devices import GPUS, build_cluster
+from mixmae.trainer.planning.devices import GPUS, build_cluster, find_gpu
 from mixmae.trainer.planning.plan import Assumptions, make_plan
 from mixmae.trainer.planning.tables import report, values
-from mixmae.trainer.recipe.arguments import add_recipe, at_least, share, size
+from mixmae.trainer.recipe.arguments import above_0, add_recipe, at_least, share, size
 from mixmae.trainer.recipe.loading import load_recipe
 
 _WIDTH = 100
@@ -23,8 +23,9 @@ _WIDTH = 100
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
-    cluster = build_cluster(args.gpu, args.gpus, args.gpus_per_node, args.link)
-    given = Assumptions(args.mfu, args.images, args.image_bytes, args.write_rate, RESULTS)
+    gpu = find_gpu(args.gpu, args.gpu_memory, args.gpu_tflops, args.gpu_bandwidth)
+    cluster = build_cluster(gpu, args.gpus, args.gpus_per_node, args.link)
+    given = Assumptions(args.mfu, args.images, args.image_bytes, args.write_rate, args.price_per_gpu_hour, RESULTS)
     plan = make_plan(recipe, cluster, given)
     if args.json:
         json.dump(values(plan), sys.stdout, indent=1)
@@ -42,7 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_recipe(parser)
     parser.add_argument("--gpus", type=at_least(1), required=True, help="number of GPUs of all nodes")
-    parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
+    parser.add_argument("--gpu", help=f"{', '.join(GPUS)}; any other by its figures")
+    parser.add_argument("--gpu-memory", type=above_0, metavar="GIB", help="of a GPU, as torch reports it")
+    parser.add_argument("--gpu-tflops", type=above_0, metavar="N", help="dense peak in the recipe's precision")
+    parser.add_argument("--gpu-bandwidth", type=above_0, metavar="GB/S", help="to the other GPUs of its node (default "
+                        "of an unknown one: PCIe 4)")  # fmt: skip
+    parser.add_argument("--price-per-gpu-hour", type=above_0, metavar="PRICE", help="in any currency: adds the cost")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, help="default %(default)s")
     parser.add_argument(
         "--link", help="bandwidth of a node's network, such as 200gbps or 8x400gbps; assumed to be reached"

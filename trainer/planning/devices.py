@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.tasks.flops import PEAKS
@@ -21,8 +21,9 @@ class Gpu:
 
     Args:
         name: its name for `--gpu`.
-        product: the part of the device's name by which `mixmae.trainer.tasks.flops` finds its bf16 peak.
+        product: the part of the device's name by which measurements of it are found.
         memory: bytes as CUDA reports them (less than the nominal size with ECC).
+        bf16: dense FLOP/s of its tensor cores.
         fp32: FLOP/s in fp32 without tensor cores.
         peers: bytes per second to the other GPUs of its node, over NVLink, else PCIe.
         host: bytes per second to pinned host memory, over PCIe.
@@ -31,13 +32,14 @@ class Gpu:
     name: str
     product: str
     memory: float
+    bf16: float
     fp32: float
     peers: float
     host: float
 
     def peak(self, precision: str) -> float:
         """Peak FLOP/s in a recipe's precision."""
-        return PEAKS[self.product] if precision == "bf16" else self.fp32
+        return self.bf16 if precision == "bf16" else self.fp32
 
     @property
     def usable(self) -> float:
@@ -47,18 +49,33 @@ class Gpu:
 
 _PCIE4, _PCIE5 = 31.5e9, 63.0e9
 """x16, one direction."""
+
+
+def _gpu(name: str, product: str, gib: float, fp32: float, peers: float, host: float) -> Gpu:
+    return Gpu(name, product, gib * _GIB, PEAKS[product], fp32, peers, host)
+
+
 # NVIDIA's data sheets, which give NVLink's bandwidth for both directions together.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a10", "A10", 22.1 * _GIB, 31.2e12, _PCIE4, _PCIE4),
-        Gpu("a100-40g", "A100", 39.4 * _GIB, 19.5e12, 300e9, _PCIE4),
-        Gpu("a100-80g", "A100", 79.2 * _GIB, 19.5e12, 300e9, _PCIE4),
-        Gpu("l40s", "L40S", 44.4 * _GIB, 91.6e12, _PCIE4, _PCIE4),
-        Gpu("h100-pcie", "H100 PCIe", 79.1 * _GIB, 51e12, _PCIE5, _PCIE5),
-        Gpu("h100", "H100", 79.1 * _GIB, 67e12, 450e9, _PCIE5),
-        Gpu("h200", "H200", 139.7 * _GIB, 67e12, 450e9, _PCIE5),
-        Gpu("b200", "B200", 178.3 * _GIB, 75e12, 900e9, _PCIE5),
+        _gpu("rtx3080", "RTX 3080", 9.7, 29.8e12, _PCIE4, _PCIE4),
+        _gpu("rtx3090", "RTX 3090", 23.6, 35.6e12, _PCIE4, _PCIE4),
+        _gpu("rtx4080", "RTX 4080", 15.6, 48.7e12, _PCIE4, _PCIE4),
+        _gpu("rtx4090", "RTX 4090", 23.6, 82.6e12, _PCIE4, _PCIE4),
+        _gpu("rtx5080", "RTX 5080", 15.5, 56.3e12, _PCIE5, _PCIE5),
+        _gpu("rtx5090", "RTX 5090", 31.4, 104.8e12, _PCIE5, _PCIE5),
+        _gpu("a6000", "RTX A6000", 47.4, 38.7e12, _PCIE4, _PCIE4),
+        _gpu("6000ada", "RTX 6000 Ada", 47.4, 91.1e12, _PCIE4, _PCIE4),
+        _gpu("l4", "L4", 22.0, 30.3e12, _PCIE4, _PCIE4),
+        _gpu("a10", "A10", 22.1, 31.2e12, _PCIE4, _PCIE4),
+        _gpu("a100-40g", "A100", 39.4, 19.5e12, 300e9, _PCIE4),
+        _gpu("a100-80g", "A100", 79.2, 19.5e12, 300e9, _PCIE4),
+        _gpu("l40s", "L40S", 44.4, 91.6e12, _PCIE4, _PCIE4),
+        _gpu("h100-pcie", "H100 PCIe", 79.1, 51e12, _PCIE5, _PCIE5),
+        _gpu("h100", "H100", 79.1, 67e12, 450e9, _PCIE5),
+        _gpu("h200", "H200", 139.7, 67e12, 450e9, _PCIE5),
+        _gpu("b200", "B200", 178.3, 75e12, 900e9, _PCIE5),
     )
 }
 
@@ -85,21 +102,46 @@ class Cluster:
         return Cluster(self.gpu, gpus, min(gpus, self.gpus_per_node), self.link)
 
 
-def find_gpu(name: str) -> Gpu:
-    """A GPU by its name.
+def find_gpu(
+    name: str | None, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None
+) -> Gpu:
+    """A GPU by its name, by its figures, or by both: a figure given counts.
+
+    Args:
+        memory: GiB.
+        tflops: 10**12 operations per second in the recipe's precision.
+        bandwidth: GB per second to the other GPUs of its node; PCIe 4 where nobody says, for an unknown one.
 
     Raises:
-        UsageError: an unknown name; suggests the closest and lists all known ones.
+        UsageError: an unknown name without memory and tflops; suggests the closest and lists all known ones.
     """
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
+    known = GPUS.get(name.lower()) if name is not None else None
+    if known is None and (memory is None or tflops is None):
+        raise UsageError(_unknown(name))
+    gpu = known or Gpu(name or "GPU", name or "GPU", 0.0, 0.0, 0.0, _PCIE4, _PCIE4)
+    return replace(
+        gpu,
+        memory=gpu.memory if memory is None else memory * _GIB,
+        bf16=gpu.bf16 if tflops is None else tflops * 1e12,
+        fp32=gpu.fp32 if tflops is None else tflops * 1e12,
+        peers=gpu.peers if bandwidth is None else bandwidth * 1e9,
+    )
+
+
+def _unknown(name: str | None) -> str:
+    figures = "--gpu-memory and --gpu-tflops describe any other"
+    if name is None:
+        return f"--gpu is missing; known: {', '.join(GPUS)}; {figures}"
     nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise UsageError(f"--gpu {name}: unknown GPU; {hint}known: {', '.join(GPUS)}")
+    return f"--gpu {name}: unknown GPU; {hint}known: {', '.join(GPUS)}; {figures}"
 
 
-def build_cluster(gpu: str, gpus: int, gpus_per_node: int, link: str | None) -> Cluster:
+def build_cluster(gpu: Gpu | str, gpus: int, gpus_per_node: int, link: str | None) -> Cluster:
     """The cluster that the command line describes.
+
+    Args:
+        gpu: its name, where its figures are those known.
 
     Raises:
         UsageError: an unknown GPU, no whole number of nodes, or an invalid link rate.
@@ -109,7 +151,8 @@ def build_cluster(gpu: str, gpus: int, gpus_per_node: int, link: str | None) -> 
             f"--gpus {gpus} is not a whole number of nodes of {gpus_per_node}; change it to "
             f"{gpus - gpus % gpus_per_node} or {gpus + gpus_per_node - gpus % gpus_per_node}, or set --gpus-per-node"
         )
-    return Cluster(find_gpu(gpu), gpus, min(gpus, gpus_per_node), None if link is None else _rate(link))
+    found = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    return Cluster(found, gpus, min(gpus, gpus_per_node), None if link is None else _rate(link))
 
 
 def _rate(link: str) -> float:

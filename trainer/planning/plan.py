@@ -31,6 +31,8 @@ class Assumptions:
     image_bytes: int | None = None
     write_rate: float = 1e9
     """Bytes per second that a node writes to the checkpoints' storage."""
+    price: float | None = None
+    """Of an hour of one GPU."""
     results: Path = Path("benchmarks/results")
 
 
@@ -63,6 +65,10 @@ class Run:
     images_per_second: float
     days: float
 
+    @property
+    def gpu_hours(self) -> float:
+        return 24 * self.days * self.gpus
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,6 +91,12 @@ class Plan:
     loading: Loading
     """At the chosen option's images per second."""
     worker_rate: WorkerRate | None
+    price: float | None
+    """Of an hour of one GPU."""
+
+    def cost(self, run: Run) -> float | None:
+        """Of a run, in the price's currency."""
+        return None if self.price is None else self.price * run.gpu_hours
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
@@ -125,6 +137,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
         checkpoint_cost(work.parameters, cluster, recipe.checkpoint, given.write_rate),
         loading(recipe, per_node, cluster.gpus_per_node, found.micro_batch, data, rate),
         rate,
+        given.price,
     )
 
 

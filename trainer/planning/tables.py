@@ -1,6 +1,6 @@
 """A plan as text of up to 100 columns, and as JSON values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -51,15 +51,15 @@ def values(plan: Plan) -> dict[str, Any]:
         "data": asdict(plan.data),
         "steps": plan.steps,
         "note": plan.note,
-        "recipe_run": _run_values(plan.own),
-        "chosen_run": _run_values(plan.chosen),
+        "recipe_run": _run_values(plan, plan.own),
+        "chosen_run": _run_values(plan, plan.chosen),
         "keys": keys(plan),
         "stages": [
             {"stage": row.stage, "largest_micro_batch": row.largest, "memory": _memory_values(row.memory)}
             for row in plan.stages
         ],
         "policies": [asdict(row) for row in plan.policies],
-        "scaling": [_run_values(run) for run in plan.scaling],
+        "scaling": [_run_values(plan, run) for run in plan.scaling],
         "checkpoint": asdict(plan.checkpoint),
         "loading": asdict(plan.loading),
         "worker_rate": None if plan.worker_rate is None else asdict(plan.worker_rate),
@@ -67,7 +67,7 @@ def values(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _run_values(run: Run) -> dict[str, Any]:
+def _run_values(plan: Plan, run: Run) -> dict[str, Any]:
     chosen = asdict(run.option)
     return {
         **chosen,
@@ -76,6 +76,8 @@ def _run_values(run: Run) -> dict[str, Any]:
         "gpus": run.gpus,
         "images_per_second": run.images_per_second,
         "days": run.days,
+        "gpu_hours": run.gpu_hours,
+        "cost": plan.cost(run),
         "sent_bytes": sum(part.sent(run.gpus) for part in run.option.traffic),
     }
 
@@ -86,8 +88,8 @@ def _memory_values(memory: Memory) -> dict[str, Any]:
 
 def _head(plan: Plan) -> Iterator[RenderableType]:
     encoder, cluster, work = plan.recipe.encoder.name, plan.cluster, plan.work
-    nodes = f"{cluster.nodes} nodes" if cluster.nodes > 1 else "one node"
-    link = "" if cluster.link is None else f", {cluster.link * 8 / 1e9:g} Gbit/s each"
+    nodes = f"{cluster.nodes} nodes" if cluster.nodes > 1 else "one node" if cluster.gpus > 1 else "one GPU"
+    link = "" if cluster.link is None or cluster.nodes == 1 else f", {cluster.link * 8 / 1e9:g} Gbit/s each"
     yield Text(f"{encoder} on {cluster.gpus} x {cluster.gpu.name}", "bold")
     yield _line(
         f"{work.parameters.total / 1e6:.1f} M parameters, {work.model_flops / 1e9:.3g} GFLOP per image, "
@@ -131,35 +133,68 @@ def _time(plan: Plan) -> Iterator[RenderableType]:
         f"{plan.recipe.train.duration} of {plan.data.images:,} images ({plan.data.source}): {plan.steps:,} steps of "
         f"{plan.recipe.train.global_batch:,} images. MFU {plan.speed.mfu:.2f} while computing, {plan.speed.source}."
     )
-    sent = ", ".join(f"{part.operation} of {_bytes(part.bytes)}" for part in chosen.option.traffic)
-    rate = bandwidth(cluster)
-    over = "" if rate is None else f", over {rate / 1e9:g} GB/s"
-    yield _line(
-        f"Each step: {sent}; each GPU sends {_bytes(sum(p.sent(cluster.gpus) for p in chosen.option.traffic))}{over}."
-    )
-    table = _table("GPUs", "micro-batch", "step", "sending", "images/s", "per GPU", "efficiency", "time")
-    alone = plan.scaling[0]
-    for run in plan.scaling:
-        found, per_gpu = run.option, run.images_per_second / run.gpus
-        wait = found.communication_seconds
-        table.add_row(
-            str(run.gpus),
-            f"{found.micro_batch}" + (f" x {found.accumulation}" if found.accumulation > 1 else ""),
-            _seconds(found.step_seconds),
-            "?" if wait is None else f"{wait / found.step_seconds:.0%}",
-            amount(round(run.images_per_second)),
-            amount(round(per_gpu)),
-            "-" if wait is None else f"{per_gpu / (alone.images_per_second / alone.gpus):.0%}",
-            duration(run.days * 86_400),
-        )
+    if cluster.gpus > 1:
+        yield _sent(plan)
+    columns = {name: [cell(plan, run) for run in plan.scaling] for name, cell in _COLUMNS.items()}
+    if plan.price is None:
+        del columns["cost"]
+    if cluster.gpus == 1:
+        columns = {name: cells for name, cells in columns.items() if name not in _OF_SEVERAL}
+    table = _table(*columns)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     yield table
+    if plan.price is not None:
+        yield _line(f"cost: {chosen.gpu_hours:,.3g} GPU hours at {plan.price:g} each in the last row.", "dim")
+
+
+def _sent(plan: Plan) -> Text:
+    traffic, gpus = plan.chosen.option.traffic, plan.cluster.gpus
+    sent = ", ".join(f"{part.operation} of {_bytes(part.bytes)}" for part in traffic)
+    rate = bandwidth(plan.cluster)
+    over = "" if rate is None else f", over {rate / 1e9:g} GB/s"
+    return _line(f"Each step: {sent}; each GPU sends {_bytes(sum(part.sent(gpus) for part in traffic))}{over}.")
+
+
+def _efficiency(plan: Plan, run: Run) -> str:
+    alone = plan.scaling[0]
+    if run.option.communication_seconds is None:
+        return "-"
+    return f"{run.images_per_second / run.gpus / (alone.images_per_second / alone.gpus):.0%}"
+
+
+def _sending(plan: Plan, run: Run) -> str:
+    wait = run.option.communication_seconds
+    return "?" if wait is None else f"{wait / run.option.step_seconds:.0%}"
+
+
+def _batches(plan: Plan, run: Run) -> str:
+    found = run.option
+    return f"{found.micro_batch}" + (f" x {found.accumulation}" if found.accumulation > 1 else "")
+
+
+_COLUMNS: dict[str, Callable[[Plan, Run], str]] = {
+    "GPUs": lambda _, run: str(run.gpus),
+    "micro-batch": _batches,
+    "step": lambda _, run: _seconds(run.option.step_seconds),
+    "sending": _sending,
+    "images/s": lambda _, run: amount(round(run.images_per_second)),
+    "per GPU": lambda _, run: amount(round(run.images_per_second / run.gpus)),
+    "efficiency": _efficiency,
+    "time": lambda _, run: duration(run.days * 86_400),
+    "cost": lambda plan, run: f"{plan.cost(run) or 0:,.2f}",
+}
+_OF_SEVERAL = ("GPUs", "sending", "per GPU", "efficiency")
+"""Columns that say nothing of one GPU."""
 
 
 def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
     saved, needed, cluster = plan.checkpoint, plan.loading, plan.cluster
+    of_a_node = " of a node" if cluster.nodes > 1 else ""
     yield _title("Checkpoints and data")
     kept = f"{plan.recipe.checkpoint.keep} kept and one being written: {_bytes(saved.kept_bytes)} of disk."
-    blocked = f"A checkpoint: {_bytes(saved.bytes)}, each rank {_bytes(saved.share)}. It blocks training for at least "
+    share = f", each rank {_bytes(saved.share)}" if cluster.gpus > 1 else ""
+    blocked = f"A checkpoint: {_bytes(saved.bytes)}{share}. It blocks training for at least "
     if plan.recipe.checkpoint.asynchronous:
         copied = f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s)"
         yield _line(f"{blocked}{copied}; written after {_seconds(saved.seconds)}. {kept}")
@@ -167,7 +202,7 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
         yield _line(f"{blocked}{_seconds(saved.stall)}, until it is written. {kept}")
     cores = "" if needed.cores is None else f", {needed.cores} {'core' if needed.cores == 1 else 'cores'}"
     yield _line(
-        f"The loader of a node: {amount(round(needed.images_per_second))} images/s, "
+        f"The loader{of_a_node}: {amount(round(needed.images_per_second))} images/s, "
         f"{_bytes(needed.bytes_per_second)}/s at {_bytes(plan.data.mean_bytes)} an image{cores}."
     )
     if plan.worker_rate is not None:
@@ -178,7 +213,7 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
             "dim",
         )
     yield _line(
-        f"Host memory of a node: {_bytes(saved.host_bytes)} for copies of checkpoints, "
+        f"Host memory{of_a_node}: {_bytes(saved.host_bytes)} for copies of checkpoints, "
         f"{_bytes(needed.host_bytes)} for decoded batches, besides the processes' own."
     )
 

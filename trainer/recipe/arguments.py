@@ -1,6 +1,7 @@
 """Command line arguments that several commands take, and their types."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def above_0(text: str) -> float:
+    """An argument's type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    return value
 
 
 def share(text: str) -> float:

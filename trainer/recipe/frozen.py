@@ -55,7 +55,8 @@ class FrozenRecipes:
         for recipe in self.recipes:
             file = frozen_file(recipe.run_dir, self.launch)
             try:
-                file.parent.mkdir(parents=True, exist_ok=True)
+                if not file.parent.is_dir():
+                    file.parent.mkdir(parents=True)
                 with file.open("x") as opened:
                     opened.write(self.text(recipe))
             except FileExistsError as error:

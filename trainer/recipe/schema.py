@@ -144,6 +144,8 @@ class Data(Section):
     """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
     max_corrupt_fraction: float = Field(0.01, ge=0, lt=1)
     """Unusable samples that a rank steps over in an epoch, as a share of its samples; more end the run."""
+    max_pixels: int = Field(178_956_970, gt=0, le=178_956_970)
+    """Larger images are unusable: a worker decodes one in 4 bytes a pixel, and more while it does."""
     network: Network = Network()
     cache: Cache = Cache()
 
@@ -357,6 +359,12 @@ class Recipe(Section):
                 f"{self.train.micro_batch} on {world_size} ranks; {change}"
             )
         return self.train.global_batch // at_once
+
+    @property
+    def batch_bytes_ahead(self) -> int:
+        """Bytes of shared memory for the images that a rank's data workers hold ready."""
+        image = 3 * self.encoder.img_size**2
+        return self.data.num_workers * self.data.prefetch_factor * self.train.micro_batch * image
 
     @property
     def streams(self) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.machine import require_writable
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.base.software import versions
@@ -19,15 +20,16 @@ from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.schedule import Schedule, build_schedule
-from mixmae.trainer.recipe.resume_rules import require_same_recipe
+from mixmae.trainer.recipe.resume_rules import Change, require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.provenance import check_run_dir, replaced_file, write_run_dir
+from mixmae.trainer.run.saving import TakenOverError
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.tasks.registry import stored_recipe, task_of
-from mixmae.trainer.telemetry.events import begin_attempt, refuse_attempt, restarted
+from mixmae.trainer.telemetry.events import begin_attempt, record_changes, refuse_attempt, restarted
 from mixmae.trainer.telemetry.exporter_process import check_monitoring
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
@@ -49,12 +51,25 @@ class Job:
     model: Trainable
     data_note: str | None
     """What of the data will be stepped over."""
+    change: bool
+    """Whether the recipe may change what a run that has begun computes."""
+    changes: list[Change] | None
+    """What it changes; None where only the checkpoint can say."""
     parameters: int
     """Counted before ZeRO takes them apart."""
 
 
-def train(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> int:
+def train(
+    recipe: Recipe,
+    ranks: Ranks,
+    stop: StopRequest | None = None,
+    heartbeat: Heartbeat | None = None,
+    change: bool = False,
+) -> int:
     """Trains a recipe from its newest checkpoint, if there is one, to its end or until it is asked to stop.
+
+    Args:
+        change: whether the recipe may change what the run computes from here on.
 
     Returns:
         The exit code, `exit_codes.FINISHED` or `exit_codes.PREEMPTED`.
@@ -63,17 +78,19 @@ def train(recipe: Recipe, ranks: Ranks, stop: StopRequest | None = None, heartbe
         UsageError: whatever in the recipe, the shards or the run directory does not fit; most of it is found before the
             process group is joined and a GPU touched.
     """
-    job = check(recipe, ranks)
+    job = check(recipe, ranks, change)
     distributed.join(ranks, recipe.launch.stuck_seconds)
     run = prepare(job, ranks, stop, heartbeat)
     clean = False
     try:
+        begun = run.state.step
         asked_by = fit(run)
-        say_end(run, asked_by)
+        say_end(run, asked_by, begun)
         clean = True
     except Exception as error:
         lost = lost_worker_error(error, ranks.rank)
-        run.reporter.event("failed", f"step {run.state.step}: {lost or error}", step=run.state.step)
+        kind = "superseded" if isinstance(error, TakenOverError) else "failed"
+        run.reporter.event(kind, f"step {run.state.step}: {lost or error}", step=run.state.step)
         if lost is not None:
             raise lost from error
         raise
@@ -93,17 +110,25 @@ def close(run: Run, clean: bool) -> None:
     run.engine.destroy()
 
 
-def say_end(run: Run, asked_by: str | None) -> None:
-    step = run.state.step
-    if asked_by is None:
-        run.reporter.event("end", f"finished at step {step}: {run.recipe.run_dir}", step=step)
+def say_end(run: Run, asked_by: str | None, begun: int) -> None:
+    step, run_dir = run.state.step, run.recipe.run_dir
+    if asked_by is None and begun == step:
+        longer = f"the same command with --change and a longer train.duration than {run.recipe.train.duration}"
+        message = f"already finished at step {step}; next: mixmae export {run_dir} ENCODER_DIR, or to go on, {longer}"
+        run.reporter.event("end", message, step=step)
+    elif asked_by is None:
+        run.reporter.event("end", f"finished at step {step}: {run_dir}", step=step)
     else:
         message = f"stopped at step {step} by {asked_by}, all saved; the same command goes on from here"
         run.reporter.event("preempted", message, step=step, reason=asked_by)
 
 
-def check(recipe: Recipe, ranks: Ranks) -> Job:
-    """Looks at everything that a user can get wrong; each rank by itself."""
+def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
+    """Looks at everything that a user can get wrong; each rank by itself.
+
+    Args:
+        change: whether the recipe may change what a run that has begun computes.
+    """
     task = task_of(recipe)
     recipe = task.recipe
     deepspeed_config(recipe, ranks.world_size)
@@ -112,7 +137,9 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
-    check_run_dir(recipe, index)
+    if ranks.is_main:
+        require_writable(recipe.run_dir, "run_dir")
+    changes = check_run_dir(recipe, index, change)
     check_monitoring(recipe)
     check_wandb(recipe)
     task.check_data(index)
@@ -120,7 +147,8 @@ def check(recipe: Recipe, ranks: Ranks) -> Job:
     task.require_batch(model)
     if newest_checkpoint(recipe.run_dir) is None:
         task.initialise(model)
-    return Job(recipe, index, schedule, task, model, note, sum(p.numel() for p in model.parameters()))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Job(recipe, index, schedule, task, model, note, change, changes, parameters)
 
 
 def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> Run:
@@ -145,9 +173,11 @@ def _build(
     with explain_wandb_errors(recipe):
         engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), job.task.lr_scale_of(job.model))
     resumed = resume(engine, recipe.run_dir, ranks)
-    state, position = _state_of(resumed, recipe, index)
+    state, position, changes = _state_of(resumed, job)
     tracker = Tracker.of(engine)
     if ranks.is_main:
+        if changes:
+            record_changes(recipe.run_dir, state.step, changes)
         write_run_dir(recipe, index)
         observer.begin(schedule.total_steps, job.parameters, state.step)
     main = ranks.is_main
@@ -176,14 +206,23 @@ def _build(
     return run
 
 
-def _state_of(resumed: Resumed | None, recipe: Recipe, index: ShardIndex) -> tuple[TrainState, Position]:
-    """Where the run stands: at its beginning, or where a checkpoint of the same recipe left it."""
+def _state_of(resumed: Resumed | None, job: Job) -> tuple[TrainState, Position, list[Change]]:
+    """Where the run stands, at its beginning or where a checkpoint left it, and what its recipe changes from there."""
+    recipe, index = job.recipe, job.index
     if resumed is None:
-        return TrainState(), Position(recipe.seed, 0, index.fingerprint)
-    require_same_recipe(recipe, stored_recipe(dict(resumed.manifest.recipe), str(resumed.folder)), recipe.run_dir)
+        return TrainState(), Position(recipe.seed, 0, index.fingerprint), []
+    before = stored_recipe(dict(resumed.manifest.recipe), str(resumed.folder))
+    known = job.changes is not None  # since the checkpoint the recipe may have been changed on purpose
+    changes = require_same_recipe(recipe, before, recipe.run_dir, job.change or known)
     position = Position(**resumed.manifest.position)
     position.require(recipe.seed, index)
-    return TrainState.from_state_dict(resumed.manifest.state), position
+    state, total_steps = TrainState.from_state_dict(resumed.manifest.state), job.schedule.total_steps
+    if state.step > total_steps:
+        raise UsageError(
+            f"train.duration={recipe.train.duration} ends at step {total_steps}, and the run has come to step "
+            f"{state.step}; set a longer one, or remove the checkpoints after step {total_steps}"
+        )
+    return state, position, changes if job.changes is None else job.changes
 
 
 def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> None:

@@ -180,7 +180,7 @@ def report_skipped(run: Run, samples: list[list[int]], losses: Tensor) -> None:
             if bad
             else f"losses finite, gradient not, on {len(shown)} samples: "
         )
-        + f"{names}; lower optim.base_lr, set optim.clip_grad, or look at these images"
+        + f"{names}; lower optim.base_lr or set optim.clip_grad (--change), or look at these images"
     )
 
 

@@ -11,7 +11,7 @@ from mixmae.base.files import atomic_write
 from mixmae.base.run_directory import RECIPE, REPLACED, SHARDS, VERSIONS, newest_checkpoint, rank_records
 from mixmae.base.software import versions
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.recipe.resume_rules import require_same_recipe
+from mixmae.trainer.recipe.resume_rules import Change, require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.words import shown
 from mixmae.trainer.recipe.yaml_files import parse_yaml, read_yaml
@@ -20,19 +20,29 @@ from mixmae.trainer.tasks.registry import stored_recipe
 _logger = logging.getLogger(__name__)
 
 
-def check_run_dir(recipe: Recipe, index: ShardIndex) -> None:
-    """Raises UsageError if the run directory holds checkpoints of another recipe or other shards."""
+def check_run_dir(recipe: Recipe, index: ShardIndex, change: bool = False) -> list[Change] | None:
+    """What the recipe changes in a run that has begun; None where the run directory does not say what it was.
+
+    Args:
+        change: whether it may change anything.
+
+    Raises:
+        UsageError: the run directory holds checkpoints of another recipe or other shards.
+    """
     if newest_checkpoint(recipe.run_dir) is None:
-        return
+        return None
     before = _intact(recipe.run_dir / RECIPE, parse_yaml, "run_dir")
+    changes = None
     if before is not None:
-        require_same_recipe(recipe, stored_recipe(before, str(recipe.run_dir / RECIPE)), recipe.run_dir)
+        stored = stored_recipe(before, str(recipe.run_dir / RECIPE))
+        changes = require_same_recipe(recipe, stored, recipe.run_dir, change)
     earlier = _intact(recipe.run_dir / SHARDS, json.loads, "fingerprint")
     if earlier is not None and earlier["fingerprint"] != index.fingerprint:
         raise UsageError(
             f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
             f"{index.first_difference(earlier)}; restore the shards or name another run_dir"
         )
+    return changes
 
 
 def _intact(file: Path, parse: Callable[[str], Any], key: str) -> dict[str, Any] | None:

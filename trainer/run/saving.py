@@ -18,6 +18,10 @@ class SaveError(UsageError):
     exit_code = 1
 
 
+class TakenOverError(SaveError):
+    """A later start has the run: this one ended, the run did not."""
+
+
 def save(run: Run) -> None:
     """Begins a save; where it is not asynchronous, also ends it."""
     state = run.state
@@ -84,7 +88,7 @@ def finish(run: Run, signal: StopSignal) -> str | None:
     report_saves(run)
     failures, error, superseded = from_main((run.saver.failures, run.saver.error, run.saver.superseded))
     if superseded:
-        raise SaveError(f"the run ends at step {run.state.step}: {error}")
+        raise TakenOverError(f"the run ends at step {run.state.step}: {error}")
     if error is not None:
         raise SaveError(
             f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; free "

@@ -1,5 +1,7 @@
 """Operations that a model takes, and that a device can do."""
 
+import re
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,10 +15,22 @@ PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L4": 121e12,
     "A10": 125e12,
     "V100": 112e12,
+    "RTX A6000": 154.8e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 3080": 59.5e12,
+    "RTX 3090": 71e12,
+    "RTX 4080": 97.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5080": 112.6e12,
+    "RTX 5090": 209.5e12,
 }
-"""Dense bf16 operations per second by a part of the device's name (V100: fp16), from the data sheets."""
+"""Dense bf16 operations per second, summed in fp32, by a part of the device's name (V100: fp16); from the data sheets,
+of GeForce from the white papers of their architectures (GA102, Ada, RTX Blackwell)."""
+_OTHER_PRODUCT = r"(?!\w)(?! (?:Ti|SUPER|D|Laptop|Max-Q)\b)"
+"""Behind a part: what makes another product of it, with other figures."""
 
 
 def model_flops(recipe: Recipe) -> float:
@@ -39,5 +53,9 @@ def peak_flops(recipe: Recipe, device: torch.device) -> float | None:
     """What a device can do in a second; None where nobody knows."""
     if recipe.monitoring.peak_flops is not None or device.type != "cuda":
         return recipe.monitoring.peak_flops
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(device_name: str) -> float | None:
+    """bf16 operations per second of a device by the name that CUDA has for it; None for one that is not listed."""
+    return next((peak for part, peak in PEAKS.items() if re.search(part + _OTHER_PRODUCT, device_name)), None)

@@ -1,5 +1,7 @@
 """Pretraining: an encoder learns from images without labels, by a method."""
 
+import inspect
+import re
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
+from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
@@ -39,19 +42,19 @@ class Pretrain(Task):
             raise UsageError(str(error)) from error
         check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
         settings = check_settings("method", method.__init__, recipe.method.settings, ("self", "encoder"))
+        if None in settings.values():
+            with torch.device("meta"):
+                settings = method.fitted(settings, _encoder(recipe))
         return recipe.model_copy(update={"method": MethodSection(name=recipe.method.name, **settings)})
 
     def build(self) -> Method:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
+        encoder, method = _encoder(recipe), method_class(recipe.method.name)
         try:
-            encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
+            return method(encoder, **recipe.method.settings)
         except (ValueError, ZeroDivisionError) as error:
-            raise UsageError(f"encoder: {error}") from error
-        try:
-            return method_class(recipe.method.name)(encoder, **recipe.method.settings)
-        except (ValueError, ZeroDivisionError) as error:
-            raise UsageError(f"method: {error}") from error
+            raise UsageError(_with_keys("method", method, error)) from error
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
@@ -117,6 +120,21 @@ class Pretrain(Task):
 
     def describe(self) -> str:
         return f"{self.recipe.encoder.name} by {self.recipe.method.name}"
+
+
+def _encoder(recipe: Recipe) -> Encoder:
+    part = recipe.encoder
+    try:
+        return create_encoder(part.name, img_size=part.img_size, **part.settings)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UsageError(_with_keys("encoder", family_of(part.name)[0], error)) from error
+
+
+def _with_keys(section: str, component: type, error: Exception) -> str:
+    """A component's error in the recipe's words: its arguments as keys."""
+    names = [name for name in inspect.signature(component).parameters if "_" in name]
+    text = re.sub(rf"\b({'|'.join(names)})\b", rf"{section}.\1", str(error)) if names else str(error)
+    return text if f"{section}." in text else f"{section}: {text}"
 
 
 def _method(module: Trainable) -> Method:

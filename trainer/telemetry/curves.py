@@ -1,14 +1,18 @@
-"""`mixmae curves RUN OUT.png`: the loss, learning rate and gradient norm of a run, and what its task measured."""
+"""`mixmae curves RUN ... OUT.png`: loss, learning rate and gradient norm of runs, and what their tasks measured.
+
+Several runs, or a folder of runs, are drawn over one another.
+"""
 
 import argparse
 import importlib.util
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.base.run_directory import EVENTS
+from mixmae.base.run_directory import EVENTS, runs_below
 from mixmae.trainer.telemetry.events import read_events
 
 TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
@@ -16,61 +20,94 @@ TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
 _LARGEST = 1e300
 """More is no measurement, and breaks axes."""
 
-Curve = tuple[str, list[int], list[float]]
-"""Label, steps and values."""
+Curves = dict[str, tuple[list[int], list[float]]]
+"""Steps and values by label."""
 
 
-def draw(run_dir: Path, out: Path) -> None:
-    """Draws the logged steps and evaluations of a run.
+def draw(run_dirs: Sequence[Path], out: Path) -> None:
+    """Draws the logged steps and evaluations of runs, a panel for each kind of value.
 
     Raises:
         UsageError: not a run directory, or one without logged steps; or matplotlib is not installed.
     """
-    if not (run_dir / EVENTS).is_file():
-        raise UsageError(f"{run_dir} is not a run directory: it has no {EVENTS}")
-    steps = read_events(run_dir, "step")
-    if not steps:
-        raise UsageError(f"{run_dir} has no logged steps yet")
+    runs = {name: _curves(run_dir) for name, run_dir in zip(_names(run_dirs), run_dirs, strict=True)}
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("curves needs matplotlib; install it with: pip install 'mixmae[plots]'")
     from matplotlib.figure import Figure
 
-    curves = [_curve(steps, name, label) for name, label in TRAINING.items()] + _evaluation_curves(run_dir)
-    figure = Figure(figsize=(8, 2 * len(curves)), layout="constrained")
-    for number, (label, at, values) in enumerate(curves, 1):
-        axes = figure.add_subplot(len(curves), 1, number)
-        axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "")
+    labels = list(dict.fromkeys(label for curves in runs.values() for label in curves))
+    figure = Figure(figsize=(8, 2 * len(labels)), layout="constrained")
+    for number, label in enumerate(labels, 1):
+        axes = figure.add_subplot(len(labels), 1, number)
+        for color, (name, curves) in enumerate(runs.items()):
+            at, values = curves.get(label, ([], []))
+            axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "", color=f"C{color}", label=name)
         axes.set_ylabel(label, parse_math=False)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
-    figure.suptitle(str(run_dir), parse_math=False)
+    if len(runs) > 1:
+        legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(runs)))
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    else:
+        figure.suptitle(str(run_dirs[0]), parse_math=False)
     try:
         figure.savefig(out, dpi=110)
     except ValueError as error:
         raise UsageError(f"{out}: {error}") from error
 
 
-def _curve(records: Sequence[Mapping[str, Any]], name: str, label: str) -> Curve:
-    return label, [record["step"] for record in records], [_number(record.get(name)) for record in records]
-
-
-def _evaluation_curves(run_dir: Path) -> list[Curve]:
-    """One for each metric that the task measured, in the order in which they came up."""
+def _curves(run_dir: Path) -> Curves:
+    """Of the logged steps, then one for each metric that the task measured, in the order in which they came up."""
+    if not (run_dir / EVENTS).is_file():
+        raise UsageError(f"{run_dir} is not a run directory: it has no {EVENTS}")
+    steps = read_events(run_dir, "step")
+    if not steps:
+        raise UsageError(f"{run_dir} has no logged steps yet")
     events = [event for event in read_events(run_dir, "evaluation") if isinstance(event.get("metrics"), dict)]
     measured = [{**event["metrics"], "step": event["step"]} for event in events]
     names = dict.fromkeys(name for record in measured for name in record if name != "step")
-    return [_curve([record for record in measured if name in record], name, f"eval/{name}") for name in names]
+    return {label: _curve(steps, name) for name, label in TRAINING.items()} | {
+        f"eval/{name}": _curve([record for record in measured if name in record], name) for name in names
+    }
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [record["step"] for record in records], [_number(record.get(name)) for record in records]
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
 
 
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """Their paths, without the folder that all of them share."""
+    if len(run_dirs) == 1:
+        return [run_dirs[0].name]
+    shared = os.path.commonpath([path.absolute() for path in run_dirs])
+    return [str(path.absolute().relative_to(shared)) for path in run_dirs]
+
+
+def _runs(paths: Sequence[Path]) -> list[Path]:
+    found = []
+    for path in paths:
+        try:
+            runs = runs_below(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        if not runs:
+            raise UsageError(f"{path} is neither a run directory nor a folder of them")
+        found += runs
+    return list(dict.fromkeys(found))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae curves", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("out", type=Path, help="picture to write (.png, .svg, .pdf)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or a folder of them")
+    parser.add_argument("out", type=Path, metavar="OUT", help="picture to write (.png, .svg, .pdf)")
     args = parser.parse_args(argv)
-    draw(args.run, args.out)
+    if args.out.is_dir():
+        raise UsageError(f"{args.out} is a directory; name the picture to write last, such as curves.png")
+    draw(_runs(args.runs), args.out)
     print(args.out)
     return 0

@@ -1,5 +1,6 @@
 """The run's events, `events.jsonl`: a line per logged step and per thing that happened, over all attempts."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 from mixmae.base import jsonl
 from mixmae.base.jsonl import JsonLines
 from mixmae.base.run_directory import EVENTS
+from mixmae.trainer.recipe.resume_rules import Change
+
+_logger = logging.getLogger(__name__)
 
 _ATTEMPT, _REFUSED = "attempt", "refused"
 _ENDS = {"preempted": "preempted", "failed": "failed", "end": "finished"}
@@ -53,6 +57,14 @@ def begin_attempt(run_dir: Path) -> list[str]:
 def refuse_attempt(run_dir: Path, why: str) -> None:
     """Records that the start was refused: no attempt at all."""
     _note(run_dir, _REFUSED, message=why)
+
+
+def record_changes(run_dir: Path, step: int, changes: Sequence[Change]) -> None:
+    """Records what a run goes on with changed on purpose, and says so."""
+    message = f"from step {step} on changed: {', '.join(map(str, changes))}"
+    _logger.info(message)
+    values = {change.path: [change.then, change.now] for change in changes}
+    _note(run_dir, "changed", message=message, step=step, changes=values)
 
 
 def _note(run_dir: Path, event: str, **fields: Any) -> None:

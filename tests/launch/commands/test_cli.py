@@ -36,10 +36,44 @@ def test_every_command_has_help(name: str, monkeypatch: pytest.MonkeyPatch, caps
     assert name in usage()
 
 
-def test_unknown_commands() -> None:
-    done = run("train")
-    assert done.returncode == 2
-    assert "no command 'train'; expected one of launch" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("train", "no command 'train'; expected one of launch"), ("lanch", "no command 'lanch'; did you mean 'mixmae la")],
+)
+def test_unknown_commands(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mixmae", name])
+    assert main() == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["mixmae", "--version"])
+    assert main() == 0
+    assert re.fullmatch(r"mixmae \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_a_closed_pipe_is_no_traceback(options: list[str]) -> None:
+    """The command waits until its reader is gone."""
+    command = [sys.executable, *options, "-c", f"input(); {RUN}", "recipes", "show", "pretrain/demo"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, stderr=-1)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    _, said = process.communicate(b"\n", timeout=200)
+    assert said == b""
+    assert process.returncode == 141
+
+
+def test_a_dry_run_needs_no_name_resolution(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("nowhere1.invalid slots=1\nnowhere2.invalid slots=1\n")
+    argv = ["configs/pretrain/demo.yaml", "--hostfile", str(tmp_path / "hosts"), f"run_dir={tmp_path / 'run'}"]
+    done = run("launch", *argv, "--dry-run", prelude=BLOCKED)
+    assert done.returncode == 0, done.stderr
+    assert "--master_addr nowhere1.invalid" in done.stdout
+    assert run("launch", *argv, prelude=BLOCKED).returncode == 2
 
 
 def test_launching_works_without_torch() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.errors import UsageError
+from mixmae.base.ownership import hold_run
+from mixmae.launch.backends import slurm_job_steps
 from mixmae.launch.commands import launch
 from mixmae.trainer.recipe.frozen import freeze, frozen_file
 from mixmae.trainer.recipe.library import library
@@ -125,8 +127,26 @@ def test_a_host_that_does_not_see_the_recipe_says_so(tmp_path: Path) -> None:
 
 def test_a_run_directory_that_cannot_be_written_is_refused(recipe: Path) -> None:
     Path("run").touch()
-    with pytest.raises(UsageError, match=r"cannot write run/launches/\S+ \(.*\); name a run_dir that can be written"):
+    with pytest.raises(UsageError, match=r"cannot write run/owner.json \(.*\); name a run_dir that can be written"):
         launch.main([str(recipe), "--local", "2"])
+
+
+def test_a_run_that_another_launch_has_is_not_started(recipe: Path) -> None:
+    with hold_run(Path("run")), pytest.raises(UsageError, match=rf"run_dir=run is in use by process {os.getpid()} on"):
+        launch.main([str(recipe), "--local", "2"])
+    assert not Path("run/launches").exists()
+
+
+def test_the_first_start_of_a_job_can_take_a_run_over(recipe: Path, sbatch: Path) -> None:
+    for option in ([], ["--take-over"]):
+        assert launch.main([str(recipe), "--slurm", "--tasks-per-node", "1", *option]) == 0
+        assert ('--restarts "$restarts" --take-over\n' in sbatch.read_text()) == bool(option)
+    step = ["--run-dir", "run", "--attempt", "a", "--launch", "job1", "--take-over"]
+    Path("run/owner.json").touch()
+    assert slurm_job_steps.main(["begin", *step, "--restarts", "1"]) == 0
+    assert Path("run/owner.json").exists()
+    assert slurm_job_steps.main(["begin", *step, "--restarts", "0"]) == 0
+    assert not Path("run/owner.json").exists()
 
 
 def test_the_task_of_an_array_needs_an_array(recipe: Path) -> None:

@@ -16,7 +16,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mixmae.launch.commands.watch import CHART_ROWS, RANKS, describe, frame
+from mixmae.launch.commands.watch import CHART_ROWS, RANKS, describe, frame, main
+from mixmae.launch.commands.watch_runs import table_of
 from mixmae.monitoring.watch.history import Log
 from mixmae.monitoring.watch.scrape import Alert, Rank
 from mixmae.monitoring.watch.view import View
@@ -50,7 +51,7 @@ def events(steps: int = 200, total: int = 1000, until: float = NOW) -> list[dict
 def log_of(records: list[dict[str, Any]]) -> Log:
     log = Log()
     for record in records:
-        log.take(record)
+        log.add(record)
     return log
 
 
@@ -58,7 +59,7 @@ def many_ranks(count: int) -> list[Rank]:
     ranks = [Rank(n, f"node{n // 8:03d}", 201, 0.4, 38.0, 0.03, 6e10, 8.5e10, n % 3, "") for n in range(count)]
     if count > 3:
         ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", phase="data_wait")
-    return sorted(ranks, key=lambda rank: rank.badness)
+    return sorted(ranks, key=lambda rank: rank.sort_key)
 
 
 def text_of(view: View, width: int, height: int | None = None, ascii_only: bool = False) -> str:
@@ -73,7 +74,7 @@ FULL = View(
     log_of(events()),
     NOW + 1,
     many_ranks(64),
-    ["2 of 8 exporters do not answer: node006, node007 (Connection refused)"],
+    ["2 of 8 exporters do not respond: node006, node007 (Connection refused)"],
     [Alert("MixmaeStalled", "critical", NOW - 700, "rank 3 has not finished a step for 12 minutes")],
 )
 
@@ -87,7 +88,7 @@ def test_frames_of_every_width(width: int) -> None:
         *("swin_base", " running ", "20.1 %", "step 201 of 1,000", "epoch 2.00 of 10", "elapsed 7 min", "ETA 27 min"),
         *("loss 0.405", "best 0.405 at step 200", "images/s 2,400", "learning rate 0.00015", "gradient norm 0.3"),
         *("skipped steps 1", "replaced samples 63", "peak memory 64.0 GiB", "checkpoint step 200, 1 s ago"),
-        *("and 54 more", "ALERT MixmaeStalled (critical) for 12 min", "2 of 8 exporters do not answer"),
+        *("and 54 more", "ALERT MixmaeStalled (critical) for 12 min", "2 of 8 exporters do not respond"),
     ):
         assert part in text, part
     header = next(n for n, line in enumerate(lines) if line.startswith("rank"))
@@ -233,6 +234,32 @@ def test_once_in_a_pipe(run_dir: Path) -> None:
     assert call(run_dir, "--once", PYTHONIOENCODING="ascii").returncode == 0
 
 
+def test_runs_of_a_folder_are_a_table(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_dir.parent / "more" / "second"
+    folder.mkdir(parents=True)
+    assert main([str(run_dir.parent), "--once"]) == 0
+    assert "step 200 of 1,000" in capsys.readouterr().out  # one run is shown in full
+    failed = {"event": "failed", "time": time.time(), "step": 200}
+    lines = [json.dumps(record) for record in [*events(until=time.time()), failed]]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+    assert main([str(run_dir.parent), str(folder), "--once"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["run", "state", "step", "%"]
+    assert [row.split()[:4] for row in rows] == [["second", "failed", "200", "20"], ["nano", "running", "200", "20"]]
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_table_of_runs_fits_its_terminal(width: int) -> None:
+    views = [replace(FULL, name=f"run-{number}-{'x' * 70}") for number in range(30)]
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(table_of(views, width, height=24))
+    lines = out.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= width
+    assert len(lines) < 24
+    assert lines[-1] == "and 9 more"
+    assert all("late" in line for line in lines[1:-1])
+
+
 def test_on_a_terminal_with_and_without_colour(run_dir: Path) -> None:
     code, text = on_terminal(run_dir, "--once", columns=110)
     assert code == 0
@@ -255,7 +282,7 @@ def test_watching_ends_with_the_run(run_dir: Path) -> None:
     done = call(run_dir, "--interval", "0.1")
     assert done.returncode == 0
     assert done.stdout.count("finished") == 1
-    assert "lines of events.jsonl that cannot be read and are left out: 1" in done.stdout
+    assert "invalid lines in events.jsonl that are skipped: 1" in done.stdout
 
 
 def test_a_closed_pipe_is_no_traceback(run_dir: Path) -> None:
@@ -268,8 +295,8 @@ def test_a_closed_pipe_is_no_traceback(run_dir: Path) -> None:
     ("argv", "message"),
     [
         (["/nonexistent"], "/nonexistent is not a run directory: it has neither recipe.yaml nor events.jsonl"),
-        (["http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer as a run's exporter: Connection refused"),
-        (["ftp://a"], "does not answer as a run's exporter: ftp://a/metrics is no http:// or https:// address"),
+        (["http://127.0.0.1:1"], "http://127.0.0.1:1 is not a run's exporter: Connection refused"),
+        (["ftp://a"], "is not a run's exporter: ftp://a/metrics is no http:// or https:// address"),
         (["/tmp", "--interval", "0"], "--interval 0: expected 0.1 seconds or more"),
     ],
 )

@@ -91,7 +91,7 @@ def unmixed_pool(x: Tensor, kernel: int, stride: int, mix: mixed_conv.Mix) -> Te
 
 
 SEPARATING: list[tuple[str, Any, str, Callable[..., Any]]] = [
-    ("mixmae_swin_nano", swin, "by_group", lambda *inputs: by_window(inputs[2], inputs[2][0], inputs[3], None)),
+    ("mixmae_swin_nano", swin, "by_group", lambda *inputs: by_window(inputs[2], inputs[2][0], inputs[3])),
     ("mixmae_swin_nano", swin, "separated", without_groups(lambda windows: windows, 1)),
     ("mixmae_vit_nano", vit, "by_cell", without_groups(cell_order.by_cell, 2)),
     ("mixmae_pvt_nano", pvt, "by_cell", without_groups(cell_order.by_cell, 2)),

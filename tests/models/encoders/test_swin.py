@@ -104,6 +104,14 @@ def test_swin_base_at_384_pixels_has_the_papers_windows() -> None:
     assert model.window_size == (16, 16, 24, 12)
 
 
+@pytest.mark.parametrize(
+    ("side", "windows"), [(224, (14, 14, 14, 7)), (384, (16, 16, 24, 12)), (448, (14, 14, 14, 7)), (96, (12, 12, 6, 3))]
+)
+def test_windows_that_are_not_given_fit_the_image(side: int, windows: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        assert create_encoder("mixmae_swin_base_w14", img_size=side).window_size == windows
+
+
 def test_oblong_images() -> None:
     encoder = create_encoder("mixmae_swin_nano", img_size=(128, 64), window_size=(4, 4, 4, 2))
     assert encoder(torch.randn(1, 3, 128, 64), torch.randint(0, 2, (4, 2))).shape == (1, 4, 2, 256)
@@ -113,7 +121,7 @@ def test_oblong_images() -> None:
     ("sizes", "advice"),
     [
         ({"img_size": 230}, "nearest that does is 224x224"),
-        ({"img_size": 384}, r"\(16, 16, 24, 12\) would fit"),
+        ({"img_size": 384, "window_size": (14, 14, 14, 7)}, r"\(16, 16, 24, 12\) would fit"),
         ({"window_size": (7, 7)}, "expected 4"),
         ({"num_heads": (3, 6, 12, 24)}, "does not divide into 3 heads"),
     ],

@@ -16,9 +16,8 @@ from mixmae.models.layers.token_order import (
     separated,
     to_windows,
     token_counts,
-    window_order,
 )
-from mixmae.models.layers.window_attention import WindowAttention
+from mixmae.models.layers.window_attention import WindowAttention, position_bias
 from mixmae.models.methods.mixing import draw_mix, upsample_groups
 from mixmae.models.ops import sdpa
 
@@ -26,8 +25,7 @@ GRID = (8, 8)
 
 
 def windows(window: int) -> Arrangement:
-    order_and_place = window_order(GRID, window, torch.device("cpu"))
-    return by_window(GRID, window, relative_position_index(window), order_and_place)
+    return by_window(GRID, window, relative_position_index(window))
 
 
 def attend(attention: WindowAttention, x: Tensor, arrangement: Arrangement) -> Tensor:
@@ -139,8 +137,8 @@ def test_no_bias_is_made_for_each_sample(monkeypatch: pytest.MonkeyPatch, per_sa
 def test_the_biases_gradient_is_summed_in_fp32() -> None:
     """Hundreds of pairs share an entry of the table; a sum in bf16 stops growing at 256 times its terms."""
     attention = WindowAttention(32, 1, 14).bfloat16()
-    (problems,) = by_window((14, 14), 14, relative_position_index(14), None).problems
-    attention._position_bias(problems).float().sum().backward()
+    (problems,) = by_window((14, 14), 14, relative_position_index(14)).problems
+    position_bias(attention.relative_position_bias_table, problems.pairs, 14 * 14).float().sum().backward()
     gradient = attention.relative_position_bias_table.grad
     assert gradient is not None
     pairs = torch.bincount(problems.pairs.flatten(), minlength=27 * 27).bfloat16()

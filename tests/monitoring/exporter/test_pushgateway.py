@@ -33,7 +33,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program, port = needs("prometheus-pushgateway", package="prometheus-pushgateway"), free_port()
     output = tmp_path_factory.mktemp("gateway") / "log"
     with output.open("wb") as log:
-        server = subprocess.Popen([program, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+        options = [f"--web.listen-address=127.0.0.1:{port}", "--persistence.file="]  # Debian's would have earlier runs
+        server = subprocess.Popen([program, *options], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         eventually(lambda: answers(f"{url}/-/ready"))

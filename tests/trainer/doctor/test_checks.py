@@ -117,8 +117,8 @@ FAULTS: dict[str, tuple[Cluster, Level, str, str, str]] = {
 def test_a_fault_is_found_named_and_comes_with_what_to_do(fault: str) -> None:
     cluster, level, check, where, words = FAULTS[fault]
     found = trouble(cluster)
-    match = [f for f in found if f.check == check and f.level is level and words in f.line() and where in f.where]
-    assert match, [f.line() for f in found]
+    match = [f for f in found if f.check == check and f.level is level and words in f.describe() and where in f.where]
+    assert match, [f.describe() for f in found]
     assert match[0].advice
 
 
@@ -126,7 +126,7 @@ def test_one_fault_is_one_finding() -> None:
     several = {"no torch GPUs", "too many ranks", "cores", "refused"}  # on both hosts; also no batch's arithmetic
     for fault, (cluster, *_) in FAULTS.items():
         if fault not in several:
-            assert len(trouble(cluster)) == 1, (fault, [f.line() for f in trouble(cluster)])
+            assert len(trouble(cluster)) == 1, (fault, [f.describe() for f in trouble(cluster)])
 
 
 def test_every_check_has_a_cluster_that_fails_it() -> None:

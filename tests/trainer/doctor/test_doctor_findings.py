@@ -55,12 +55,15 @@ def test_what_goes_to_a_file_has_one_line_for_each() -> None:
     assert lines[-1] == "not ready: 1 error, 1 warning in 3 findings"
 
 
-@pytest.mark.parametrize("width", [60, 200])
+@pytest.mark.parametrize("width", [60, 80, 200])
 def test_terminals_show_everything_within_their_width(width: int) -> None:
     text = printed([FINE, FULL, LATE], width, terminal=True)
     assert max(map(len, text.splitlines())) <= width
     for word in ("42.0", "behind", "time", "service", "error", "warning"):
         assert word in text
+    levels = [line.split(" ")[0] for line in text.splitlines()]
+    assert [level for level in levels if level in ("error", "warning", "ok")] == ["error", "warning", "ok"]
+    assert all(line.startswith(("error", "warning", "ok", " ", "not ready")) for line in text.splitlines())
 
 
 def test_names_from_elsewhere_are_not_taken_for_markup() -> None:

@@ -80,6 +80,20 @@ def test_figures_agree_with_each_other(recipe: str, capsys: pytest.CaptureFixtur
     assert cluster["gpus"] == 16
 
 
+def test_one_gpu_of_any_kind(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of several GPUs or nodes is said of one."""
+    gpu = ["--gpus", "1", "--gpu-memory", "24", "--gpu-tflops", "120", "--price-per-gpu-hour", "0.5"]
+    assert main([recipe, *gpu]) == 0
+    text = capsys.readouterr().out
+    for word in ("node", "each GPU", "all-reduce", "efficiency", "sending", "per GPU", "each rank", "--link"):
+        assert word not in text, word
+    assert "cost" in text
+    plan = planned(capsys, recipe, *gpu)
+    run = plan["chosen_run"]
+    assert run["cost"] == pytest.approx(0.5 * 24 * run["days"])
+    assert plan["speed"]["flops"] == pytest.approx(0.4 * 120e12)
+
+
 def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFixture[str]) -> None:
     """Overrides may stand before or behind the options."""
     plan = planned(capsys, DEMO, "--gpus", "2", "data.shards=nowhere", "--gpu", "l40s", "--image-bytes", "20KB")

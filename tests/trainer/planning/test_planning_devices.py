@@ -1,13 +1,15 @@
+from dataclasses import replace
+
 import pytest
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.planning.devices import GPUS, build_cluster, find_gpu
-from mixmae.trainer.tasks.flops import PEAKS
+from mixmae.trainer.tasks.flops import PEAKS, known_peak
 
 
 def test_each_gpu_has_a_peak_and_sane_figures() -> None:
     for name, gpu in GPUS.items():
-        assert gpu.peak("bf16") == PEAKS[gpu.product]
+        assert gpu.peak("bf16") == PEAKS[gpu.product] == known_peak(f"NVIDIA {gpu.product}")
         assert gpu.peak("fp32") < gpu.peak("bf16")
         assert 0.85 * gpu.memory < gpu.usable < gpu.memory, name
         assert gpu.host <= gpu.peers
@@ -21,15 +23,33 @@ def test_devices_are_found_by_the_same_parts_of_their_names() -> None:
         "h100-pcie": "NVIDIA H100 PCIe",
         "h200": "NVIDIA H200",
         "l40s": "NVIDIA L40S",
+        "rtx4090": "NVIDIA GeForce RTX 4090",
+        "6000ada": "NVIDIA RTX 6000 Ada Generation",
     }
     for name, device in names.items():
-        assert next(peak for part, peak in PEAKS.items() if part in device) == GPUS[name].peak("bf16")
+        assert known_peak(device) == GPUS[name].peak("bf16")
+    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A10G", "Teapot"):
+        assert known_peak(other) is None
+
+
+def test_any_other_gpu_is_described_by_its_figures() -> None:
+    gpu = find_gpu("rx7900", memory=24, tflops=122, bandwidth=32)
+    assert (gpu.name, gpu.memory, gpu.peers) == ("rx7900", 24 * 2**30, 32e9)
+    assert gpu.peak("bf16") == gpu.peak("fp32") == 122e12
+    assert find_gpu(None, memory=24, tflops=122).usable > 20 * 2**30
+    assert find_gpu("h100", memory=96) == replace(GPUS["h100"], memory=96 * 2**30)
+    with pytest.raises(
+        UsageError, match=r"rx7900: unknown GPU; .*--gpu-memory and --gpu-tflops describe any other"
+    ):
+        find_gpu("rx7900", memory=24)
+    with pytest.raises(UsageError, match="--gpu is missing; known: rtx3080"):
+        find_gpu(None)
 
 
 def test_unknown_gpus_name_the_nearest_and_all_known() -> None:
-    with pytest.raises(UsageError, match=r"a100-80gb: unknown GPU; did you mean 'a100-80g'\? known: a10, a100-40g"):
+    with pytest.raises(UsageError, match=r"a100-80gb: unknown GPU; did you mean 'a100-80g'\? known: rtx3080"):
         find_gpu("a100-80gb")
-    with pytest.raises(UsageError, match="--gpu teapot: unknown GPU; known: a10") as error:
+    with pytest.raises(UsageError, match="--gpu teapot: unknown GPU; known: rtx3080") as error:
         find_gpu("teapot")
     assert "did you mean" not in str(error.value)
     assert find_gpu("H100") is GPUS["h100"]

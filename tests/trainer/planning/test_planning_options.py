@@ -68,7 +68,7 @@ def test_micro_batches_share_the_batch_or_it_is_said_what_would(batch: int, gpus
 
 
 def test_remedies_work() -> None:
-    with pytest.raises(UsageError, match=r"not divide by 3 GPUs; train.global_batch=255 or train.global_batch=258"):
+    with pytest.raises(UsageError, match=r"not divisible by 3 GPUs; train.global_batch=255 or train.global_batch=258"):
         micro_batches(256, 3, 2)
     with pytest.raises(UsageError, match=r"leaves 1 images .* set train.global_batch=512, or --gpus 128"):
         micro_batches(256, 256, 2)

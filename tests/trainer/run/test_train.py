@@ -18,13 +18,15 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixmae.base.errors import run_cli
+from mixmae.base.errors import UsageError, run_cli
+from mixmae.base.ownership import hold_run
 from mixmae.base.ports import free_port
 from mixmae.base.run_directory import complete_checkpoints, newest_checkpoint, newest_step
 from mixmae.models import create_encoder
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.export.export import main as export
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
@@ -108,7 +110,9 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
 
 
 def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> None:
-    assert export([str(finished), str(tmp_path / "encoder")]) == 0
+    assert export([str(finished), str(tmp_path / "encoder"), "--step", "8"]) == 0
+    with pytest.raises(UsageError, match=r"--step 4: .* holds checkpoints of the steps 8$"):
+        export([str(finished), str(tmp_path / "other"), "--step", "4"])
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=0)
     weights = master_weights(finished / "checkpoints" / "step-00000008")
     assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in model.state_dict().items())
@@ -195,8 +199,46 @@ def test_srun_variables_are_enough(finished: Path, recipe_file: Path, tmp_path: 
 def test_a_finished_run_has_nothing_left_to_do(finished: Path, recipe_file: Path) -> None:
     done = run_module("mixmae.trainer.train", str(recipe_file))
     assert done.returncode == 0, done.stderr
-    assert "finished at step 8" in done.stdout
+    assert f"already finished at step 8; next: mixmae export {finished} " in done.stdout
     assert len(read_events(finished, "step")) == 8
+
+
+def test_a_finished_run_goes_on_for_longer_at_the_new_schedule(
+    finished: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """The old and the new recipe give the same warm-up; the extended run goes on where the cosine is then."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    command = ["mixmae.trainer.train", str(recipe_file), f"run_dir={run_dir}", "log.pictures=null"]
+    longer = ["train.duration=10 steps", "optim.clip_grad=0.5"]
+    refused = run_module(*command, *longer)
+    assert refused.returncode == 2
+    assert "train.duration (8 steps then, 10 steps now), optim.clip_grad (not set then, 0.5 now)" in refused.stderr
+    assert "--change goes on with it changed" in refused.stderr
+    done = run_module(*command, *longer, "--change")
+    assert done.returncode == 0, done.stderr
+    assert "from step 8 on changed: train.duration (8 steps then, 10 steps now), optim.clip_grad" in done.stdout
+    (changed,) = read_events(run_dir, "changed")
+    assert changed["step"] == 8
+    assert changed["changes"] == {"train.duration": ["8 steps", "10 steps"], "optim.clip_grad": [None, 0.5]}
+    schedule = build_schedule(load_recipe(recipe_file, longer), 54)
+    steps = read_events(run_dir, "step")
+    assert [event["step"] for event in steps] == list(range(1, 11))
+    assert [event["lr"] for event in steps[8:]] == [schedule.lr(8), schedule.lr(9)]
+    again = run_module(*command, *longer)
+    assert "already finished at step 10" in again.stdout, again.stderr
+    assert len(read_events(run_dir, "changed")) == 1
+    shorter = run_module(*command, "train.duration=9 steps", "--change")
+    assert shorter.returncode == 2
+    assert "train.duration=9 steps ends at step 9, and the run has come to step 10" in shorter.stderr
+
+
+def test_a_run_that_another_process_has_is_not_started(finished: Path, recipe_file: Path) -> None:
+    with hold_run(finished):
+        done = run_module("mixmae.trainer.train", str(recipe_file))
+        assert done.returncode == 2
+        assert f"is in use by process {os.getpid()} on " in done.stderr
+        assert run_module("mixmae.trainer.train", str(recipe_file), MIXMAE_RUN_HELD="1").returncode == 0
 
 
 def test_a_lost_pointer_never_means_starting_over(finished: Path, recipe_file: Path, tmp_path: Path) -> None:
@@ -262,6 +304,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
         (["encoder.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
         (["--world-size=3"], "expected world size 3, got 1; refusing to start"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
+        (["seed=1", "optim.base_lr=1", "--change"], "another recipe: seed (0 then, 1 now); set what differs as it was"),
         (["optim.warmup=9 steps"], "shorten it"),
         (
             [

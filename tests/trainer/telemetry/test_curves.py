@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import RECIPE
-from mixmae.trainer.telemetry.curves import draw
+from mixmae.trainer.telemetry.curves import draw, main
 from mixmae.trainer.telemetry.events import Events
 from tests.helpers import tiny_recipe
 
@@ -17,14 +17,14 @@ def test_a_run_directory_of_somebody_else_is_drawn_or_refused(tmp_path: Path) ->
     """Its recipe is not followed: a plugin that it names would be imported."""
     (tmp_path / RECIPE).write_text("plugins: [no_such_module]\n")
     with pytest.raises(UsageError, match="is not a run directory"):
-        draw(tmp_path, tmp_path / "curves.png")
+        draw([tmp_path], tmp_path / "curves.png")
     events = Events(tmp_path)
     for step, loss in ((1, "x"), ([1], 1.0), (2, 10**400), (3, 0.5), ({}, None)):
         events.write("step", step=step, loss=loss, lr=1e-3)
     for metrics in ("x", {"$x$ \\frac": 1.0, "step": 7, "y": [1]}):
         events.write("evaluation", step=3, metrics=metrics)
     events.close()
-    draw(tmp_path, tmp_path / "curves.png")
+    draw([tmp_path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size
 
 
@@ -39,9 +39,30 @@ def test_every_evaluated_metric_has_a_curve(tmp_path: Path, monkeypatch: pytest.
     events.close()
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    draw(tmp_path, tmp_path / "curves.png")
+    draw([tmp_path], tmp_path / "curves.png")
     drawn: dict[str, Any] = {axes.get_ylabel(): axes.lines[0] for axes in figures[0].axes}
     assert list(drawn) == ["loss", "learning rate", "gradient norm", "eval/top1", "eval/top5"]
     assert list(drawn["eval/top1"].get_xdata()) == [2, 4, 6]
     assert list(drawn["eval/top5"].get_ydata()) == [0.5, 0.75]
     assert list(drawn["loss"].get_xdata()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_runs_of_a_folder_are_drawn_over_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(("a", "more/b")):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / RECIPE).write_text(tiny_recipe().to_yaml())
+        events = Events(folder)
+        events.write("step", step=1 + number, loss=0.5, lr=1e-3, grad_norm=1.0)
+        if number:
+            events.write("evaluation", step=2, samples=16, metrics={"top1": 0.5})
+        events.close()
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    assert main([str(tmp_path), str(tmp_path / "a"), str(tmp_path / "curves.png")]) == 0
+    loss, *_, top1 = figures[0].axes
+    drawn: list[Any] = [*loss.lines, *top1.lines]
+    assert [line.get_label() for line in drawn] == ["a", "more/b"] * 2
+    assert [list(line.get_xdata()) for line in drawn] == [[1], [2], [], [2]]
+    with pytest.raises(UsageError, match="is a directory; name the picture to write last"):
+        main([str(tmp_path / "a"), str(tmp_path)])

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, replacing
+from mixmae.base.machine import require_writable
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.index import FORMAT, INDEX, SAMPLES, ShardIndex, fingerprint_of, open_index
 from mixmae.trainer.data.shards.files import shard_files, total_size
@@ -32,6 +33,7 @@ def write_index(
         UsageError: no shards, or one that is not a whole tar or cannot be read.
     """
     unused = unused if unused is not None else Unused()
+    require_writable(directory, "DIR")  # before hours of decoding
     files = shard_files(directory, unused)
     if not files:
         raise UsageError(f"{directory} holds no .tar files")

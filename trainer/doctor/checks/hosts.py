@@ -106,7 +106,8 @@ def shared_memory(cluster: Cluster) -> Iterator[Finding]:
     """/dev/shm is large enough for batches of the data workers, and for NCCL."""
     short = False
     for host in cluster.hosts:
-        needed = len(cluster.ranks_of(host)) * _prefetched_bytes(cluster)
+        ahead = 0 if cluster.recipe is None else cluster.recipe.batch_bytes_ahead
+        needed = len(cluster.ranks_of(host)) * ahead
         if host.shm is None:
             short = True
             advice = "mount a tmpfs on /dev/shm; data workers and NCCL need it"
@@ -123,15 +124,6 @@ def shared_memory(cluster: Cluster) -> Iterator[Finding]:
     if not short and cluster.hosts:
         least = min(host.shm.free for host in cluster.hosts if host.shm is not None)
         yield Finding(Level.OK, "/dev/shm", describe_hosts(len(cluster.hosts)), f"at least {size(least)} free")
-
-
-def _prefetched_bytes(cluster: Cluster) -> int:
-    """Bytes of the batches that a rank's data workers prefetch."""
-    if cluster.recipe is None:
-        return 0
-    data, side = cluster.recipe.data, cluster.recipe.encoder.img_size
-    pixels = 3 * side * side
-    return data.num_workers * data.prefetch_factor * cluster.recipe.train.micro_batch * pixels
 
 
 def exporter_port(cluster: Cluster) -> Iterator[Finding]:

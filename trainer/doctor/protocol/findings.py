@@ -14,6 +14,7 @@ from mixmae.base.exit_codes import FAILED, FINISHED
 
 _NARROW, _UNWRAPPED = 140, 10_000
 """Columns that a table needs on a terminal; and width of non-terminal output, where lines are not wrapped."""
+_NARROW_CHECK = 16
 _SHOWN = 4
 
 
@@ -54,11 +55,12 @@ class Finding:
     def __post_init__(self) -> None:
         assert self.level < Level.WARNING or self.advice, self
 
-    def line(self) -> str:
-        """The finding as one line of text."""
+    def describe(self) -> str:
+        """The finding without level and check, as one sentence."""
+        where = f"{self.where}: " if self.where else ""
         expected = f", expected {self.expected}" if self.expected else ""
         advice = f"; {self.advice}" if self.advice else ""
-        return f"{self.level}: {self.check}: {self.where}: {self.found}{expected}{advice}"
+        return f"{where}{self.found}{expected}{advice}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"level": str(self.level)})
@@ -98,18 +100,12 @@ def as_document(findings: Sequence[Finding]) -> str:
 
 
 def print_findings(findings: Sequence[Finding], console: Console, least: Level = Level.OK) -> None:
-    """Prints the findings from a level on as a table, most severe first, and the summary.
-
-    A terminal that is too narrow for the table gets one line per finding.
-    """
+    """Prints a table of the findings from a level on, most severe first, and the summary; wrapped on a terminal."""
     if not console.is_terminal:
         console.width = _UNWRAPPED
     ordered = worst_first(finding for finding in findings if finding.level >= least)
-    if console.width < _NARROW:
-        for finding in ordered:
-            console.print(Text(finding.line(), _STYLES[finding.level]))
-    elif ordered:
-        console.print(_table(ordered))
+    if ordered:
+        console.print(_narrow_table(ordered) if console.width < _NARROW else _table(ordered))
     console.print(Text(summary_line(findings), "bold"))
 
 
@@ -120,6 +116,18 @@ def _table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         cells = (finding.check, finding.where, finding.found, finding.expected, finding.advice)
         table.add_row(Text(str(finding.level), _STYLES[finding.level]), *map(Text, cells))
+    return table
+
+
+def _narrow_table(findings: Sequence[Finding]) -> Table:
+    """Level and check, and beside them all else as text."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(max_width=_NARROW_CHECK)
+    table.add_column(ratio=1, overflow="fold")
+    for finding in findings:
+        cells = Text(finding.check), Text(finding.describe())
+        table.add_row(Text(str(finding.level), _STYLES[finding.level]), *cells)
     return table
 
 
