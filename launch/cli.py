@@ -69,7 +69,12 @@ def _run(command: str, argv: Sequence[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"no command {command!r}; {_instead_of(command)}")
     module = importlib.import_module(COMMANDS[command][0])
-    return int(module.main(argv))
+    try:
+        return int(module.main(argv))
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
 
 
 def _instead_of(command: str) -> str:

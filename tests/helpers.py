@@ -94,6 +94,8 @@ def tiny_recipe(**changes: Any) -> Recipe:
         "checkpoint": {"every": "1000 steps"},
         "log": {"every": 1, "pictures": None},
     }
+    if changes.get("task", "pretrain") != "pretrain":
+        del content["method"]
     for path, value in changes.items():
         *sections, key = path.split(".")
         here = content

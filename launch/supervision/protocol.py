@@ -34,7 +34,7 @@ class Connection:
         """The next message; None once the connection is lost, or the peer speaks another protocol."""
         try:
             message = json.loads(await self._reader.readuntil(b"\n"))
-        except (OSError, EOFError, asyncio.LimitOverrunError, ValueError):
+        except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, RecursionError):
             return None
         self.last_heard = time.monotonic()
         return message if isinstance(message, dict) and "kind" in message else None
@@ -83,7 +83,7 @@ async def authenticate_to_server(connection: Connection, secret: str) -> bool:
 
 
 def _knows(message: Message, proof: str) -> bool:
-    return hmac.compare_digest(str(message.get("proof")), proof)
+    return hmac.compare_digest(str(message.get("proof")).encode("utf-8", "replace"), proof.encode())
 
 
 async def connect(address: str, first_port: int, secret: str) -> Connection | None:

@@ -40,12 +40,14 @@ def require_temporary_folder() -> None:
 
 def require_shared_memory(needed: int) -> None:
     """Raises UsageError unless so many bytes of shared memory are free, which data workers write batches to."""
+    if needed == 0:
+        return
     if not SHARED_MEMORY.is_dir():
         raise UsageError(f"{SHARED_MEMORY} is not there; mount a tmpfs on it, data workers need it")
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise UsageError(
-            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, expected {needed / 2**20:.0f} MiB for the batches of "
-            "data workers; enlarge it (mount -o remount,size=..., docker --shm-size), or lower data.prefetch_factor or "
+            f"{SHARED_MEMORY} has {free / 1e6:.1f} MB free, expected {needed / 1e6:.1f} MB for the batches of data "
+            "workers; enlarge it (mount -o remount,size=..., docker --shm-size), or lower data.prefetch_factor or "
             "data.num_workers"
         )

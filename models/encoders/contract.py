@@ -8,7 +8,7 @@ keyword arguments are the keys of the recipe's `encoder:` section, beside `name`
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -37,7 +37,10 @@ def unless_traced(given: _Given | None) -> _Given | None:
     return None if isinstance(given, fx.Proxy) else given
 
 
-MapEdit = Callable[[int, Tensor], Tensor]
+if TYPE_CHECKING:
+    MapEdit = Callable[[int, Tensor], Tensor]
+else:
+    MapEdit = Any  # torch.fx copies annotations into the code that it writes, where TorchScript has to read them
 """`edit(stage, x)`: what a method makes of the map [B, H, W, C] at the beginning of a stage, counted from 1: behind its
 patch embedding or merging, and before positions are added."""
 

@@ -14,7 +14,7 @@ _COLUMNS = (
     "device",
     "model",
     "precision",
-    "K",
+    "K or method",
     "batch",
     "variant",
     "images/s",
@@ -41,7 +41,8 @@ def table(steps: list[dict[str, Any]]) -> str:
         memory = f"{found['peak_memory_bytes'] / 1e9:.2f}"
         cells = [
             f"{found['device']}, {found['cores']} cores" if found["device"] == found["cpu"] else found["device"],
-            found["model"], found["precision"], str(found["num_images"]), str(found["batch"]), found["variant"],
+            found["model"], found["precision"], str(found["num_images"] or found["method"]), str(found["batch"]),
+            found["variant"],
             f"{found['images_per_second']:.2f}", ratio, f"{found['model_tflops']:.3g}", f"{found['mfu']:.1%}", memory,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

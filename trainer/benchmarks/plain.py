@@ -5,6 +5,7 @@ builds its mask for every sample and window from the group map, materialises the
 and applies softmax.
 """
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -42,8 +43,10 @@ def make_plain(model: Trainable) -> Trainable:
     return model
 
 
-def _stage(self: Stage, x: Tensor, groups: Tensor | None = None, num_groups: int | None = None, *_: object) -> Tensor:
-    x = self.downsample(x)
+def _stage(
+    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
+    x = edit(self.downsample(x))
     for block in self.blocks:
         x = block(x, groups, self.window)
     return x

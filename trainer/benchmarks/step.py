@@ -38,9 +38,12 @@ _KEYS = ("variant", "batch", "num_images", "checkpointing")
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench step", description=__doc__)
-    parser.add_argument("--model", default="mixmae_swin_base_w14", help="the encoder (default %(default)s)")
+    parser.add_argument("--model", default="mixmae_swin_base_w14", help="encoders, as a,b (default %(default)s)")
+    parser.add_argument("--method", default="mixmae", help="methods, as mixmae,simmim,mae (default %(default)s)")
     parser.add_argument("--batch", default="8", help="micro-batches, such as 64,128 (default %(default)s)")
-    parser.add_argument("--variant", default="plain,grouped", help=f"from {','.join(VARIANTS)} (default %(default)s)")
+    parser.add_argument(
+        "--variant", help=f"from {','.join(VARIANTS)} (default plain,grouped for MixMAE on Swin, else grouped)"
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed, after a warm-up step (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
@@ -48,31 +51,78 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as method.num_images=2")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = _variants(args.variant, device)
+    models, methods = args.model.split(","), args.method.split(",")
+    chosen = [(model, method, _variants(args.variant, model, method, device)) for model in models for method in methods]
     if device.type == "cpu":
         keep_freed_memory()
-    for batch in args.batch.split(","):
-        recipe = recipe_of(args.model, int(batch), [f"train.precision={args.precision}", *args.overrides])
-        for found, kernels in measure(recipe, names, args.steps, device):
-            print(_describe(found), flush=True)
-            if args.json:
-                chip = found["device"].split("(")[0].strip().lower().replace(" ", "-")
-                file = RESULTS / f"step-{chip}-{args.model}-{recipe.train.precision}.json"
-                merge_measurements(file, [found], _KEYS)
-            if args.kernels is not None:
-                with args.kernels.open("a") as out:
-                    out.write(f"{_title(found)}\n{kernels}\n\n")
+    table: list[dict[str, Any]] = []
+    for model, method, names in chosen:
+        own = [f"method.name={method}", f"train.precision={args.precision}"]
+        recipes = [recipe_of(model, int(batch), [*own, *args.overrides]) for batch in args.batch.split(",")]
+        try:
+            task_of(recipes[0]).check()
+        except UsageError as error:
+            if len(chosen) == 1:
+                raise
+            print(f"{model} by {method} is left out: {error}", flush=True)
+            continue
+        for recipe in recipes:
+            for found, kernels in measure(recipe, names, args.steps, device):
+                print(_describe(found), flush=True)
+                table.append(found)
+                if args.json:
+                    merge_measurements(_file(found), [found], _KEYS)
+                if args.kernels is not None:
+                    with args.kernels.open("a") as out:
+                        out.write(f"{_title(found)}\n{kernels}\n\n")
+    if len(chosen) > 1:
+        print("\n" + comparison(table))
     return 0
 
 
-def _variants(given: str, device: torch.device) -> list[str]:
+def _variants(given: str | None, model: str, method: str, device: torch.device) -> list[str]:
+    is_published = method == "mixmae" and model.startswith("mixmae_swin")
+    if given is None:
+        return ["plain", "grouped"] if is_published else ["grouped"]
     names = given.split(",")
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"--variant {given}: unknown variant {name!r}, expected {', '.join(VARIANTS)}")
         if VARIANTS[name].cuda_only and device.type != "cuda":
             raise UsageError(f"--variant {name} needs a GPU, and torch finds none; omit it")
+        if VARIANTS[name].is_published and not is_published:
+            raise UsageError(f"--variant {name} is MixMAE's on Swin, not {model} by {method}; take grouped or compiled")
     return names
+
+
+def _file(found: dict[str, Any]) -> Path:
+    chip = found["device"].split("(")[0].strip().lower().replace(" ", "-")
+    by = "" if found["method"] == "mixmae" else f"-{found['method']}"
+    return RESULTS / f"step-{chip}-{found['model']}{by}-{found['precision']}.json"
+
+
+def comparison(table: Sequence[dict[str, Any]]) -> str:
+    """Encoders and methods side by side, a Markdown table.
+
+    They differ in operations for an image; at equal ones they compare by the seconds that a TFLOP of the model's takes.
+    """
+    lines = [
+        "| encoder | method | GFLOP/image | images/s | step (s) | s/TFLOP | peak GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in table:
+        cells = [
+            found["model"].removeprefix("mixmae_"), _method(found), f"{found['gflop_per_image']:.1f}",
+            f"{found['images_per_second']:.2f}", f"{found['step_seconds']:.3f}", f"{1 / found['model_tflops']:.2f}",
+            f"{found['peak_memory_bytes'] / 1e9:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _method(found: dict[str, Any]) -> str:
+    k = "" if found["num_images"] is None else f" K={found['num_images']}"
+    return f"{found['method']}{k}, {found['variant']}"
 
 
 @dataclass
@@ -161,6 +211,7 @@ def _measurement(
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else metadata()["cpu"],
         "model": recipe.encoder.name,
+        "method": recipe.method.name,
         "num_images": recipe.method.settings.get("num_images"),
         "variant": name,
         "words": VARIANTS[name].words,
@@ -171,7 +222,7 @@ def _measurement(
         "step_seconds": round(statistics.median(timed.times), 5),
         "step_seconds_spread": [round(min(timed.times), 5), round(max(timed.times), 5)],
         "gflop_per_image": round(flops / 1e9, 1),
-        "model_tflops": round(rate * flops / 1e12, 4),
+        "model_tflops": round(rate * flops / 1e12, 6),
         "peak_tflops": round(peak / 1e12, 4),
         "mfu": round(rate * flops / peak, 4),
         "peak_memory_bytes": timed.memory,
@@ -217,7 +268,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def _title(found: dict[str, Any]) -> str:
     return (
-        f"{found['device']}: {found['model']}, K = {found['num_images']}, batch {found['batch']}, {found['variant']}, "
+        f"{found['device']}: {found['model']}, {_method(found)}, batch {found['batch']}, "
         f"{found['step_seconds'] * 1000:.1f} ms per step"
     )
 
@@ -227,7 +278,7 @@ def _describe(found: dict[str, Any]) -> str:
     ratio = "" if found["ratio_to_plain"] is None else f", {found['ratio_to_plain']:.2f} times plain"
     largest = ", ".join(f"{name} {share:.0%}" for name, share in list(found["kernel_shares"].items())[:5])
     return (
-        f"{found['model'].removeprefix('mixmae_')} K={found['num_images']} batch {found['batch']}\n"
+        f"{found['model'].removeprefix('mixmae_')} by {_method(found)}, batch {found['batch']}\n"
         f"{found['variant']:<15} {found['images_per_second']:.2f} images/s{ratio}; step {found['step_seconds']:.3f} s "
         f"({low:.3f} to {high:.3f}); {found['model_tflops']:.3g} TFLOP/s, MFU {found['mfu']:.1%} of "
         f"{found['peak_tflops']:.3g}; {found['peak_memory_bytes'] / 1e9:.2f} GB\n{'':<15} {largest}"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ def _masked(model: Trainable) -> None:
 
 
 def _without_sorting_by_group(
-    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, *rest: Any
+    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    return Stage.forward(self, x, groups, None, *rest)
+    return Stage.forward(self, x, groups, None, edit)
 
 
 def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], object]:
@@ -54,6 +54,7 @@ class Variant:
         autocast: fp32 weights under `torch.autocast` instead of bf16 weights.
         compiled: torch.compile, block by block.
         cuda_only: whether it needs a GPU.
+        is_published: whether it follows published code, which is MixMAE's on Swin alone.
     """
 
     words: str
@@ -61,12 +62,17 @@ class Variant:
     autocast: bool = False
     compiled: bool = False
     cuda_only: bool = False
+    is_published: bool = False
 
 
 VARIANTS = {
-    "plain": Variant("as published code computes it, weights in the run's precision", make_plain),
-    "plain-autocast": Variant("as published code computes it, fp32 weights under autocast", make_plain, autocast=True),
-    "masked": Variant("tokens sorted by window once per stage, groups kept apart by a mask", _masked),
+    "plain": Variant("as published code computes it, weights in the run's precision", make_plain, is_published=True),
+    "plain-autocast": Variant(
+        "as published code computes it, fp32 weights under autocast", make_plain, autocast=True, is_published=True
+    ),
+    "masked": Variant(
+        "tokens sorted by window once per stage, groups kept apart by a mask", _masked, is_published=True
+    ),
     "grouped": Variant("tokens sorted by group in the global stages: the default without compilation"),
     "selective": Variant("grouped, norms and GELU recomputed (kind=selective)", _recomputing("selective")),
     "recomputed": Variant("grouped, each block recomputed (kind=torch)", _recomputing("torch")),

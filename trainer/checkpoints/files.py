@@ -15,7 +15,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from mixmae.trainer.checkpoints.manifest import FileRecord
+from mixmae.trainer.checkpoints.manifest import DamagedError, FileRecord
 
 _CHUNK = 16 * 2**20
 _ALIGNMENT = 64
@@ -98,6 +98,9 @@ def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
 
     Args:
         files: all files of the checkpoint, most likely ones first.
+
+    Raises:
+        DamagedError: elements that no file holds.
     """
     by_name: dict[tuple[str, str], list[ReadItem]] = {}
     missing = 0
@@ -108,7 +111,8 @@ def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
         if missing == 0:
             return
         missing -= _read_from(file, by_name)
-    assert missing == 0, f"{missing} elements are in no file"
+    if missing:
+        raise DamagedError(f"{missing} elements are in no file")
 
 
 def _read_from(file: Path, items: Mapping[tuple[str, str], list[ReadItem]]) -> int:

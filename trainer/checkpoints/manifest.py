@@ -60,6 +60,7 @@ class Manifest(Progress):
         optimizer_states: names of the optimizer's state tensors of each trained parameter; none before its first step.
         optimizer_scalars: the optimizer's scalar states, such as `step`, by name.
         files: sizes and checksums by file name, one file per rank.
+        ema: whether the files also hold the moving average of the weights.
     """
 
     world_size: int
@@ -71,6 +72,7 @@ class Manifest(Progress):
     optimizer_states: list[str]
     optimizer_scalars: Mapping[str, float]
     files: Mapping[str, FileRecord]
+    ema: bool = False
 
     @property
     def bytes(self) -> int:

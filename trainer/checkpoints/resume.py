@@ -1,5 +1,6 @@
 """Resume from the newest intact checkpoint, at any world size and ZeRO stage."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.engine.ema import Ema
 
 
 class NoIntactCheckpointError(UsageError):
@@ -35,7 +37,7 @@ class Resumed:
     notes: tuple[str, ...]
 
 
-def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
+def resume(engine: Any, run_dir: Path, ranks: Ranks, ema: Ema | None = None) -> Resumed | None:
     """Loads the newest intact checkpoint into the engine; returns None in a run directory without any. Collective.
 
     Raises:
@@ -43,8 +45,16 @@ def resume(engine: Any, run_dir: Path, ranks: Ranks) -> Resumed | None:
     """
     found = _newest_intact(run_dir, ranks)
     if found is not None:
-        _load(engine, found.folder, found.manifest, ranks)
+        _load(engine, found.folder, found.manifest, ranks, ema)
     return found
+
+
+def stored_state(run_dir: Path) -> dict[str, Any] | None:
+    """The training counters of the newest checkpoint that can be read, before any weights are; None without one."""
+    for folder in checkpoint_history(run_dir):
+        with suppress(DamagedError):
+            return dict(Manifest.read(folder).state)
+    return None
 
 
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
@@ -96,12 +106,24 @@ def _check_newest(run_dir: Path) -> list[str]:
     return [f"{CHECKPOINTS}/{NEWEST} names no existing checkpoint; using the last complete one"]
 
 
-def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks) -> None:
+def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, ema: Ema | None) -> None:
     slices = ModelSlices(engine)
-    assert slices.shapes == dict(manifest.shapes), "the recipe was compared before, and determines the shapes"
+    names = {**slices.shapes, **manifest.shapes}
+    if wrong := [name for name in names if slices.shapes.get(name) != manifest.shapes.get(name)]:
+        raise NoIntactCheckpointError(
+            f"{folder} does not hold the weights of the recipe's model: {wrong[0]!r} is missing, foreign or of another "
+            "shape; restore it from a copy, or name another run_dir"
+        )
     slices.begin_load(manifest.optimizer_states, manifest.optimizer_scalars)
     items = [ReadItem(kind, part.name, part.start, to) for part, kind, to in slices.to_read(manifest.optimizer_states)]
-    read_slices(items, manifest.paths(folder, ranks.rank))
+    if ema is not None and manifest.ema:
+        items += ema.to_read()
+    try:
+        read_slices(items, manifest.paths(folder, ranks.rank))
+    except DamagedError as error:
+        raise NoIntactCheckpointError(f"{folder} is damaged: {error}; restore it from a copy") from error
+    if ema is not None and not manifest.ema:  # a run that goes on with an average
+        ema.restart()
     restore_buffers(engine.module, manifest.paths(folder), ranks.rank, ranks.world_size)
     slices.end_load()
     engine.global_steps = manifest.step

@@ -26,6 +26,7 @@ from mixmae.trainer.checkpoints.host_memory import HostMemory
 from mixmae.trainer.checkpoints.manifest import FileRecord, Manifest, Progress
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.engine.distributed import Ranks, background_group, from_main
+from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.recipe.schema import Recipe
 
 
@@ -61,6 +62,7 @@ class Saver:
         recipe: the run's recipe, stored in the manifests.
         versions: versions of packages, stored in the manifests.
         begun: the step of the checkpoint that the run resumed from.
+        ema: is saved too.
 
     Attributes:
         begun: the step of the last save that was begun, or that the run resumed from.
@@ -70,9 +72,15 @@ class Saver:
     """
 
     def __init__(
-        self, engine: Any, recipe: Recipe, versions: Mapping[str, str], ranks: Ranks, begun: int | None = None
+        self,
+        engine: Any,
+        recipe: Recipe,
+        versions: Mapping[str, str],
+        ranks: Ranks,
+        begun: int | None = None,
+        ema: Ema | None = None,
     ) -> None:
-        self._engine, self._recipe, self._versions, self._ranks = engine, recipe, versions, ranks
+        self._engine, self._recipe, self._versions, self._ranks, self._ema = engine, recipe, versions, ranks, ema
         self._run_dir = recipe.run_dir
         self.begun = begun
         self.error: str | None = None
@@ -112,7 +120,8 @@ class Saver:
 
     def _tensors(self, slices: ModelSlices) -> dict[str, Tensor]:
         """The tensors that this rank saves, by decreasing element size."""
-        tensors = slices.to_write() | buffers_to_write(self._engine.module)
+        averages = {} if self._ema is None else self._ema.to_write()
+        tensors = slices.to_write() | averages | buffers_to_write(self._engine.module)
         return dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
 
     def _manifest_of(self, progress: Progress, slices: ModelSlices) -> ManifestOf:
@@ -128,6 +137,7 @@ class Saver:
             frozen=slices.frozen,
             optimizer_states=slices.optimizer_states,
             optimizer_scalars=slices.optimizer_scalars,
+            ema=self._ema is not None,
         )
         return lambda files: of_files(files=files)
 

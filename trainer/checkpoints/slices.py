@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
 
-WEIGHT = "weight"
+WEIGHT, EMA = "weight", "ema"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class ModelSlices:
         """The tensors that this rank saves, by key in its file; all ranks together save every element once."""
         tensors = {}
         for held in self.held:
-            share = _share(held) if held.replicated else held
+            share = own_share(held) if held.replicated else held
             if share.numel > 0:
                 for kind in (WEIGHT,) if share.frozen else (WEIGHT, *self._states):
                     tensors[f"{kind}/{share.name}@{share.start}"] = self._values(share, kind)
@@ -176,7 +176,7 @@ class ModelSlices:
                 part.data = value.data
 
 
-def _share(whole: ParameterSlice) -> ParameterSlice:
+def own_share(whole: ParameterSlice) -> ParameterSlice:
     """The slice that this rank saves of a replicated parameter."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     low, high = whole.numel * rank // world_size, whole.numel * (rank + 1) // world_size

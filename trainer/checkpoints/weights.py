@@ -11,7 +11,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints.buffers import mean_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
-from mixmae.trainer.checkpoints.slices import WEIGHT
+from mixmae.trainer.checkpoints.slices import EMA, WEIGHT
 
 
 def master_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -31,8 +31,42 @@ def optimizer_states(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         UsageError: the checkpoint is damaged.
     """
     manifest = _verified(checkpoint)
-    trained = [name for name in manifest.shapes if name not in manifest.frozen]
-    return {state: _consolidated(checkpoint, manifest, state, trained) for state in manifest.optimizer_states}
+    return {
+        state: _consolidated(checkpoint, manifest, state, _trained(manifest)) for state in manifest.optimizer_states
+    }
+
+
+def _trained(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.shapes if name not in manifest.frozen]
+
+
+def model_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """What is exported and started from: fp32 weights, by name, and buffers of floating point numbers; the moving
+    average of the weights where the run keeps one (`optim.ema_decay`).
+
+    Raises:
+        UsageError: the checkpoint is damaged.
+    """
+    manifest = _verified(checkpoint)
+    buffers = mean_buffers(manifest.paths(checkpoint))
+    return {
+        **_consolidated(checkpoint, manifest, WEIGHT, manifest.frozen if manifest.ema else manifest.shapes),
+        **_averages(checkpoint, manifest),
+        **{name: value for name, value in buffers.items() if value.is_floating_point()},
+    }
+
+
+def averaged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The moving average of trained weights, by name; empty where the run keeps none.
+
+    Raises:
+        UsageError: the checkpoint is damaged.
+    """
+    return _averages(checkpoint, _verified(checkpoint))
+
+
+def _averages(checkpoint: Path, manifest: Manifest) -> dict[str, Tensor]:
+    return _consolidated(checkpoint, manifest, EMA, _trained(manifest)) if manifest.ema else {}
 
 
 def saved_buffers(checkpoint: Path) -> dict[str, Tensor]:

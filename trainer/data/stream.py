@@ -135,7 +135,7 @@ class BatchReader(Dataset[Batch]):
             samples,
             faults,
             retried=store.retried - retried,
-            bytes_read=int(self.index.samples["size"][samples].sum()),
+            bytes_read=int(self.index.samples["size"][samples].sum()) if self.transform.needs_content else 0,
             cache_counts=store.cache_counts.since(cache_counts),
         )
 
@@ -145,7 +145,7 @@ class BatchReader(Dataset[Batch]):
         for sample in self._candidates(ref):
             random = random_at(Purpose.AUGMENTATION, self.seed, ref.epoch, sample)
             try:
-                content = self.index.read(sample)
+                content = self.index.read(sample) if self.transform.needs_content else b""
                 self.transform.read(content, self.index.samples[sample], random, buffers, i)
             except UnusableError as error:
                 if sample == ref.sample:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class SampleTransform(Protocol):
        (seed, epoch, sample). Whatever it raises as `UnusableError` makes the stream count the sample and call `read`
        again for a substitute, with the same `i`: rows are overwritten as a whole.
     """
+
+    needs_content: ClassVar[bool] = True
+    """Whether images are read at all; `read` is given no bytes where they are not."""
 
     def new_batch(self, count: int) -> BatchBuffers:
         """Buffers for `count` samples; their contents are undefined until `read` fills them."""

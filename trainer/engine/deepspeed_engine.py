@@ -13,7 +13,7 @@ import torch
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.engine.cpu import apply_cpu_workarounds
+from mixmae.trainer.engine.cpu import Bf16Matmuls, apply_cpu_workarounds
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.recipe.schema import Recipe
@@ -93,11 +93,13 @@ def build_engine(
     ranks: Ranks,
     choice: OptimizerChoice | None = None,
     lr_scale_of: Callable[[str], float] | None = None,
+    matmuls: Bf16Matmuls | None = None,
 ) -> Any:
     """DeepSpeed's engine around the model, its optimizer and its precision.
 
     Args:
         choice, lr_scale_of: the task's, see `build_optimizer`.
+        matmuls: how a bf16 model multiplies on a CPU; None for what is faster.
     """
     import deepspeed
 
@@ -106,7 +108,7 @@ def build_engine(
     checkpoint_activations(model, recipe.train.activation_checkpointing)
     model.to(ranks.device)
     if recipe.train.precision == "bf16" and ranks.device.type == "cpu":
-        apply_cpu_workarounds(model)
+        apply_cpu_workarounds(model, matmuls)
     if recipe.train.fused_attention:
         if ranks.device.type != "cuda":
             raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")

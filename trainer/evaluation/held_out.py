@@ -15,6 +15,16 @@ from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.recipe.schema import Recipe
+
+
+def evaluation_crop(recipe: Recipe) -> float:
+    """Side of the crop that classifiers are judged on, over the image's shorter side.
+
+    As the papers do: 224 px of 256 up to 224 px, all of it above.
+    """
+    given = recipe.evaluate.crop_ratio
+    return given if given is not None else 0.875 if recipe.encoder.img_size <= 224 else 1.0
 
 
 def require_readable(index: ShardIndex, purpose: str) -> None:

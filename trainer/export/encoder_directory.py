@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from mixmae.base.errors import UsageError
 from mixmae.base.files import new_directory
 from mixmae.models.encoders.registry import create_encoder, default_cfg, family_of
-from mixmae.models.methods.contract import Method
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import Deviation
 from mixmae.trainer.recipe.words import explain
 
 ENCODER, METHOD, CONFIG = "model.safetensors", "method.safetensors", "config.json"
 _NOT_SIZES = ("self", "num_classes", "global_pool")
-_MISFIT = (ValueError, ArithmeticError, IndexError, RuntimeError)
+MISFIT = (ValueError, ArithmeticError, IndexError, RuntimeError)
 """What timm and torch raise for sizes, names and shapes that do not fit each other."""
 _Side = Annotated[int, Field(gt=0, le=4096)]
 
@@ -38,7 +37,7 @@ def write_encoder_directory(
     encoder: dict[str, Tensor],
     method: tuple[str, dict[str, Tensor]] | None = None,
     facts: dict[str, Any] | None = None,
-    normalization: dict[str, tuple[float, ...]] | None = None,
+    input_facts: dict[str, Any] | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
@@ -46,7 +45,7 @@ def write_encoder_directory(
         architecture: a registered name; `model_args` are what differs from its defaults.
         encoder: the encoder's state dict, with a head if it has one.
         method: the name of the method that pretrained it, and the weights that it has beside the encoder.
-        normalization: mean and std of the input, if not ImageNet's.
+        input_facts: what timm's pretrained_cfg should say otherwise than usual: mean, std, crop_pct, label_names.
         facts: whatever else config.json should say of where the weights come from.
 
     Raises:
@@ -63,7 +62,7 @@ def write_encoder_directory(
         "num_features": num_features,
         "model_args": model_args,
         "pretrained_cfg": default_cfg(
-            architecture, model_args.get("img_size"), num_classes=num_classes, **(normalization or {})
+            architecture, model_args.get("img_size"), num_classes=num_classes, **(input_facts or {})
         ),
         **({} if method is None else {"method": method[0]}),
         **(facts or {}),
@@ -82,6 +81,7 @@ class _InputFacts(BaseModel):
     input_size: tuple[int, _Side, _Side]
     mean: tuple[float, float, float]
     std: tuple[Deviation, Deviation, Deviation]
+    label_names: tuple[str, ...] | None = None
 
 
 class EncoderConfig(BaseModel):
@@ -94,6 +94,7 @@ class EncoderConfig(BaseModel):
     model_args: dict[str, Any] = {}
     pretrained_cfg: _InputFacts
     method: str | None = None
+    finetuning: dict[str, Any] = {}
 
 
 def read_config(directory: str | Path) -> EncoderConfig:
@@ -165,35 +166,12 @@ def load_encoder(directory: str | Path, pretrained: bool = True, **options: Any)
         model: nn.Module = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, **options)
     except UsageError:
         raise
-    except _MISFIT as error:
-        raise UsageError(f"{directory}: config.json and weights do not fit ({_first_line(error)})") from error
+    except MISFIT as error:
+        raise UsageError(f"{directory}: config.json and weights do not fit ({first_line(error)})") from error
     return model
 
 
-def initialise(model: Method, directory: Path, method: str) -> None:
-    """Loads an encoder directory into `model`: the encoder, and what else the same method pretrained.
-
-    Raises:
-        UsageError: no such directory, or weights that do not fit the model.
-    """
-    try:
-        file = directory / ENCODER
-        weights = {name: value for name, value in read_weights(file).items() if not name.startswith("head.")}
-        try:
-            fitted = model.encoder.fit_state_dict(weights)
-        except _MISFIT as error:
-            raise UsageError(f"{file} does not fit the model: {_first_line(error)}") from error
-        _load(model.encoder, fitted, file)
-        if read_config(directory).method == method:
-            own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-            found = read_weights(directory / METHOD)
-            _require_fit(found, own, directory / METHOD)
-            model.load_state_dict(found, strict=False)
-    except UsageError as error:
-        raise UsageError(f"encoder.init: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300]
 
@@ -201,20 +179,6 @@ def _first_line(error: Exception) -> str:
 def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names of weights that are missing or foreign; where there are none, of those of another shape."""
     return sorted(found.keys() ^ expected.keys()) or sorted(k for k in found if found[k].shape != expected[k].shape)
-
-
-def _load(module: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    _require_fit(state, module.state_dict(), file)
-    module.load_state_dict(state)
-
-
-def _require_fit(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> None:
-    wrong = misfits(found, expected)
-    if wrong:
-        raise UsageError(
-            f"{file} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "
-            f"the first is {wrong[0]!r}; take the sizes of its config.json into the recipe"
-        )
 
 
 def _storable(state: dict[str, Tensor]) -> dict[str, Tensor]:

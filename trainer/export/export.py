@@ -1,12 +1,18 @@
-"""`mixmae export RUN OUT`: the encoder of a checkpoint, by default the newest, in fp32, as an encoder directory."""
+"""`mixmae export RUN OUT`: the encoder of a checkpoint, by default the newest, in fp32, as an encoder directory.
+
+A fine-tuned one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints, newest_checkpoint
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.checkpoints.manifest import DamagedError
+from mixmae.trainer.checkpoints.weights import model_weights
+from mixmae.trainer.evaluation.held_out import evaluation_crop
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.run.provenance import read_recipe
 
@@ -15,7 +21,7 @@ _TRAINING_ONLY = ("drop_rate", "drop_path_rate")
 
 
 def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
-    """Writes the encoder directory (with the method's own weights) and returns it.
+    """Writes the encoder directory, with the method's own weights or the classifier's head, and returns it.
 
     Args:
         step: of the checkpoint; None for the newest.
@@ -25,18 +31,28 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
     """
     recipe = read_recipe(run_dir)
     checkpoint = _checkpoint(run_dir, step)
-    weights = {name: value.float() for name, value in master_weights(checkpoint).items()}
+    try:
+        weights = model_weights(checkpoint)
+    except DamagedError as error:
+        raise UsageError(f"{checkpoint} is damaged: {error}; restore it from a copy") from error
     encoder = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
     rest = {name: value for name, value in weights.items() if not name.startswith(_PREFIX)}
-    part, method = recipe.encoder, recipe.method
+    part, method, trained = recipe.encoder, recipe.method, recipe.classification
+    input_facts = recipe.data.model_dump(include={"mean", "std"})
+    facts: dict[str, Any] = {
+        "pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}
+    }
+    if trained.num_classes is not None:
+        input_facts |= {"crop_pct": evaluation_crop(recipe), "label_names": trained.classes or None}
+        facts = {"finetuning": {"step": checkpoint_step(checkpoint), "multi_label": trained.multi_label}}
     write_encoder_directory(
         out,
         part.name,
         {"img_size": part.img_size, **{key: v for key, v in part.settings.items() if key not in _TRAINING_ONLY}},
         encoder,
-        (method.name, rest),
-        {"pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}},
-        recipe.data.model_dump(include={"mean", "std"}),
+        (method.name, rest) if trained.num_classes is None else None,
+        facts,
+        input_facts,
     )
     return out
 

@@ -1,4 +1,5 @@
-"""Size and cost of a checkpoint: fp32 master weights and AdamW's two moments, sharded over ranks."""
+"""Size and cost of a checkpoint: fp32 master weights, their moving average if there is one, and AdamW's two moments,
+sharded over ranks."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from mixmae.trainer.planning.devices import Cluster
 from mixmae.trainer.planning.states import Parameters
 from mixmae.trainer.recipe.schema import Checkpoint
 
-_BYTES = 12
+_BYTES, _EMA_BYTES = 12, 4
 """Per parameter."""
 
 
@@ -28,9 +29,11 @@ class CheckpointCost:
     """Maximum on disk: kept checkpoints and the one being written."""
 
 
-def checkpoint_cost(model: Parameters, cluster: Cluster, settings: Checkpoint, write_rate: float) -> CheckpointCost:
+def checkpoint_cost(
+    model: Parameters, cluster: Cluster, settings: Checkpoint, write_rate: float, ema: bool = False
+) -> CheckpointCost:
     """Cost of a save if each node writes `write_rate` bytes per second; independent of the ZeRO stage."""
-    whole = _BYTES * model.total
+    whole = (_BYTES + ema * _EMA_BYTES) * model.total
     share, per_node = whole / cluster.gpus, whole / cluster.nodes
     seconds = per_node / write_rate
     return CheckpointCost(

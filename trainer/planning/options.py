@@ -1,7 +1,7 @@
 """Candidate settings of a recipe on a cluster: ZeRO stage, checkpointing and micro-batch, each with memory and time."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.planning import traffic
@@ -9,7 +9,7 @@ from mixmae.trainer.planning.activation_memory import Footprint, describe
 from mixmae.trainer.planning.devices import Cluster
 from mixmae.trainer.planning.memory import Memory, largest_micro_batch, peak_memory
 from mixmae.trainer.planning.speed import Speed
-from mixmae.trainer.planning.states import Limits, Parameters, States, states
+from mixmae.trainer.planning.states import Limits, Parameters, States, ema_bytes, states
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 
 NONE = "none"
@@ -46,7 +46,10 @@ class Workload:
         return self.footprints[policy].flops / self.footprints[NONE].flops - 1
 
     def held(self, stage: int, gpus: int, accumulates: bool) -> States:
-        return states(stage, self.recipe.train.precision, self.parameters, gpus, accumulates, self.limits)
+        held = states(stage, self.recipe.train.precision, self.parameters, gpus, accumulates, self.limits)
+        if self.recipe.optim.ema_decay is None:
+            return held
+        return replace(held, optimizer=held.optimizer + ema_bytes(stage, self.parameters, gpus))
 
     def memory(self, stage: int, policy: str, gpus: int, micro_batch: int, accumulates: bool) -> Memory:
         held = self.held(stage, gpus, accumulates)

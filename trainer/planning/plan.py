@@ -134,7 +134,9 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
         [_stage(work, cluster, stage, own) for stage in work.stages],
         [_policy(work, cluster, policy) for policy in work.policies],
         list(_scaling(work, cluster, pace, found, steps)),
-        checkpoint_cost(work.parameters, cluster, recipe.checkpoint, given.write_rate),
+        checkpoint_cost(
+            work.parameters, cluster, recipe.checkpoint, given.write_rate, recipe.optim.ema_decay is not None
+        ),
         loading(recipe, per_node, cluster.gpus_per_node, found.micro_batch, data, rate),
         rate,
         given.price,

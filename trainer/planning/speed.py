@@ -43,10 +43,12 @@ def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, 
         "img_size": recipe.encoder.img_size,
         "precision": recipe.train.precision,
     }
+    method = recipe.method.name
     for file in sorted(results.glob("*.json")):
         for entry in entries(file):
             recorded = {key: entry.get(key, value) for key, value in wanted.items()}
-            if "model" in entry and recorded == wanted and gpu.product in str(entry.get("device")):
+            is_same = recorded == wanted and entry.get("method", "mixmae") == method
+            if "model" in entry and is_same and gpu.product in str(entry.get("device")):
                 yield entry["model_tflops"] * 1e12, f"{file.name}, {_variant(entry)}"
 
 

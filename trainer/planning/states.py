@@ -98,6 +98,11 @@ def states(stage: int, precision: str, parameters: Parameters, ranks: int, accum
     return _fp32_stages(stage, parameters, ranks, accumulates, limits)
 
 
+def ema_bytes(stage: int, parameters: Parameters, ranks: int) -> float:
+    """Of the moving average of the weights: each rank's share, and at stage 0, where masters are whole, all of it."""
+    return _FP32 * parameters.total / (ranks if stage else 1)
+
+
 def _data_parallel(model: Parameters, limits: Limits) -> States:
     """Stage 0, in fp32: gradients are flattened into one buffer and reduced (engine.py, allreduce_bucket)."""
     total = model.total

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.recipe.base import read_sections
 from mixmae.trainer.recipe.library import find_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.words import explain, shown
-from mixmae.trainer.recipe.yaml_files import InvalidYamlError, parse_yaml, read_yaml
+from mixmae.trainer.recipe.yaml_files import InvalidYamlError, parse_yaml
 
 RENAMED = {
     "model.encoder": "encoder.name",
@@ -34,10 +35,7 @@ def load_recipe(recipe: Path, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: no such recipe, not YAML, an unknown key or a value outside its range.
     """
     file = find_recipe(recipe)
-    content = {} if (found := read_yaml(file)) is None else found
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds {shown(content)}; expected sections such as 'encoder:' and 'train:'")
-    return _overridden(content, overrides, str(file))
+    return _overridden(read_sections(file), overrides, str(file))
 
 
 def default_recipe(overrides: Sequence[str]) -> Recipe:

@@ -76,6 +76,17 @@ class Classification(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
+class Linear(Section):
+    """Linear probes of one frozen encoder, all trained in one pass: a classifier for each pair of the two lists."""
+
+    lr_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.1, 0.3, 1.0, 3.0, 10.0), min_length=1)
+    """Learning rates over the schedule's."""
+    stages: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 2), min_length=1)
+    """So many of the encoder's last stages are pooled, and their features put side by side."""
+    cache_features: bool = False
+    """Centre crops in place of random ones: the features of all images are computed once, and kept in run_dir."""
+
+
 class Augment(Section):
     """What is done to images with labels, beside crop and flip."""
 
@@ -225,6 +236,8 @@ class Optim(Section):
     no_decay: tuple[str, ...] | None = None
     """Parts of names exempt from weight decay, beside all 1-D parameters; None exempts what the model names (bias
     tables, mask tokens), () decays that too, as the release does."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay in each step of a moving average of the fp32 weights, which is then evaluated and exported; None: none."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer's learning rate over that of the layer above it, where an encoder is fine-tuned."""
     layer_decay_rule: Literal["standard", "mixmim", "simmim"] = "standard"
@@ -323,6 +336,7 @@ class Recipe(Section):
     encoder: EncoderSection = EncoderSection()
     method: MethodSection = MethodSection()
     classification: Classification = Classification()
+    linear: Linear = Linear()
     data: Data = Data()
     augment: Augment = Augment()
     train: Train = Train()

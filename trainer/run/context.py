@@ -8,6 +8,7 @@ from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.engine.schedule import Schedule
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.units import Span
@@ -41,6 +42,7 @@ class Run:
     reporter: Reporter | NullReporter
     observer: Observer
     saver: Saver
+    ema: Ema | None = None
     stop: StopRequest | None = None
     stop_signals: StopSignalReducer = field(default_factory=StopSignalReducer)
     loss: float | None = None

@@ -11,14 +11,17 @@ from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.base.software import versions
 from mixmae.models.contract import Trainable
-from mixmae.trainer.checkpoints.resume import Resumed, resume
+from mixmae.trainer.checkpoints.resume import Resumed, resume, stored_state
 from mixmae.trainer.checkpoints.saver import Saver
+from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.cpu import Bf16Matmuls, faster_matmuls, matmuls_of
 from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
-from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.engine.schedule import Schedule, build_schedule
 from mixmae.trainer.recipe.resume_rules import Change, require_same_recipe
 from mixmae.trainer.recipe.schema import Recipe
@@ -170,20 +173,26 @@ def _build(
 ) -> Run:
     recipe, index, schedule = job.recipe, job.index, job.schedule
     prepare_wandb(recipe, ranks)
+    matmuls = _matmuls(recipe, ranks)
     with explain_wandb_errors(recipe):
-        engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), job.task.lr_scale_of(job.model))
-    resumed = resume(engine, recipe.run_dir, ranks)
+        scale_of = job.task.lr_scale_of(job.model)
+        engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), scale_of, matmuls)
+    ema = None if recipe.optim.ema_decay is None else Ema(ModelSlices(engine), recipe.optim.ema_decay)
+    resumed = resume(engine, recipe.run_dir, ranks, ema)
     state, position, changes = _state_of(resumed, job)
+    state.bf16_matmuls = matmuls or ""
     tracker = Tracker.of(engine)
     if ranks.is_main:
         if changes:
             record_changes(recipe.run_dir, state.step, changes)
         write_run_dir(recipe, index)
         observer.begin(schedule.total_steps, job.parameters, state.step)
+    job.task.prepare(engine.module, index, ranks, lambda: observer.set_phase("starting"))
     main = ranks.is_main
-    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank))
+    transform = job.task.transform(index)
+    batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
-    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None)
+    saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None, ema=ema)
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -197,6 +206,7 @@ def _build(
         reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
         observer=observer,
         saver=saver,
+        ema=ema,
         stop=stop,
         sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
     )
@@ -204,6 +214,16 @@ def _build(
     if silent is not None:
         run.reporter.event("monitoring", silent)
     return run
+
+
+def _matmuls(recipe: Recipe, ranks: Ranks) -> Bf16Matmuls | None:
+    """How a bf16 model multiplies on CPUs: on every rank and after every resume as on the main rank at first."""
+    if recipe.train.precision != "bf16" or ranks.device.type != "cpu":
+        return None
+    if not ranks.is_main:
+        return from_main(None)
+    stored = stored_state(recipe.run_dir)
+    return from_main(faster_matmuls() if stored is None else matmuls_of(stored.get("bf16_matmuls", "")))
 
 
 def _state_of(resumed: Resumed | None, job: Job) -> tuple[TrainState, Position, list[Change]]:

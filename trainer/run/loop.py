@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ def fit(run: Run) -> str | None:
     while state.step < run.schedule.total_steps and signal is StopSignal.CONTINUE:
         losses, samples, batch = train_step(run)
         state.advance(recipe.train.global_batch, run.engine.was_step_applied())
+        if run.ema is not None and not state.skipped_in_row:
+            run.ema.update(state.step - state.skipped)
         meter.count(recipe.train.global_batch)
         window += torch.stack([losses.nan_to_num(0.0, 0.0, 0.0).sum(), losses.isfinite().sum()])
         if run.sample_log is not None:
@@ -199,10 +202,10 @@ def due_evaluations(run: Run) -> list[Measure]:
 
 
 def evaluate(run: Run, measures: Sequence[Measure]) -> None:
-    """Evaluates the task on all ranks, and reports its metrics."""
+    """Evaluates the task on all ranks, with the averaged weights where there are some, and reports its metrics."""
     figures: dict[str, float] = {}
     run.engine.eval()
-    with torch.no_grad():
+    with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
         for measure in measures:
             figures |= measure(run.engine.module, run.ranks)
     run.engine.train()

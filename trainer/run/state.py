@@ -14,6 +14,8 @@ class TrainState:
     skipped: int = 0
     """Steps skipped for a non-finite loss or gradient, in all."""
     skipped_in_row: int = 0
+    bf16_matmuls: str = ""
+    """How a run in bf16 on CPUs multiplies (`engine.cpu`): decided at its first start, and kept when it is resumed."""
 
     def advance(self, global_batch: int, applied: bool) -> None:
         self.step += 1
@@ -21,7 +23,7 @@ class TrainState:
         self.skipped += not applied
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod

@@ -7,6 +7,7 @@ returns is a function of the recipe and of its arguments, so that a resumed run 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
 from mixmae.trainer.recipe.schema import Recipe
@@ -28,13 +30,22 @@ class Task(ABC):
         recipe: with the keys of its encoder and method checked, and every default filled in.
     """
 
+    unused_sections: ClassVar[tuple[str, ...]] = ()
+    """Of the recipe, which say nothing to this task, and which a recipe of it must leave out."""
+
     def __init__(self, recipe: Recipe) -> None:
+        self._refuse_unused(recipe)
         self.recipe = self.resolve(recipe)
         if recipe.evaluate.probe is not None and type(self).probe is Task.probe:
             raise UsageError(
                 f"evaluate.probe={recipe.evaluate.probe.shards}: task={recipe.task} does not probe its encoder; remove "
                 "the key, or set evaluate.shards"
             )
+
+    def _refuse_unused(self, recipe: Recipe) -> None:
+        for section in self.unused_sections:
+            if (given := getattr(recipe, section)) != type(given)():
+                raise UsageError(f"task={recipe.task} has no use for the section {section!r}; leave it out")
 
     def resolve(self, recipe: Recipe) -> Recipe:
         """The recipe with every default of its components.
@@ -64,6 +75,20 @@ class Task(ABC):
 
         Raises:
             UsageError: what is missing.
+        """
+
+    def transform(self, index: ShardIndex) -> SampleTransform:
+        """What data workers make of a sample of `data.shards`."""
+        return RandomResizedCropFlip(self.recipe.encoder.img_size, self.recipe.data)
+
+    def prepare(  # noqa: B027  (most have nothing to compute)
+        self, module: Trainable, index: ShardIndex, ranks: Ranks, beat: Callable[[], None]
+    ) -> None:
+        """Computes what steps need beside the module, before the first one; all ranks call it together.
+
+        Args:
+            module: on its device, with the weights that the run goes on from.
+            beat: to be called every few seconds, so that the rank is not taken for stuck.
         """
 
     def optimizer(self) -> OptimizerChoice:

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.features import pooled
 from mixmae.trainer.evaluation.held_out import held_out_batches, require_readable
 from mixmae.trainer.evaluation.probe import check_probe_shards, probe_shards
-from mixmae.trainer.export import encoder_directory
+from mixmae.trainer.export.initial_weights import initialise_method
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import MethodSection, Recipe
 from mixmae.trainer.tasks.contract import Task
@@ -34,7 +35,11 @@ _TIMM = ("img_size", "num_classes", "global_pool")
 class Pretrain(Task):
     """The recipe's `encoder:` under its `method:`."""
 
+    unused_sections: ClassVar[tuple[str, ...]] = ("classification", "augment", "linear")
+
     def resolve(self, recipe: Recipe) -> Recipe:
+        if recipe.optim.layer_decay != 1:
+            raise UsageError(f"optim.layer_decay={recipe.optim.layer_decay}: pretraining has one rate; leave it out")
         try:
             family, _ = family_of(recipe.encoder.name)
             method = method_class(recipe.method.name)
@@ -58,7 +63,7 @@ class Pretrain(Task):
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
-            encoder_directory.initialise(_method(module), self.recipe.encoder.init, self.recipe.method.name)
+            initialise_method(_method(module), self.recipe.encoder.init, self.recipe.method.name)
 
     def check_data(self, index: ShardIndex) -> None:
         """Looks at the shards that are evaluated on: hours later it would be too late."""

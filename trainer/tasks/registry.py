@@ -11,7 +11,11 @@ from mixmae.trainer.recipe.loading import parse_recipe, upgrade
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
 
-_BUILT_IN = {"pretrain": "mixmae.trainer.tasks.pretrain"}
+_BUILT_IN = {
+    "finetune": "mixmae.trainer.tasks.finetune",
+    "linear": "mixmae.trainer.tasks.linear",
+    "pretrain": "mixmae.trainer.tasks.pretrain",
+}
 _TASKS: dict[str, type[Task]] = {}
 _Class = TypeVar("_Class", bound=type[Task])
 

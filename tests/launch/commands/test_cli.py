@@ -1,10 +1,14 @@
+import errno
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mixmae.launch import cli
 from mixmae.launch.cli import COMMANDS, main, usage
 from tests.helpers import ROOT
 
@@ -103,3 +107,16 @@ def test_mistakes_are_found_before_anything_starts(argv: list[str], message: str
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG, errno.ENOENT])
+def test_a_file_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise OSError(code, "what is wrong", argv[0])
+
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(main=main)))
+    monkeypatch.setattr(sys, "argv", ["mixmae", "curves", "some/file"])
+    assert cli.main() == 2
+    assert capsys.readouterr().err == "mixmae: error: some/file: what is wrong\n"

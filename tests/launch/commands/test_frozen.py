@@ -127,7 +127,7 @@ def test_a_host_that_does_not_see_the_recipe_says_so(tmp_path: Path) -> None:
 
 def test_a_run_directory_that_cannot_be_written_is_refused(recipe: Path) -> None:
     Path("run").touch()
-    with pytest.raises(UsageError, match=r"cannot write run/owner.json \(.*\); name a run_dir that can be written"):
+    with pytest.raises(UsageError, match=r"run_dir=run: files cannot be written there \(.*\)"):
         launch.main([str(recipe), "--local", "2"])
 
 

@@ -11,7 +11,7 @@ from tests.helpers import tiny_recipe
 def test_this_machine_is_looked_at_before_ranks_start(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_recipe(**{"run_dir": tmp_path / "run", "data.shards": str(shards)})
+    recipe = tiny_recipe(**{"run_dir": tmp_path / "run", "data.shards": str(shards), "data.num_workers": 1})
     check_this_machine(recipe, 2)
     assert recipe.run_dir.is_dir()
     (tmp_path / "file").write_text("")

@@ -27,7 +27,7 @@ TABLE = {
     "mixmae_twins_large": (98.3, 15.1),
     "mixmae_vit_small": (21.7, 4.6),
     "mixmae_vit_base": (85.8, 17.5),
-    "mixmae_vit_large": (303.3, None),
+    "mixmae_vit_large": (303.3, 61.3),
     "mixmae_resnet_50x1": (23.5, None),
     "mixmae_resnet_50x3": (211.0, None),
     "mixmae_resnet_101x3": (382.0, None),

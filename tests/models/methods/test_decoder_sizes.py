@@ -25,7 +25,7 @@ from mixmae.trainer.tasks.registry import task_of
 def test_the_decoder_fits_the_encoder(encoder: str, sizes: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         model = create_encoder(encoder)
-        methods = [MixMAE(model), *([MAE(model)] if "vit" in encoder else [])]
+        methods: list[MixMAE | MAE] = [MixMAE(model), *([MAE(model)] if "vit" in encoder else [])]
     assert decoder_sizes(model) == sizes
     for method in methods:
         assert (method.decoder.embed.out_features, len(method.decoder.blocks)) == sizes[:2]

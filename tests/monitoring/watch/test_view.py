@@ -229,6 +229,8 @@ def test_a_new_attempt_is_running_until_it_is_refused(end: str) -> None:
     log.add({"event": "attempt", "time": NOW + 210, "message": "starting again"})
     log.add(event("resumed", 50, NOW + 220))
     assert view(log, NOW + 221).state is State.RUNNING
+    log.add(event("superseded", 50, NOW + 222))  # an earlier start, from which this one took the run over
+    assert view(log, NOW + 223).state is State.RUNNING
 
 
 def test_quick_runs_are_patient_for_a_minute_and_fresh_ones_for_their_first_steps() -> None:

@@ -33,6 +33,26 @@ def test_measurements_are_consistent() -> None:
     )
 
 
+def test_encoders_and_methods_are_compared_in_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("encoder.img_size=64", "train.zero_stage=1")
+    argv = ["--model", "mixmae_vit_nano,mixmae_resnet_nano", "--method", "simmim,mae", "--batch", "1", "--steps", "1"]
+    assert step.main([*argv, "--precision", "fp32", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "mixmae_resnet_nano by mae is left out: method: mae drops masked tokens" in out
+    rows = [line.split(" | ")[:2] for line in out.splitlines() if line.startswith(("| vit", "| resnet"))]
+    assert rows == [
+        ["| vit_nano", "simmim, grouped"],
+        ["| vit_nano", "mae, grouped"],
+        ["| resnet_nano", "simmim, grouped"],
+    ]
+
+
+@pytest.mark.parametrize("options", [["--model", "mixmae_vit_base"], ["--method", "simmim"]])
+def test_published_code_is_of_mixmae_on_swin(options: list[str]) -> None:
+    with pytest.raises(UsageError, match="plain is MixMAE's on Swin"):
+        step.main(["--variant", "plain", *options])
+
+
 @pytest.mark.parametrize("variant", ["fast", "triton"])
 def test_variants_that_cannot_run_are_refused(variant: str) -> None:
     if torch.cuda.is_available():

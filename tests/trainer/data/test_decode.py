@@ -390,6 +390,9 @@ def test_pixels_are_bounded_by_the_caller(kind: str) -> None:
     with pytest.raises(UnusableError, match="more than") as caught:
         open_encoded(content, state, max_pixels=width * height - 1)
     assert caught.value.reason == Reason.TOO_LARGE
+    random_resized_crop(content, state, 32, Data(max_pixels=width * height), Random(0))
+    with pytest.raises(UnusableError, match="more than"):
+        random_resized_crop(content, state, 32, Data(max_pixels=width * height - 1), Random(0))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -144,6 +146,18 @@ def test_what_cannot_be_indexed_is_explained(damage: str, message: str, tmp_path
         (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"x" * 2000})[:1500])
     with pytest.raises(UsageError, match=message):
         main(["index", str(tmp_path), "--jobs", "1"])
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
+    (tmp_path / "0.tar").write_bytes(b"never read")
+    with pytest.raises(UsageError, match=r"files cannot be written there \(Read-only file system\)"):
+        write_index(tmp_path)
 
 
 @pytest.mark.parametrize("listing", [{}, {"shards": None}, {"shards": [1]}, {"shards": [{"name": "a"}]}])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mixmae.base.errors import UsageError
 from mixmae.models import create_encoder
-from mixmae.trainer.export.encoder_directory import CONFIG, ENCODER, initialise, load_encoder, write_encoder_directory
+from mixmae.trainer.export.encoder_directory import CONFIG, ENCODER, load_encoder, write_encoder_directory
+from mixmae.trainer.export.initial_weights import initialise_method
 from mixmae.trainer.recipe.loading import default_recipe
 from mixmae.trainer.tasks.registry import build_model
 
@@ -115,9 +116,9 @@ def test_directories_that_are_none_are_one_line(directory: Path, tmp_path: Path,
 
 def test_a_run_does_not_start_from_them(directory: Path, tmp_path: Path) -> None:
     model: Any = build_model(default_recipe(["encoder.name=mixmae_vit_nano", "encoder.img_size=128"]))
-    initialise(model, directory, "mixmae")
+    initialise_method(model, directory, "mixmae")
     for case, (change, message) in WEIGHTS.items():
         shutil.copytree(directory, tmp_path / case)
         change(tmp_path / case)
         with pytest.raises(UsageError, match=f"encoder.init: .*{message}"):
-            initialise(model, tmp_path / case, "mixmae")
+            initialise_method(model, tmp_path / case, "mixmae")

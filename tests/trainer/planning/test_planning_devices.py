@@ -11,7 +11,7 @@ def test_each_gpu_has_a_peak_and_sane_figures() -> None:
     for name, gpu in GPUS.items():
         assert gpu.peak("bf16") == PEAKS[gpu.product] == known_peak(f"NVIDIA {gpu.product}")
         assert gpu.peak("fp32") < gpu.peak("bf16")
-        assert 0.85 * gpu.memory < gpu.usable < gpu.memory, name
+        assert 0.75 * gpu.memory < gpu.usable < gpu.memory, name
         assert gpu.host <= gpu.peers
 
 
@@ -38,9 +38,7 @@ def test_any_other_gpu_is_described_by_its_figures() -> None:
     assert gpu.peak("bf16") == gpu.peak("fp32") == 122e12
     assert find_gpu(None, memory=24, tflops=122).usable > 20 * 2**30
     assert find_gpu("h100", memory=96) == replace(GPUS["h100"], memory=96 * 2**30)
-    with pytest.raises(
-        UsageError, match=r"rx7900: unknown GPU; .*--gpu-memory and --gpu-tflops describe any other"
-    ):
+    with pytest.raises(UsageError, match=r"rx7900: unknown GPU; .*--gpu-memory and --gpu-tflops describe any other"):
         find_gpu("rx7900", memory=24)
     with pytest.raises(UsageError, match="--gpu is missing; known: rtx3080"):
         find_gpu(None)

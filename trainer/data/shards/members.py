@@ -44,20 +44,22 @@ def members(file: Path, unused: Unused | None = None) -> list[Member]:
         DamagedTarError: the tar ends early, or a header is damaged: tarfile alone would silently stop there.
         OSError: it cannot be read, or is not a regular file.
     """
-    collector = _Collector(unused)
+    collector, last = _Collector(unused), 0
     with open_regular(file) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:", tarinfo=_TarInfo) as tar:
                 for info in _forward(tar):
+                    last = info.offset
                     collector.add(info)
                 end = tar.offset
-        except DamagedTarError:
+        except (DamagedTarError, MemoryError):
             raise
         except Exception as error:  # tarfile raises ValueError, OverflowError and others of damaged extended headers
             stream.seek(0)
             compression = _COMPRESSIONS.get(stream.read(2))
-            reason = f"it is compressed with {compression}" if compression else str(error) or type(error).__name__
-            raise DamagedTarError(reason) from error
+            said = str(error) if isinstance(error, tarfile.TarError) else ""
+            reason = f"it is compressed with {compression}" if compression else said
+            raise DamagedTarError(reason or f"a header at byte {last} or behind is damaged") from error
         stream.seek(end)
         rest = 0
         while chunk := stream.read(_CHUNK):

@@ -85,6 +85,8 @@ class BlockCache:
         self._reads[os.getpid()] += 1
         if (found := self._find(key, offset, size)) is not None:
             return found
+        if self._removal is not None:  # cleaners of temporary files may have taken it
+            self.directory.mkdir(mode=0o700, exist_ok=True)
         lock = FileLock(self.directory / ".locks" / f"{xxhash.xxh3_64_intdigest(key.encode()) % _LOCKS:03x}")
         with lock.acquire(poll_interval=0.01):
             if (found := self._find(key, offset, size)) is not None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 import threading
 import time
@@ -104,7 +105,7 @@ def test_hostile_tars_end_in_words(kind: str, tmp_path: Path, capsys: pytest.Cap
         members(file)
     assert run_cli(main, ["index", str(tmp_path), "--jobs", "1"]) in (0, 2)
     told = capsys.readouterr()
-    assert "Traceback" not in told.err
+    assert not re.search("Traceback|literal|Python|argument|offset-sized|unpack", told.err)
     assert any(words in told.err + told.out for words in ("0.tar", "1 shards", "hold no images"))
     assert run_cli(main, ["check", str(tmp_path), "--jobs", "1"]) == 1
     assert run_cli(main, ["check", str(tmp_path), "--jobs", "1", "--repair"]) in (0, 2)

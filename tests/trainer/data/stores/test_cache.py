@@ -1,10 +1,12 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,15 @@ def test_a_block_is_fetched_once(tmp_path: Path) -> None:
     assert (cache.reads, cache.fetches) == (2, 1)
     assert BlockCache(tmp_path / "a" / "b", 100).read(f"{PLACE}/0.tar/0", 0, 1, _never) == b"0"
     assert (tmp_path / "a" / "b" / PLACE / "0.tar" / "0").read_bytes() == b"0123456789"
+
+
+def test_a_temporary_cache_that_was_cleaned_away_is_made_anew() -> None:
+    cache = BlockCache(None, 100)
+    for content in (b"one", b"two"):
+        assert cache.read(f"{PLACE}/0.tar/0", 0, 3, partial(bytes, content)) == content
+        assert cache.directory.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(cache.directory)
+    cache.close()
 
 
 def test_a_dropped_block_is_fetched_anew(tmp_path: Path) -> None:

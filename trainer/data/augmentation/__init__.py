@@ -1,0 +1,1 @@
+"""Augmentation of labelled images in uint8, crops decoded as in pretraining."""

@@ -1,0 +1,49 @@
+"""What a data worker makes of a labelled sample."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from mixmae.trainer.data.augmentation.erasing import RandomErasing
+from mixmae.trainer.data.augmentation.rand_augment import RandAugment
+from mixmae.trainer.data.decode import random_resized_crop
+from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_empty, shared_images
+from mixmae.trainer.recipe.schema import Data
+
+
+@dataclass(frozen=True)
+class LabelledCrop(SampleTransform):
+    """A random crop, resized to `size` pixels and perhaps flipped, then augmented; with the target `label`.
+
+    All in 8 bits, in the batch's own memory: no more of a JPEG is decoded than the crop needs, and normalising is left
+    to the device.
+
+    Attributes:
+        targets: by the label's number in the index, [labels] or [labels, classes].
+    """
+
+    size: int
+    settings: Data
+    targets: Tensor
+    rand_augment: RandAugment | None = None
+    erasing: RandomErasing | None = None
+
+    def new_batch(self, count: int) -> BatchBuffers:
+        labels = shared_empty((count, *self.targets.shape[1:]), self.targets.dtype)
+        return BatchBuffers(shared_images(count, self.size), {"label": labels})
+
+    def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
+        random_resized_crop(content, int(row["state"]), self.size, self.settings, random, buffers.images[i])
+        pixels = buffers.images[i].permute(1, 2, 0).numpy()
+        if self.rand_augment is not None:
+            before = Image.fromarray(pixels)
+            after = self.rand_augment(before, random)
+            if after is not before:
+                np.copyto(pixels, np.asarray(after))
+        if self.erasing is not None:
+            self.erasing(pixels, random)
+        buffers.targets["label"][i] = self.targets[int(row["label"])]

@@ -1,0 +1,136 @@
+"""What a run starts from: the weights of an encoder directory, or of another run."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mixmae.base.errors import UsageError
+from mixmae.base.run_directory import CHECKPOINTS, newest_checkpoint
+from mixmae.models.encoders.contract import Encoder
+from mixmae.models.methods.contract import Method
+from mixmae.trainer.checkpoints.manifest import Manifest
+from mixmae.trainer.checkpoints.weights import model_weights
+from mixmae.trainer.export.encoder_directory import (
+    ENCODER,
+    METHOD,
+    MISFIT,
+    first_line,
+    misfits,
+    read_config,
+    read_weights,
+    require_finite,
+)
+
+_logger = logging.getLogger(__name__)
+_HEAD = "head."
+
+
+class InitialWeights(NamedTuple):
+    """Weights as a run or an export left them.
+
+    Attributes:
+        encoder: by name, and the head's, if there is one.
+        method: that pretrained it; None where nothing says.
+        rest: the method's own weights.
+        classes: names of the head's classes, as far as they are known.
+        source: for messages.
+    """
+
+    encoder: dict[str, Tensor]
+    method: str | None
+    rest: dict[str, Tensor]
+    classes: tuple[str, ...]
+    source: Path
+
+
+def read_initial_weights(path: Path) -> InitialWeights:
+    """Reads an encoder directory, or the newest checkpoint of a run directory.
+
+    Raises:
+        UsageError: it is neither, or damaged.
+    """
+    if not (path / CHECKPOINTS).is_dir():
+        encoder, config = read_weights(path / ENCODER), read_config(path)
+        rest = read_weights(path / METHOD) if config.method is not None else {}
+        classes = config.pretrained_cfg.label_names or ()
+        return InitialWeights(encoder, config.method, rest, classes, path / ENCODER)
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        raise UsageError(f"{path / CHECKPOINTS} holds no checkpoint yet; give the directory of a run that saved")
+    weights = model_weights(checkpoint)
+    require_finite(weights, str(checkpoint))
+    recipe = Manifest.read(checkpoint).recipe
+    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    return InitialWeights(
+        encoder,
+        recipe["method"]["name"] if "method" in recipe else None,
+        {name: value for name, value in weights.items() if not name.startswith("encoder.")},
+        tuple(recipe.get("classification", {}).get("classes") or ()),
+        checkpoint,
+    )
+
+
+def initialise_method(model: Method, path: Path, method: str) -> None:
+    """Loads the encoder, and what else the same method pretrained.
+
+    Raises:
+        UsageError: no such weights, or weights that do not fit the model.
+    """
+    with _naming_the_key():
+        found = read_initial_weights(path)
+        _load_encoder(model.encoder, found)
+        if found.method == method:
+            own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+            _require_fit(found.rest, own, found.source)
+            model.load_state_dict(found.rest, strict=False)
+
+
+def initialise_classifier(encoder: Encoder, path: Path, classes: tuple[str, ...]) -> None:
+    """Loads the encoder, and its head where that has the same classes by name.
+
+    Raises:
+        UsageError: no such weights, or weights that do not fit the encoder.
+    """
+    with _naming_the_key():
+        found = read_initial_weights(path)
+        _load_encoder(encoder, found)
+    head = {name: value for name, value in found.encoder.items() if name.startswith(_HEAD)}
+    if head and classes and found.classes == classes:
+        encoder.load_state_dict(head, strict=False)
+        _logger.info("the head of %d classes in %s was loaded too", len(classes), path)
+
+
+@contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"encoder.init: {error}") from error
+
+
+def _load_encoder(encoder: Encoder, found: InitialWeights) -> None:
+    weights = {name: value for name, value in found.encoder.items() if not name.startswith(_HEAD)}
+    try:
+        fitted = encoder.fit_state_dict(weights)
+    except MISFIT as error:
+        raise UsageError(f"{found.source} does not fit the model: {first_line(error)}") from error
+    own = {
+        name: value
+        for name, value in encoder.state_dict().items()
+        if value.is_floating_point() and not name.startswith(_HEAD)
+    }
+    _require_fit(fitted, own, found.source)
+    encoder.load_state_dict(fitted, strict=False)
+
+
+def _require_fit(found: dict[str, Tensor], expected: dict[str, Tensor], source: Path) -> None:
+    wrong = misfits(found, expected)
+    if wrong:
+        raise UsageError(
+            f"{source} does not fit the model: {len(wrong)} weights are missing, foreign or of another shape, "
+            f"the first is {wrong[0]!r}; take the encoder's sizes that it was trained with into the recipe"
+        )

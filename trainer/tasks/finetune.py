@@ -1,0 +1,137 @@
+"""Fine-tuning: an encoder and a linear head learn the classes of labelled shards."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
+from mixmae.models.encoders.registry import create_encoder, family_of
+from mixmae.models.heads.classification import Classifier
+from mixmae.models.heads.mixing import MixSettings, draw_mix
+from mixmae.trainer.data.augmentation.erasing import RandomErasing
+from mixmae.trainer.data.augmentation.labelled import LabelledCrop
+from mixmae.trainer.data.augmentation.rand_augment import RandAugment
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.data.transform import SampleTransform
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.layer_decay import layer_decay
+from mixmae.trainer.evaluation.classification import evaluate_classifier
+from mixmae.trainer.evaluation.held_out import require_readable
+from mixmae.trainer.export.initial_weights import initialise_classifier
+from mixmae.trainer.recipe.components import check_settings
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.contract import Task
+from mixmae.trainer.tasks.labels import resolve_classes, targets_of
+from mixmae.trainer.tasks.registry import register_task
+
+_TIMM = ("img_size", "num_classes", "global_pool")
+"""Arguments of encoders that a recipe sets elsewhere, or not at all."""
+
+
+@register_task("finetune")
+class Finetune(Task):
+    """The recipe's `encoder:`, all of it trained, on the classes of `data.shards`."""
+
+    unused_sections: ClassVar[tuple[str, ...]] = ("method", "linear")
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        try:
+            family, _ = family_of(recipe.encoder.name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
+        _rand_augment(recipe)
+        return resolve_classes(recipe)
+
+    @property
+    def mixing(self) -> MixSettings:
+        augment = self.recipe.augment
+        return MixSettings(augment.mixup, augment.cutmix, augment.mix_prob, augment.switch_prob)
+
+    def build(self) -> Classifier:
+        recipe, classes = self.recipe, self.recipe.classification
+        assert classes.num_classes is not None, "resolved"
+        torch.manual_seed(recipe.seed)
+        try:
+            encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
+        except ValueError as error:
+            raise UsageError(f"encoder: {error}") from error
+        return Classifier(
+            encoder, classes.num_classes, classes.multi_label, classes.label_smoothing, mixes=self.mixing.mixes
+        )
+
+    def initialise(self, module: Trainable) -> None:
+        if self.recipe.encoder.init is not None:
+            classes = self.recipe.classification.classes or ()
+            initialise_classifier(_classifier(module).encoder, self.recipe.encoder.init, classes)
+
+    def check_data(self, index: ShardIndex) -> None:
+        targets_of(index, self.recipe.classification, "data.shards")
+        if self.recipe.evaluate.shards is not None:
+            held_out = self._held_out()
+            require_readable(held_out, "evaluate.shards")
+            targets_of(held_out, self.recipe.classification, "evaluate.shards")
+            held_out.store.close()
+
+    def _held_out(self) -> ShardIndex:
+        assert self.recipe.evaluate.shards is not None
+        return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
+
+    def transform(self, index: ShardIndex) -> SampleTransform:
+        recipe, data = self.recipe, self.recipe.data
+        targets = targets_of(index, recipe.classification, "data.shards")
+        erasing = RandomErasing(recipe.augment.random_erasing, data.mean, data.std)
+        return LabelledCrop(
+            recipe.encoder.img_size,
+            data,
+            targets.table,
+            _rand_augment(recipe),
+            erasing if erasing.prob > 0 else None,
+        )
+
+    def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
+        optim = self.recipe.optim
+        if optim.layer_decay == 1:
+            return None
+        return layer_decay(_classifier(module).encoder, optim.layer_decay, optim.layer_decay_rule, "encoder.")
+
+    def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
+        labels = batch.targets["label"]
+        if not self.mixing.mixes:
+            return (labels,)
+        return labels, draw_mix(self.mixing, (batch.images.shape[2], batch.images.shape[3]), generator)
+
+    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+        """On `evaluate.shards`: `val_loss`, and `top1` and `top5`, or `f1` where labels are several."""
+        if self.recipe.evaluate.shards is None:
+            return {}
+        index = self._held_out()
+        targets = targets_of(index, self.recipe.classification, "evaluate.shards")
+        found = evaluate_classifier(_classifier(module), index, targets, self.recipe, ranks)
+        index.store.close()
+        return found
+
+    def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
+        classifier, size = _classifier(module), self.recipe.encoder.img_size
+        shape = (batch, classifier.num_classes) if classifier.multi_label else (batch,)
+        labels = torch.zeros(shape, dtype=torch.uint8 if classifier.multi_label else torch.int64)
+        if not self.mixing.mixes:
+            return (labels,)
+        return labels, draw_mix(self.mixing, (size, size), torch.Generator().manual_seed(0))
+
+    def describe(self) -> str:
+        return f"{self.recipe.encoder.name} fine-tuned on {self.recipe.classification.num_classes} classes"
+
+
+def _rand_augment(recipe: Recipe) -> RandAugment | None:
+    text = recipe.augment.rand_augment
+    return None if text is None else RandAugment.parse(text, recipe.data.mean)
+
+
+def _classifier(module: Trainable) -> Classifier:
+    assert isinstance(module, Classifier)
+    return module
