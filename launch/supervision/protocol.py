@@ -11,27 +11,27 @@ from typing import Any
 Message = dict[str, Any]
 
 LONGEST = 2**20
-"""Bytes of a message at most."""
+"""Maximum bytes of a message."""
 PORTS = 16
-"""The coordinator listens on the first free one of these; clients try them all."""
+"""Number of ports in the coordinator's range: it listens on the first free one, clients try all."""
 _HANDSHAKE_SECONDS = 5.0
 _CONNECT_SECONDS = 3.0
 
 
 class Connection:
-    """One connection; `last_heard` is when the peer last sent anything, by the monotonic clock."""
+    """One connection; `last_heard` is the monotonic time of the peer's last message."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self.last_heard = time.monotonic()
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Sends without waiting: a peer that does not read sends nothing either, and is given up for that."""
+        """Sends without blocking: a peer that does not read sends no heartbeats either, and is dropped for that."""
         if not self._writer.is_closing():
             self._writer.write(json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
     async def receive(self) -> Message | None:
-        """The next message; None once the connection is lost, or the peer speaks another protocol."""
+        """The next message; None if the connection is lost or the message is invalid."""
         try:
             message = json.loads(await self._reader.readuntil(b"\n"))
         except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, RecursionError):
@@ -40,7 +40,7 @@ class Connection:
         return message if isinstance(message, dict) and "kind" in message else None
 
     async def close(self) -> None:
-        """Sends what is still buffered, as far as the peer accepts it, and closes."""
+        """Flushes as far as the peer accepts data, and closes."""
         self._writer.close()
         try:
             await asyncio.wait_for(self._writer.wait_closed(), _HANDSHAKE_SECONDS)
@@ -53,7 +53,7 @@ def _proof(secret: str, side: str, challenge: str) -> str:
 
 
 async def authenticate_client(connection: Connection, secret: str) -> bool:
-    """The server's handshake: whether the client knows the secret, which is not sent."""
+    """The server's handshake: whether the client knows the secret. The secret is not sent."""
     try:
         async with asyncio.timeout(_HANDSHAKE_SECONDS):
             challenge = secrets.token_hex(16)
@@ -87,13 +87,13 @@ def _knows(message: Message, proof: str) -> bool:
 
 
 async def connect(address: str, first_port: int, secret: str) -> Connection | None:
-    """Tries the coordinator's ports once; other programs that listen there are passed over."""
+    """Tries the coordinator's ports once; skips ports where other programs listen."""
     for port in range(first_port, first_port + PORTS):
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 reader, writer = await asyncio.open_connection(address, port, limit=LONGEST)
         except TimeoutError:
-            return None  # the host does not answer at all, so its other ports will not either
+            return None  # the host is unreachable, so its other ports are too
         except OSError:
             continue
         connection = Connection(reader, writer)
