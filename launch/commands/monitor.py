@@ -15,7 +15,7 @@ from mixmae.launch.commands.watch import add_access_options
 from mixmae.monitoring.exporter.access import Access, AccessError
 from mixmae.monitoring.prometheus.configuration import Runs
 from mixmae.monitoring.prometheus.local import Monitor, MonitorError, Programs, find_programs
-from mixmae.monitoring.watch.text import plain
+from mixmae.monitoring.watch.text import sanitize
 
 _EVERY = 2.0
 """Seconds between two scans for new runs."""
@@ -106,7 +106,7 @@ def watch(monitor: Monitor) -> None:
             known = found
         for note in monitor.notes:
             if note not in told:
-                print(f"mixmae: warning: {plain(note)}", flush=True)
+                print(f"mixmae: warning: {sanitize(note)}", flush=True)
         told = set(monitor.notes)
         time.sleep(_EVERY)
 
@@ -117,7 +117,7 @@ def _describe(runs: Runs, folders: Sequence[Path]) -> str:
     last_names = [run.name for run in runs]
     shown = {run: run.name if last_names.count(run.name) == 1 else str(run) for run in runs}
     return "watching " + ", ".join(
-        f"{plain(shown[run])} ({len(targets)} node{'s'[: len(targets) > 1]})" for run, targets in runs.items()
+        f"{sanitize(shown[run])} ({len(targets)} node{'s'[: len(targets) > 1]})" for run, targets in runs.items()
     )
 
 

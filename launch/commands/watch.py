@@ -22,7 +22,17 @@ from mixmae.launch.commands.watch_runs import STYLES, WatchedRuns, table_of
 from mixmae.monitoring.exporter.access import PLAIN, Access, AccessError
 from mixmae.monitoring.watch.history import State, number
 from mixmae.monitoring.watch.scrape import Rank
-from mixmae.monitoring.watch.text import ASCII_BLOCKS, BLOCKS, amount, chart, clock, duration, packed, plain, size
+from mixmae.monitoring.watch.text import (
+    ASCII_BLOCKS,
+    BLOCKS,
+    amount,
+    chart,
+    clock,
+    duration,
+    sanitize,
+    size,
+    wrap_items,
+)
 from mixmae.monitoring.watch.view import View, Watched, WatchedEndpoint, WatchedRun, WatchError
 
 CHART_ROWS, RANKS, EVENTS = 3, 10, 5
@@ -51,7 +61,7 @@ _RANK_COLUMNS = {
 def frame(view: View, width: int, height: int | None = None, ascii_only: bool = False) -> RenderableType:
     """One picture of a run; as high as it needs to be, or not higher than `height` lines."""
     alerts = [*_alerts(view)]
-    notes = [_line(plain(note), "yellow") for note in view.notes]
+    notes = [_line(sanitize(note), "yellow") for note in view.notes]
     room = RANKS + EVENTS if height is None else max(4, height - _OTHER_LINES - len(alerts) - len(notes))
     news = min(EVENTS, max(1, room // 3), len(view.log.news))
     parts: list[RenderableType] = [_title(view), *_progress(view, width)]
@@ -72,9 +82,9 @@ def _title(view: View) -> Text:
         words += f" for {duration(view.silence)}"
     elif log.ended is not None and log.latest is not None:
         words += f" {duration(view.now - log.latest)} ago"
-    title = Text.assemble((plain(view.name), "bold"), "  ", (f" {words} ", STYLES[state]), "  ", no_wrap=True)
+    title = Text.assemble((sanitize(view.name), "bold"), "  ", (f" {words} ", STYLES[state]), "  ", no_wrap=True)
     resumed = f", resumed {log.resumes}x" if log.resumes else ""
-    title.append(plain(view.details) + resumed, "dim")
+    title.append(sanitize(view.details) + resumed, "dim")
     title.overflow = "ellipsis"
     return title
 
@@ -97,7 +107,7 @@ def _progress(view: View, width: int) -> Iterator[RenderableType]:
         facts.append(f"elapsed {duration(view.elapsed)}")
     if math.isfinite(view.remaining):
         facts.append(f"ETA {duration(view.remaining)} ({clock(view.now + view.remaining, view.now)})")
-    yield from (Text(line, "bold") for line in packed(facts, width))
+    yield from (Text(line, "bold") for line in wrap_items(facts, width))
 
 
 def _loss(view: View) -> Text:
@@ -176,7 +186,7 @@ def _rank_cells(rank: Rank, narrow: bool, wide: bool) -> list[str]:
     full = f" {100 * rank.memory / rank.memory_limit:3.0f} %" if rank.memory_limit and not narrow else ""
     return [
         str(rank.rank),
-        plain(rank.node),
+        sanitize(rank.node),
         "-" if rank.step is None else f"{rank.step:,}",
         "-" if rank.age is None else duration(rank.age),
         amount(rank.images_per_second),
@@ -190,7 +200,7 @@ def _rank_cells(rank: Rank, narrow: bool, wide: bool) -> list[str]:
 def _events(view: View, count: int) -> Iterator[Text]:
     styles = {"skipped": "yellow", "failed": "bold red"}
     for event in list(view.log.news)[len(view.log.news) - count :]:
-        kind = plain(event["event"])
+        kind = sanitize(event["event"])
         yield _line(f"{clock(event['time'], view.now):>9}  {kind:<10} {describe(event)}", styles.get(kind, ""))
 
 
@@ -200,7 +210,9 @@ def _alerts(view: View) -> Iterator[Text]:
     for alert in (view.alerts or ())[:EVENTS]:
         style = "bold red" if alert.severity == "critical" else "bold yellow"
         since = duration(view.now - alert.since)
-        yield _line(f"ALERT {plain(alert.name)} ({plain(alert.severity)}) for {since}: {plain(alert.text)}", style)
+        yield _line(
+            f"ALERT {sanitize(alert.name)} ({sanitize(alert.severity)}) for {since}: {sanitize(alert.text)}", style
+        )
     if (more := len(view.alerts or ()) - EVENTS) > 0:
         yield _line(f"and {more} more alerts", "bold yellow")
 
@@ -216,7 +228,7 @@ def describe(event: Mapping[str, Any]) -> str:
         f"{name.replace('_', ' ')} {amount(number(event, name)) if isinstance(value, int | float) else value}"
         for name, value in fields
     ]
-    return plain(str(event.get("message") or ", ".join(words)))
+    return sanitize(str(event.get("message") or ", ".join(words)))
 
 
 def open_run(what: str, interval: float, prometheus: str | None, access: Access = PLAIN) -> Watched:
@@ -285,7 +297,7 @@ def main(argv: Sequence[str]) -> int:
             return picture(runs.views(time.time()), console, console.height if in_place else None)
 
         if args.once:
-            runs.settle()
+            runs.wait_until_polled()
             console.print(look()[0])
         else:
             follow(look, console, args.interval)

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mixmae.base.run_directory import runs_below
 from mixmae.monitoring.watch.history import State, number
-from mixmae.monitoring.watch.text import amount, duration, plain
+from mixmae.monitoring.watch.text import amount, duration, sanitize
 from mixmae.monitoring.watch.view import View, Watched, WatchError
 
 STYLES = {
@@ -48,9 +48,9 @@ class WatchedRuns:
             if name not in self._runs:
                 self._runs[name] = self._open(name)
 
-    def settle(self) -> None:
+    def wait_until_polled(self) -> None:
         for run in self._runs.values():
-            run.settle()
+            run.wait_until_polled()
 
     def views(self, now: float) -> list[View]:
         for what in self._given:
@@ -96,7 +96,7 @@ def table_of(views: Sequence[View], width: int, height: int | None = None) -> Re
 
 def _cells(view: View, roomy: bool) -> Iterator[Text]:
     total, saved = view.log.total_steps, view.log.checkpoint
-    yield Text(plain(view.name))
+    yield Text(sanitize(view.name))
     yield Text(f" {view.state} ", STYLES[view.state])
     yield Text(f"{view.step:,}")
     yield Text(f"{100 * min(1.0, view.step / total):.0f}" if total else "-")

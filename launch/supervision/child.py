@@ -1,4 +1,4 @@
-"""A child process in a process group of its own; its output is drained, its exit code kept."""
+"""A child process in its own process group; its output is drained and its exit code kept."""
 
 import asyncio
 import os
@@ -21,9 +21,9 @@ class Child:
     """Starts a process.
 
     Args:
-        log: where its standard output and error go.
-        console: where they go as well.
-        descriptors: files that it inherits.
+        log: file for its standard output and error.
+        console: additional sink of its output.
+        descriptors: file descriptors that it inherits.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Child:
         return self._process.pid
 
     def poll(self) -> Exit | None:
-        """How the process exited, or None while it runs. The rest of its group is killed then.
+        """The process's exit, or None while it runs. On exit the rest of its process group is killed.
 
-        The group is killed before the process is reaped: until then no other group can have its id.
+        The group is killed before the process is reaped: until then its id cannot be reused.
         """
         if self.ended is not None:
             return self.ended
@@ -71,18 +71,18 @@ class Child:
         return self.ended
 
     def send(self, number: signal.Signals) -> None:
-        """Signals the process alone, not its descendants."""
+        """Signals only the process, not its descendants."""
         if self.ended is None:
             os.kill(self._process.pid, number)
 
     def send_to_group(self, number: signal.Signals) -> None:
-        """Signals the process and all its descendants that did not leave its group."""
+        """Signals the process and all descendants in its process group."""
         if self.ended is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
 
     def dump_and_abort(self) -> None:
-        """Aborts the process; Python's fault handler, which needs no working interpreter, prints all tracebacks."""
+        """Aborts the process; Python's fault handler prints all tracebacks, even if the interpreter hangs."""
         if self.ended is None:
             resource.prlimit(self._process.pid, resource.RLIMIT_CORE, (0, 0))
             self.send(signal.SIGABRT)

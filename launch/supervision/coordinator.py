@@ -1,4 +1,4 @@
-"""Rank 0's end of the control connections: hears all supervisors, and tells them when and how the run ends."""
+"""Rank 0's end of the control connections: collects reports of all supervisors and broadcasts stops and the outcome."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from mixmae.launch.supervision.stuck import RankStatus
 
 _POLL_SECONDS = 0.25
 _GONE_SECONDS = 15.0
-"""How long supervisors may take to end their ranks once the run is over."""
+"""Seconds that supervisors may take to end their ranks after the outcome."""
 _WRITE_SECONDS = 20.0
 _MOST_STRANGERS = 256
 """Connections, beside one of each rank, that have not yet proved to know the secret."""
@@ -32,9 +32,9 @@ class Coordinator:
 
     Args:
         secret: authenticates its clients.
-        world_size: how many ranks must join.
+        world_size: number of ranks that must join.
         launcher: whether the launching process must join too; the run ends when it is lost.
-        folder: the attempt's folder, where the outcome goes.
+        folder: the attempt's folder, for the outcome file.
     """
 
     def __init__(self, secret: str, world_size: int, launcher: bool, limits: Limits, folder: Path) -> None:
@@ -50,7 +50,7 @@ class Coordinator:
         """Listens on the address, on the first free port from `first_port` on, until all ranks have ended.
 
         Raises:
-            PortError: no port is free, or the address is not of this host.
+            PortError: no port is free, or the address is not local.
         """
         own = await asyncio.to_thread(listening_address, address)
         server, port = await listen(self._serve, own, first_port)
@@ -158,7 +158,7 @@ class Coordinator:
         return outcome
 
     def _start(self) -> None:
-        """Starts the ranks, which rendezvous on the port that is reserved for them."""
+        """Starts the ranks, with the port reserved for their rendezvous."""
         port = self._rendezvous.getsockname()[1]
         hosts = [member.host for member in self._membership.members.values()]
         for rank, connection in self._connections.items():
@@ -167,7 +167,7 @@ class Coordinator:
             self._launcher.send("go")
 
     async def _end(self, outcome: Outcome) -> None:
-        """Tells everybody, waits until the ranks are gone, and adds the last output of the rank to blame."""
+        """Broadcasts the outcome, waits until the ranks have exited, and adds the last output of the failed rank."""
         self._outcome = outcome
         self._broadcast("end", outcome=outcome.to_json())
         deadline = time.monotonic() + _GONE_SECONDS
@@ -183,7 +183,7 @@ class Coordinator:
             await connection.close()
 
     async def _write(self, outcome: Outcome) -> None:
-        """Writes the record; a hanging file system must not keep the run from ending."""
+        """Writes the outcome; a hanging file system must not keep the run from ending."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WRITE_SECONDS):
                 await asyncio.to_thread(write_outcome, self._folder, outcome)

@@ -1,4 +1,4 @@
-"""One start of a run from this host: DeepSpeed's launcher as a child, and a control connection to the ranks."""
+"""One start of a run from this host: DeepSpeed's launcher as a child, and a control connection to rank 0."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ LOG = "launcher.log"
 _POLL_SECONDS = 0.1
 _SEEK_SECONDS = 0.5
 _LEAVE_SECONDS = 40.0
-"""How long DeepSpeed's launcher may take to notice that all ranks are done."""
+"""Seconds that DeepSpeed's launcher may take to exit after all ranks."""
 _FAILED_LEAVE_SECONDS = 5.0
 _TERM_SECONDS = 15.0
 _SHOW_SECONDS = 10.0
@@ -33,7 +33,7 @@ _HOST_ENDED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 
 
 class KillsLeftovers(Protocol):
-    """What a start needs to know of its backend."""
+    """The part of a backend that a start needs."""
 
     @property
     def address(self) -> str:
@@ -43,14 +43,14 @@ class KillsLeftovers(Protocol):
         """Writes files for their owner alone on other hosts."""
 
     def kill_leftovers(self, attempt: Attempt) -> None:
-        """Kills what a failed start may have left running on other hosts."""
+        """Kills processes that a failed start may have left on other hosts."""
 
 
 class Launcher:
     """Runs a command that starts ranks, and follows the run to its end.
 
     Args:
-        folder: the attempt's.
+        folder: the attempt's folder.
         show: whether its output goes to the console as well as to the log.
     """
 
@@ -63,7 +63,7 @@ class Launcher:
         self._started = self._closed = False
 
     async def run(self, guard: Guard) -> Outcome:
-        """Returns how the run ended; a start without a record of it has failed."""
+        """Returns the run's outcome; a start without an outcome file has failed."""
         for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
                 asyncio.get_running_loop().add_signal_handler(number, self._on_stop_signal)
@@ -84,7 +84,7 @@ class Launcher:
         return outcome
 
     def _on_stop_signal(self) -> None:
-        """Stops the run: all ranks save and exit; the second time they exit at once."""
+        """Stops the run: all ranks save and exit; at the second signal they exit at once."""
         self._stops += 1
         if self._connection is None:
             return
@@ -115,13 +115,13 @@ class Launcher:
         while time.monotonic() - connection.last_heard < SILENT_SECONDS:
             connection.send("beat")
             await asyncio.sleep(HEARTBEAT_SECONDS)
-        # From here it is the ranks' side that is lost, whatever that side may report about this one.
+        # Rank 0 is lost, whatever it may report about this process.
         silent = f"has been silent for {SILENT_SECONDS:.0f} s; its host is down or unreachable"
         self._outcome = self._outcome or Outcome(FAILED, f"rank 0's supervisor on {self._address} {silent}")
         await connection.close()
 
     async def _wait_for_end(self, child: Child, following: "asyncio.Task[None]") -> None:
-        """Waits until the run's end is known, or can no longer become known."""
+        """Waits until the run's outcome is known, or can no longer become known."""
         while not following.done():
             reason = self._early_exit(child)
             if reason is not None and self._connection is None:
@@ -133,7 +133,7 @@ class Launcher:
             await asyncio.sleep(_POLL_SECONDS)
 
     def _early_exit(self, child: Child) -> str | None:
-        """Which part of DeepSpeed's launcher exited although the run has not ended."""
+        """Which part of DeepSpeed's launcher exited before the run ended."""
         if (ended := child.poll()) is not None:
             return f"DeepSpeed's launcher {ended.describe()}"
         if not self._started:
@@ -143,15 +143,15 @@ class Launcher:
         return None
 
     async def _end_child(self, child: Child) -> None:
-        """Ends DeepSpeed's launcher, which should exit by itself once the run has ended."""
+        """Stops DeepSpeed's launcher, which should exit by itself once the run has ended."""
         if self._outcome is not None:
-            patience = _LEAVE_SECONDS if self._outcome.code in (FINISHED, PREEMPTED) else _FAILED_LEAVE_SECONDS
+            timeout = _LEAVE_SECONDS if self._outcome.code in (FINISHED, PREEMPTED) else _FAILED_LEAVE_SECONDS
         else:
             child.send_to_group(signal.SIGTERM)
-            patience = _TERM_SECONDS
-        if not await ended_within(child, patience):
+            timeout = _TERM_SECONDS
+        if not await ended_within(child, timeout):
             child.send_to_group(signal.SIGKILL)
-            await ended_within(child, patience)
+            await ended_within(child, timeout)
 
     def _without_record(self, child: Child) -> Outcome:
         if self._stops and self._connection is None:
@@ -169,7 +169,7 @@ class Launcher:
 def run_attempt(
     command: Command, backend: KillsLeftovers, attempt: Attempt, run_dir: Path, show: bool = True
 ) -> Outcome:
-    """Starts a run once, and follows it to its end; `show` puts its output on the console, too.
+    """Starts a run once, and follows it to its end; `show` also prints its output on the console.
 
     Raises:
         UsageError: another launch has the attempt's folder.

@@ -1,4 +1,4 @@
-"""Where the coordinator listens: two runs on one host never take each other's ports."""
+"""The coordinator's listening port: two runs on one host never take each other's ports."""
 
 import asyncio
 import errno
@@ -11,14 +11,14 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 async def listen(handler: Handler, address: str, first_port: int) -> tuple[asyncio.Server, int]:
-    """Listens on the first free one of the coordinator's ports; returns it too.
+    """Listens on the first free port of the coordinator's range; returns server and port.
 
     Raises:
-        PortError: none is free, or the address is not of this host.
+        PortError: none is free, or the address is not local.
     """
     for port in range(first_port, first_port + PORTS):
         try:
-            # Not shared: a port that another run reserved counts as taken.
+            # Without SO_REUSEADDR, so that a port reserved by another run counts as taken.
             return await asyncio.start_server(handler, address, port, limit=LONGEST, reuse_address=False), port
         except OSError as error:
             if error.errno != errno.EADDRINUSE:

@@ -1,4 +1,4 @@
-"""What rank 0's supervisor knows about all ranks, and how the run ends. Callers pass the time; nothing waits."""
+"""State of all ranks on rank 0's supervisor, and the decision how the run ends. Callers pass the time; none blocks."""
 
 import signal
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from mixmae.launch.supervision.outcome import USER, Exit, Outcome
 from mixmae.launch.supervision.stuck import RankStatus, find_stragglers, is_stuck
 
 SETTLE_SECONDS = 1.5
-"""How long reports are collected after a failure: another rank may have failed earlier."""
+"""Seconds to collect reports after a failure: another rank may have failed earlier."""
 _QUIET_SECONDS = 3 * HEARTBEAT_SECONDS
-"""A rank that has been silent for this long may be the cause of another one's failure."""
+"""A rank silent for this long may be the cause of another rank's failure."""
 LAUNCHER_SECONDS = 60.0
-"""By then the launching process must have opened its control connection."""
+"""Seconds within which the launching process must open its control connection."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds after which a run without progress is ended.
+    """Timeouts in seconds.
 
     Attributes:
         join: for all ranks to join.
@@ -56,13 +56,13 @@ class Membership:
         self.members: dict[int, Member] = {}
         self.started: float | None = None
         self.stop: tuple[str, str] | None = None
-        """The first signal to stop, and who received it."""
+        """The first signal to stop, and its receiver."""
         self._stop_at = 0.0
         self._abort: str | None = None
         self._launcher = "awaited" if launcher else "none"
 
     def join(self, rank: int, host: str, now: float) -> None:
-        """A rank's supervisor has connected."""
+        """Called when a rank's supervisor connects."""
         if rank in self.members:
             self.abort(f"rank {rank} joined twice, from {self.members[rank].host} and from {host}")
             return
@@ -77,24 +77,24 @@ class Membership:
         return len(self.members) == self.world_size and self._launcher != "awaited"
 
     def start(self, now: float) -> None:
-        """The ranks were told to start."""
+        """Called when the ranks are started."""
         self.started = now
 
     def heard_from(self, rank: int, now: float, status: RankStatus | None = None) -> None:
-        """A rank's supervisor sent something."""
+        """Called on every message of a rank's supervisor."""
         member = self.members[rank]
         member.heard = now
         if status is not None:
             member.status = status
 
     def rank_exited(self, rank: int, ended: Exit, at: float) -> None:
-        """A rank's process exited; the first report counts."""
+        """Called when a rank's process exited; the first report counts."""
         member = self.members[rank]
         if member.ended is None:
             member.ended, member.ended_at = ended, at
 
     def rank_lost(self, rank: int, now: float, how: str) -> None:
-        """A rank's supervisor is lost and has not reported its rank's exit."""
+        """Called when a rank's supervisor is lost before it reported its rank's exit."""
         member = self.members[rank]
         if member.lost is None:
             member.lost, member.ended_at = how, now
@@ -104,7 +104,7 @@ class Membership:
         self._abort = self._abort or reason
 
     def request_stop(self, name: str, who: str, now: float) -> None:
-        """A rank's supervisor or the launching process received a signal to stop."""
+        """Called when a rank's supervisor or the launching process received a signal to stop."""
         if self.stop is None:
             self.stop, self._stop_at = (name, who), now
 
@@ -114,7 +114,7 @@ class Membership:
         return max((member.status.step for member in self.members.values() if member.status), default=0)
 
     def outcome_at(self, now: float) -> Outcome | None:
-        """How the run ends, or None while it continues."""
+        """The run's outcome at this time, or None while it continues."""
         outcome = self._outcome_at(now)
         if outcome is None or self.stop is None:
             return outcome and replace(outcome, step=self.step)
@@ -147,8 +147,10 @@ class Membership:
     def _is_failure(self, ended: Exit | None) -> bool:
         if ended is None or ended.code in (FINISHED, PREEMPTED):
             return False
-        asked = self.stop is not None and ended.signal is not None and signal.Signals(ended.signal).name == self.stop[0]
-        return not asked  # a rank that the signal to stop killed had nothing to save yet
+        stopped = (
+            self.stop is not None and ended.signal is not None and signal.Signals(ended.signal).name == self.stop[0]
+        )
+        return not stopped  # a rank killed by the signal to stop had no handler yet, so nothing to save
 
     def _settled(self, failed: int, now: float) -> bool:
         if now < self.members[failed].ended_at + SETTLE_SECONDS:
@@ -198,7 +200,7 @@ class Membership:
         return self._blame(left, f"stuck: no progress for {min(status.phase_seconds for status in statuses):.0f} s")
 
     def _blame(self, left: Sequence[int], what: str) -> Outcome:
-        """A failure that names the rank that the others wait for."""
+        """A failure that names the straggler."""
         statuses = {rank: status for rank in left if (status := self.members[rank].status) is not None}
         ranks, why = find_stragglers(statuses) if statuses else ([], "no rank reported its phase")
         if not ranks:
@@ -214,6 +216,6 @@ def _by(name: str, who: str) -> str:
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 3, 4`, or the first few and how many there are."""
+    """`rank 3`, `ranks 3, 4`, or the first few and their number."""
     shown = ", ".join(map(str, ranks[:8])) + (f", ... ({len(ranks)} of them)" if len(ranks) > 8 else "")
     return f"rank{'s'[: len(ranks) > 1]} {shown}"

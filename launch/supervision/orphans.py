@@ -1,4 +1,4 @@
-"""Keeps processes from outliving the one that started them, however that one ends."""
+"""Kills child processes when their parent dies, for whatever reason."""
 
 import signal
 import subprocess
@@ -11,10 +11,10 @@ while read -r told; do group=$told; done
 
 
 class Guard:
-    """A process that waits for this one's end, and then signals a process group.
+    """A process that waits for its parent's death, and then signals a process group.
 
-    The kernel can signal a child on its parent's death, but not the child's own children, such as data workers. The
-    guard is a shell, so that a search for this process by its command line does not find it too.
+    The kernel can signal a child on its parent's death, but not grandchildren, such as data workers. The guard is a
+    shell, so that a search for the parent by its command line does not find the guard too.
 
     Args:
         ending: the signal that the group gets.
@@ -24,17 +24,17 @@ class Guard:
         self._process = subprocess.Popen(
             ["sh", "-c", _SCRIPT, "mixmae-guard", ending.name.removeprefix("SIG")],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # whoever reads this process's output must see its end
+            stdout=subprocess.DEVNULL,  # must not hold the parent's pipe open
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
 
     def protect(self, group: int) -> None:
-        """From now on the group ends with this process."""
+        """Kills the group when this process dies, from now on."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{group}\n".encode())
         self._process.stdin.flush()
 
     def release(self) -> None:
-        """Ends the guard; the group is left alone."""
+        """Ends the guard without signalling the group."""
         self._process.communicate(b"0\n")

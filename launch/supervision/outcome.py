@@ -1,4 +1,4 @@
-"""How a start of a run ended: one record, and the message that a user reads last."""
+"""The outcome of a start: one record, and the last message that a user sees."""
 
 import json
 import re
@@ -16,20 +16,20 @@ from mixmae.base.redaction import redact, redact_all
 from mixmae.base.run_directory import OUTCOME
 
 ENDED = "ended"
-"""An empty file in an attempt's folder: a supervisor has ended, and the others are about to."""
+"""An empty file in an attempt's folder: a supervisor has ended, and the others will soon."""
 USER = "the user"
-"""Who stopped a run if the command that started it got the signal."""
+"""Value of `stopped_by` if the command that started the run received the signal."""
 _RANK = re.compile(r"^rank \d+: ")
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a rank's process ended.
+    """The exit of a rank's process.
 
     Attributes:
-        code: what it returned; None if a signal ended it.
-        signal: the number of that signal.
-        lines: the last lines of its output.
+        code: exit code; None if a signal killed it.
+        signal: number of that signal.
+        lines: last lines of its output.
     """
 
     code: int | None
@@ -45,20 +45,20 @@ class Exit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a start of a run ended.
+    """The outcome of a start.
 
     Attributes:
-        code: what the command returns, one of `mixmae.base.exit_codes`.
+        code: exit code of the command, one of `mixmae.base.exit_codes`.
         reason: one line, without a full stop.
         step: the last step that any rank reached.
-        rank: the first rank that failed, or the straggler; None if no rank is to blame.
-        host: where it ran.
-        exit_code: what its process returned.
-        signal: the name of the signal that killed its process.
-        log: the file with its output.
-        lines: the last lines of its output.
-        stopped_by: who asked the run to stop, if anybody did: `USER`, or a rank and host.
-        stop_signal: the signal that asked.
+        rank: the first rank that failed, or the straggler; None if unknown.
+        host: the host of that rank.
+        exit_code: exit code of its process.
+        signal: name of the signal that killed its process.
+        log: file with its output.
+        lines: last lines of its output.
+        stopped_by: who stopped the run, if anybody: `USER`, or a rank and host.
+        stop_signal: name of the signal that stopped it.
     """
 
     code: int
@@ -75,7 +75,7 @@ class Outcome:
 
     @classmethod
     def of_exit(cls, rank: int, host: str, ended: Exit) -> Self:
-        """The failure of a run whose first failing rank ended like this."""
+        """The failure of a run whose first failing rank exited like this."""
         return cls(
             USAGE_ERROR if ended.code == USAGE_ERROR else FAILED,
             f"rank {rank} on {host} {ended.describe()}",
@@ -95,7 +95,7 @@ class Outcome:
         return values
 
     def final_message(self) -> str:
-        """What the user reads last on the console; empty if the run finished, which its rank 0 has printed."""
+        """The last message on the console; empty if the run finished, which its rank 0 has printed."""
         if self.code == FINISHED:
             return ""
         where = "" if self.rank is None else f"rank {self.rank} on {self.host}"
@@ -111,12 +111,12 @@ class Outcome:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Writes the record to an attempt's folder, atomically."""
+    """Writes the outcome to an attempt's folder, atomically."""
     atomic_write(folder / OUTCOME, json.dumps(outcome.to_json(), indent=1) + "\n")
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """The record of an attempt; None if rank 0's supervisor left none, or only part of one."""
+    """The outcome of an attempt; None if rank 0's supervisor wrote none, or a partial one."""
     try:
         return Outcome(**json.loads((folder / OUTCOME).read_text()))
     except (FileNotFoundError, ValueError):
@@ -124,11 +124,11 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def mark_ended(folder: Path) -> None:
-    """Tells the batch script that supervisors are ending; a full disk must not change how they end."""
+    """Signals the batch script that supervisors are ending; ignores errors such as a full disk."""
     with suppress(OSError):
         (folder / ENDED).touch()
 
 
 def log_file(folder: Path, rank: int) -> Path:
-    """Where a rank's output goes."""
+    """The file with a rank's output."""
     return folder / f"rank-{rank:05d}.log"

@@ -1,4 +1,4 @@
-"""A process's output: all of it goes to a file, as much as possible to the console; the last lines are kept."""
+"""Output of a process: logged, shown on the console as far as that keeps up; the last lines are kept in memory."""
 
 import os
 import queue
@@ -15,15 +15,15 @@ _DEEPSPEED = rb"\[[\d :,-]+\] \[\w+\] \[(real_accelerator\.py:\d+:get_accelerato
 _LOG_ONLY = re.compile(rb"(mixmae: error: |" + _DEEPSPEED + rb").*\r?\n?")
 """Lines that the console does without: errors, which the final message repeats, and DeepSpeed's of a missing GPU and of
 ranks that failed."""
-_WAITING = 1000
-"""Chunks that wait for a slow console; more are dropped there."""
+_QUEUED_CHUNKS = 1000
+"""Chunks queued for a slow console; further ones are dropped."""
 
 
 class Console:
-    """Writes to standard output in a thread of its own, so that a stopped terminal or a broken pipe blocks nobody."""
+    """Writes to standard output in a thread, so that a stopped terminal or broken pipe blocks nothing."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[bytes | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED_CHUNKS)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, name="console", daemon=True)
         self._thread.start()
@@ -39,7 +39,7 @@ class Console:
             self._left_out += len(chunk)
 
     def close(self, seconds: float) -> None:
-        """Waits up to `seconds` until everything is shown."""
+        """Waits up to `seconds` until everything is written."""
         try:
             self._queue.put(None, timeout=seconds)
         except queue.Full:
@@ -53,13 +53,14 @@ class Console:
                 while chunk:
                     chunk = chunk[os.write(descriptor, chunk) :]
             except OSError:
-                return  # nobody reads any more; the log is still written
+                return  # the reader is gone; the log is still written
 
 
 class Output:
-    """Drains a pipe until its last writer is gone.
+    """Drains a pipe until its last writer has closed it.
 
-    A log that cannot be written loses lines but never ends the run: the pipe is still read, and the last lines say so.
+    If the log cannot be written, lines are lost but the run continues: the pipe is still read, and the last lines say
+    so.
     """
 
     def __init__(self, pipe: int, log: Path, console: Console | None = None) -> None:
@@ -72,7 +73,7 @@ class Output:
         self._thread.start()
 
     def last_lines(self) -> list[str]:
-        """The last lines, without what a progress bar overwrote."""
+        """The last lines, without text that a progress bar overwrote."""
         lines = [*self._kept.copy(), _readable(self._rest)]
         if self._unwritten is not None:
             lines.append(f"[{self._log} could not be written: {self._unwritten.strerror}]")

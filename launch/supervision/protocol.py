@@ -15,15 +15,15 @@ from typing import Any
 Message = dict[str, Any]
 
 LONGEST = 2**20
-"""Bytes of a message at most."""
+"""Maximum bytes of a message."""
 PORTS = 16
-"""The coordinator listens on the first free one of these; clients try them all."""
+"""Number of ports in the coordinator's range: it listens on the first free one, clients try all."""
 _HANDSHAKE_SECONDS = 5.0
 _CONNECT_SECONDS = 3.0
 
 
 class Connection:
-    """One connection; `last_heard` is when the peer last sent anything, by the monotonic clock."""
+    """One connection; `last_heard` is the monotonic time of the peer's last message."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -43,7 +43,7 @@ class Connection:
         )
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Sends without waiting: a peer that does not read sends nothing either, and is given up for that."""
+        """Sends without blocking: a peer that does not read sends no heartbeats either, and is dropped for that."""
         if not self._writer.is_closing():
             line = json.dumps({"kind": kind, **fields}).encode()
             self._writer.write((line if self._sign is None else self._sign(line) + b" " + line) + b"\n")
@@ -63,7 +63,7 @@ class Connection:
         return message if isinstance(message, dict) and "kind" in message else None
 
     async def close(self) -> None:
-        """Sends what is still buffered, as far as the peer accepts it, and closes."""
+        """Flushes as far as the peer accepts data, and closes."""
         self._writer.close()
         try:
             await asyncio.wait_for(self._writer.wait_closed(), _HANDSHAKE_SECONDS)
@@ -87,7 +87,7 @@ def _proof(secret: str, side: str, challenge: str) -> str:
 
 
 async def authenticate_client(connection: Connection, secret: str) -> bool:
-    """The server's handshake: whether the client knows the secret, which is not sent."""
+    """The server's handshake: whether the client knows the secret. The secret is not sent."""
     try:
         async with asyncio.timeout(_HANDSHAKE_SECONDS):
             challenge = secrets.token_hex(16)
@@ -126,13 +126,13 @@ def _knows(message: Message, proof: str) -> bool:
 
 
 async def connect(address: str, first_port: int, secret: str) -> Connection | None:
-    """Tries the coordinator's ports once; other programs that listen there are passed over."""
+    """Tries the coordinator's ports once; skips ports where other programs listen."""
     for port in range(first_port, first_port + PORTS):
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 reader, writer = await asyncio.open_connection(address, port, limit=LONGEST)
         except TimeoutError:
-            return None  # the host does not answer at all, so its other ports will not either
+            return None  # the host is unreachable, so its other ports are too
         except OSError:
             continue
         connection = Connection(reader, writer)

@@ -1,4 +1,4 @@
-"""Whether a run is restarted: as long as it makes progress. Restarts are recorded in the run directory."""
+"""Restart policy: a run is restarted as long as it makes progress. Restarts are recorded in the run directory."""
 
 import sys
 import time
@@ -21,8 +21,8 @@ class Decision:
 
     Attributes:
         restart: whether to start the run again.
-        message: what the user is told.
-        delay: seconds to wait before it; longer if the last restart made no progress either.
+        message: message to the user.
+        delay: seconds to wait before the restart; longer if the last restart made no progress either.
     """
 
     restart: bool
@@ -30,7 +30,7 @@ class Decision:
     delay: float = 0.0
 
     def exit_code(self, outcome: Outcome) -> int:
-        """What a command returns that does not restart: a run that no longer makes progress has failed."""
+        """Exit code if the run is not restarted: a run that no longer makes progress has failed."""
         return FAILED if self.message else outcome.code
 
 
@@ -53,7 +53,7 @@ def decide(run_dir: Path, launch: str, outcome: Outcome, max_restarts: int) -> D
 
 
 def _without_progress(run_dir: Path, launch: str, step: int) -> int:
-    """The last restarts of this launch that began at the current newest checkpoint, or a later one."""
+    """Number of this launch's last restarts that began at the current newest checkpoint or a later one."""
     own = [record for record in read_restarts(run_dir) if record["launch"] == launch]
     return len(own) - max((number for number, record in enumerate(own, 1) if record["step"] < step), default=0)
 
@@ -70,7 +70,7 @@ def record_restart(run_dir: Path, launch: str, attempt: str, outcome: Outcome | 
 
     Args:
         attempt: the start that ended.
-        outcome: None if it left no record, for example because its first host went down.
+        outcome: None if it left none, for example because its first host went down.
     """
     record: dict[str, object] = {
         "time": round(time.time(), 3),

@@ -1,4 +1,4 @@
-"""Whether a run is stuck, and which ranks are the stragglers that the others wait for."""
+"""Detection of stuck runs and their stragglers: the ranks that the others wait for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,23 +7,24 @@ from mixmae.base.heartbeat import Beat
 
 _SLOW_PHASES = ("starting", "checkpoint", "ending")
 _SLOW = 3.0
-"""Ranks may take this much longer than elsewhere in these phases: compiling, joining, saving."""
+"""Factor of the timeout in these phases: compiling, joining, saving."""
 _WAITING = ("forward", "backward", "optimizer")
-"""Phases in which a rank waits for the others."""
+"""Phases in which a rank waits for others in collectives."""
 _TICKS, _MANY_TICKS = 3.0, 10.0
-"""An interpreter that has not ticked for the second number of seconds is stopped, or hangs without releasing its lock;
-if its rank entered its phase at most twice as long ago, the first number is enough."""
+"""An interpreter without a tick for the second number of seconds is stopped, or hangs without releasing the GIL; if
+its rank entered its phase at most twice as long ago, the first number suffices.
+"""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Where a rank is, as its supervisor sees it.
+    """Status of a rank, as its supervisor reports it.
 
     Attributes:
-        step: optimizer steps done since the run began.
+        step: optimizer steps completed since the run began.
         phase: one of `mixmae.base.phases.PHASES`.
         phase_seconds: since it entered that phase.
-        seconds_since_tick: since its interpreter last ran; 0 if it does not say.
+        seconds_since_tick: since its interpreter last ran; 0 if unknown.
     """
 
     step: int
@@ -33,7 +34,7 @@ class RankStatus:
 
 
 def rank_status(beat: Beat | None, started: float, now: float) -> RankStatus:
-    """The status that a heartbeat tells; a rank that has written none is starting."""
+    """The status in a heartbeat; a rank without one is starting."""
     if beat is None:
         return RankStatus(0, "starting", now - started, 0.0)
     return RankStatus(beat.step, beat.phase, now - beat.since, now - beat.ticked)
@@ -48,7 +49,7 @@ def is_stuck(statuses: Sequence[RankStatus], stuck_seconds: float) -> bool:
 
 
 def find_stragglers(statuses: dict[int, RankStatus]) -> tuple[list[int], str]:
-    """The ranks that the others wait for, and how they can be told; no ranks if they cannot.
+    """The ranks that the others wait for, and the evidence; no ranks if undetermined.
 
     Args:
         statuses: at least one rank's status, by rank.

@@ -1,4 +1,4 @@
-"""The process beside each rank: starts it, forwards signals, and ends it with the run, whatever state it is in."""
+"""The process beside each rank: starts it, forwards signals, and ends it with the run, in whatever state it is."""
 
 import asyncio
 import os
@@ -30,12 +30,12 @@ from mixmae.launch.supervision.token import TOKEN
 
 STOPPING = {
     signal.SIGTERM: "SIGTERM",
-    signal.SIGINT: "SIGTERM",  # Python would raise KeyboardInterrupt in the midst of a step
+    signal.SIGINT: "SIGTERM",  # Python would raise KeyboardInterrupt within a step
     signal.SIGHUP: "SIGTERM",
     signal.SIGUSR1: "SIGUSR1",
     signal.SIGUSR2: "SIGUSR2",
 }
-"""Signals that ask a run to stop, and what its ranks get."""
+"""Signals that stop a run, and the signals that its ranks get."""
 _SEEK_SECONDS = 0.5
 _OWN_END_SECONDS = 3.0
 _DUMP_SECONDS = 3.0
@@ -44,13 +44,13 @@ _KILL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a supervisor starts, and where.
+    """What a supervisor starts.
 
     Attributes:
         command: starts the rank's process.
         run_dir: logs go to a folder below it.
-        attempt: the name of this start of the run.
-        port: the first of those on which rank 0's supervisor may listen.
+        attempt: name of this start of the run.
+        port: first port of the range that rank 0's supervisor may listen on.
         launcher: whether the launching process opens a control connection too.
         private: a file that every supervisor has read by the time that all have joined.
     """
@@ -75,7 +75,7 @@ class Supervisor:
         self._spec, self._rank_env, self._secret, self._guard = spec, rank_env, secret, guard
         self._host = socket.gethostname()
         self._console = Console() if rank_env.is_main else None
-        self._beats = os.memfd_create("heartbeat")  # so that no file is left to remove
+        self._beats = os.memfd_create("heartbeat")  # leaves no file behind
         self._parent = os.getppid()
         self._connection: Connection | None = None
         self._child: Child | None = None
@@ -124,7 +124,7 @@ class Supervisor:
             await connection.close()
 
     async def _connect(self, coordinator: "asyncio.Task[None] | None") -> Connection | None:
-        """The control connection to rank 0's supervisor; None if it fails, or the run is stopped before."""
+        """The control connection to rank 0's supervisor; None if it fails, or the run is stopped first."""
         deadline = time.monotonic() + self._spec.limits.join
         address = self._rank_env.master_addr
         while time.monotonic() < deadline and os.getppid() == self._parent:
@@ -140,7 +140,7 @@ class Supervisor:
         return None
 
     async def _follow_coordinator(self, connection: Connection) -> int:
-        """Does what the coordinator says, until it closes the connection."""
+        """Executes the coordinator's messages until it closes the connection."""
         outcome = None
         while (message := await connection.receive()) is not None:
             match message["kind"]:
@@ -221,7 +221,7 @@ class Supervisor:
         return asdict(rank_status(read_beat(Path(self._heartbeat)), child.started, time.monotonic()))
 
     async def _end_child(self) -> None:
-        """Ends the rank, whatever it hangs in; the traceback of all threads goes to its log."""
+        """Ends the rank's process even if it hangs; the tracebacks of all threads go to its log."""
         child = self._child
         if child is None or await ended_within(child, _OWN_END_SECONDS):
             return

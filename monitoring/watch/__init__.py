@@ -1,1 +1,1 @@
-"""What `mixmae watch` shows: a run's events, its ranks' metrics and its firing alerts."""
+"""The data behind `mixmae watch`: a run's events, metrics of its ranks and firing alerts."""

@@ -1,4 +1,4 @@
-"""A run's state and curves from its event file, read as it grows."""
+"""A run's state and curves, read incrementally from its event file."""
 
 import math
 import statistics
@@ -15,11 +15,11 @@ from mixmae.base.files import open_regular
 from mixmae.base.jsonl import decode
 
 STALL_SECONDS, STALL_GAPS = 60.0, 5
-"""A run is stalled after both: so many seconds, and so many times the usual distance of its logged steps."""
+"""A run is stalled after both: this many seconds, and this many times the usual interval between logged steps."""
 FIRST_GAP = 120.0
-"""Seconds taken for that distance before two steps were logged: models compile, caches fill."""
+"""Seconds assumed for that interval before two steps were logged: models compile, caches fill."""
 _RECENT = 20
-"""Logged steps from which distance and speed are taken; also the events that are kept."""
+"""Number of logged steps to compute interval and speed from; also of events to keep."""
 
 
 class State(StrEnum):
@@ -29,36 +29,36 @@ class State(StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     PREEMPTED = "preempted"
-    """Asked to stop, all saved; the same command goes on from there."""
+    """Stopped by a signal, with everything saved; the same command resumes the run."""
 
 
 _COUNTS = ("step", "total_steps", "world_size", "skipped_steps", "replaced_samples", "retried_reads")
-"""Fields that are whole numbers; anything else there is left out."""
+"""Integer fields; other values in them are ignored."""
 _LARGEST_COUNT, _LARGEST, _LAST_TIME = 2**53, 1e300, 1e11
 _ENDS = {"end": State.FINISHED, "failed": State.FAILED, "preempted": State.PREEMPTED}
 
 
 class Tail:
-    """The lines of a file that grows: the first time all there are, later those that came since."""
+    """Reads the lines of a growing file: first all, later only new ones."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._offset = 0
 
-    def shrank(self) -> bool:
-        """Whether the file was begun anew; then it is read from its start."""
+    def truncated(self) -> bool:
+        """Whether the file was truncated or replaced; then it is read from its start."""
         if self._file.stat().st_size >= self._offset:
             return False
         self._offset = 0
         return True
 
     def lines(self) -> Iterator[bytes]:
-        """Whole lines only: what is still being written is left for the next time.
+        """Complete lines only: a line that is still being written is left for the next call.
 
         Raises:
             OSError: there is no such file, or it cannot be read.
         """
-        with open_regular(self._file) as stream:  # anew each time: only an open sees what other hosts wrote to NFS
+        with open_regular(self._file) as stream:  # reopened each time: NFS shows other hosts' writes only on open
             stream.seek(self._offset)
             for line in stream:
                 if not line.endswith(b"\n"):
@@ -69,11 +69,11 @@ class Tail:
 
 @dataclass
 class Log:
-    """What the events up to now add up to. Steps that a resumed run does again replace those it had done."""
+    """State accumulated from events. Steps that a resumed run repeats replace the earlier ones."""
 
     steps: "array[int]" = field(default_factory=lambda: array("q"))
     losses: "array[float]" = field(default_factory=lambda: array("d"))
-    """By logged step; NaN where it was not finite."""
+    """By logged step; NaN if not finite."""
     last: Mapping[str, Any] = field(default_factory=dict)
     """The newest logged step."""
     step: int = 0
@@ -83,17 +83,17 @@ class Log:
     resumes: int = 0
     began: float | None = None
     latest: float | None = None
-    """When the first and the last event were written."""
+    """Times of the first and last event."""
     ended: State | None = None
     _ended_before: State | None = None
-    """How the run had ended when the newest attempt at it began."""
+    """How the run had ended when its newest attempt began."""
     checkpoint: Mapping[str, Any] | None = None
     news: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    """Other events than logged steps and pictures."""
+    """Recent events other than logged steps and pictures."""
     unreadable: int = 0
-    """Lines that hold no event: what a killed run left of its last one, or damage."""
+    """Number of lines that are no event: a truncated last line of a killed run, or damage."""
     _gaps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    """Seconds and optimizer steps between two logged steps of one process."""
+    """Seconds and optimizer steps between consecutive logged steps of one process."""
     _previous: tuple[float, int] | None = None
     _rates: int = 0
     _inverse_rates: float = 0.0
@@ -101,20 +101,20 @@ class Log:
     def read(self, line: bytes) -> None:
         event = decode(line, "event", "time")
         if event is not None and isinstance(event["event"], str) and 0 <= number(event, "time") < _LAST_TIME:
-            self.take({name: value for name, value in event.items() if name not in _COUNTS or _is_count(value)})
+            self.add({name: value for name, value in event.items() if name not in _COUNTS or _is_count(value)})
         elif line.strip():
             self.unreadable += 1
 
-    def take(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Mapping[str, Any]) -> None:
         kind, when, step = event["event"], float(event["time"]), event.get("step")
         self.began = when if self.began is None else self.began
         self.latest = when
         if isinstance(step, int):
             self.step = step
         if kind == "step" and isinstance(step, int):
-            self._take_step(event, when, step)
+            self._add_step(event, when, step)
         elif kind in ("start", "resumed"):
-            self._take_start(event)
+            self._add_start(event)
         elif kind == "checkpoint":
             self.checkpoint = event
         elif kind == "skipped":
@@ -128,15 +128,15 @@ class Log:
         if kind not in ("step", "picture"):
             self.news.append(event)
 
-    def _take_start(self, event: Mapping[str, Any]) -> None:
-        self._forget_from(self.step + 1)
+    def _add_start(self, event: Mapping[str, Any]) -> None:
+        self._truncate(self.step + 1)
         self.ended = self._previous = None
         self.resumes += event["event"] == "resumed"
         self.total_steps = event.get("total_steps", self.total_steps)
         self.world_size = event.get("world_size", self.world_size)
 
-    def _take_step(self, event: Mapping[str, Any], when: float, step: int) -> None:
-        self._forget_from(step)
+    def _add_step(self, event: Mapping[str, Any], when: float, step: int) -> None:
+        self._truncate(step)
         self.steps.append(step)
         self.losses.append(number(event, "loss"))
         self.last = event
@@ -148,7 +148,7 @@ class Log:
             self._gaps.append((when - self._previous[0], step - self._previous[1]))
         self._previous = when, step
 
-    def _forget_from(self, step: int) -> None:
+    def _truncate(self, step: int) -> None:
         if self.steps and self.steps[-1] >= step:
             first = bisect_left(self.steps, step)
             del self.steps[first:], self.losses[first:]
@@ -160,24 +160,24 @@ class Log:
 
     @property
     def mean_rate(self) -> float:
-        """Images per second over all logged steps, each of as many images: the harmonic mean; NaN before the first."""
+        """Images per second over all logged steps: the harmonic mean; NaN before the first."""
         return self._rates / self._inverse_rates if self._rates else math.nan
 
     @property
     def seconds_per_step(self) -> float:
-        """Of late, with all pauses; NaN before two logged steps."""
+        """Over recent steps, including pauses; NaN before two logged steps."""
         steps = sum(gap[1] for gap in self._gaps)
         return sum(gap[0] for gap in self._gaps) / steps if steps else math.nan
 
     @property
-    def patience(self) -> float:
+    def stall_timeout(self) -> float:
         """Seconds without an event after which a run counts as stalled."""
         usual = statistics.median(gap[0] for gap in self._gaps) if self._gaps else FIRST_GAP
         return max(STALL_SECONDS, STALL_GAPS * usual)
 
 
 def number(event: Mapping[str, Any], name: str) -> float:
-    """A field of an event; NaN where it is missing, no number, or null, which stands for what is not finite."""
+    """A numeric field of an event; NaN if missing, not a number, or null (the encoding of a non-finite value)."""
     value = event.get(name)
     return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else math.nan
 

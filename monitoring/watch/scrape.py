@@ -1,4 +1,4 @@
-"""Scrapes a run's exporters, and asks Prometheus for its firing alerts, in background threads."""
+"""Polls a run's exporters and Prometheus' firing alerts in background threads."""
 
 import http.client
 import json
@@ -21,11 +21,11 @@ from mixmae.monitoring.exporter.access import TIMEOUT, Access, fetch
 from mixmae.monitoring.metrics import PREFIX
 
 WINDOW = 60.0
-"""Seconds over which rates are taken."""
+"""Seconds over which rates are computed."""
 LATE_SECONDS, LATE_STEPS = 30.0, 5
-"""A rank is late after both: so many seconds, and so many times its mean step."""
+"""A rank is late after both: this many seconds, and this many times its mean step."""
 UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
-"""How fetching a page can fail: no connection, no HTTP, or an answer of another kind."""
+"""Exceptions of a failed fetch: no connection, no HTTP, or an invalid response."""
 
 _COUNTS = ("step", "target_steps", "rank_part", "replaced_samples_total", "skipped_steps_total", "world_size")
 _LARGEST_COUNT = 2**53
@@ -36,14 +36,15 @@ Numbers = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Scrape:
-    """One answer of an exporter; names without `mixmae_`."""
+    """One response of an exporter; metric names without `mixmae_`."""
 
     at: float
     ranks: Mapping[int, Numbers]
-    """Each rank's own metrics, summed over further labels; `data_wait` is that phase's seconds, `rank_part` the number
-    of the present phase in PHASES."""
+    """Metrics of each rank, summed over other labels; `data_wait` is that phase's seconds, `rank_part` the index of the
+    current phase in PHASES.
+    """
     main: Numbers
-    """The run's metrics, from the main rank; empty unless it is on this node."""
+    """Metrics of the run, from the main rank; empty unless it is on this node."""
     world_size: int | None
 
 
@@ -55,22 +56,22 @@ class Rank:
     node: str
     step: int | None
     age: float | None
-    """Seconds since it last finished a step; None before the first."""
+    """Seconds since it last completed a step; None before the first."""
     images_per_second: float
     data_wait: float
-    """Share of its time spent waiting for data. This and the rate: over the last minute, or else since it started."""
+    """Fraction of its time spent waiting for data. This and the rate: over the last minute, else since it started."""
     memory: float
-    """Bytes held on its device, or on the host if it has none."""
+    """Bytes used on its device, or on the host if it has none."""
     memory_limit: float
     replaced: int
     trouble: str
-    """`late`, `stopped` if its process does not run, `silent` if its exporter does not answer, or empty."""
+    """`late`, `stopped` if its process does not run, `silent` if its exporter does not respond, or empty."""
     phase: str = ""
-    """The phase that it is in; empty where that is not known."""
+    """Its current phase; empty if unknown."""
 
     @property
-    def badness(self) -> tuple[float, ...]:
-        """Sorts the worst first; what flickers between two scrapes of a healthy run does not count."""
+    def sort_key(self) -> tuple[float, ...]:
+        """Sorts the worst ranks first, without flicker between scrapes of a healthy run."""
         late = bool(self.trouble)
         behind = (-(self.age or 0.0), self.step or 0) if late else (0.0, 0.0)
         wait = 0.0 if math.isnan(self.data_wait) else round(self.data_wait, 1)
@@ -86,10 +87,10 @@ class Alert:
 
 
 def parse_scrape(text: str, at: float) -> Scrape:
-    """An exporter's answer.
+    """Parses an exporter's response.
 
     Raises:
-        ValueError: not Prometheus' text format, or none of a run.
+        ValueError: it is not in Prometheus' text format, or not of a run.
     """
     try:
         scrape = _parse(text, at)
@@ -100,21 +101,21 @@ def parse_scrape(text: str, at: float) -> Scrape:
         AttributeError,
         OverflowError,
     ) as error:  # of labels too
-        raise ValueError(f"the answer is damaged: {error!r}") from error
+        raise ValueError(f"invalid response: {error!r}") from error
     for numbers in (scrape.main, *scrape.ranks.values()):
         for name in _COUNTS:
             if not 0 <= numbers.get(name, 0.0) < _LARGEST_COUNT:
-                raise ValueError(f"the answer is damaged: {PREFIX}{name} is {numbers[name]}")
+                raise ValueError(f"invalid response: {PREFIX}{name} is {numbers[name]}")
         if int(numbers.get("rank_part", 0)) >= len(PHASES):
-            raise ValueError(f"the answer is damaged: a rank is in several of {PREFIX}rank_part")
+            raise ValueError(f"invalid response: a rank is in several of {PREFIX}rank_part")
     return scrape
 
 
 def _parse(text: str, at: float) -> Scrape:
-    # Buckets are most of the text and not needed: without them 64 nodes are read in passing.
+    # Histogram buckets are most of the text and not needed; skipping them makes 64 nodes cheap.
     lines = [line for line in text.splitlines() if line.startswith(PREFIX) and "_bucket{" not in line]
     if not lines:
-        raise ValueError(f"the answer holds no {PREFIX}* metrics")
+        raise ValueError(f"no {PREFIX}* metrics in the response")
     ranks: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     main: dict[str, float] = defaultdict(float)
     world_size = None
@@ -137,16 +138,16 @@ def _parse(text: str, at: float) -> Scrape:
 
 
 class Endpoint:
-    """An exporter, and what it answered during the last minute."""
+    """An exporter, and its responses of the last minute."""
 
     def __init__(self, url: str, node: str, access: Access) -> None:
         self.url, self.node, self._access = url, node, access
         self.problem: str | None = None
         """Why the last scrape failed."""
         self.scrapes: tuple[Scrape, ...] = ()
-        """Oldest first; kept while the endpoint is silent. Replaced as a whole: another thread reads it."""
+        """Oldest first; kept while the endpoint does not respond. Replaced atomically: another thread reads it."""
 
-    def ask(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         try:
             new = parse_scrape(self._access.fetch(self.url).decode(), now)
         except UNREACHABLE as error:
@@ -163,7 +164,7 @@ class Endpoint:
             return []
         first, last = scrapes[0], scrapes[-1]
         silent = self.problem is not None
-        at = now if silent else last.at  # between two scrapes a rank's age does not grow
+        at = now if silent else last.at  # ages are those at the last scrape
         return [
             _rank(rank, self.node, first.ranks.get(rank, {}), numbers, at, silent)
             for rank, numbers in last.ranks.items()
@@ -171,7 +172,7 @@ class Endpoint:
 
 
 class Prometheus:
-    """The alerts of a run that fire."""
+    """A run's firing alerts."""
 
     def __init__(self, url: str, labels: Mapping[str, str]) -> None:
         """`labels` are those that an alert of this run has."""
@@ -179,7 +180,7 @@ class Prometheus:
         self.problem: str | None = None
         self.alerts: tuple[Alert, ...] = ()
 
-    def ask(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         try:
             self.alerts = parse_alerts(fetch(f"{self.url}/api/v1/alerts").decode(), self._labels)
         except UNREACHABLE as error:
@@ -192,7 +193,7 @@ def parse_alerts(text: str, labels: Mapping[str, str]) -> tuple[Alert, ...]:
     """Firing alerts that have `labels`, newest first.
 
     Raises:
-        ValueError: not an answer of Prometheus' /api/v1/alerts.
+        ValueError: not a response of Prometheus' /api/v1/alerts.
     """
     try:
         found = [
@@ -206,18 +207,18 @@ def parse_alerts(text: str, labels: Mapping[str, str]) -> tuple[Alert, ...]:
             if alert["state"] == "firing" and labels.items() <= alert["labels"].items()
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("the answer is not that of Prometheus' /api/v1/alerts") from error
+        raise ValueError("not a response of Prometheus' /api/v1/alerts") from error
     return tuple(sorted(found, key=lambda alert: -alert.since))
 
 
 class Poller:
-    """Asks something every `interval` seconds in a thread of its own, which ends with the process."""
+    """Calls a function every `interval` seconds in a daemon thread."""
 
-    def __init__(self, ask: Callable[[float], None], interval: float, clock: Callable[[], float] = time.time) -> None:
-        self._ask, self._interval, self._clock = ask, interval, clock
+    def __init__(self, poll: Callable[[float], None], interval: float, clock: Callable[[], float] = time.time) -> None:
+        self._poll, self._interval, self._clock = poll, interval, clock
         self._stopped = threading.Event()
-        self.asked = threading.Event()
-        """Set once the first question was answered or given up."""
+        self.polled = threading.Event()
+        """Set after the first call."""
         threading.Thread(target=self._run, daemon=True).start()
 
     def stop(self) -> None:
@@ -225,24 +226,24 @@ class Poller:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            self._ask(self._clock())
-            self.asked.set()
+            self._poll(self._clock())
+            self.polled.set()
             self._stopped.wait(self._interval)
 
 
 def describe_error(error: Exception) -> str:
-    """An error of `fetch` in a few words."""
+    """A short description of an error of `fetch`."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {str(error.reason)[:_LONGEST_REASON]}"
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(reason, TimeoutError):
-        return f"no answer within {TIMEOUT:g} s"
+        return f"no response within {TIMEOUT:g} s"
     words = (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
     return str(words)[:_LONGEST_REASON]
 
 
 def reachable(address: str, node: str) -> bool:
-    """Whether `host:port` can mean the exporter of `node` here: a loopback address is another host's own elsewhere."""
+    """Whether `host:port` reaches the exporter of `node` from this host; a loopback address does only on that node."""
     host = address.rpartition(":")[0].strip("[]")
     return node == socket.gethostname() or not (host.startswith("127.") or host in ("localhost", "::1"))
 
@@ -275,7 +276,7 @@ def _rank(rank: int, node: str, first: Numbers, last: Numbers, at: float, silent
         node,
         int(last["step"]) if "step" in last else None,
         age,
-        # Between two heartbeats: steps longer than the time between scrapes do not blur it.
+        # Over the time between two heartbeats, so that steps longer than the scrape interval do not distort it.
         0.0 if trouble else over("images_total", "heartbeat_timestamp_seconds"),
         over("data_wait", "step_seconds_sum"),
         held or last.get("resident_memory_bytes", math.nan),

@@ -1,4 +1,4 @@
-"""Numbers as text: charts, durations, sizes, for terminals of any width."""
+"""Text for terminals of any width: charts, durations, sizes."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 NOT_FINITE = "x"
 _FAR = 1e11
-"""Seconds since 1970 that no calendar need show."""
+"""Largest timestamp to format, in seconds since 1970."""
 
 
 def chart(values: Sequence[float], width: int, rows: int = 1, blocks: str = BLOCKS) -> list[str]:
@@ -26,7 +26,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _level(value: float, low: float, span: float, levels: int) -> int | None:
-    """1 to `levels`; halves, since the distance of two numbers may be no number."""
+    """1 to `levels`; computed with halves, because differences of large floats may overflow."""
     if not math.isfinite(value):
         return None
     return 1 + round((levels - 1) * ((value / 2 - low / 2) / span)) if span > 0 else (levels + 1) // 2
@@ -39,8 +39,8 @@ def _cell(level: int | None, row: int, blocks: str) -> str:
     return blocks[filled - 1] if filled > 0 else " "
 
 
-def packed(words: Sequence[str], width: int) -> list[str]:
-    """Words on as few lines as they fit, none torn apart."""
+def wrap_items(words: Sequence[str], width: int) -> list[str]:
+    """Joins items to as few lines as possible, without splitting any."""
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + 3 + len(word) <= width:
@@ -50,8 +50,8 @@ def packed(words: Sequence[str], width: int) -> list[str]:
     return lines
 
 
-def plain(text: str) -> str:
-    """Text from elsewhere, on one line and without what a terminal would obey."""
+def sanitize(text: str) -> str:
+    """Untrusted text on one line, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
@@ -66,7 +66,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in at most two units; what the clocks of two hosts make negative is 0."""
+    """Seconds in at most two units; negative durations, from clock skew, are 0."""
     if not math.isfinite(seconds):
         return "-"
     whole = round(max(0.0, seconds))
@@ -80,7 +80,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(when: float, now: float) -> str:
-    """Local time; with the day if that is not today's."""
+    """Local time, with the date unless it is today."""
     if not abs(when) < _FAR:
         return "-"
     there, here = time.localtime(when), time.localtime(now)

@@ -1,4 +1,4 @@
-"""A run as someone who watches it sees it: from its event file as that grows, or from one exporter alone."""
+"""What `mixmae watch` shows of a run: from its event file and exporters, or from one exporter alone."""
 
 import math
 import time
@@ -16,12 +16,12 @@ from mixmae.monitoring.watch.scrape import Alert, Endpoint, Poller, Prometheus, 
 
 
 class WatchError(ValueError):
-    """What was given cannot be watched."""
+    """The target cannot be watched."""
 
 
 @dataclass(frozen=True)
 class View:
-    """All that a frame shows."""
+    """The data of one frame."""
 
     name: str
     details: str
@@ -30,11 +30,11 @@ class View:
     ranks: Sequence[Rank] = ()
     """The worst first."""
     notes: Sequence[str] = ()
-    """Why something is not shown."""
+    """Why parts are missing."""
     alerts: Sequence[Alert] | None = None
     """None without a Prometheus server."""
     end: float = math.nan
-    """When the run ends, by its main rank's estimate; NaN where that is not known."""
+    """Estimated end of the run, by its main rank; NaN if unknown."""
 
     @property
     def step(self) -> int:
@@ -42,7 +42,7 @@ class View:
 
     @property
     def silence(self) -> float:
-        """Seconds since the last sign of life: an event, or a step that any rank finished; infinite without any."""
+        """Seconds since the last event or completed step of any rank; infinite before any."""
         ages = [rank.age for rank in self.ranks if rank.age is not None]
         if self.log.latest is not None:
             ages.append(self.now - self.log.latest)
@@ -54,11 +54,11 @@ class View:
             return self.log.ended
         if math.isinf(self.silence):
             return State.NOT_STARTED
-        return State.STALLED if self.silence > self.log.patience else State.RUNNING
+        return State.STALLED if self.silence > self.log.stall_timeout else State.RUNNING
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run first began, to its end if it ended."""
+        """Seconds since the run's first start, until its end if it ended."""
         log = self.log
         if log.began is None or log.latest is None:
             return math.nan
@@ -66,7 +66,7 @@ class View:
 
     @property
     def remaining(self) -> float:
-        """Seconds to the end at the present speed; NaN where that is not known."""
+        """Estimated seconds to the end; NaN if unknown."""
         if self.log.total_steps is None or self.state is not State.RUNNING:
             return math.nan
         if math.isfinite(self.end):
@@ -75,16 +75,16 @@ class View:
 
 
 class Watched(Protocol):
-    """Something that can be looked at again and again."""
+    """A watched run."""
 
     def view(self, now: float) -> View: ...
 
-    def settle(self) -> None:
-        """Waits, for a short time only, until every endpoint was asked once."""
+    def wait_until_polled(self) -> None:
+        """Waits for a short time until every endpoint was polled once."""
 
 
 class WatchedRun:
-    """A run directory, perhaps somebody else's; its endpoints where they answer."""
+    """A run directory, possibly of another user, and the run's reachable endpoints."""
 
     def __init__(self, run_dir: Path, interval: float, prometheus: str | None = None, access: Access = PLAIN) -> None:
         """Begins to watch.
@@ -113,7 +113,7 @@ class WatchedRun:
         label = called.pop() if len(called) == 1 else run_label(run_dir)
         self._alerts = FiringAlerts(prometheus, {"run": label}, interval)
 
-    def settle(self) -> None:
+    def wait_until_polled(self) -> None:
         wait_for([*(poller for _, poller in self._endpoints.values()), *self._alerts.pollers])
 
     def view(self, now: float) -> View:
@@ -121,27 +121,27 @@ class WatchedRun:
         listed, elsewhere, problems = self._find_endpoints()
         if self._log.ended is None:
             notes += [*problems, *self._why_no_ranks(listed, elsewhere)]
-        ranks = sorted((r for e, _ in self._endpoints.values() for r in e.ranks(now)), key=lambda rank: rank.badness)
+        ranks = sorted((r for e, _ in self._endpoints.values() for r in e.ranks(now)), key=lambda rank: rank.sort_key)
         return View(self.name, self._details(), self._log, now, ranks, notes, self._alerts.alerts)
 
     def _read_events(self) -> Iterator[str]:
         try:
-            if self._tail.shrank():
+            if self._tail.truncated():
                 self._log = Log()
             for line in self._tail.lines():
                 self._log.read(line)
         except FileNotFoundError:
-            return  # the run has only just been made
+            return  # the run has not started yet
         except OSError as error:
             yield f"{EVENTS} cannot be read: {error.strerror}"
         if self._log.unreadable:
-            yield f"lines of {EVENTS} that cannot be read and are left out: {self._log.unreadable}"
+            yield f"invalid lines in {EVENTS} that are skipped: {self._log.unreadable}"
 
     def _find_endpoints(self) -> tuple[int, list[str], list[str]]:
-        """Asks new endpoints, leaves gone ones.
+        """Starts polling new endpoints, stops polling removed ones.
 
         Returns:
-            How many are listed, nodes that cannot be asked from here, and what is wrong with target files.
+            Number of endpoints listed, nodes that are unreachable from this host, and errors in target files.
         """
         targets, problems = read_targets(self.run_dir)
         here = {target for target in targets if reachable(target.address, target.node)}
@@ -149,7 +149,7 @@ class WatchedRun:
             self._endpoints.pop(gone)[1].stop()
         for target in here - self._endpoints.keys():
             endpoint = Endpoint(target.url, target.node, self._access)
-            self._endpoints[target] = endpoint, Poller(endpoint.ask, self._interval)
+            self._endpoints[target] = endpoint, Poller(endpoint.poll, self._interval)
         return len(targets), sorted({target.node for target in targets} - {target.node for target in here}), problems
 
     def _read_recipe(self) -> dict[str, Any]:
@@ -161,15 +161,15 @@ class WatchedRun:
         if not listed:
             yield "ranks are not shown: no exporter is announced in monitoring/targets"
             return
-        silent = [e for e, poller in self._endpoints.values() if e.problem is not None and poller.asked.is_set()]
+        silent = [e for e, poller in self._endpoints.values() if e.problem is not None and poller.polled.is_set()]
         if elsewhere:
             yield (
-                f"ranks of {_some(elsewhere)} are not shown: exporters there answer on their own host only; "
+                f"ranks of {_abbreviate(elsewhere)} are not shown: exporters there listen on loopback only; "
                 "run mixmae watch there"
             )
         if silent:
-            names = _some(sorted(endpoint.node for endpoint in silent))
-            yield f"{len(silent)} of {listed} exporters do not answer: {names} ({silent[0].problem})"
+            names = _abbreviate(sorted(endpoint.node for endpoint in silent))
+            yield f"{len(silent)} of {listed} exporters do not respond: {names} ({silent[0].problem})"
 
     def _details(self) -> str:
         recipe = self._read_recipe()
@@ -184,7 +184,7 @@ class WatchedRun:
 
 
 class WatchedEndpoint:
-    """One exporter alone; the loss is followed from the first look on."""
+    """A single exporter; the loss curve starts when watching starts."""
 
     def __init__(self, url: str, interval: float, prometheus: str | None = None, access: Access = PLAIN) -> None:
         """Begins to watch.
@@ -196,30 +196,30 @@ class WatchedEndpoint:
         self.name = parts.netloc
         path = parts.path if parts.path.strip("/") else "/metrics"
         self._endpoint = Endpoint(parts._replace(path=path).geturl(), parts.hostname or "", access)
-        self._endpoint.ask(time.time())
+        self._endpoint.poll(time.time())
         if self._endpoint.problem is not None:
-            raise WatchError(f"{url} does not answer as a run's exporter: {self._endpoint.problem}")
+            raise WatchError(f"{url} is not a run's exporter: {self._endpoint.problem}")
         self._log, self._seen = Log(), dict[str, str]()
-        self._poller = Poller(self._endpoint.ask, interval)
+        self._poller = Poller(self._endpoint.poll, interval)
         self._alerts = FiringAlerts(prometheus, {"instance": self.name}, interval)
 
-    def settle(self) -> None:
+    def wait_until_polled(self) -> None:
         wait_for(self._alerts.pollers)
 
     def view(self, now: float) -> View:
-        ranks = sorted(self._endpoint.ranks(now), key=lambda rank: rank.badness)
+        ranks = sorted(self._endpoint.ranks(now), key=lambda rank: rank.sort_key)
         scrape = self._endpoint.scrapes[-1]
         for event in events_of(scrape):
             changing = ("time", "step") if event["event"] == "step" else ("step",)  # a logged step is one of new values
             shown = repr({name: value for name, value in event.items() if name not in changing})
             if self._seen.get(event["event"]) != shown:
                 self._seen[event["event"]] = shown
-                self._log.take(event)
+                self._log.add(event)
         notes = [*self._alerts.notes()]
         if not scrape.main.get("target_steps"):
             notes.append("progress and loss are not shown: the main rank is on another node")
         if self._endpoint.problem is not None:
-            notes.append(f"the exporter does not answer any more: {self._endpoint.problem}")
+            notes.append(f"the exporter no longer responds: {self._endpoint.problem}")
         everywhere = f" of {scrape.world_size}" if scrape.world_size else ""
         details = f"{len(ranks)}{everywhere} rank{'s' * (len(ranks) > 1 or bool(everywhere))}"
         end = scrape.main.get("estimated_end_timestamp_seconds", math.nan)
@@ -231,7 +231,7 @@ class FiringAlerts:
 
     def __init__(self, url: str | None, labels: Mapping[str, str], interval: float) -> None:
         self._prometheus = Prometheus(url, labels) if url is not None else None
-        self.pollers = [Poller(self._prometheus.ask, interval)] if self._prometheus is not None else []
+        self.pollers = [Poller(self._prometheus.poll, interval)] if self._prometheus is not None else []
 
     @property
     def alerts(self) -> Sequence[Alert] | None:
@@ -243,7 +243,7 @@ class FiringAlerts:
 
 
 def events_of(scrape: Scrape) -> Iterator[dict[str, Any]]:
-    """What the main rank's gauges would be in the event file; nothing if it is on another node."""
+    """The main rank's gauges as events; none if it is on another node."""
     main, ranks = scrape.main, scrape.ranks.values()
     if not main.get("target_steps"):
         return
@@ -268,11 +268,11 @@ def events_of(scrape: Scrape) -> Iterator[dict[str, Any]]:
 
 
 def wait_for(pollers: Iterable[Poller]) -> None:
-    """Waits until each has asked once, or should have given up."""
+    """Waits until each poller has completed its first call or timed out."""
     end = time.monotonic() + TIMEOUT + 0.5
     for poller in pollers:
-        poller.asked.wait(max(0.0, end - time.monotonic()))
+        poller.polled.wait(max(0.0, end - time.monotonic()))
 
 
-def _some(names: Sequence[str]) -> str:
+def _abbreviate(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

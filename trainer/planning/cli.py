@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mixmae plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_recipe(parser)
-    parser.add_argument("--gpus", type=at_least(1), required=True, help="of all nodes")
+    parser.add_argument("--gpus", type=at_least(1), required=True, help="number of GPUs of all nodes")
     parser.add_argument("--gpu", help=f"{', '.join(GPUS)}; any other by its figures")
     parser.add_argument("--gpu-memory", type=above_0, metavar="GIB", help="of a GPU, as torch reports it")
     parser.add_argument("--gpu-tflops", type=above_0, metavar="N", help="dense peak in the recipe's precision")

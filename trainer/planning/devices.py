@@ -20,13 +20,13 @@ class Gpu:
     """A GPU by its data sheet.
 
     Args:
-        name: what `--gpu` calls it.
+        name: its name for `--gpu`.
         product: the part of the device's name by which measurements of it are found.
-        memory: bytes, as CUDA reports them (less than the name says where ECC takes its share).
-        bf16: operations per second of its tensor cores, dense.
-        fp32: operations per second in fp32 without tensor cores.
-        peers: bytes per second that it sends to the other GPUs of its node: NVLink, or PCIe where there is none.
-        host: bytes per second that it copies to pinned host memory, the rate of its PCIe slot.
+        memory: bytes as CUDA reports them (less than the nominal size with ECC).
+        bf16: dense FLOP/s of its tensor cores.
+        fp32: FLOP/s in fp32 without tensor cores.
+        peers: bytes per second to the other GPUs of its node, over NVLink, else PCIe.
+        host: bytes per second to pinned host memory, over PCIe.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Gpu:
     host: float
 
     def peak(self, precision: str) -> float:
-        """Operations per second in a recipe's precision."""
+        """Peak FLOP/s in a recipe's precision."""
         return self.bf16 if precision == "bf16" else self.fp32
 
     @property
@@ -48,14 +48,14 @@ class Gpu:
 
 
 _PCIE4, _PCIE5 = 31.5e9, 63.0e9
-"""16 lanes, one direction."""
+"""x16, one direction."""
 
 
 def _gpu(name: str, product: str, gib: float, fp32: float, peers: float, host: float) -> Gpu:
     return Gpu(name, product, gib * _GIB, PEAKS[product], fp32, peers, host)
 
 
-# NVIDIA's data sheets; NVLink's figures there are for both directions together.
+# NVIDIA's data sheets, which give NVLink's bandwidth for both directions together.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -113,7 +113,7 @@ def find_gpu(
         bandwidth: GB per second to the other GPUs of its node; PCIe 4 where nobody says, for an unknown one.
 
     Raises:
-        UsageError: an unknown one without memory and tflops; names the nearest and all known ones.
+        UsageError: an unknown name without memory and tflops; suggests the closest and lists all known ones.
     """
     known = GPUS.get(name.lower()) if name is not None else None
     if known is None and (memory is None or tflops is None):
@@ -134,11 +134,11 @@ def _unknown(name: str | None) -> str:
         return f"--gpu is missing; known: {', '.join(GPUS)}; {figures}"
     nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"--gpu {name}: unknown; {hint}known: {', '.join(GPUS)}; {figures}"
+    return f"--gpu {name}: unknown GPU; {hint}known: {', '.join(GPUS)}; {figures}"
 
 
 def build_cluster(gpu: Gpu | str, gpus: int, gpus_per_node: int, link: str | None) -> Cluster:
-    """The cluster of a command line.
+    """The cluster that the command line describes.
 
     Args:
         gpu: its name, where its figures are those known.

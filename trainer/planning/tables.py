@@ -192,9 +192,9 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
     saved, needed, cluster = plan.checkpoint, plan.loading, plan.cluster
     of_a_node = " of a node" if cluster.nodes > 1 else ""
     yield _title("Checkpoints and data")
-    kept = f"{plan.recipe.checkpoint.keep} kept and one in the making: {_bytes(saved.kept_bytes)} of disk."
+    kept = f"{plan.recipe.checkpoint.keep} kept and one being written: {_bytes(saved.kept_bytes)} of disk."
     share = f", each rank {_bytes(saved.share)}" if cluster.gpus > 1 else ""
-    blocked = f"A checkpoint: {_bytes(saved.bytes)}{share}. Training is blocked for at least "
+    blocked = f"A checkpoint: {_bytes(saved.bytes)}{share}. It blocks training for at least "
     if plan.recipe.checkpoint.asynchronous:
         copied = f"{_seconds(saved.stall)} (copy to host memory at {cluster.gpu.host / 1e9:g} GB/s)"
         yield _line(f"{blocked}{copied}; written after {_seconds(saved.seconds)}. {kept}")
@@ -213,8 +213,8 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
             "dim",
         )
     yield _line(
-        f"Host memory{of_a_node}: {_bytes(saved.host_bytes)} for copies of what is saved, "
-        f"{_bytes(needed.host_bytes)} for decoded batches, beside the processes' own."
+        f"Host memory{of_a_node}: {_bytes(saved.host_bytes)} for copies of checkpoints, "
+        f"{_bytes(needed.host_bytes)} for decoded batches, besides the processes' own."
     )
 
 

@@ -51,7 +51,7 @@ def events(steps: int = 200, total: int = 1000, until: float = NOW) -> list[dict
 def log_of(records: list[dict[str, Any]]) -> Log:
     log = Log()
     for record in records:
-        log.take(record)
+        log.add(record)
     return log
 
 
@@ -59,7 +59,7 @@ def many_ranks(count: int) -> list[Rank]:
     ranks = [Rank(n, f"node{n // 8:03d}", 201, 0.4, 38.0, 0.03, 6e10, 8.5e10, n % 3, "") for n in range(count)]
     if count > 3:
         ranks[3] = replace(ranks[3], age=754.0, step=180, trouble="late", phase="data_wait")
-    return sorted(ranks, key=lambda rank: rank.badness)
+    return sorted(ranks, key=lambda rank: rank.sort_key)
 
 
 def text_of(view: View, width: int, height: int | None = None, ascii_only: bool = False) -> str:
@@ -74,7 +74,7 @@ FULL = View(
     log_of(events()),
     NOW + 1,
     many_ranks(64),
-    ["2 of 8 exporters do not answer: node006, node007 (Connection refused)"],
+    ["2 of 8 exporters do not respond: node006, node007 (Connection refused)"],
     [Alert("MixmaeStalled", "critical", NOW - 700, "rank 3 has not finished a step for 12 minutes")],
 )
 
@@ -88,7 +88,7 @@ def test_frames_of_every_width(width: int) -> None:
         *("swin_base", " running ", "20.1 %", "step 201 of 1,000", "epoch 2.00 of 10", "elapsed 7 min", "ETA 27 min"),
         *("loss 0.405", "best 0.405 at step 200", "images/s 2,400", "learning rate 0.00015", "gradient norm 0.3"),
         *("skipped steps 1", "replaced samples 63", "peak memory 64.0 GiB", "checkpoint step 200, 1 s ago"),
-        *("and 54 more", "ALERT MixmaeStalled (critical) for 12 min", "2 of 8 exporters do not answer"),
+        *("and 54 more", "ALERT MixmaeStalled (critical) for 12 min", "2 of 8 exporters do not respond"),
     ):
         assert part in text, part
     header = next(n for n, line in enumerate(lines) if line.startswith("rank"))
@@ -282,7 +282,7 @@ def test_watching_ends_with_the_run(run_dir: Path) -> None:
     done = call(run_dir, "--interval", "0.1")
     assert done.returncode == 0
     assert done.stdout.count("finished") == 1
-    assert "lines of events.jsonl that cannot be read and are left out: 1" in done.stdout
+    assert "invalid lines in events.jsonl that are skipped: 1" in done.stdout
 
 
 def test_a_closed_pipe_is_no_traceback(run_dir: Path) -> None:
@@ -295,8 +295,8 @@ def test_a_closed_pipe_is_no_traceback(run_dir: Path) -> None:
     ("argv", "message"),
     [
         (["/nonexistent"], "/nonexistent is not a run directory: it has neither recipe.yaml nor events.jsonl"),
-        (["http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer as a run's exporter: Connection refused"),
-        (["ftp://a"], "does not answer as a run's exporter: ftp://a/metrics is no http:// or https:// address"),
+        (["http://127.0.0.1:1"], "http://127.0.0.1:1 is not a run's exporter: Connection refused"),
+        (["ftp://a"], "is not a run's exporter: ftp://a/metrics is no http:// or https:// address"),
         (["/tmp", "--interval", "0"], "--interval 0: expected 0.1 seconds or more"),
     ],
 )

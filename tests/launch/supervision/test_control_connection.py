@@ -37,7 +37,7 @@ async def _as_coroutine(test: Callable[[int], Awaitable[None]]) -> None:
     await test(free_port())
 
 
-def test_ends_that_know_the_secret_talk() -> None:
+def test_peers_with_the_secret_are_connected() -> None:
     async def test(port: int) -> None:
         server, _, accepted = await serve(port)
         connection = await connect("127.0.0.1", port, SECRET)
@@ -51,7 +51,7 @@ def test_ends_that_know_the_secret_talk() -> None:
     run(test)
 
 
-def test_neither_end_trusts_one_without_the_secret() -> None:
+def test_peers_without_the_secret_are_refused() -> None:
     async def test(port: int) -> None:
         server, _, accepted = await serve(port, "another")
         assert await connect("127.0.0.1", port, SECRET) is None
@@ -61,7 +61,7 @@ def test_neither_end_trusts_one_without_the_secret() -> None:
     run(test)
 
 
-def test_the_coordinator_of_another_run_on_the_same_port_is_passed_over() -> None:
+def test_another_runs_coordinator_is_skipped() -> None:
     async def test(port: int) -> None:
         other, taken, _ = await serve(port, "another")
         own, found, accepted = await serve(port)
@@ -78,7 +78,7 @@ def test_the_coordinator_of_another_run_on_the_same_port_is_passed_over() -> Non
 
 
 @pytest.mark.parametrize("noise", [b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b'{"kind": "answer"}\n', b""])
-def test_other_speakers_are_turned_away(noise: bytes) -> None:
+def test_other_protocols_are_refused(noise: bytes) -> None:
     async def test(port: int) -> None:
         server, _, accepted = await serve(port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -20,7 +20,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_strangers_are_turned_away_without_an_error(line: str) -> None:
+def test_invalid_clients_are_refused_without_an_error(line: str) -> None:
     async def run() -> bool:
         answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 

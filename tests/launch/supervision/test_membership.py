@@ -93,7 +93,7 @@ def test_missing_ranks_are_named() -> None:
     assert outcome.reason == "ranks 2, 3 did not join within 60 s; only those on node1 did"
 
 
-def test_a_rank_that_is_there_twice_is_named() -> None:
+def test_a_rank_that_joins_twice_is_named() -> None:
     membership = members_of(2)
     membership.join(1, "node7", 2.0)
     assert "rank 1 joined twice, from node1 and from node7" in outcome_of(membership, 2.0).reason
@@ -119,7 +119,7 @@ def test_a_stop_that_all_ranks_followed() -> None:
     assert outcome.reason == "stopped by SIGUSR1 to rank 1 on node1; the same command continues the run"
 
 
-def test_a_rank_that_the_stop_found_unprepared_did_not_fail() -> None:
+def test_a_rank_killed_by_the_stop_signal_did_not_fail() -> None:
     membership = members_of(2)
     membership.request_stop("SIGTERM", USER, 0.5)
     membership.rank_exited(0, Exit(None, signal.SIGTERM), 0.6)
@@ -156,7 +156,7 @@ def test_ranks_that_do_not_end_in_time_are_named(stop: bool) -> None:
     assert f"ranks 1, 2 had not exited 30 s after {event}; the straggler is rank 2 on node2" in outcome.reason
 
 
-def test_a_stuck_run_names_the_late_rank() -> None:
+def test_a_stuck_run_names_the_straggler() -> None:
     membership = members_of(4)
     for rank in range(4):
         phase = "data_wait" if rank == 3 else "backward"
@@ -170,7 +170,7 @@ def test_a_stuck_run_names_the_late_rank() -> None:
     assert outcome.reason.startswith("stuck: no progress for 101 s; the straggler is rank 3 on node2: it is in data")
 
 
-def test_a_stuck_run_without_a_late_rank_blames_none() -> None:
+def test_a_stuck_run_without_a_straggler_names_none() -> None:
     membership = members_of(2)
     for rank in range(2):
         membership.heard_from(rank, 200.0, RankStatus(41, "backward", 101.0, 0.1))

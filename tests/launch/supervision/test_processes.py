@@ -67,7 +67,7 @@ def eventually(condition: Callable[[], object], seconds: float = 60.0) -> bool:
     ("code", "ended"),
     [("", (0, None)), ("raise SystemExit(85)", (85, None)), ("import os; os.kill(os.getpid(), 9)", (None, 9))],
 )
-def test_true_ends(tmp_path: Path, code: str, ended: tuple[int | None, int | None]) -> None:
+def test_exits_are_reported(tmp_path: Path, code: str, ended: tuple[int | None, int | None]) -> None:
     found = end_of(child(code, tmp_path / "log"))
     assert (found.code, found.signal) == ended
 
@@ -108,7 +108,7 @@ def test_descendants_end_with_the_process(tmp_path: Path) -> None:
     assert eventually(lambda: not group(process.group))
 
 
-def test_where_a_process_hangs_is_in_its_log(tmp_path: Path) -> None:
+def test_the_traceback_of_a_hanging_process_is_in_its_log(tmp_path: Path) -> None:
     code = "import time\ndef stuck_here():\n    print('go', flush=True)\n    time.sleep(1000)\nstuck_here()"
     process = child(code, tmp_path / "log")
     assert eventually(lambda: "go" in (tmp_path / "log").read_text())
@@ -119,7 +119,7 @@ def test_where_a_process_hangs_is_in_its_log(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("core*"))
 
 
-def test_a_signal_reaches_the_process_alone(tmp_path: Path) -> None:
+def test_a_signal_reaches_only_the_process(tmp_path: Path) -> None:
     code = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('asked', flush=True))\n"
@@ -133,7 +133,7 @@ def test_a_signal_reaches_the_process_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["kill", "release"])
-def test_a_guard_ends_what_its_owner_left(end: str) -> None:
+def test_a_guard_kills_its_owners_group(end: str) -> None:
     owner = subprocess.run([sys.executable, "-c", GUARDED, end], capture_output=True, text=True, check=False)
     number = int(owner.stdout)
     try:

@@ -35,7 +35,7 @@ def save(run_dir: Path, step: int) -> None:
         (Outcome(FAILED, "ended at once", stopped_by=USER), 3, False),
     ],
 )
-def test_what_is_started_again(tmp_path: Path, outcome: Outcome, most: int, again: bool) -> None:
+def test_which_outcomes_are_restarted(tmp_path: Path, outcome: Outcome, most: int, again: bool) -> None:
     decision = decide(tmp_path, "here", outcome, most)
     assert decision.restart == again
     if not again:
@@ -56,7 +56,7 @@ def test_a_crash_loop_ends(tmp_path: Path) -> None:
     assert decision.message == ("not restarted: 3 restarts without progress; the newest checkpoint is still step 0")
 
 
-def test_progress_starts_the_count_anew_and_a_step_back_does_not(tmp_path: Path) -> None:
+def test_progress_resets_the_count_and_a_step_back_does_not(tmp_path: Path) -> None:
     save(tmp_path, 100)
     for _ in range(2):
         record_restart(tmp_path, "here", "a", CRASH)
@@ -117,7 +117,7 @@ def test_a_job_that_starts_again_records_how_it_ended_before(tmp_path: Path) -> 
         (None, "COMPLETING", FAILED, "", "mixmae: error: rank 0's supervisor left no record"),
     ],
 )
-def test_a_batch_script_is_told_what_to_do(
+def test_exit_codes_for_the_batch_script(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     outcome: Outcome | None,
@@ -137,7 +137,7 @@ def test_a_batch_script_is_told_what_to_do(
     assert (told.err.splitlines() or [""])[-1].startswith(last)
 
 
-def test_nobody_to_stop_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_without_a_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MIXMAE_TOKEN", "secret")
     stop = ["stop", "--run-dir", str(tmp_path), "--attempt", "x", "--port", "20000", "--signal", "SIGUSR1"]

@@ -32,7 +32,7 @@ def at(phase: str, step: int = 7, phase_seconds: float = 100.0, seconds_since_ti
         ([at("backward", seconds_since_tick=90), at("backward", seconds_since_tick=90)], [], "all ranks"),
     ],
 )
-def test_the_late_rank_is_told_apart(statuses: list[RankStatus], ranks: list[int], words: str) -> None:
+def test_the_straggler_is_found(statuses: list[RankStatus], ranks: list[int], words: str) -> None:
     found, why = find_stragglers(dict(enumerate(statuses)))
     assert found == ranks
     assert words in why
@@ -57,7 +57,7 @@ def test_starting_and_saving_may_take_longer(phase: str) -> None:
     assert is_stuck([at("backward", phase_seconds=1801), at(phase, phase_seconds=1801)], 600)
 
 
-def test_a_rank_without_a_beat_is_starting() -> None:
+def test_a_rank_without_a_heartbeat_is_starting() -> None:
     assert rank_status(None, started=100.0, now=130.0) == RankStatus(0, "starting", 30.0, 0.0)
     beat = Beat(step=4, phase="forward", since=120.0, ticked=129.0)
     assert rank_status(beat, started=100.0, now=130.0) == RankStatus(4, "forward", 10.0, 1.0)

@@ -70,7 +70,7 @@ def test_one_failed_rank_ends_all_and_is_named(tmp_path: Path, how: str, code: i
     assert not processes_of(tmp_path)
 
 
-def test_a_mistake_ends_with_its_own_code(tmp_path: Path) -> None:
+def test_a_usage_error_keeps_its_exit_code(tmp_path: Path) -> None:
     with started(tmp_path, 2, "at=0", "rank=1", "how=exit", "code=2") as run:
         assert run.codes() == [USAGE_ERROR] * 2
         assert run.outcome().lines[-1] == "mixmae: error: injected usage error"
@@ -97,7 +97,7 @@ def test_a_second_signal_does_not_disturb_the_stop(tmp_path: Path) -> None:
         assert run.codes() == [PREEMPTED] * 2
 
 
-def test_ranks_that_do_not_heed_a_stop_are_ended(tmp_path: Path) -> None:
+def test_ranks_that_ignore_a_stop_are_killed(tmp_path: Path) -> None:
     with started(tmp_path, 2, "steps=10000", "how=ignore-signals", f"run_dir={tmp_path}", grace=2.0) as run:
         assert stepping(run)
         run.supervisors[0].send_signal(signal.SIGTERM)
@@ -107,7 +107,7 @@ def test_ranks_that_do_not_heed_a_stop_are_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_supervisor_takes_its_rank_and_the_run_along(tmp_path: Path, rank: int) -> None:
+def test_a_killed_supervisor_ends_its_rank_and_the_run(tmp_path: Path, rank: int) -> None:
     with started(tmp_path, 2, "steps=10000", f"run_dir={tmp_path}") as run:
         assert stepping(run)
         run.supervisors[rank].kill()
@@ -121,7 +121,7 @@ def test_a_killed_supervisor_takes_its_rank_and_the_run_along(tmp_path: Path, ra
         assert (run.folder / ENDED).exists()
 
 
-def test_ranks_end_when_what_started_them_is_gone(tmp_path: Path) -> None:
+def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     start = f"import sys, time; sys.path[:0] = {sys.path!r}\n" + (
         "from pathlib import Path; from tests.launch.ranks import Started\n"
         f"Started(Path({str(tmp_path)!r}), 2, ('steps=10000', 'run_dir={tmp_path}'), {{}}); time.sleep(1000)"

@@ -24,7 +24,17 @@ from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
 from mixmae.monitoring.watch.history import Log, State, Tail
 from mixmae.monitoring.watch.scrape import Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
-from mixmae.monitoring.watch.text import ASCII_BLOCKS, BLOCKS, NOT_FINITE, amount, chart, duration, packed, plain, size
+from mixmae.monitoring.watch.text import (
+    ASCII_BLOCKS,
+    BLOCKS,
+    NOT_FINITE,
+    amount,
+    chart,
+    duration,
+    sanitize,
+    size,
+    wrap_items,
+)
 from mixmae.monitoring.watch.view import View, WatchedEndpoint, WatchedRun, WatchError, events_of
 from mixmae.trainer.tasks.registry import task_of
 from tests.certificates import ELSEWHERE, certify
@@ -93,8 +103,8 @@ def test_words() -> None:
     ]  # fmt: skip
     assert [amount(v) for v in (0, 12, 0.000123, 12345.6, math.nan)] == ["0", "12", "0.000123", "12,346", "-"]
     assert [size(v) for v in (math.nan, 0, 5 * 2**20, 3 * 2**30)] == ["-", "-", "5 MiB", "3.0 GiB"]
-    assert packed(["aaaa", "bbbb", "cccc"], 11) == ["aaaa   bbbb", "cccc"]
-    assert plain("a\n\x1b[31mb\x07") == "a ?[31mb?"
+    assert wrap_items(["aaaa", "bbbb", "cccc"], 11) == ["aaaa   bbbb", "cccc"]
+    assert sanitize("a\n\x1b[31mb\x07") == "a ?[31mb?"
 
 
 # the event file
@@ -109,7 +119,7 @@ def test_reading_as_it_grows_equals_reading_the_whole_file(tmp_path_factory: Any
     for part in parts:
         with file.open("ab") as stream:
             stream.write(part)
-        assert not tail.shrank()
+        assert not tail.truncated()
         found += list(tail.lines())
     whole = b"".join(parts)
     assert found == [line + b"\n" for line in whole.split(b"\n")[:-1]]
@@ -133,7 +143,7 @@ def test_a_file_begun_anew_is_read_anew(tmp_path: Path) -> None:
     tail = Tail(file)
     assert list(tail.lines()) == [b"one\n", b"two\n"]
     file.write_bytes(b"new\n")
-    assert tail.shrank()
+    assert tail.truncated()
     assert list(tail.lines()) == [b"new\n"]
 
 
@@ -145,11 +155,11 @@ def test_steps_done_again_replace_the_earlier_ones(moves: list[tuple[bool, int]]
     for when, (back, amount_) in enumerate(moves):
         if back:
             step = max(0, step - amount_)
-            log.take(event("resumed", step, when))
+            log.add(event("resumed", step, when))
             expected = {s: loss for s, loss in expected.items() if s <= step}
         else:
             step += amount_
-            log.take(event("step", step, when, loss=float(when)))
+            log.add(event("step", step, when, loss=float(when)))
             expected[step] = float(when)
     assert dict(zip(log.steps, log.losses, strict=True)) == expected
     assert list(log.steps) == sorted(expected)
@@ -161,8 +171,8 @@ def test_what_a_killed_run_left_of_a_line_is_counted_and_left_out() -> None:
     log = log_of(event("start", 0, NOW, total_steps=90, world_size=4), *steps(10, 30, NOW))
     for line in (b'{"event": "step", "ti\n', b"[1]\n", b"7\n", b'{"event": "step"}\n', b"\xff\x00\n", b"\n"):
         log.read(line)
-    log.take(event("resumed", 20, NOW + 500))
-    log.take(event("step", 30, NOW + 520, loss=None))
+    log.add(event("resumed", 20, NOW + 500))
+    log.add(event("step", 30, NOW + 520, loss=None))
     assert log.unreadable == 5
     assert list(log.steps) == [10, 20, 30]
     assert math.isnan(log.losses[-1])
@@ -172,10 +182,10 @@ def test_what_a_killed_run_left_of_a_line_is_counted_and_left_out() -> None:
 def test_rates_and_skipped_steps() -> None:
     log = log_of(event("start", 0, NOW), *steps(10, 30, NOW, seconds=30.0))
     assert log.seconds_per_step == 3.0
-    log.take(event("step", 40, NOW + 120, images_per_second=100.0, skipped_steps=2))
-    log.take(event("step", 50, NOW + 150, images_per_second=300.0, skipped_steps=2))
+    log.add(event("step", 40, NOW + 120, images_per_second=100.0, skipped_steps=2))
+    log.add(event("step", 50, NOW + 150, images_per_second=300.0, skipped_steps=2))
     assert log.mean_rate == pytest.approx(150.0)
-    log.take(event("skipped", 53, NOW + 160))
+    log.add(event("skipped", 53, NOW + 160))
     assert log.skipped == 3
 
 
@@ -212,14 +222,14 @@ def test_states() -> None:
 @pytest.mark.parametrize("end", ["preempted", "failed"])
 def test_a_new_attempt_is_running_until_it_is_refused(end: str) -> None:
     log = log_of(event("start", 0, NOW), *steps(10, 50, NOW), event(end, 50, NOW + 101))
-    log.take({"event": "attempt", "time": NOW + 200, "message": "starting again"})
+    log.add({"event": "attempt", "time": NOW + 200, "message": "starting again"})
     assert view(log, NOW + 201).state is State.RUNNING
-    log.take({"event": "refused", "time": NOW + 202, "message": "another recipe"})
+    log.add({"event": "refused", "time": NOW + 202, "message": "another recipe"})
     assert view(log, NOW + 203).state == end
-    log.take({"event": "attempt", "time": NOW + 210, "message": "starting again"})
-    log.take(event("resumed", 50, NOW + 220))
+    log.add({"event": "attempt", "time": NOW + 210, "message": "starting again"})
+    log.add(event("resumed", 50, NOW + 220))
     assert view(log, NOW + 221).state is State.RUNNING
-    log.take(event("superseded", 50, NOW + 222))  # an earlier start, from which this one took the run over
+    log.add(event("superseded", 50, NOW + 222))  # an earlier start, from which this one took the run over
     assert view(log, NOW + 223).state is State.RUNNING
 
 
@@ -302,32 +312,32 @@ def exporter() -> Iterator[tuple[Exporter, str]]:
 def test_one_scrape_tells_means_and_two_tell_the_present(exporter: tuple[Exporter, str]) -> None:
     run, address = exporter
     endpoint = Endpoint(f"http://{address}/metrics", "a", Access())
-    endpoint.ask(NOW)
+    endpoint.poll(NOW)
     first = {rank.rank: rank for rank in endpoint.ranks(NOW)}
     assert (first[1].images_per_second, round(first[1].data_wait, 3), first[1].replaced) == (32.0, 0.4, 3)
     assert (first[0].step, first[0].age, first[0].memory, first[0].memory_limit) == (10, 1.0, 2**30, 0)
     run.train("0", steps=20, wait=0.05, beat=NOW + 9)
-    endpoint.ask(NOW + 10)
+    endpoint.poll(NOW + 10)
     second = {rank.rank: rank for rank in endpoint.ranks(NOW + 10)}
     assert (second[0].images_per_second, round(second[0].data_wait, 3)) == (64.0, 0.05)
-    assert [rank.rank for rank in sorted(second.values(), key=lambda rank: rank.badness)] == [1, 0]
+    assert [rank.rank for rank in sorted(second.values(), key=lambda rank: rank.sort_key)] == [1, 0]
 
 
 def test_late_and_silent_ranks(exporter: tuple[Exporter, str]) -> None:
     run, address = exporter
     endpoint = Endpoint(f"http://{address}/metrics", "a", Access())
     run.train("1", steps=1, wait=0.0, beat=NOW + 99)
-    endpoint.ask(NOW + 100)
+    endpoint.poll(NOW + 100)
     found = [(rank.rank, rank.trouble, rank.phase) for rank in endpoint.ranks(NOW + 102)]
     assert found == [(0, "late", "data_wait"), (1, "", "backward")]
     run.metrics["alive_timestamp_seconds"].labels("0").set(NOW + 60)
-    endpoint.ask(NOW + 102)
+    endpoint.poll(NOW + 102)
     assert [rank.trouble for rank in endpoint.ranks(NOW + 102)] == ["stopped", ""]
     run.metrics["alive_timestamp_seconds"].labels("0").set(NOW + 101)
-    endpoint.ask(NOW + 102)
+    endpoint.poll(NOW + 102)
     assert endpoint.ranks(NOW + 102)[0].images_per_second == 0
     endpoint.url = "http://127.0.0.1:1/metrics"
-    endpoint.ask(NOW + 103)
+    endpoint.poll(NOW + 103)
     assert endpoint.problem == "Connection refused"
     assert [(rank.trouble, rank.age) for rank in endpoint.ranks(NOW + 110)] == [("silent", 111.0), ("silent", 11.0)]
 
@@ -341,7 +351,7 @@ def test_a_restarted_process_begins_its_rates_anew() -> None:
     endpoint = Endpoint("http://a:1", "a", Access())
     for at, images in enumerate((10, 20, 5)):
         endpoint._access = type("Told", (), {"fetch": lambda _, url, images=images: answer(images).encode()})()
-        endpoint.ask(NOW + at)
+        endpoint.poll(NOW + at)
     assert len(endpoint.scrapes) == 1
     assert all(rank.images_per_second >= 0 or math.isnan(rank.images_per_second) for rank in endpoint.ranks(NOW + 2))
 
@@ -369,7 +379,7 @@ def test_the_worst_rank_comes_first() -> None:
         rank_of(4, replaced=9),
         rank_of(5, data_wait=math.nan),
     ]
-    assert [rank.rank for rank in sorted(ranks, key=lambda rank: rank.badness)] == [3, 1, 2, 4, 0, 5]
+    assert [rank.rank for rank in sorted(ranks, key=lambda rank: rank.sort_key)] == [3, 1, 2, 4, 0, 5]
 
 
 def test_a_loopback_address_of_another_host_is_not_asked() -> None:
@@ -417,7 +427,7 @@ def test_a_run_directory_with_an_exporter(
     write_target(tmp_path, "here", exporter[1])
     write_target(tmp_path, "there", "127.0.0.1:9")
     run = WatchedRun(tmp_path, interval=0.05)
-    run.settle()
+    run.wait_until_polled()
     seen = run.view(NOW)
     assert (seen.name, seen.details) == (tmp_path.name, "mixmae_swin_nano, 4 ranks, 8 images a step")
     assert [rank.rank for rank in seen.ranks] == [1, 0]
@@ -436,9 +446,9 @@ def test_exporters_that_do_not_answer_are_told_in_a_line(tmp_path: Path) -> None
     for node in "abcde":
         write_target(tmp_path, node, "localhost.localdomain:1" if node == "a" else "0.0.0.0:1")
     run = WatchedRun(tmp_path, 1.0)
-    run.settle()
+    run.wait_until_polled()
     (note,) = run.view(NOW).notes
-    assert note.startswith("5 of 5 exporters do not answer: a, b, c and 2 more (")
+    assert note.startswith("5 of 5 exporters do not respond: a, b, c and 2 more (")
 
 
 def test_an_endpoint_that_hangs_does_not_hold_up_the_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,17 +465,17 @@ def test_an_endpoint_that_hangs_does_not_hold_up_the_display(tmp_path: Path, mon
     write_target(tmp_path, "a", f"127.0.0.1:{server.server_port}")
     run = WatchedRun(tmp_path, 1.0)
     assert run.view(NOW).ranks == []
-    run.settle()
+    run.wait_until_polled()
     assert not release.is_set()  # it hangs still
     release.set()
     server.shutdown()
     server.server_close()
-    assert "no answer within 1.5 s" in run.view(NOW).notes[0]
+    assert "no response within 1.5 s" in run.view(NOW).notes[0]
 
 
 def test_an_endpoint_alone(exporter: tuple[Exporter, str]) -> None:
     run, address = exporter
-    with pytest.raises(WatchError, match=r"HTTP 404|holds no mixmae"):
+    with pytest.raises(WatchError, match=r"HTTP 404|no mixmae_"):
         WatchedEndpoint(f"http://{address}/nothing?name[]=go", 1.0)
     watched = WatchedEndpoint(f"http://{address}", interval=0.02)
     seen = watched.view(NOW)
@@ -506,9 +516,9 @@ def test_tls_and_passwords_of_the_recipe(tmp_path: Path, auth: str, problem: str
     server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = Endpoint(f"https://127.0.0.1:{server.server_port}/metrics", "a", Access(cert, tmp_path / "auth"))
-    endpoint.ask(NOW)
+    endpoint.poll(NOW)
     stranger = Endpoint(endpoint.url, "a", Access(auth_file=tmp_path / "auth"))
-    stranger.ask(NOW)
+    stranger.poll(NOW)
     server.shutdown()
     server.server_close()
     assert endpoint.problem == problem
@@ -553,7 +563,7 @@ def test_nothing_of_the_readers_goes_where_a_run_directory_says(tmp_path: Path) 
             with recording_exporter() as (address, got):
                 write_target(run_dir, socket.gethostname(), address)
                 run = WatchedRun(run_dir, 60.0, access=access)
-                run.settle()
+                run.wait_until_polled()
                 assert run.view(NOW).step == 3
             assert got == [None]
 
@@ -565,7 +575,7 @@ def test_a_password_does_not_follow_a_redirection(tmp_path: Path) -> None:
         recording_exporter(f"http://{elsewhere}/metrics") as (address, first),
     ):
         endpoint = Endpoint(f"http://{address}/metrics", "a", Access(auth_file=tmp_path / "auth"))
-        endpoint.ask(NOW)
+        endpoint.poll(NOW)
     assert (first, got, endpoint.problem) == (["Basic bWU6d29yZA=="], [], "HTTP 302 Found")
 
 
@@ -573,7 +583,7 @@ def test_exporters_with_tls_need_the_readers_certificate(tmp_path: Path) -> None
     write_events(tmp_path, event("start", 0, NOW))
     write_target(tmp_path, socket.gethostname(), "127.0.0.1:1", "https")
     run = WatchedRun(tmp_path, 60.0)
-    run.settle()
+    run.wait_until_polled()
     (note,) = run.view(NOW).notes
     assert "it speaks TLS: give its certificate with --certfile" in note
 
@@ -627,7 +637,7 @@ def test_whatever_an_exporter_answers_is_shown_or_named(lines: list[str]) -> Non
     endpoint.scrapes = (scrape,)
     log = Log()
     for one in events_of(scrape):
-        log.take(one)
+        log.add(one)
     with StringIO() as shown:
         Console(file=shown, width=80).print(frame(View("a", "", log, NOW, endpoint.ranks(NOW)), 80))
 

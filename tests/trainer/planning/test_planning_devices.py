@@ -38,16 +38,16 @@ def test_any_other_gpu_is_described_by_its_figures() -> None:
     assert gpu.peak("bf16") == gpu.peak("fp32") == 122e12
     assert find_gpu(None, memory=24, tflops=122).usable > 20 * 2**30
     assert find_gpu("h100", memory=96) == replace(GPUS["h100"], memory=96 * 2**30)
-    with pytest.raises(UsageError, match=r"--gpu rx7900: unknown; .*--gpu-memory and --gpu-tflops describe any other"):
+    with pytest.raises(UsageError, match=r"rx7900: unknown GPU; .*--gpu-memory and --gpu-tflops describe any other"):
         find_gpu("rx7900", memory=24)
     with pytest.raises(UsageError, match="--gpu is missing; known: rtx3080"):
         find_gpu(None)
 
 
 def test_unknown_gpus_name_the_nearest_and_all_known() -> None:
-    with pytest.raises(UsageError, match=r"--gpu a100-80gb: unknown; did you mean 'a100-80g'\? known: rtx3080"):
+    with pytest.raises(UsageError, match=r"a100-80gb: unknown GPU; did you mean 'a100-80g'\? known: rtx3080"):
         find_gpu("a100-80gb")
-    with pytest.raises(UsageError, match="--gpu teapot: unknown; known: rtx3080") as error:
+    with pytest.raises(UsageError, match="--gpu teapot: unknown GPU; known: rtx3080") as error:
         find_gpu("teapot")
     assert "did you mean" not in str(error.value)
     assert find_gpu("H100") == GPUS["h100"]

@@ -14,7 +14,7 @@ from mixmae.base.exit_codes import FAILED, FINISHED
 from mixmae.base.redaction import redact
 
 _NARROW, _UNWRAPPED = 140, 10_000
-"""Columns of a terminal that a table needs; and of a file, where every line stays whole."""
+"""Columns that a table needs on a terminal; and width of non-terminal output, where lines are not wrapped."""
 _NARROW_CHECK = 16
 _SHOWN = 4
 
@@ -59,7 +59,7 @@ class Finding:
             object.__setattr__(self, name, redact(getattr(self, name)))
 
     def describe(self) -> str:
-        """All but level and check, as one sentence."""
+        """The finding without level and check, as one sentence."""
         where = f"{self.where}: " if self.where else ""
         expected = f", expected {self.expected}" if self.expected else ""
         advice = f"; {self.advice}" if self.advice else ""
@@ -103,7 +103,7 @@ def as_document(findings: Sequence[Finding]) -> str:
 
 
 def print_findings(findings: Sequence[Finding], console: Console, least: Level = Level.OK) -> None:
-    """Prints a table of all from a level on, worst first, and the verdict; folded to the width of a terminal."""
+    """Prints a table of the findings from a level on, most severe first, and the summary; wrapped on a terminal."""
     if not console.is_terminal:
         console.width = _UNWRAPPED
     ordered = worst_first(finding for finding in findings if finding.level >= least)
