@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mixmae.models.contract import Trainable
 from mixmae.models.encoders.contract import Encoder
-from mixmae.models.heads.mixing import mix_images, mix_targets
+from mixmae.models.heads.mixup import mix_images, mix_targets
 
 _HEAD_STD = 2e-5
 """Of the head's first weights: logits begin at 0, so that the first steps leave the encoder as it was pretrained."""

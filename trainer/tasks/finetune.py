@@ -10,7 +10,7 @@ from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.heads.classification import Classifier
-from mixmae.models.heads.mixing import MixSettings, draw_mix
+from mixmae.models.heads.mixup import MixSettings, draw_mix
 from mixmae.trainer.data.augmentation.labelled import labelled_crop
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
 from mixmae.trainer.data.index import ShardIndex, open_index

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixmae.models.encoders.swin import Swin
 from mixmae.models.heads.classification import Classifier
-from mixmae.models.heads.mixing import MixSettings, draw_mix, mix_images
+from mixmae.models.heads.mixup import MixSettings, draw_mix, mix_images
 from mixmae.trainer.export.import_mixmim import convert
 from tests.helpers import ROOT
 
