@@ -94,7 +94,7 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         for name, settings in (("plain", {"train.precision": "bf16"}), ("evaluated", asked)):
             run_dir = folder / f"{name}-{stage}"
             own = {"data.shards": str(shards), "run_dir": str(run_dir), "train.zero_stage": stage}
-            saved = {"checkpoint.every": "4 steps", "encoder.drop_path_rate": 0.2}
+            saved = {"checkpoint.every": "4 steps", "encoder.drop_path_rate": 0.2, "monitoring.enabled": False}
             recipes[run_dir.name] = tiny_recipe(**own, **saved, **settings)
     run_ranks(train, 1, list(recipes.values()))
     return {name: recipe.run_dir for name, recipe in recipes.items()}
