@@ -10,7 +10,10 @@ from mixmae.base.errors import UsageError, run_cli
 
 COMMANDS = {
     "launch": ("mixmae.launch.commands.launch", "start a pretraining run: on this machine, on hosts, or under Slurm"),
-    "recipes": ("mixmae.launch.commands.recipes", "list the recipes that ship; recipes show NAME prints one"),
+    "recipes": (
+        "mixmae.launch.commands.recipes",
+        "list the recipes that ship; show NAME, suggest SHARDS",
+    ),
     "doctor": (
         "mixmae.launch.commands.doctor",
         "check hosts, network, shards and run directory, from here and from all ranks",

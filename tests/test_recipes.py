@@ -1,4 +1,4 @@
-"""Every recipe loads, fits its own batch, and builds on the meta device."""
+"""Every recipe loads, fits its own batch, and builds on the meta device; made small, those for pretraining train."""
 
 from pathlib import Path
 
@@ -6,29 +6,92 @@ import pytest
 import torch
 
 from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.registry import family_of
 from mixmae.trainer.engine.deepspeed_engine import deepspeed_config
+from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.schedule import build_schedule
+from mixmae.trainer.recipe.library import library
 from mixmae.trainer.recipe.loading import load_recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.loop import fit
 from mixmae.trainer.tasks.registry import build_model
-from tests.helpers import ROOT
+from mixmae.trainer.telemetry.events import read_events
+from tests.helpers import run_ranks
 
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = library()
+PRETRAINING = [name for name in RECIPES if name.startswith("pretrain/") and name != "pretrain/demo"]
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_recipe(file: Path) -> None:
-    recipe = load_recipe(file)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name: str) -> None:
+    recipe = RECIPES[name]
+    found = load_recipe(recipe.file, ["encoder.init=pretrained-encoder"] if name.startswith("probe/") else [])
     with torch.device("meta"):
-        model = build_model(recipe)
-    if recipe.task == "pretrain" and recipe.method.name != "simmim":
-        assert {"decoder_dim", "decoder_depth", "decoder_num_heads"} <= recipe.method.settings.keys()
+        model = build_model(found)
+    if found.task == "pretrain" and found.method.name != "simmim":
+        assert {"decoder_dim", "decoder_depth", "decoder_num_heads"} <= found.method.settings.keys()
     assert isinstance(model.encoder, Encoder)
-    assert model.encoder.grid == (recipe.encoder.img_size // model.encoder.stride,) * 2
-    assert build_schedule(recipe, 1_281_167).total_steps > 0
-    command = file.read_text().splitlines()[0]
-    assert command.startswith(("# mixmae launch ", "# make "))
+    assert model.encoder.grid == (found.encoder.img_size // family_of(found.encoder.name)[0].stride,) * 2
+    assert build_schedule(found, 1_281_167).total_steps > 0
+    command = recipe.head[0]
+    assert command.startswith(("mixmae launch ", "make "))
     ranks = int(command.split("--local ")[1].split()[0]) if "--local" in command else 2
-    config = deepspeed_config(recipe, ranks)
-    assert config["gradient_accumulation_steps"] * recipe.train.micro_batch * ranks == recipe.train.global_batch
-    if config["gradient_accumulation_steps"] > 1 and recipe.task != "linear":  # whose gradients are small
-        assert recipe.train.zero_stage == 2, "stage 1 keeps whole gradients between micro-batches"
+    config = deepspeed_config(found, ranks)
+    assert config["gradient_accumulation_steps"] * found.train.micro_batch * ranks == found.train.global_batch
+    if config["gradient_accumulation_steps"] > 1 and found.task != "linear":  # whose gradients are small
+        assert found.train.zero_stage == 2, "stage 1 keeps whole gradients between micro-batches"
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_recipe_of_the_papers_says_its_cost_and_its_result(name: str) -> None:
+    head = RECIPES[name].head
+    assert [line.split(":")[0] for line in head[2:4]] == [
+        "Cost by 'mixmae plan' on 8 a100-80g",
+        "Result by the paper",
+    ]
+    assert head[3].endswith("not yet repeated here.")
+
+
+def made_small(name: str, shards: Path, folder: Path) -> Recipe:
+    """The recipe for two steps of a few images, with the smallest encoder of its family."""
+    family = load_recipe(RECIPES[name].file).encoder.name.split("_")[1]
+    keys = {
+        "encoder.name": f"mixmae_{family}_nano",
+        "data.shards": shards,
+        "data.num_workers": 0,
+        "run_dir": folder / name,
+        "train.duration": "2 steps",
+        "train.global_batch": 5,
+        "train.micro_batch": 5,
+        "optim.warmup": "1 step",
+        "checkpoint.every": "1000 steps",
+        "log.every": 1,
+        "log.pictures": "1 step",
+    }
+    overrides = [f"{key}={value}" for key, value in keys.items()]
+    if "window_size" not in load_recipe(RECIPES[name].file).encoder.settings:
+        overrides.append("encoder.img_size=128")
+    if load_recipe(RECIPES[name].file).method.name != "simmim":
+        overrides += ["method.decoder_dim=32", "method.decoder_depth=1", "method.decoder_num_heads=2"]
+    return load_recipe(RECIPES[name].file, overrides)
+
+
+def train(ranks: Ranks, recipes: list[Recipe]) -> None:
+    for recipe in recipes:
+        run = prepare(check(recipe, ranks), ranks)
+        fit(run)
+        run.reporter.close()
+        run.engine.destroy()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_recipes_train_when_made_small(shards: Path, tmp_path: Path) -> None:
+    recipes = {name: made_small(name, shards, tmp_path) for name in PRETRAINING}
+    run_ranks(train, 1, list(recipes.values()))
+    for name, recipe in recipes.items():
+        losses = [event["loss"] for event in read_events(recipe.run_dir, "step")]
+        assert len(losses) == 2, name
+        assert all(0.3 < loss < 2 for loss in losses), (name, losses)
+        assert list((recipe.run_dir / "pictures").iterdir()), name

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mixmae.base.errors import UsageError, run_cli
+from mixmae.base.errors import UsageError, run_rank
 from mixmae.base.heartbeat import begin_heartbeat
 from mixmae.base.logs import set_up_logging
 from mixmae.base.ownership import HELD, hold_run
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = run_cli(main, sys.argv[1:])
+    code = run_rank(main, sys.argv[1:])
     if "torch" in sys.modules:
         from mixmae.trainer.engine.distributed import leave
 

@@ -1,6 +1,7 @@
 """Ranks on the hosts of a hostfile, under DeepSpeed's launcher with pdsh over ssh."""
 
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -15,8 +16,15 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile_parser import HostSlots
 from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec
-from mixmae.launch.backends.remote_environment import environment_file, exported_variables, quote_for_pdsh
-from mixmae.launch.supervision.supervisor import TOKEN
+from mixmae.launch.backends.remote_environment import (
+    environment_file,
+    exported_by_deepspeed,
+    exported_variables,
+    is_setting,
+    quote_for_pdsh,
+)
+from mixmae.launch.backends.ssh import put_on_hosts
+from mixmae.launch.supervision.token import TOKEN
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
 _CONNECT_SECONDS, _COMMAND_SECONDS = 5, 20
@@ -44,7 +52,8 @@ class HostfileBackend:
         """The command that starts the ranks.
 
         DeepSpeed gets a hostfile and a file of environment variables that we write, so that it starts what was checked
-        here; the user's own files are left alone.
+        here; the user's own files are left alone. It exports variables on the hosts' command lines, which all users
+        see: only settings go that way, what may be secret is in a file.
 
         Args:
             environment: this process's.
@@ -57,14 +66,16 @@ class HostfileBackend:
         _require_plain("Python", sys.executable)
         variables = {**exported_variables(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [here, variables.get("PYTHONPATH")]))
+        early = {name: value for name, value in variables.items() if is_setting(name)}
+        private = {name: value for name, value in variables.items() if name not in early}
         folder = attempt.folder(job.run_dir).absolute()
-        hostfile, exports = folder / "hostfile", folder / "environment"
+        hostfile, exports, secrets = folder / "hostfile", folder / "environment", folder / "environment.json"
         slots = self.hosts.slots
         include = "@".join(f"{host}:{','.join(map(str, numbers))}" for host, numbers in slots.items())
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--include", include]
         where = ["--force_multi", "--master_addr", self.address, "--master_port", str(attempt.port), "--no_local_rank"]
         ssh = ["--ssh_port", str(self.ssh_port)] if self.ssh_port is not None else []
-        rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
+        rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True, environment=secrets)
         return Command(
             [*runner, *where, *ssh, "--module", "mixmae.launch.supervision.rank", *map(quote_for_pdsh, rank)],
             {
@@ -73,9 +84,15 @@ class HostfileBackend:
             },
             {
                 hostfile: "".join(f"{host} slots={max(numbers) + 1}\n" for host, numbers in slots.items()),
-                exports: environment_file(variables),
+                exports: environment_file(early),
             },
+            {secrets: json.dumps(private), **job.private},
+            [name for name in environment if exported_by_deepspeed(name) and name not in early],
         )
+
+    def distribute(self, files: Mapping[Path, str]) -> None:
+        """Writes files for their owner alone on all hosts that answer; those that do not are told by the start."""
+        put_on_hosts(list(self.hosts.slots), files, self.ssh_port)
 
     def kill_leftovers(self, attempt: Attempt) -> None:
         """Kills what a start may have left running on hosts that did not hear of its end."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_MOST_SLOTS = 4096
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -39,7 +40,7 @@ def read_hostfile(file: Path) -> HostSlots:
     if not file.is_file():
         raise UsageError(f"hostfile {file} does not exist; expected a file with lines such as 'node1 slots=8'")
     slots: dict[str, tuple[int, ...]] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         content = line.partition("#")[0].strip()
         if not content:
             continue
@@ -47,17 +48,41 @@ def read_hostfile(file: Path) -> HostSlots:
         match = _LINE.fullmatch(content)
         if match is None:
             raise UsageError(f"{where}: expected a host and its number of ranks, such as 'node1 slots=8'")
-        name, count = match[1], int(match[2])
+        name, count = match[1], int(match[2][:12])
         if not _NAME.fullmatch(name):
-            raise UsageError(f"{where}: {name!r} is not a host's name; write each host on a line of its own")
+            raise UsageError(f"{where}: {name!r} is not a host's name; {_advice(name)}")
         if name in slots:
             raise UsageError(f"{where}: {name} is on an earlier line too; keep one line, with all its slots")
+        if count > _MOST_SLOTS:
+            raise UsageError(f"{where}: {match[2][:12]} slots; expected as many as the host has accelerators")
         if count == 0:
             raise UsageError(f"{where}: 0 slots; remove the line, or use --exclude {name}")
         slots[name] = tuple(range(count))
     if not slots:
         raise UsageError(f"hostfile {file} names no hosts; expected lines such as 'node1 slots=8'")
     return HostSlots(slots)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"hostfile {file} cannot be read ({error}); expected text such as 'node1 slots=8'") from error
+
+
+def _advice(name: str) -> str:
+    """What to write instead of something that is close to a host's name."""
+    user, at, host = name.rpartition("@")
+    if at and _NAME.fullmatch(host):
+        return f"write '{host}', and 'User {user}' below 'Host {host}' in ~/.ssh/config"
+    if name.count(":") > 1 or name.startswith("["):
+        return "pdsh takes no IPv6 addresses: name the host in /etc/hosts or DNS, and write that name"
+    host, colon, port = name.partition(":")
+    if colon and port.isdecimal():
+        return f"write '{host}', and give the port of ssh with --ssh-port {port}"
+    if "," in name or "[" in name:
+        return "write each host on a line of its own"
+    return "a name has letters, digits, dots and hyphens, such as node1.cluster"
 
 
 def select(hosts: HostSlots, include: str, exclude: str) -> HostSlots:

@@ -3,11 +3,12 @@
 import secrets
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mixmae.base.run_directory import attempt_folder
+from mixmae.launch.supervision.token import TOKEN
 from mixmae.trainer.recipe.schema import Launch
 
 FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 300, 32
@@ -22,18 +23,23 @@ class JobSpec:
         module: run by `python -m`; takes `--world-size N` first, and refuses to run with another number of ranks.
         arguments: what follows.
         run_dir: where logs and records go.
+        private: contents of files that ranks read, by path, on every host; for their owner alone.
     """
 
     module: str
     arguments: Sequence[str]
     run_dir: Path
     settings: Launch = field(default_factory=Launch)
+    private: Mapping[Path, str] = field(default_factory=dict)
 
-    def rank_arguments(self, ranks: int, attempt: str, port: str, launcher: bool) -> list[str]:
+    def rank_arguments(
+        self, ranks: int, attempt: str, port: str, launcher: bool, environment: Path | None = None
+    ) -> list[str]:
         """What follows `python -m mixmae.launch.supervision.rank`.
 
         Args:
             launcher: whether the launching process stays connected until the run ends.
+            environment: file with more variables.
         """
         settings = self.settings
         options = {
@@ -44,6 +50,7 @@ class JobSpec:
             "join-seconds": f"{settings.join_seconds:g}",
             "stuck-seconds": f"{settings.stuck_seconds:g}",
             "grace-seconds": f"{settings.grace_seconds:g}",
+            **({"environment": str(environment)} if environment is not None else {}),
         }
         given = [text for name, value in options.items() for text in (f"--{name}", value)]
         return [*given, *(["--launcher"] if launcher else []), self.module, "--world-size", str(ranks), *self.arguments]
@@ -86,14 +93,26 @@ class Command:
         arguments: the command line.
         environment: variables set in addition to this process's own.
         files: contents by path, written while the command runs and readable by their owner alone.
+        private: more such files, on every host.
+        unset: variables of this process that it does not get.
     """
 
     arguments: Sequence[str]
     environment: dict[str, str]
     files: dict[Path, str] = field(default_factory=dict)
+    private: Mapping[Path, str] = field(default_factory=dict)
+    unset: Sequence[str] = ()
+
+    def environment_in(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """All variables that it gets, started from a process with this environment."""
+        kept = {name: value for name, value in environment.items() if name not in self.unset}
+        return {**kept, **self.environment}
 
     def describe(self) -> str:
-        """The files, then the command as one would type it in a shell."""
+        """The files, then the command as one would type it in a shell; what is private is named only."""
         files = [f"# {path}\n{text}" for path, text in self.files.items()]
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return "\n".join([*files, " ".join([*variables, shlex.join(self.arguments)])])
+        private = [f"# {path}, on every host, for its owner alone" for path in self.private]
+        unset = ["env", *(f"--unset={name}" for name in self.unset)] if self.unset else []
+        shown = {name: "..." if name == TOKEN else value for name, value in self.environment.items()}
+        variables = [f"{name}={shlex.quote(value)}" for name, value in shown.items()]
+        return "\n".join([*files, *private, " ".join([*unset, *variables, shlex.join(self.arguments)])])

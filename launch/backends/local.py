@@ -4,10 +4,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec
-from mixmae.launch.supervision.supervisor import TOKEN
+from mixmae.launch.supervision.token import TOKEN
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,14 @@ class LocalBackend:
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--hostfile", os.devnull]
         here = [*_devices(self.ranks, environment), "--master_port", str(attempt.port), "--no_local_rank"]
         rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
-        return Command([*runner, *here, "--module", "mixmae.launch.supervision.rank", *rank], {TOKEN: attempt.secret})
+        return Command(
+            [*runner, *here, "--module", "mixmae.launch.supervision.rank", *rank],
+            {TOKEN: attempt.secret},
+            private=job.private,
+        )
+
+    def distribute(self, files: Mapping[Path, str]) -> None:
+        """Nothing to do: there are no other hosts."""
 
     def kill_leftovers(self, attempt: Attempt) -> None:
         """Nothing to do: processes here end with the one that started them."""

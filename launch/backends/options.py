@@ -1,6 +1,7 @@
 """Command line options that choose a backend: this machine, the hosts of a hostfile, or Slurm."""
 
 import argparse
+import re
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
@@ -9,6 +10,7 @@ from mixmae.launch.backends.hostfile_parser import HostSlots, read_hostfile, sel
 from mixmae.launch.backends.local import LocalBackend
 from mixmae.launch.backends.slurm_script import SlurmRequest
 
+_ADDRESS = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9._:-]*[A-Za-z0-9:])?")
 _OPTIONS = {
     "hostfile": ("include", "exclude", "ranks", "master_addr", "ssh_port"),
     "slurm": (
@@ -80,6 +82,8 @@ def hostfile_backend(args: argparse.Namespace, resolve: bool = True) -> Hostfile
             f"expected world size {args.ranks} (--ranks), got {hosts.ranks} from {len(hosts.slots)} hosts of "
             f"{args.hostfile}; refusing to start: correct one of them"
         )
+    if args.master_addr is not None and not _ADDRESS.fullmatch(args.master_addr):
+        raise UsageError(f"--master-addr {args.master_addr!r}: expected a host's name or address, such as 10.0.0.1")
     return HostfileBackend(hosts, args.master_addr or _address(hosts, resolve), args.ssh_port)
 
 

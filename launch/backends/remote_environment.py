@@ -7,8 +7,11 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 
-_FAMILIES = ("CUDA_", "DS_", "FI_", "GLOO_", "MIXMAE_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRITON_", "UCX_")
-_SINGLE = ("LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
+_SETTINGS = ("CUDA_", "DS_", "FI_", "GLOO_", "NCCL_", "OMP_", "PYTHON", "PYTORCH_", "TORCH_", "TRITON_", "UCX_")
+_FAMILIES = (*_SETTINGS, "MIXMAE_")
+_SINGLE = ("LD_LIBRARY_PATH", "PATH")
+_DEEPSPEED = ("MLFLOW", "MV2", "NCCL", "PYTHON", "UCX")
+"""What DeepSpeed's runner exports by itself, as it is: the other host's shell would run a `$(...)` in it."""
 _OWN = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 """Of these families, but not exported: DeepSpeed sets the first on each host, and the second is about this one."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -29,6 +32,16 @@ def exported_variables(environment: Mapping[str, str], home: Path, here: Path) -
     for file in _users_files(environment, home, here):
         found.update(_read(file))
     return found
+
+
+def is_setting(name: str) -> bool:
+    """Whether a variable configures a library or Python, and so is no secret; it may be needed to start Python."""
+    return name.startswith(_SETTINGS) or name in _SINGLE
+
+
+def exported_by_deepspeed(name: str) -> bool:
+    """Whether DeepSpeed's runner would export this variable without being asked."""
+    return name.startswith(_DEEPSPEED)
 
 
 def _users_files(environment: Mapping[str, str], home: Path, here: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`python -m mixmae.launch.backends.slurm_job_steps begin|stop|end`: the steps of a batch script around its ranks."""
+"""`python -m mixmae.launch.backends.slurm_job_steps STEP`: the steps of a batch script around its ranks."""
 
 import argparse
 import asyncio
@@ -10,15 +10,22 @@ from pathlib import Path
 
 from mixmae.base.errors import run_cli
 from mixmae.base.exit_codes import FAILED
+from mixmae.base.hostlist import expand
 from mixmae.base.ownership import evict
 from mixmae.base.run_directory import LOGS, attempt_folder
 from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.protocol import connect
 from mixmae.launch.supervision.restarts import Decision, decide, print_outcome, record_restart
-from mixmae.launch.supervision.supervisor import TOKEN
+from mixmae.launch.supervision.token import TOKEN
 
 REQUEUE = "requeue"
 """Printed by `end` if the job is to be requeued."""
+
+
+def hosts(args: argparse.Namespace) -> int:
+    """Prints the job's nodes, a line each, where scontrol does not."""
+    print("\n".join(expand(os.environ["SLURM_JOB_NODELIST"])))
+    return 0
 
 
 def begin(args: argparse.Namespace) -> int:
@@ -66,8 +73,8 @@ def end(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae.launch.backends.slurm_job_steps", description=__doc__)
-    steps = parser.add_subparsers(required=True, metavar="begin|stop|end")
-    for step in (begin, stop, end):
+    steps = parser.add_subparsers(required=True, metavar="hosts|begin|stop|end")
+    for step in (hosts, begin, stop, end):
         own = steps.add_parser(step.__name__, help=step.__doc__)
         own.add_argument("--run-dir", type=Path, required=True)
         own.add_argument("--attempt", required=True)
@@ -75,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         if step is stop:
             own.add_argument("--port", type=int, required=True)
             own.add_argument("--signal", required=True)
-        else:
+        elif step is not hosts:
             own.add_argument("--launch", required=True, help="the same for all starts of a job")
     steps.choices["begin"].add_argument("--restarts", type=int, required=True)
     steps.choices["begin"].add_argument("--take-over", action="store_true")

@@ -14,7 +14,7 @@ from mixmae.launch.backends.job_spec import FIRST_PORT, PORT_BLOCK, PORT_BLOCKS,
 from mixmae.launch.backends.site import Site
 from mixmae.launch.backends.slurm_array import TASK, parse_array
 from mixmae.launch.supervision.outcome import ENDED
-from mixmae.launch.supervision.supervisor import TOKEN
+from mixmae.launch.supervision.token import TOKEN
 
 _INDENT = " " * 4
 _POLL_SECONDS, _EXIT_SECONDS = 2, 50
@@ -190,18 +190,19 @@ def _start(job: JobSpec, site: Site, take_over: bool) -> str:
 restarts=${{SLURM_RESTART_COUNT:-0}}
 attempt=$(date --utc +%Y%m%dT%H%M%SZ)-job$SLURM_JOB_ID-$restarts
 port={job.settings.port or block}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines=1)
 {TOKEN}=$(od --address-radix=n --read-bytes=16 --format=x1 /dev/urandom | tr --delete ' \\n')
-export MASTER_ADDR {TOKEN}
 [[ -z ${{SLURM_CPUS_PER_TASK:-}} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 mkdir --parents "$run_dir/logs/$attempt"
-cp "$0" "$run_dir/logs/$attempt/job.sh"
+(umask 077 && cp "$0" "$run_dir/logs/$attempt/job.sh")
 batch() {{
     local step=$1
     shift
     {once}{_inside(site)}"$python" -m mixmae.launch.backends.slurm_job_steps "$step" \\
         --run-dir "$run_dir" --attempt "$attempt" "$@"
 }}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2> /dev/null || batch hosts)
+MASTER_ADDR=${{hosts%%$'\\n'*}}
+export MASTER_ADDR {TOKEN}
 batch begin --launch "job$SLURM_JOB_ID" --restarts "$restarts"{" --take-over" if take_over else ""}
 """
 
@@ -211,7 +212,7 @@ def _launcher(request: SlurmRequest) -> str:
     return f"""\
 # One task per node: DeepSpeed's launcher, which starts its ranks. Signals that would kill it are ignored.
 hostfile=$run_dir/logs/$attempt/hostfile
-scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={request.ranks_per_node}/' > "$hostfile"
+sed 's/$/ slots={request.ranks_per_node}/' <<< "$hosts" > "$hostfile"
 launcher='trap "" USR1 USR2; exec "$0" -m deepspeed.launcher.runner --node_rank "$SLURM_NODEID" "$@"'
 """
 
@@ -285,14 +286,17 @@ done
 trap - USR1 TERM
 wait
 
-# The outcome, and whether to requeue the job: not if it was cancelled, or Slurm requeues it already.
+# The outcome, and whether to requeue the job: not if it was cancelled, Slurm requeues it already, or nothing here can.
+max_restarts={max_restarts}
+command -v scontrol > /dev/null || max_restarts=0
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
 job=${{job:-$SLURM_JOB_ID}}
 state=$(squeue --noheader --jobs="$job" --format=%T)
-decision=$(batch end --launch "job$SLURM_JOB_ID" --job-state "$state" --max-restarts {max_restarts})
+decision=$(batch end --launch "job$SLURM_JOB_ID" --job-state "$state" --max-restarts "$max_restarts")
 code=$?
 if [[ $decision == requeue ]]; then
     scontrol requeue "$job" && exec sleep 600 # Slurm kills it meanwhile; a child could outlive this script
+    echo "mixmae: error: the job could not be requeued and ends here; submit it again to continue the run" >&2
 fi
 exit "$code"
 """

@@ -36,8 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _examine(args: argparse.Namespace) -> list[Finding]:
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe is not None else None
-    typed = (str(args.recipe), *args.overrides) if recipe is not None else ()
-    options = DoctorOptions(recipe, typed, args.short, args.link)
+    options = DoctorOptions(recipe, args.short, args.link)
     if args.slurm:
         return check_slurm_job(
             slurm_request(args, "mixmae-doctor"), read_site(find_site(args.site, os.environ)), options

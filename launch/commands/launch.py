@@ -85,15 +85,15 @@ def main(argv: Sequence[str]) -> int:
         check_this_machine(recipe, backend.ranks)
     with hold_run(recipe.run_dir, args.take_over) as holding:
         if isinstance(backend, HostfileBackend) and not args.skip_preflight:
-            _preflight(backend, recipe, (str(args.recipe), *args.overrides))
+            _preflight(backend, recipe)
         frozen.write()
         written = frozen_file(recipe.run_dir, frozen.launch)
         print(f"mixmae: the resolved recipe is {written}", file=sys.stderr, flush=True)
         return run_with_restarts(job, backend, args.max_restarts or 0, holding)
 
 
-def _preflight(backend: HostfileBackend, recipe: Recipe, typed: tuple[str, ...]) -> None:
-    if (code := preflight(backend, recipe, typed)) != FINISHED:
+def _preflight(backend: HostfileBackend, recipe: Recipe) -> None:
+    if (code := preflight(backend, recipe)) != FINISHED:
         raise UsageError(
             f"preflight checks found errors on the hosts, shown above (exit code {code}); fix them, or use "
             "--skip-preflight"

@@ -25,10 +25,11 @@ from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.restart_loop import Backend
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.doctor.protocol.folders import temporary_folder
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.schema import Launch, Recipe
 
 MODULE = "mixmae.trainer.doctor"
 _PREFIX = "mixmae-doctor-"
+_RECIPE = "recipe.yaml"
 _ERROR = re.compile(r"[A-Za-z_.]+(?:Error|Exception)\b")
 _POLL_SECONDS = 1.0
 _OUTPUT_SECONDS = 10.0
@@ -36,10 +37,17 @@ _OUTPUT_SECONDS = 10.0
 _CONTROLLER_SECONDS = 60.0
 
 
-def run_doctor(backend: Backend, arguments: Sequence[str], settings: Launch) -> list[Finding]:
-    """The findings of ranks on this machine or on hosts."""
+def run_doctor(backend: Backend, recipe: Recipe | None, arguments: Sequence[str]) -> list[Finding]:
+    """The findings of ranks on this machine or on hosts.
+
+    Args:
+        recipe: None to check hosts and network alone. Ranks read it from a file: a URL in it may hold credentials.
+        arguments: of the doctor, behind the recipe.
+    """
     with _scratch(backend) as folder:
-        job = JobSpec(MODULE, (*arguments, "--jsonl"), folder, settings)
+        private = {folder / _RECIPE: recipe.to_yaml()} if recipe is not None else {}
+        settings = recipe.launch if recipe is not None else Launch()
+        job = JobSpec(MODULE, (*map(str, private), *arguments, "--jsonl"), folder, settings, private)
         attempt = new_attempt(job)
         outcome = run_attempt(backend.command(job, attempt, os.environ), backend, attempt, folder, show=False)
         output = (attempt.folder(folder) / LOG).read_text(errors="replace")
@@ -61,22 +69,27 @@ def _scratch(backend: Backend) -> Iterator[Path]:
 
 
 def run_doctor_under_slurm(
-    request: SlurmRequest, site: Site, base: Path, arguments: Sequence[str], settings: Launch
+    request: SlurmRequest, site: Site, base: Path, recipe: Recipe | None, arguments: Sequence[str]
 ) -> list[Finding]:
     """The findings of the ranks of a batch job; waits until it has run.
 
     Args:
         base: a folder on a file system that this host and the nodes share.
+        recipe, arguments: as `run_doctor`'s.
 
     Raises:
         UsageError: Slurm refuses the job.
     """
     folder = (base / f".{_PREFIX}{secrets.token_hex(4)}").absolute()
-    job = JobSpec(MODULE, (*arguments, "--jsonl"), folder, settings)
+    private = [str(folder / _RECIPE)] if recipe is not None else []
+    settings = recipe.launch if recipe is not None else Launch()
+    job = JobSpec(MODULE, (*private, *arguments, "--jsonl"), folder, settings)
     with ExitStack() as stack:
         try:
             stack.enter_context(temporary_folder(base))
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
+            if recipe is not None:
+                (folder / _RECIPE).write_text(recipe.to_yaml())
         except OSError as error:
             return [_unusable(base, error)]
         stack.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Checks from the login node, before anything starts elsewhere: batch size, host names, ssh, Slurm's nodes."""
 
-import os
 import re
 import shlex
 import socket
@@ -15,12 +14,11 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile_parser import HostSlots
 from mixmae.launch.backends.slurm_script import SlurmRequest
+from mixmae.launch.backends.ssh import AT_ONCE, ssh_command
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
 from mixmae.trainer.recipe.schema import Recipe
 
-_CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 30.0
-_AT_ONCE = 64
 _LEAVE_ONE = "leave one of these lines in the hostfile, with all its slots"
 _NO_FOLDER, _NO_PYTHON, _NO_PROJECT = 71, 72, 73
 """Exit codes of what is run on a host; 255 is ssh's own."""
@@ -80,9 +78,6 @@ class Answer:
 
 def ask(host: str, ssh_port: int | None = None) -> Answer:
     """Runs this Python in this directory of a host by ssh, as DeepSpeed's launcher will."""
-    port = ["-p", str(ssh_port)] if ssh_port is not None else []
-    users = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    options = ["-n", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}", *users, *port]
     here, python = shlex.quote(str(Path.cwd())), shlex.quote(sys.executable)
     remote = (
         f"cd {here} || exit {_NO_FOLDER}; test -x {python} || exit {_NO_PYTHON}; "
@@ -90,7 +85,12 @@ def ask(host: str, ssh_port: int | None = None) -> Answer:
     )
     try:
         done = subprocess.run(
-            ["ssh", *options, host, remote], capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
+            ssh_command(host, remote, ssh_port),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return Answer(host, "", None, "")
@@ -101,7 +101,7 @@ def ask(host: str, ssh_port: int | None = None) -> Answer:
 def check_hosts(hosts: HostSlots, ssh_port: int | None = None) -> Iterator[Finding]:
     """Whether every host can be reached, is another machine, and has Python and mixmae where this one has them."""
     started = time.monotonic()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda host: ask(host, ssh_port), hosts.slots))
     seconds = time.monotonic() - started
     troubles = [trouble for answer in answers if (trouble := explain(answer)) is not None]

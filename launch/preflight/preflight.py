@@ -14,7 +14,7 @@ from mixmae.launch.preflight.doctor_job import run_doctor, run_doctor_under_slur
 from mixmae.launch.preflight.login_checks import check_batch, check_hosts, check_names, check_slurm
 from mixmae.launch.supervision.restart_loop import Backend
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, exit_code, print_findings
-from mixmae.trainer.recipe.schema import Launch, Recipe
+from mixmae.trainer.recipe.schema import Recipe
 
 _NOT_STARTED = Finding(
     Level.NOTE, "ranks", "", "not started, so nothing else was checked", advice="fix the errors, and check again"
@@ -27,25 +27,19 @@ class DoctorOptions:
 
     Attributes:
         recipe: None to check hosts and network alone.
-        typed: the recipe and its overrides, as on the command line.
         short: only checks that take a few seconds.
         link: bandwidth that the network should reach, as on the command line.
     """
 
     recipe: Recipe | None
-    typed: tuple[str, ...]
     short: bool = False
     link: str | None = None
 
     @property
     def arguments(self) -> list[str]:
-        """The arguments of `mixmae.trainer.doctor`."""
+        """The arguments of `mixmae.trainer.doctor`, behind the recipe."""
         link = ["--link", self.link] if self.link is not None else []
-        return [*self.typed, *(["--short"] if self.short else []), *link]
-
-    @property
-    def settings(self) -> Launch:
-        return self.recipe.launch if self.recipe is not None else Launch()
+        return [*(["--short"] if self.short else []), *link]
 
     def batch(self, ranks: int) -> list[Finding]:
         return list(check_batch(self.recipe, ranks)) if self.recipe is not None else []
@@ -70,7 +64,7 @@ def check_backend(backend: Backend, options: DoctorOptions) -> list[Finding]:
             found += check_hosts(backend.hosts, backend.ssh_port)
     if not is_ready(found):
         return [*found, _NOT_STARTED]
-    return [*found, *run_doctor(backend, options.arguments, options.settings)]
+    return [*found, *run_doctor(backend, options.recipe, options.arguments)]
 
 
 def check_slurm_job(request: SlurmRequest, site: Site, options: DoctorOptions) -> list[Finding]:
@@ -83,15 +77,11 @@ def check_slurm_job(request: SlurmRequest, site: Site, options: DoctorOptions) -
     if not is_ready(found):
         return [*found, _NOT_STARTED]
     run_dir = options.recipe.run_dir if options.recipe is not None else Path.cwd()
-    return [*found, *run_doctor_under_slurm(request, site, run_dir, options.arguments, options.settings)]
+    return [*found, *run_doctor_under_slurm(request, site, run_dir, options.recipe, options.arguments)]
 
 
-def preflight(backend: Backend, recipe: Recipe, typed: tuple[str, ...]) -> int:
-    """The short checks before a launch: prints what is wrong, and returns 0 if the run can start.
-
-    Args:
-        typed: the recipe and its overrides, as on the command line.
-    """
-    findings = check_backend(backend, DoctorOptions(recipe, typed, short=True))
+def preflight(backend: Backend, recipe: Recipe) -> int:
+    """The short checks before a launch: prints what is wrong, and returns 0 if the run can start."""
+    findings = check_backend(backend, DoctorOptions(recipe, short=True))
     print_findings(findings, Console(stderr=True, highlight=False), least=Level.WARNING)
     return exit_code(findings)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
-from mixmae.base.ports import reserve_port
-from mixmae.launch.supervision.listening import listen, own_address
+from mixmae.base.ports import listening_address, reserve_port
+from mixmae.launch.supervision.listening import listen
 from mixmae.launch.supervision.membership import Limits, Membership
 from mixmae.launch.supervision.outcome import USER, Exit, Outcome, log_file, write_outcome
 from mixmae.launch.supervision.protocol import (
@@ -23,6 +23,8 @@ _POLL_SECONDS = 0.25
 _GONE_SECONDS = 15.0
 """Seconds that supervisors may take to end their ranks after the outcome."""
 _WRITE_SECONDS = 20.0
+_MOST_STRANGERS = 256
+"""Connections, beside one of each rank, that have not yet proved to know the secret."""
 
 
 class Coordinator:
@@ -40,6 +42,7 @@ class Coordinator:
         self._membership = Membership(world_size, limits, launcher, time.monotonic())
         self._connections: dict[int, Connection] = {}
         self._launcher: Connection | None = None
+        self._strangers = 0
         self._gone: dict[int, list[str]] = {}
         self._outcome: Outcome | None = None
 
@@ -49,7 +52,8 @@ class Coordinator:
         Raises:
             PortError: no port is free, or the address is not local.
         """
-        server, port = await listen(self._serve, await own_address(address), first_port)
+        own = await asyncio.to_thread(listening_address, address)
+        server, port = await listen(self._serve, own, first_port)
         self._rendezvous = reserve_port(max(port, first_port + PORTS))
         heartbeats = asyncio.create_task(self._beat())
         try:
@@ -63,7 +67,7 @@ class Coordinator:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(reader, writer)
-        if await authenticate_client(connection, self._secret):
+        if await self._admits(connection):
             hello = await connection.receive()
             if hello is not None and hello["kind"] == "stop":
                 self._stop(str(hello["signal"]), "the job")
@@ -72,6 +76,16 @@ class Coordinator:
                     self._serve_launcher(connection) if hello["rank"] is None else self._serve_rank(connection, hello)
                 )
         await connection.close()
+
+    async def _admits(self, connection: Connection) -> bool:
+        """Whether a client knows the secret; of those that have not yet proved it only so many are heard at once."""
+        if self._strangers >= self._membership.world_size + _MOST_STRANGERS:
+            return False
+        self._strangers += 1
+        try:
+            return await authenticate_client(connection, self._secret)
+        finally:
+            self._strangers -= 1
 
     async def _serve_rank(self, connection: Connection, hello: Message) -> None:
         rank, host = int(hello["rank"]), str(hello["host"])

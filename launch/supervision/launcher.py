@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +39,9 @@ class KillsLeftovers(Protocol):
     def address(self) -> str:
         """Where rank 0's supervisor listens."""
 
+    def distribute(self, files: Mapping[Path, str]) -> None:
+        """Writes files for their owner alone on other hosts."""
+
     def kill_leftovers(self, attempt: Attempt) -> None:
         """Kills processes that a failed start may have left on other hosts."""
 
@@ -65,7 +69,7 @@ class Launcher:
                 asyncio.get_running_loop().add_signal_handler(number, self._on_stop_signal)
         console = Console() if self._show else None
         log = self._folder / LOG
-        child = Child(self._command.arguments, {**os.environ, **self._command.environment}, log, console)
+        child = Child(self._command.arguments, self._command.environment_in(os.environ), log, console)
         guard.protect(child.group)
         following = asyncio.create_task(self._follow())
         await self._wait_for_end(child, following)
@@ -176,10 +180,11 @@ def run_attempt(
     except FileExistsError as error:
         raise UsageError(f"{run_dir} is being started by another launch since this second; start a run once") from error
     try:
-        for file, text in command.files.items():
+        for file, text in {**command.files, **command.private}.items():
             file.touch(mode=0o600)
             file.write_text(text)
+        backend.distribute(command.private)
         return asyncio.run(Launcher(command, backend, attempt, folder, show).run(Guard(signal.SIGTERM)))
     finally:
-        for file in command.files:
-            file.unlink()
+        for file in (*command.files, *command.private):
+            file.unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 import asyncio
 import errno
-import ipaddress
-import socket
 from collections.abc import Awaitable, Callable
 
 from mixmae.base.ports import PortError
@@ -26,19 +24,3 @@ async def listen(handler: Handler, address: str, first_port: int) -> tuple[async
             if error.errno != errno.EADDRINUSE:
                 raise PortError(f"cannot listen on the master address {address}: {error.strerror}") from error
     raise PortError(f"ports {first_port} to {first_port + PORTS - 1} of {address} are all taken; set launch.port")
-
-
-async def own_address(address: str) -> str:
-    """The address to listen on: the master address, or any if the host's name resolves to its loopback interface.
-
-    Raises:
-        PortError: the address is unknown.
-    """
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(address, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise PortError(f"the master address {address} is not known on its own host: {error.strerror}") from error
-    family, own = found[0][0], str(found[0][4][0])
-    if ipaddress.ip_address(own).is_loopback and address not in ("localhost", own):
-        return "::" if family == socket.AF_INET6 else "0.0.0.0"
-    return own

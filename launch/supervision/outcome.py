@@ -12,6 +12,7 @@ from typing import Any, Self
 from mixmae.base.errors import ERROR
 from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
 from mixmae.base.files import atomic_write
+from mixmae.base.redaction import redact, redact_all
 from mixmae.base.run_directory import OUTCOME
 
 ENDED = "ended"
@@ -89,7 +90,9 @@ class Outcome:
         return replace(self, lines=list(lines))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without credentials that a library may have printed."""
+        values: dict[str, Any] = redact_all(asdict(self))
+        return values
 
     def final_message(self) -> str:
         """The last message on the console; empty if the run finished, which its rank 0 has printed."""
@@ -102,7 +105,7 @@ class Outcome:
         shown = []
         if self.log is not None and self.lines:
             shown.append(f"mixmae: last lines of {self.log}{where and f', {where}'}:")
-            shown += [f"    {line}" for line in self.lines]
+            shown += [f"    {redact(line)}" for line in self.lines]
         shown.append(f"mixmae: {'' if self.code == PREEMPTED else 'error: '}{self.reason}")
         return "\n".join(shown)
 

@@ -1,4 +1,8 @@
-"""The control connection between supervisors: JSON lines over TCP, authenticated by a shared secret."""
+"""The control connection between supervisors: JSON lines over TCP, authenticated by a shared secret.
+
+Both ends prove that they know it, and each message from then on: what somebody in between adds, changes, repeats or
+leaves out ends the connection. Nothing is encrypted.
+"""
 
 import asyncio
 import hashlib
@@ -23,17 +27,36 @@ class Connection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._sign: _Signature | None = None
+        self._verify: _Signature | None = None
         self.last_heard = time.monotonic()
+
+    def sign(self, secret: str, own: str, peer: str, challenges: str) -> None:
+        """Has all further messages signed, and those of the peer verified.
+
+        Args:
+            own, peer: the names of the two sides.
+            challenges: of both ends, which nobody can have used before.
+        """
+        self._sign, self._verify = (
+            _Signature(_proof(secret, f"messages of {side}", challenges)) for side in (own, peer)
+        )
 
     def send(self, kind: str, **fields: Any) -> None:
         """Sends without blocking: a peer that does not read sends no heartbeats either, and is dropped for that."""
         if not self._writer.is_closing():
-            self._writer.write(json.dumps({"kind": kind, **fields}).encode() + b"\n")
+            line = json.dumps({"kind": kind, **fields}).encode()
+            self._writer.write((line if self._sign is None else self._sign(line) + b" " + line) + b"\n")
 
     async def receive(self) -> Message | None:
-        """The next message; None if the connection is lost or the message is invalid."""
+        """The next message; None if the connection is lost, or the message is invalid or wrongly signed."""
         try:
-            message = json.loads(await self._reader.readuntil(b"\n"))
+            line = (await self._reader.readuntil(b"\n")).removesuffix(b"\n")
+            if self._verify is not None:
+                signature, _, line = line.partition(b" ")
+                if not hmac.compare_digest(signature, self._verify(line)):
+                    return None
+            message = json.loads(line)
         except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, RecursionError):
             return None
         self.last_heard = time.monotonic()
@@ -46,6 +69,17 @@ class Connection:
             await asyncio.wait_for(self._writer.wait_closed(), _HANDSHAKE_SECONDS)
         except (OSError, TimeoutError):
             self._writer.transport.abort()
+
+
+class _Signature:
+    """Signs one direction's messages by their order."""
+
+    def __init__(self, key: str) -> None:
+        self._key, self._count = key.encode(), 0
+
+    def __call__(self, line: bytes) -> bytes:
+        self._count += 1
+        return hmac.new(self._key, b"%d " % self._count + line, hashlib.sha256).hexdigest().encode()
 
 
 def _proof(secret: str, side: str, challenge: str) -> str:
@@ -61,7 +95,9 @@ async def authenticate_client(connection: Connection, secret: str) -> bool:
             answer = await connection.receive()
             if answer is None or not _knows(answer, _proof(secret, "member", challenge)):
                 return False
-            connection.send("welcome", proof=_proof(secret, "coordinator", str(answer.get("challenge"))))
+            theirs = str(answer.get("challenge"))
+            connection.send("welcome", proof=_proof(secret, "coordinator", theirs))
+            connection.sign(secret, "coordinator", "member", f"{challenge} {theirs}")
             return True
     except TimeoutError:
         return False
@@ -74,10 +110,13 @@ async def authenticate_to_server(connection: Connection, secret: str) -> bool:
             first = await connection.receive()
             if first is None:
                 return False
-            challenge = secrets.token_hex(16)
-            connection.send("answer", proof=_proof(secret, "member", str(first.get("challenge"))), challenge=challenge)
+            challenge, theirs = secrets.token_hex(16), str(first.get("challenge"))
+            connection.send("answer", proof=_proof(secret, "member", theirs), challenge=challenge)
             welcome = await connection.receive()
-            return welcome is not None and _knows(welcome, _proof(secret, "coordinator", challenge))
+            if welcome is None or not _knows(welcome, _proof(secret, "coordinator", challenge)):
+                return False
+            connection.sign(secret, "member", "coordinator", f"{theirs} {challenge}")
+            return True
     except TimeoutError:
         return False
 

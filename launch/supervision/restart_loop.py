@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from mixmae.base.ownership import Holding
@@ -22,6 +23,8 @@ class Backend(Protocol):
         """Where rank 0's supervisor listens, as seen from all ranks and from this process."""
 
     def command(self, job: JobSpec, attempt: Attempt, environment: Mapping[str, str]) -> Command: ...
+
+    def distribute(self, files: Mapping[Path, str]) -> None: ...
 
     def kill_leftovers(self, attempt: Attempt) -> None: ...
 

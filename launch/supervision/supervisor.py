@@ -26,9 +26,8 @@ from mixmae.launch.supervision.outcome import Outcome, log_file, mark_ended
 from mixmae.launch.supervision.output import Console
 from mixmae.launch.supervision.protocol import Connection, Message, connect
 from mixmae.launch.supervision.stuck import rank_status
+from mixmae.launch.supervision.token import TOKEN
 
-TOKEN = "MIXMAE_TOKEN"
-"""The environment variable with the secret that a start's supervisors share."""
 STOPPING = {
     signal.SIGTERM: "SIGTERM",
     signal.SIGINT: "SIGTERM",  # Python would raise KeyboardInterrupt within a step
@@ -53,6 +52,7 @@ class RankSpec:
         attempt: name of this start of the run.
         port: first port of the range that rank 0's supervisor may listen on.
         launcher: whether the launching process opens a control connection too.
+        private: a file that every supervisor has read by the time that all have joined.
     """
 
     command: Sequence[str]
@@ -61,6 +61,7 @@ class RankSpec:
     port: int
     launcher: bool
     limits: Limits
+    private: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -163,6 +164,9 @@ class Supervisor:
         return FAILED
 
     def _start(self, go: Message) -> None:
+        if self._spec.private is not None:
+            with suppress(OSError):
+                self._spec.private.unlink(missing_ok=True)
         rank_env = replace(self._rank_env, master_port=int(go["master_port"]))
         threads = max(
             1, len(os.sched_getaffinity(0)) // (1 if "SLURM_CPUS_PER_TASK" in os.environ else go["local_size"])

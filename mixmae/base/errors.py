@@ -3,9 +3,13 @@
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TextIO
+
+from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.redaction import redact
 
 ERROR = "mixmae: error: "
 """How the line begins that says what went wrong."""
@@ -16,9 +20,15 @@ _BROKEN_PIPE = 141
 
 
 class UsageError(ValueError):
-    """A wrong value from the user; the message gives the value, what was expected and what to change."""
+    """A wrong value from the user; the message gives the value, what was expected and what to change.
+
+    It is shown in many places, so that credentials in it are hidden from the start.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
@@ -50,6 +60,27 @@ def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("mixmae: interrupted", file=sys.stderr, flush=True)
         return _INTERRUPTED
+
+
+def run_rank(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """As `run_cli`, for a process that must leave by `os._exit` whatever was raised.
+
+    The interpreter's own way out would wait for data workers, which do not heed its SIGTERM. Errors that are not the
+    user's are shown with their traceback.
+    """
+    try:
+        return run_cli(main, argv)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else FAILED if end.code else FINISHED
+    except BaseException as error:  # even one of memory
+        print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
+        return FAILED
+
+
+def describe_error(error: BaseException) -> str:
+    """What an error says in a line, with its type unless it was written for users."""
+    kind, said = type(error).__name__, redact(" ".join(str(error).split()))
+    return said if said and isinstance(error, UsageError) else f"{kind}: {said}" if said else kind
 
 
 def _reader_is_gone(stream: TextIO) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmae.base.redaction import redact
+
 _logger = logging.getLogger(__name__)
 
 
@@ -74,8 +76,8 @@ def append(file: Path, *records: Mapping[str, Any]) -> None:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """An object's line; null where a number is not finite."""
-    return json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+    """An object's line; null where a number is not finite, and without credentials."""
+    return json.dumps(_shown(record), allow_nan=False).encode() + b"\n"
 
 
 def decode(line: bytes, *keys: str) -> dict[str, Any] | None:
@@ -111,9 +113,11 @@ def _ends_within_a_line(file: Path) -> bool:
         return stream.read() != b"\n"
 
 
-def _finite(value: Any) -> Any:
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: _shown(entry) for key, entry in value.items()}
+    return [_shown(entry) for entry in value] if isinstance(value, list | tuple) else value

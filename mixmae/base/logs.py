@@ -10,12 +10,20 @@ import sys
 from collections.abc import Mapping
 
 from mixmae.base.errors import UsageError
+from mixmae.base.redaction import redact
 
 LEVEL, FILE = "MIXMAE_LOG_LEVEL", "MIXMAE_LOG_FILE"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
-class _Console(logging.Formatter):
+class _Redacting(logging.Formatter):
+    """Leaves credentials out, also of a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _Console(_Redacting):
     """Progress as it is, warnings as errors are told by `mixmae.base.errors`."""
 
     def __init__(self, rank: str) -> None:
@@ -55,7 +63,7 @@ def _file_handler(path: str) -> logging.Handler:
         handler = logging.FileHandler(path)
     except OSError as error:
         raise UsageError(f"{FILE}={path} cannot be written: {error.strerror}; name another file") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
 
 

@@ -1,6 +1,7 @@
 """Free TCP ports of this machine: to meet on at once, to give to a server, to reserve for somebody else."""
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Iterable
 
@@ -39,6 +40,32 @@ def free_port_from(first: int, taken: Iterable[int] = ()) -> int:
         if port not in taken:
             return port
     raise PortError(f"none of the ports {first} to {last - 1} is free; name another one")
+
+
+def listening_address(name: str) -> str:
+    """What a server listens on that other hosts reach by a name or address of this host: that address and no other.
+
+    Where this host resolves its own name to its loopback interface, others know an address that it does not: then it is
+    all of them, `::` or `0.0.0.0`.
+
+    Raises:
+        PortError: the name is unknown.
+    """
+    try:
+        family, _, _, _, (address, *_) = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise PortError(f"the master address {name} is not known on its own host: {error.strerror}") from error
+    if ipaddress.ip_address(str(address).partition("%")[0]).is_loopback and name not in ("localhost", address):
+        return "::" if family == socket.AF_INET6 else "0.0.0.0"
+    return str(address)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether an address, or `localhost`, means this machine alone, on whatever machine."""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def reserve_port(first: int) -> socket.socket:

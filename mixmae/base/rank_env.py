@@ -1,10 +1,10 @@
 """Rank, world size and rendezvous address of this process, from the environment that its launcher set."""
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mixmae.base.errors import UsageError
+from mixmae.base.hostlist import expand
 from mixmae.base.ports import free_port
 
 
@@ -73,7 +73,6 @@ def _from_variables(env: Mapping[str, str], names: tuple[str, ...], address: str
 def _first_host(env: Mapping[str, str]) -> str:
     hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
-        return found.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UsageError(f"scontrol names no first host of {hosts!r} ({error}); set MASTER_ADDR") from error
+        return expand(hosts)[0]
+    except ValueError as error:
+        raise UsageError(f"SLURM_STEP_NODELIST: {error}; set MASTER_ADDR to the first node") from error

@@ -33,6 +33,11 @@ class Variant:
         return f"stages{self.stages}_lr{self.lr_scale:g}"
 
 
+def variants_of(stages: Sequence[int], lr_scales: Sequence[float]) -> list[Variant]:
+    """One for each pair."""
+    return [Variant(count, scale) for count in stages for scale in lr_scales]
+
+
 class FeatureNorm(nn.Module):
     """BatchNorm without affine, over the micro-batches of all ranks; its input has no gradient.
 
@@ -62,6 +67,18 @@ class FeatureNorm(nn.Module):
         self.mean.lerp_(mean, self.momentum)
         self.var.lerp_(squares / (count - 1).clamp(min=1), self.momentum)
         return (x - mean) * (squares / count + _EPS).rsqrt()
+
+
+def fold_norm(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """A classifier that does to features what the given one does to normalised ones, of which it sees the last.
+
+    Args:
+        weight: [classes, C], bias [classes].
+        mean, var: those of `FeatureNorm`, [C or more].
+    """
+    width = weight.shape[1]
+    scaled = weight * (var[-width:] + _EPS).rsqrt()
+    return scaled, bias - scaled @ mean[-width:]
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

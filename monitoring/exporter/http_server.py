@@ -101,7 +101,7 @@ def server_family(address: str) -> socket.AddressFamily:
     Raises:
         OSError: it is none.
     """
-    return socket.getaddrinfo(address or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    return socket.getaddrinfo(address or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
 
 
 def _end(connection: socket.socket) -> None:

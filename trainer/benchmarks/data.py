@@ -1,8 +1,9 @@
 """`mixmae bench data RECIPE`: images per second of the input pipeline, compared with torchvision's in the same process.
 
 All variants load the same JPEGs with the recipe's crops, image size, micro-batch and workers. The reference is
-torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize. Variants are interleaved, and
-the median over rounds is reported. If there is a GPU, batches are copied to it.
+torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and Normalize; for a recipe with `augment:` it is
+timm's create_transform of the same settings. Variants are interleaved, and the median over rounds is reported. If there
+is a GPU, batches are copied to it.
 """
 
 import argparse
@@ -12,13 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
@@ -27,6 +30,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import photos
 from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
+from mixmae.trainer.data.augmentation.labelled import LabelledCrop, labelled_crop
 from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
 from mixmae.trainer.data.index import ShardIndex, open_index
@@ -35,13 +39,14 @@ from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.stream import BatchReader, Position, Stream, ToDevice
-from mixmae.trainer.data.transform import RandomResizedCropFlip
+from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Data, Recipe
 
-REFERENCE = "imagefolder"
+REFERENCE, TIMM = "imagefolder", "timm"
+"""The reference of recipes that do not augment, and of those that do."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def main(argv: Sequence[str]) -> int:
         result = measure(recipe, Path(folder), args.images, args.photos, args.seconds, args.rounds)
     print(table(result))
     if args.json is not None:
-        name = f"data-{'photos' if args.photos else args.recipe.stem}-{recipe.data.num_workers}-workers.json"
+        source = "photos" if args.photos else args.recipe.stem
+        kind = "-augmented" if _augments(recipe) else ""
+        name = f"data-{source}{kind}-{recipe.data.num_workers}-workers.json"
         write_result(args.json if args.json.suffix == ".json" else args.json / name, result)
     return 0
 
@@ -80,8 +87,9 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
     """Throughput of all variants and breakdown of their time; writes files below `folder`."""
     mean_bytes = _write_images(recipe, folder / "images", images, own)
     variants = list(_variants(recipe, folder))
+    reference_name = TIMM if _augments(recipe) else REFERENCE
     makers: dict[str, Callable[[], Generator[int, None, None]]] = {
-        REFERENCE: lambda: _reference(recipe, folder / "images")
+        reference_name: lambda: _reference(recipe, folder / "images")
     }
     for variant in variants:
         makers[variant.name] = lambda variant=variant: _ours(recipe, variant)  # type: ignore[misc]
@@ -91,12 +99,14 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
             for name, make in makers.items():
                 rates[name].append(_rate(make(), seconds, 2 * max(1, recipe.data.num_workers)))
                 bar.update()
-    reference = statistics.median(rates[REFERENCE])
+    reference = statistics.median(rates[reference_name])
     parts = {variant.name: _parts(recipe, variant) for variant in variants}
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "img_size": recipe.encoder.img_size,
         "crop_scale": recipe.data.crop_scale,
+        "rand_augment": recipe.augment.rand_augment,
+        "random_erasing": recipe.augment.random_erasing,
         "micro_batch": recipe.train.micro_batch,
         "num_workers": recipe.data.num_workers,
         "images": images,
@@ -166,7 +176,8 @@ def _variants(recipe: Recipe, folder: Path) -> Iterator[Variant]:
 
 def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
-    with Stream(_with(recipe, variant), Ranks(), index, Position(recipe.seed, 0, index.fingerprint)) as stream:
+    position, transform = Position(recipe.seed, 0, index.fingerprint), _transform(recipe, variant, index)
+    with Stream(_with(recipe, variant), Ranks(), index, position, transform=transform) as stream:
         to_device = ToDevice(_device(), recipe.data.mean, recipe.data.std)
         for batch in stream:
             if to_device.device.type == "cuda":
@@ -186,10 +197,38 @@ def _with(recipe: Recipe, variant: Variant) -> Recipe:
     return recipe.model_copy(update={"data": data, "train": train})
 
 
-def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
-    """torchvision's pipeline with persistent workers, for endless epochs."""
-    data = recipe.data
-    transform = transforms.Compose(
+def _augments(recipe: Recipe) -> bool:
+    return recipe.augment.rand_augment is not None or recipe.augment.random_erasing > 0
+
+
+def _transform(recipe: Recipe, variant: Variant, index: ShardIndex) -> SampleTransform:
+    """The recipe's; classes say nothing here."""
+    if not _augments(recipe):
+        return RandomResizedCropFlip(recipe.encoder.img_size, variant.settings)
+    return replace(
+        labelled_crop(recipe, torch.zeros(len(index.classes) + 1, dtype=torch.int64)), settings=variant.settings
+    )
+
+
+def _reference_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor]:
+    data, augment = recipe.data, recipe.augment
+    if _augments(recipe):
+        made: Callable[[Image.Image], torch.Tensor] = create_transform(
+            recipe.encoder.img_size,
+            is_training=True,
+            scale=data.crop_scale,
+            hflip=data.hflip,
+            color_jitter=None,
+            auto_augment=augment.rand_augment,
+            interpolation="bicubic",
+            mean=data.mean,
+            std=data.std,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+        )
+        _spare_zero_bits(made)
+        return made
+    return transforms.Compose(
         [
             transforms.RandomResizedCrop(
                 recipe.encoder.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
@@ -199,8 +238,22 @@ def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
             transforms.Normalize(data.mean, data.std),
         ]
     )
+
+
+def _spare_zero_bits(made: Any) -> None:
+    """Lets timm's posterising pass over images of which it would keep no bit: recent versions of Pillow refuse that."""
+    for step in made.transforms:
+        for operation in getattr(step, "ops", []):
+            if operation.name.startswith("Posterize"):
+                posterize = operation.aug_fn
+                operation.aug_fn = lambda image, bits, _posterize=posterize, **_: _posterize(image, max(1, bits))
+
+
+def _reference(recipe: Recipe, folder: Path) -> Generator[int, None, None]:
+    """torchvision's or timm's pipeline with persistent workers, for endless epochs."""
+    data = recipe.data
     loader: DataLoader[Any] = DataLoader(
-        datasets.ImageFolder(folder, transform),
+        datasets.ImageFolder(folder, _reference_transform(recipe)),
         batch_size=recipe.train.micro_batch,
         shuffle=True,
         drop_last=True,
@@ -230,9 +283,10 @@ def _rate(batches: Generator[int, None, None], seconds: float, warm_up: int) -> 
 def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, float]:
     """Microseconds per image on one core, by part of a worker's work."""
     index, size = open_index(variant.shards), recipe.encoder.img_size
-    settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "collate"), 0.0)
+    settings, spent = variant.settings, dict.fromkeys(("read", "decode", "resize", "augment", "collate"), 0.0)
     samples = [number % len(index) for number in range(count)]
-    reader = BatchReader(index, RandomResizedCropFlip(size, settings), recipe.seed)
+    transform = _transform(recipe, variant, index)
+    reader = BatchReader(index, transform, recipe.seed)
     request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -242,10 +296,14 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
         content = index.read(sample)
         times.append(time.perf_counter())
         source = open_encoded(content, int(index.samples[sample]["state"]), settings.decoder)
-        plan = plan_random_crop(source, size, settings, random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample))
+        random = random_at(Purpose.AUGMENTATION, recipe.seed, 0, sample)
+        plan = plan_random_crop(source, size, settings, random)
         pixels = decode_crop(source, plan)
         times.append(time.perf_counter())
-        resize_crop(pixels, plan, size, settings.decoder)
+        resized = resize_crop(pixels, plan, size, settings.decoder)
+        times.append(time.perf_counter())
+        if isinstance(transform, LabelledCrop):
+            transform.augment(resized.permute(1, 2, 0).numpy(), random)
         times.append(time.perf_counter())
         for part, (start, end) in zip(spent, pairwise(times), strict=False):
             spent[part] += end - start

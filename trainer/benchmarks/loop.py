@@ -34,7 +34,8 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.lifecycle import check, close, prepare
-from mixmae.trainer.run.loop import fit, inputs_of
+from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.train_step import inputs_of
 
 _KEPT = 4
 """Number of batches in memory."""

@@ -14,7 +14,7 @@ from mixmae.trainer.checkpoints.buffers import restore_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest, verify_file
 from mixmae.trainer.checkpoints.slices import ModelSlices
-from mixmae.trainer.engine.distributed import Ranks, from_main
+from mixmae.trainer.engine.distributed import Ranks, all_gather, from_main
 from mixmae.trainer.engine.ema import Ema
 
 
@@ -58,8 +58,8 @@ def stored_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    found = (checkpoint_history(run_dir), _check_newest(run_dir), layout.remnants(run_dir))
-    candidates, notes, remnants = from_main(found)
+    found = checkpoint_history(run_dir), _check_newest(run_dir), layout.remnants(run_dir)
+    candidates, notes, remnants = from_main(found, tuple[list[Path], list[str], list[str]])
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
         if manifest is not None:
@@ -88,8 +88,7 @@ def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
             verify_file(folder / name, manifest.files[name])
     except DamagedError as error:
         problem = str(error)
-    problems: list[str | None] = [problem] * ranks.world_size
-    dist.all_gather_object(problems, problem)
+    problems = all_gather(problem, str | None)
     first = next((problem for problem in problems if problem is not None), None)
     if first is None:
         return manifest

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.files import sync
@@ -25,7 +24,7 @@ from mixmae.trainer.checkpoints.files import file_name, write
 from mixmae.trainer.checkpoints.host_memory import HostMemory
 from mixmae.trainer.checkpoints.manifest import FileRecord, Manifest, Progress
 from mixmae.trainer.checkpoints.slices import ModelSlices
-from mixmae.trainer.engine.distributed import Ranks, background_group, from_main
+from mixmae.trainer.engine.distributed import Ranks, all_gather, background_group, from_main
 from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -90,7 +89,7 @@ class Saver:
         self._group = background_group()
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
-        claim = from_main(Claim.take(self._run_dir) if ranks.is_main else None)
+        claim = from_main(Claim.take(self._run_dir) if ranks.is_main else None, Claim | None)
         assert claim is not None
         self._claim = claim
         if ranks.is_main:
@@ -131,7 +130,7 @@ class Saver:
             **vars(progress),
             world_size=self._ranks.world_size,
             zero_stage=self._recipe.train.zero_stage,
-            recipe=self._recipe.model_dump(mode="json"),
+            recipe=self._recipe.shown(),
             versions=self._versions,
             shapes=slices.shapes,
             frozen=slices.frozen,
@@ -142,8 +141,17 @@ class Saver:
         return lambda files: of_files(files=files)
 
     def _begin(self, work: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        """A thread's end must not pass for a save that succeeded."""
+        try:
+            work()
+        except Exception as error:
+            self.error = _describe(error, self._ranks.rank, self._run_dir / CHECKPOINTS)
+            self.failures += 1
+            self._saved = Saved(self.begun or 0, error=self.error)
 
     def poll(self) -> Saved | None:
         """The outcome of a save that ended since the last call; on the main rank."""
@@ -174,8 +182,7 @@ class Saver:
             own = self._write_own(folder, tensors)
         except Exception as error:  # any error: the other ranks wait in all_gather
             own = _describe(error, self._ranks.rank, folder / file_name(self._ranks.rank))
-        parts: list[FileRecord | str] = [own] * self._ranks.world_size
-        dist.all_gather_object(parts, own, group=self._group)
+        parts = all_gather(own, FileRecord | str, self._group)
         if self._ranks.is_main:
             saved = self._publish(folder, step, manifest_of, parts)
             self.error = saved.error
@@ -218,6 +225,8 @@ class Saver:
             retention.prune(self._run_dir, newest, self._recipe.checkpoint)
         except OSError as error:
             return f"{error.strerror or error} ({error.filename})"
+        except Exception as error:  # whatever it is, the save itself has succeeded
+            return _describe(error, self._ranks.rank, newest)
         return None
 
 

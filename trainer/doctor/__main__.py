@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch.distributed as dist
 from rich.console import Console
 
-from mixmae.base.errors import run_cli
+from mixmae.base.errors import run_rank
 from mixmae.base.exit_codes import FAILED, FINISHED
 from mixmae.trainer.doctor.checks import run_checks
 from mixmae.trainer.doctor.cluster import Cluster
@@ -92,5 +92,5 @@ def _follow(ranks: Ranks, recipe: Recipe | None, limits: ProbeLimits) -> int:
 
 
 if __name__ == "__main__":
-    code = run_cli(main, sys.argv[1:])
+    code = run_rank(main, sys.argv[1:])
     distributed.leave(FAILED if code == FINISHED and dist.is_initialized() else code)

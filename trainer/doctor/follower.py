@@ -69,9 +69,8 @@ def measure(ranks: Ranks, sizes: Sequence[int]) -> tuple[Reduction, ...]:
 def measure_pairs(ranks: Ranks, members: Sequence[int], names: Mapping[int, str]) -> tuple[Pair, ...]:
     """Bandwidth between neighbours of the ring; all pairs on the main rank, elsewhere none. Collective."""
     mine = measure_ring(ranks, members)
-    gathered: list[dict[tuple[int, int], float] | None] | None = [None] * ranks.world_size if ranks.is_main else None
-    dist.gather_object(mine, gathered)
-    found = [pair for rates in gathered or () if rates is not None for pair in rates.items()]
+    everybody = distributed.all_gather(list(mine.items()), list[tuple[tuple[int, int], float]])
+    found = [pair for rates in everybody if ranks.is_main for pair in rates]
     return tuple(Pair(names[first], names[second], rate) for (first, second), rate in found)
 
 

@@ -3,19 +3,19 @@
 It needs only one port that every host can reach, so that failures to form a process group can still be reported.
 """
 
-import os
 import time
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from pydantic import TypeAdapter
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore
 
 from mixmae.base.errors import UsageError
 from mixmae.base.liveness import JOIN_SECONDS
 from mixmae.trainer.doctor.facts import Clock
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.rendezvous import open_store
 
 ARRIVAL_SECONDS = JOIN_SECONDS
 """Seconds that ranks may take to start and report."""
@@ -42,17 +42,8 @@ class MessageStore:
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then torchrun serves the store
         try:
-            store = TCPStore(
-                ranks.master_addr,
-                ranks.master_port,
-                None,
-                is_master=ranks.is_main and not agents,
-                timeout=timedelta(seconds=ARRIVAL_SECONDS),
-                wait_for_workers=False,
-                multi_tenant=True,  # the process group's own store takes the same port later
-            )
+            store = open_store(ranks, timedelta(seconds=ARRIVAL_SECONDS), wait_for_workers=False)
         except dist.DistError as error:
             what = "listen at" if ranks.is_main else "reach the main rank at"
             raise UnreachableError(

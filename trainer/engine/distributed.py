@@ -1,15 +1,20 @@
 """Which rank this is, from the environment of whatever started it; joining and leaving the process group."""
 
+import functools
+import json
+import multiprocessing
 import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from mixmae.base import exit_codes
@@ -17,6 +22,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.engine.malloc import keep_freed_memory
+from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
 from mixmae.trainer.recipe.schema import Launch
 
 
@@ -71,6 +77,13 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     # DeepSpeed forms its own group of all ranks, and names no timeout.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
+    if not dist.is_initialized():
+        keep_to_loopback(ranks)
+        store = open_store(ranks, timeout)
+        device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=device
+        )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if ranks.device.type == "cuda":
         _refuse_shared_gpu(ranks)
@@ -105,11 +118,54 @@ def background_group() -> dist.ProcessGroup:
     return group
 
 
-def from_main(value: T) -> T:
-    """The main rank's value on all ranks; it is pickled."""
-    answer = [value]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+def from_main(value: T, kind: Any = None) -> T:
+    """The main rank's value on all ranks.
+
+    Values travel as JSON of their type: torch's own object collectives unpickle, and so run, whatever arrives.
+
+    Args:
+        kind: the type, as pydantic takes it; without one, what JSON has: lists for tuples, text for keys.
+    """
+    content = _as_bytes(_encode(value, kind), None)
+    size = torch.tensor([len(content)], device=content.device)
+    dist.broadcast(size, src=0)
+    if len(content) != size.item():
+        content = torch.empty(int(size), dtype=torch.uint8, device=size.device)
+    dist.broadcast(content, src=0)
+    found: T = _decode(content, kind)
+    return found
+
+
+def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = None) -> list[T]:
+    """All ranks' values, by rank; as JSON, see `from_main`."""
+    content = _as_bytes(_encode(value, kind), group)
+    size, world_size = torch.tensor([len(content)], device=content.device), dist.get_world_size(group)
+    sizes = [torch.empty_like(size) for _ in range(world_size)]
+    dist.all_gather(sizes, size, group=group)
+    longest = int(max(sizes))
+    parts = [torch.empty(longest, dtype=torch.uint8, device=content.device) for _ in range(world_size)]
+    dist.all_gather(parts, torch.nn.functional.pad(content, (0, longest - len(content))), group=group)
+    return [_decode(part[: int(own)], kind) for part, own in zip(parts, sizes, strict=True)]
+
+
+def _encode(value: Any, kind: Any) -> bytes:
+    return json.dumps(value).encode() if kind is None else _adapter(kind).dump_json(value)
+
+
+def _decode(content: Tensor, kind: Any) -> Any:
+    text = content.cpu().numpy().tobytes()
+    return json.loads(text) if kind is None else _adapter(kind).validate_json(text)
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _as_bytes(content: bytes, group: dist.ProcessGroup | None) -> Tensor:
+    """uint8 [N], where the group's backend can send it from."""
+    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return tensor.cuda() if dist.get_backend(group) == "nccl" else tensor
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -126,14 +182,22 @@ def peak_memory(ranks: Ranks) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def leave(code: int) -> None:
-    """Ends this process; without os._exit gloo's threads can abort an interpreter that is already done.
+def leave(code: int) -> NoReturn:
+    """Ends this process and its data workers; without os._exit gloo's threads can abort an interpreter that is done.
 
     After success all ranks wait for each other; after a failure nobody waits, since the others may never come.
     """
-    if code in (exit_codes.FINISHED, exit_codes.PREEMPTED) and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        if code in (exit_codes.FINISHED, exit_codes.PREEMPTED) and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+    except Exception as error:
+        code = exit_codes.FAILED
+        print(f"mixmae: error: another rank was lost at the end: {error}", file=sys.stderr)
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they do not heed SIGTERM
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads any more
+                stream.flush()
+        os._exit(code)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import Heartbeat, begin_heartbeat
+from mixmae.base.redaction import redact
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_labels
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
@@ -56,7 +57,7 @@ def true_classes(index: ShardIndex, model: FrozenModel) -> Tensor:
     Raises:
         UsageError: an image without a label, or a class that the model does not have.
     """
-    where = index.store.location
+    where = redact(index.store.location)
     require_labels(index, "mixmae evaluate")
     labels = index.samples["label"].astype(np.int64)
     if index.classes and model.class_names:
@@ -103,7 +104,7 @@ def evaluate(
 
 def figures(model: FrozenModel, index: ShardIndex, score: Score | None, neighbours: dict[int, Score]) -> dict[str, Any]:
     """Everything that was measured, as JSON holds it."""
-    found: dict[str, Any] = {"model": model.name, "shards": index.store.location, "images": len(index)}
+    found: dict[str, Any] = {"model": model.name, "shards": redact(index.store.location), "images": len(index)}
     if score is not None:
         images, shares = score.images().tolist(), score.per_class().tolist()
         found |= {"top1": score.top(1), "top5": score.top(5)}

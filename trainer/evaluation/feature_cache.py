@@ -12,7 +12,7 @@ import xxhash
 from torch import Tensor, nn
 
 from mixmae.base.files import atomic_write, replacing
-from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.distributed import Ranks, all_gather
 
 _IDENTITY = "identity.json"
 
@@ -80,11 +80,7 @@ def _file(folder: Path, number: int, files: int) -> Path:
 
 def _agreed(wanted: bool, ranks: Ranks) -> bool:
     """Whether any rank wants it."""
-    if ranks.world_size == 1:
-        return wanted
-    votes = [wanted] * ranks.world_size
-    dist.all_gather_object(votes, wanted)
-    return any(votes)
+    return wanted if ranks.world_size == 1 else any(all_gather(wanted))
 
 
 def _barrier(ranks: Ranks) -> None:

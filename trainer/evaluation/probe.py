@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
+from mixmae.base.redaction import redact
 from mixmae.trainer.data.index import UNLABELLED, ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_labels
 from mixmae.trainer.data.stream import ToDevice
@@ -41,7 +42,7 @@ def check_probe_shards(index: ShardIndex, purpose: str) -> None:
     Raises:
         UsageError: fewer than two images, unusable ones, one class only, or labels for some images alone.
     """
-    where = index.store.location
+    where = redact(index.store.location)
     if len(index) < 2:
         raise UsageError(f"{where} holds one image; {purpose} needs some to learn from and some to test on")
     require_readable(index, purpose)

@@ -23,7 +23,7 @@ from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import Deviation
 from mixmae.trainer.recipe.words import explain
 
-ENCODER, METHOD, CONFIG = "model.safetensors", "method.safetensors", "config.json"
+ENCODER, METHOD, CONFIG, CARD = "model.safetensors", "method.safetensors", "config.json", "README.md"
 _NOT_SIZES = ("self", "num_classes", "global_pool")
 MISFIT = (ValueError, ArithmeticError, IndexError, RuntimeError)
 """What timm and torch raise for sizes, names and shapes that do not fit each other."""
@@ -38,6 +38,7 @@ def write_encoder_directory(
     method: tuple[str, dict[str, Tensor]] | None = None,
     facts: dict[str, Any] | None = None,
     input_facts: dict[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
@@ -47,6 +48,7 @@ def write_encoder_directory(
         method: the name of the method that pretrained it, and the weights that it has beside the encoder.
         input_facts: what timm's pretrained_cfg should say otherwise than usual: mean, std, crop_pct, label_names.
         facts: whatever else config.json should say of where the weights come from.
+        card: the model card, in Markdown.
 
     Raises:
         UsageError: `out` exists.
@@ -69,6 +71,8 @@ def write_encoder_directory(
     }
     with new_directory(out) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if card is not None:
+            (partial / CARD).write_text(card)
         for name, state in ((ENCODER, encoder), *(() if method is None else ((METHOD, method[1]),))):
             save_file(_storable(state), partial / name, metadata={"format": "pt"})
             shutil.copymode(partial / CONFIG, partial / name)  # safetensors writes for the owner alone

@@ -1,6 +1,6 @@
 """`mixmae export RUN OUT`: the encoder of a checkpoint, by default the newest, in fp32, as an encoder directory.
 
-A fine-tuned one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
+A fine-tuned or probed one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
 """
 
 import argparse
@@ -10,10 +10,12 @@ from typing import Any
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints, newest_checkpoint
-from mixmae.trainer.checkpoints.manifest import DamagedError
+from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest
 from mixmae.trainer.checkpoints.weights import model_weights
 from mixmae.trainer.evaluation.held_out import evaluation_crop
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
+from mixmae.trainer.export.linear_head import linear_head
+from mixmae.trainer.export.model_card import model_card
 from mixmae.trainer.run.provenance import read_recipe
 
 _PREFIX = "encoder."
@@ -42,6 +44,8 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
     facts: dict[str, Any] = {
         "pretraining": {"step": checkpoint_step(checkpoint), "method": method.model_dump(mode="json")}
     }
+    if recipe.task == "linear":
+        encoder |= linear_head(recipe, checkpoint, weights)
     if trained.num_classes is not None:
         input_facts |= {"crop_pct": evaluation_crop(recipe), "label_names": trained.classes or None}
         facts = {"finetuning": {"step": checkpoint_step(checkpoint), "multi_label": trained.multi_label}}
@@ -53,6 +57,7 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
         (method.name, rest) if trained.num_classes is None else None,
         facts,
         input_facts,
+        model_card(recipe, Manifest.read(checkpoint), run_dir),
     )
     return out
 

@@ -60,13 +60,17 @@ def corpus(recipe: Recipe, images: int | None, mean_bytes: int | None) -> Corpus
 
 
 def worker_rate(recipe: Recipe, results: Path) -> WorkerRate | None:
-    """The highest measured rate of the recipe's decoder (`mixmae bench data`), at its image size if there is one."""
+    """The highest measured rate of the recipe's decoder and RandAugment, at its image size if there is one.
+
+    `mixmae bench data` measures it.
+    """
     found = []
     for file in sorted(results.glob("data-*.json")):
         for entry in entries(file):
             variant = entry["variants"].get(recipe.data.decoder)
             busy = min(max(1, entry["num_workers"]), entry["cores"])
-            if variant is not None:
+            same = entry.get("rand_augment") == recipe.augment.rand_augment
+            if variant is not None and same:
                 rate = variant["images_per_second"] / busy
                 found.append(WorkerRate(rate, entry["img_size"], entry["cpu"], file.name))
     same_size = [rate for rate in found if rate.img_size == recipe.encoder.img_size]

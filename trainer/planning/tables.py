@@ -40,7 +40,7 @@ def report(plan: Plan) -> RenderableType:
 def values(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values: bytes, seconds, images per second."""
     return {
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.recipe.shown(),
         "model": {
             "parameters": plan.work.parameters.total,
             "model_flops_per_image": plan.work.model_flops,

@@ -3,6 +3,7 @@
 Editing the YAML while a job is queued, or between two restarts, changes nothing.
 """
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -57,7 +58,9 @@ class FrozenRecipes:
             try:
                 if not file.parent.is_dir():
                     file.parent.mkdir(parents=True)
-                with file.open("x") as opened:
+                # The one copy that holds credentials in URLs is its owner's alone.
+                descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as opened:
                     opened.write(self.text(recipe))
             except FileExistsError as error:
                 raise UsageError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
-from mixmae.base.redaction import redact_all
 from mixmae.trainer.recipe.loading import leaves
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -103,7 +102,7 @@ def _any(path: str, keys: Iterable[str]) -> bool:
 
 
 def _leaves(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    return leaves(redact_all(recipe.model_dump(mode="json")))
+    return leaves(recipe.shown())
 
 
 def _shown(value: Any) -> str:

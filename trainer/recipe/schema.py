@@ -1,5 +1,7 @@
 """The recipe's schema, with every default; `loading` reads recipes. No torch: login nodes read them too."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,11 +10,42 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from mixmae.base.errors import UsageError
 from mixmae.base.liveness import JOIN_SECONDS, STALL_SECONDS, STUCK_SECONDS
+from mixmae.base.redaction import redact_all
 from mixmae.trainer.recipe.units import Duration, Size, Span
+
+_VARIABLE = re.compile(r"\$(?:\{(\w*)\}|(\w+))")
+
+
+def expand(path: str) -> str:
+    """A path with `~`, `~user`, `$NAME` and `${NAME}` as a shell would have them.
+
+    Raises:
+        ValueError: there is no such variable or user.
+    """
+    for braced, bare in _VARIABLE.findall(path):
+        if (name := braced or bare) not in os.environ:
+            raise ValueError(f"the environment has no variable {name}; set it, or write the path out")
+    expanded = os.path.expandvars(path)
+    if not expanded.startswith("~"):
+        return expanded
+    try:
+        return str(Path(expanded).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{expanded.partition('/')[0]} is nobody's home; write the path out, or ./{path}") from error
+
+
+def is_elsewhere(shards: str) -> bool:
+    """Whether shards are behind a URL or a command, and not in a directory."""
+    return "://" in shards or shards.startswith("pipe:")
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _paths_are_expanded(cls, value: Any) -> Any:
+        return Path(expand(str(value))) if isinstance(value, Path) else value
 
 
 _STREAMS = 512
@@ -116,6 +149,11 @@ class Evaluate(Section):
     crop_ratio: float | None = Field(None, gt=0, le=1)
     """Side of the centre crop over the image's shorter side; None: 0.875 (256 to 224 px) up to 224 px, 1 above."""
 
+    @field_validator("shards", mode="after")
+    @classmethod
+    def _directories_are_expanded(cls, shards: str | None) -> str | None:
+        return shards if shards is None or is_elsewhere(shards) else expand(shards)
+
 
 class Network(Section):
     """How shards behind a URL are read."""
@@ -163,8 +201,12 @@ class Data(Section):
     @property
     def directory(self) -> Path | None:
         """The shards' directory; None if they are behind a URL or a command."""
-        elsewhere = "://" in self.shards or self.shards.startswith("pipe:")
-        return None if elsewhere else Path(self.shards)
+        return None if is_elsewhere(self.shards) else Path(self.shards)
+
+    @field_validator("shards", mode="after")
+    @classmethod
+    def _directories_are_expanded(cls, shards: str) -> str:
+        return shards if is_elsewhere(shards) else expand(shards)
 
     @model_validator(mode="after")
     def _crops_are_shares_of_the_image(self) -> Self:
@@ -407,4 +449,10 @@ class Recipe(Section):
         return range(rank * share, (rank + 1) * share)
 
     def to_yaml(self) -> str:
+        """All of it, as ranks read it; credentials in URLs included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def shown(self) -> dict[str, Any]:
+        """Nested values without credentials, for records that others may read."""
+        values: dict[str, Any] = redact_all(self.model_dump(mode="json"))
+        return values

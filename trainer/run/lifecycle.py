@@ -1,10 +1,12 @@
 """A training run from its recipe to its end: check, join, build the engine, resume, fit, close."""
 
+import logging
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from mixmae.base import exit_codes
-from mixmae.base.errors import UsageError
+from mixmae.base.errors import UsageError, describe_error
 from mixmae.base.heartbeat import Heartbeat
 from mixmae.base.machine import require_writable
 from mixmae.base.run_directory import newest_checkpoint
@@ -32,13 +34,20 @@ from mixmae.trainer.run.saving import TakenOverError
 from mixmae.trainer.run.state import TrainState
 from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.tasks.registry import stored_recipe, task_of
-from mixmae.trainer.telemetry.events import begin_attempt, record_changes, refuse_attempt, restarted
+from mixmae.trainer.telemetry.events import (
+    begin_attempt,
+    fail_attempt,
+    record_changes,
+    refuse_attempt,
+    restarted,
+)
 from mixmae.trainer.telemetry.exporter_process import check_monitoring
 from mixmae.trainer.telemetry.observer import Observer, start_observer
 from mixmae.trainer.telemetry.reporter import NullReporter, Reporter
 from mixmae.trainer.telemetry.sample_log import SampleLog
 from mixmae.trainer.telemetry.wandb_tracker import Tracker, check_wandb, explain_wandb_errors, prepare_wandb
 
+_logger = logging.getLogger(__name__)
 _LAST_SAVE = 10.0
 """Seconds that a run which failed waits for a save that it began before."""
 
@@ -84,33 +93,47 @@ def train(
     job = check(recipe, ranks, change)
     distributed.join(ranks, recipe.launch.stuck_seconds)
     run = prepare(job, ranks, stop, heartbeat)
-    clean = False
     try:
         begun = run.state.step
         asked_by = fit(run)
         say_end(run, asked_by, begun)
-        clean = True
-    except Exception as error:
+    except BaseException as error:
         lost = lost_worker_error(error, ranks.rank)
-        kind = "superseded" if isinstance(error, TakenOverError) else "failed"
-        run.reporter.event(kind, f"step {run.state.step}: {lost or error}", step=run.state.step)
+        _fail(run, lost or error)
         if lost is not None:
             raise lost from error
         raise
-    finally:
-        close(run, clean)
+    close(run, clean=True)
     return exit_codes.FINISHED if asked_by is None else exit_codes.PREEMPTED
 
 
+def _fail(run: Run, error: BaseException) -> None:
+    """Records why a run failed, and ends all that it started; what goes wrong meanwhile does not hide the reason."""
+    ending = ExitStack()
+    ending.callback(close, run, clean=False)
+    step, kind = run.state.step, "superseded" if isinstance(error, TakenOverError) else "failed"
+    ending.callback(run.reporter.event, kind, f"step {step}: {describe_error(error)}", step=step)
+    _end_all(ending)
+
+
+def _end_all(started: ExitStack) -> None:
+    """For a run that has failed: what goes wrong while it ends does not hide the reason."""
+    try:
+        started.close()
+    except Exception as error:
+        _logger.warning("while the run ended: %s", describe_error(error))
+
+
 def close(run: Run, clean: bool) -> None:
-    """Ends all that a run started."""
-    run.saver.wait(_LAST_SAVE)
-    if run.sample_log is not None:
-        run.sample_log.close()
-    run.observer.close(clean)
-    run.batches.close()
-    run.reporter.close()
-    run.engine.destroy()
+    """Ends all that a run started, the last first; what cannot be ended keeps nothing else."""
+    with ExitStack() as started:
+        started.callback(run.engine.destroy)
+        started.callback(run.reporter.close)
+        started.callback(run.batches.close)
+        started.callback(run.observer.close, clean)
+        if run.sample_log is not None:
+            started.callback(run.sample_log.close)
+        started.callback(run.saver.wait, _LAST_SAVE)
 
 
 def say_end(run: Run, asked_by: str | None, begun: int) -> None:
@@ -157,26 +180,38 @@ def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
 def prepare(job: Job, ranks: Ranks, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> Run:
     """Observer, engine, position, batches and reporter: everything up to the first step."""
     observer, silent = start_observer(job.recipe, ranks, heartbeat)  # first, so that a start that hangs is seen
-    ends = begin_attempt(job.recipe.run_dir) if ranks.is_main else []
-    observer.restarted(ends)
+    started = ExitStack()
     try:
-        return _build(job, ranks, stop, observer, silent, ends)
-    except UsageError as error:
+        ends = begin_attempt(job.recipe.run_dir) if ranks.is_main else []
+        observer.restarted(ends)
+        return _build(job, ranks, stop, observer, silent, ends, started)
+    except BaseException as error:
+        refused = isinstance(error, UsageError)
+        started.callback(observer.close, clean=refused)  # then there is no run: nothing to be missed
         if ranks.is_main:
-            refuse_attempt(job.recipe.run_dir, str(error))
-        observer.close(clean=True)  # there is no run: nothing to be missed
+            record = refuse_attempt if refused else fail_attempt
+            started.callback(record, job.recipe.run_dir, describe_error(error))
+        _end_all(started)
         raise
 
 
 def _build(
-    job: Job, ranks: Ranks, stop: StopRequest | None, observer: Observer, silent: str | None, ends: list[str]
+    job: Job,
+    ranks: Ranks,
+    stop: StopRequest | None,
+    observer: Observer,
+    silent: str | None,
+    ends: list[str],
+    started: ExitStack,
 ) -> Run:
+    """What `prepare` returns; `started` ends what is there so far."""
     recipe, index, schedule = job.recipe, job.index, job.schedule
     prepare_wandb(recipe, ranks)
     matmuls = _matmuls(recipe, ranks)
     with explain_wandb_errors(recipe):
         scale_of = job.task.lr_scale_of(job.model)
         engine = build_engine(job.model, recipe, ranks, job.task.optimizer(), scale_of, matmuls)
+    started.callback(engine.destroy)
     ema = None if recipe.optim.ema_decay is None else Ema(ModelSlices(engine), recipe.optim.ema_decay)
     resumed = resume(engine, recipe.run_dir, ranks, ema)
     state, position, changes = _state_of(resumed, job)
@@ -191,8 +226,14 @@ def _build(
     main = ranks.is_main
     transform = job.task.transform(index)
     batches = Stream(recipe, ranks, index, position, replaced_file(recipe.run_dir, ranks.rank), transform)
+    started.callback(batches.close)
     # After the loader's workers are forked: with memory that they shared, the first save would copy each page on write.
     saver = Saver(engine, recipe, versions(), ranks, begun=state.step if resumed else None, ema=ema)
+    reporter = Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter()
+    started.callback(reporter.close)
+    sample_log = SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None
+    if sample_log is not None:
+        started.callback(sample_log.close)
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -203,12 +244,12 @@ def _build(
         state=state,
         batches=batches,
         to_device=ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
-        reporter=Reporter(recipe.run_dir, state.step, schedule.total_steps, tracker) if main else NullReporter(),
+        reporter=reporter,
         observer=observer,
         saver=saver,
         ema=ema,
         stop=stop,
-        sample_log=SampleLog(recipe.run_dir, ranks) if recipe.log.samples else None,
+        sample_log=sample_log,
     )
     _say_start(run, job, resumed, ends)
     if silent is not None:

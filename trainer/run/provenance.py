@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write
 from mixmae.base.run_directory import RECIPE, REPLACED, SHARDS, VERSIONS, newest_checkpoint, rank_records
@@ -67,7 +69,7 @@ def replaced_file(run_dir: Path, rank: int) -> Path:
 def write_run_dir(recipe: Recipe, index: ShardIndex) -> None:
     """Creates the run directory and says in it what runs; for the main rank, after every rank checked."""
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(recipe.run_dir / RECIPE, recipe.to_yaml())
+    atomic_write(recipe.run_dir / RECIPE, yaml.safe_dump(recipe.shown(), sort_keys=False))
     atomic_write(recipe.run_dir / SHARDS, json.dumps(index.listing()) + "\n")
     atomic_write(recipe.run_dir / VERSIONS, json.dumps(versions(), indent=1) + "\n")
 

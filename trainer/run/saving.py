@@ -2,12 +2,10 @@
 
 import math
 
-import torch.distributed as dist
-
 from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints.manifest import Progress
 from mixmae.trainer.checkpoints.saver import Saved
-from mixmae.trainer.engine.distributed import from_main
+from mixmae.trainer.engine.distributed import all_gather, from_main
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.stop_signal import StopSignal
 
@@ -86,7 +84,8 @@ def finish(run: Run, signal: StopSignal) -> str | None:
         save(run)
     run.saver.wait()
     report_saves(run)
-    failures, error, superseded = from_main((run.saver.failures, run.saver.error, run.saver.superseded))
+    told = run.saver.failures, run.saver.error, run.saver.superseded
+    failures, error, superseded = from_main(told, tuple[int, str | None, bool])
     if superseded:
         raise TakenOverError(f"the run ends at step {run.state.step}: {error}")
     if error is not None:
@@ -96,9 +95,8 @@ def finish(run: Run, signal: StopSignal) -> str | None:
         )
     if run.state.step == run.schedule.total_steps:
         return None
-    reasons: list[str | None] = [None] * run.ranks.world_size
     own = _asked_to_stop(run)
-    dist.all_gather_object(reasons, own and f"{own} on rank {run.ranks.rank}")
+    reasons = all_gather(own and f"{own} on rank {run.ranks.rank}", str | None)
     return next(reason for reason in reasons if reason is not None)
 
 

@@ -11,8 +11,7 @@ from mixmae.models.contract import Trainable
 from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.heads.classification import Classifier
 from mixmae.models.heads.mixing import MixSettings, draw_mix
-from mixmae.trainer.data.augmentation.erasing import RandomErasing
-from mixmae.trainer.data.augmentation.labelled import LabelledCrop
+from mixmae.trainer.data.augmentation.labelled import labelled_crop
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import Batch
@@ -44,7 +43,8 @@ class Finetune(Task):
         except ValueError as error:
             raise UsageError(str(error)) from error
         check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
-        _rand_augment(recipe)
+        if recipe.augment.rand_augment is not None:
+            RandAugment.parse(recipe.augment.rand_augment, recipe.data.mean)
         return resolve_classes(recipe)
 
     @property
@@ -82,16 +82,7 @@ class Finetune(Task):
         return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
-        recipe, data = self.recipe, self.recipe.data
-        targets = targets_of(index, recipe.classification, "data.shards")
-        erasing = RandomErasing(recipe.augment.random_erasing, data.mean, data.std)
-        return LabelledCrop(
-            recipe.encoder.img_size,
-            data,
-            targets.table,
-            _rand_augment(recipe),
-            erasing if erasing.prob > 0 else None,
-        )
+        return labelled_crop(self.recipe, targets_of(index, self.recipe.classification, "data.shards").table)
 
     def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
         optim = self.recipe.optim
@@ -125,11 +116,6 @@ class Finetune(Task):
 
     def describe(self) -> str:
         return f"{self.recipe.encoder.name} fine-tuned on {self.recipe.classification.num_classes} classes"
-
-
-def _rand_augment(recipe: Recipe) -> RandAugment | None:
-    text = recipe.augment.rand_augment
-    return None if text is None else RandAugment.parse(text, recipe.data.mean)
 
 
 def _classifier(module: Trainable) -> Classifier:

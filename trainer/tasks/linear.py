@@ -12,7 +12,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.encoders.registry import create_encoder, family_of
-from mixmae.models.heads.linear_probe import LinearProbe, Variant
+from mixmae.models.heads.linear_probe import LinearProbe, Variant, variants_of
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, SampleTransform, shared_empty
@@ -55,8 +55,6 @@ class Linear(Task):
         except ValueError as error:
             raise UsageError(str(error)) from error
         check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
-        if recipe.encoder.init is None:
-            raise UsageError("encoder.init is not set: a linear probe needs the weights of a pretrained encoder")
         if recipe.classification.multi_label:
             raise UsageError("classification.multi_label=true: task=linear takes one class an image; set it to false")
         if recipe.optim.layer_decay != 1:
@@ -72,8 +70,7 @@ class Linear(Task):
 
     @property
     def variants(self) -> list[Variant]:
-        linear = self.recipe.linear
-        return [Variant(stages, scale) for stages in linear.stages for scale in linear.lr_scales]
+        return variants_of(self.recipe.linear.stages, self.recipe.linear.lr_scales)
 
     def build(self) -> LinearProbe:
         recipe, classes = self.recipe, self.recipe.classification
@@ -86,7 +83,8 @@ class Linear(Task):
         return LinearProbe(encoder, classes.num_classes, self.variants, classes.label_smoothing)
 
     def initialise(self, module: Trainable) -> None:
-        assert self.recipe.encoder.init is not None, "resolved"
+        if self.recipe.encoder.init is None:
+            raise UsageError("encoder.init is not set: a linear probe needs the weights of a pretrained encoder")
         initialise_classifier(_probe(module).encoder, self.recipe.encoder.init, ())
 
     def optimizer(self) -> OptimizerChoice:

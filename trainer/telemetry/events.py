@@ -59,6 +59,11 @@ def refuse_attempt(run_dir: Path, why: str) -> None:
     _note(run_dir, _REFUSED, message=why)
 
 
+def fail_attempt(run_dir: Path, why: str) -> None:
+    """Records that the start failed before there was a run to say it."""
+    _note(run_dir, "failed", message=f"at the start: {why}")
+
+
 def record_changes(run_dir: Path, step: int, changes: Sequence[Change]) -> None:
     """Records what a run goes on with changed on purpose, and says so."""
     message = f"from step {step} on changed: {', '.join(map(str, changes))}"

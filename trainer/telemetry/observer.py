@@ -211,7 +211,8 @@ def start_observer(recipe: Recipe, ranks: Ranks, heartbeat: Heartbeat | None = N
         return Observer(NullRecorder(), recipe, ranks, heartbeat=heartbeat), None
     if ranks.is_main:
         remove_targets(recipe.run_dir)
-    token, run = from_main((uuid.uuid4().hex, run_label(recipe.run_dir)))  # hosts may mount it under other paths
+    own = uuid.uuid4().hex, run_label(recipe.run_dir)  # hosts may mount it under other paths
+    token, run = from_main(own, tuple[str, str])
     shared = _shared_memory() / f"mixmae-{token}"
     try:
         recorder = Recorder(shared, ranks.rank)

@@ -19,7 +19,7 @@ class SampleLog:
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks) -> None:
-        self._started = from_main(time.time())
+        self._started = from_main(time.time(), float)
         (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         self._lines = JsonLines(rank_records(run_dir / SAMPLES, ranks.rank), _MAX_WAITING_BYTES)
         self._lines.write({"started": self._started, "world_size": ranks.world_size})

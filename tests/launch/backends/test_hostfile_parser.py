@@ -46,19 +46,30 @@ def test_deepspeed_reads_the_same(
         ("node1 slots=2 max=4\n", "expected a host and its number"),
         ("node1 slots=2\nnode1 slots=4\n", "line 2: 'node1 slots=4': node1 is on an earlier line too"),
         ("node1 slots=0\n", "0 slots; remove the line, or use --exclude node1"),
-        ("node[1-4] slots=2\n", "'node[1-4]' is not a host's name"),
-        ("-oProxyCommand=x slots=2\n", "is not a host's name"),
-        ("user@node1 slots=2\n", "is not a host's name"),
+        ("node[1-4] slots=2\n", "'node[1-4]' is not a host's name; write each host on a line of its own"),
+        ("node1,node2 slots=2\n", "write each host on a line of its own"),
+        ("-oProxyCommand=x slots=2\n", "is not a host's name; a name has letters, digits"),
+        ("user@node1 slots=2\n", "write 'node1', and 'User user' below 'Host node1' in ~/.ssh/config"),
+        ("::1 slots=2\n", "pdsh takes no IPv6 addresses: name the host in /etc/hosts or DNS"),
+        ("[fe80::1]:22 slots=2\n", "pdsh takes no IPv6 addresses"),
+        ("node1:2222 slots=2\n", "write 'node1', and give the port of ssh with --ssh-port 2222"),
+        ("node1 slots=99999999999\n", "expected as many as the host has accelerators"),
+        (b"\xff\xfen\x00", "cannot be read"),
     ],
 )
-def test_bad_hostfiles_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+def test_bad_hostfiles_are_refused(tmp_path: Path, content: str | bytes | None, message: str) -> None:
     file = tmp_path / "hosts"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError) as raised:
         read_hostfile(file)
     assert message in str(raised.value)
     assert str(file) in str(raised.value)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_names(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfnode1 slots=2\r\nnode2 slots=1\r\n")
+    assert read_hostfile(tmp_path / "hosts").slots == {"node1": (0, 1), "node2": (0,)}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile import HostfileBackend
 from mixmae.launch.backends.hostfile_parser import HostSlots
 from mixmae.launch.backends.job_spec import Attempt, JobSpec
-from mixmae.launch.backends.remote_environment import environment_file, exported_variables, quote_for_pdsh
+from mixmae.launch.backends.options import add_backend_options, hostfile_backend
+from mixmae.launch.backends.remote_environment import (
+    _DEEPSPEED,
+    environment_file,
+    exported_variables,
+    quote_for_pdsh,
+)
+from mixmae.launch.backends.ssh import put_on_hosts
 from tests.monitoring.services import needs
 
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.sampled_from("äé"), max_size=20)
@@ -105,8 +112,10 @@ def test_the_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     job = JobSpec("mixmae.trainer.train", ("r.yaml", "a=[1]"), Path("runs/x"))
+    secrets = {"MLFLOW_TRACKING_PASSWORD": "$(touch x)", "NCCLX": "$(touch x)"}
+    given = {"NCCL_X": "1", "MIXMAE_X": "`id`", "PATH": "/bin", **secrets}
     command = HostfileBackend(HostSlots({"node1": (0, 2), "node2": (0,)}), "10.0.0.1", 2222).command(
-        job, ATTEMPT, {"NCCL_X": "1"}
+        job, ATTEMPT, given
     )
     words = list(command.arguments)
     assert words[1:3] == ["-m", "deepspeed.launcher.runner"]
@@ -118,11 +127,47 @@ def test_the_command_for_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "--force_multi" in words  # one host alone would else be taken for this one
     assert words[-2:] == ["r.yaml", "'a=[1]'"]
     hostfile, exports = command.files
+    (private,) = command.private
+    assert options["--environment"] == str(private)
+    assert json.loads(command.private[private]) == {"MIXMAE_TOKEN": "secret", "MIXMAE_X": "`id`"}
+    assert "secret" not in " ".join(words) + command.describe()
+    assert list(command.unset) == ["MLFLOW_TRACKING_PASSWORD", "NCCLX"]
+    assert command.environment_in(given) == {"MIXMAE_X": "`id`", "NCCL_X": "1", "PATH": "/bin", **command.environment}
     assert command.environment["DS_ENV_FILE"] == str(exports)
     assert command.environment["PDSH_SSH_ARGS_APPEND"].split()[:2] == ["-o", "ServerAliveInterval=10"]
     assert options["--hostfile"] == str(hostfile)
     assert command.files[hostfile] == "node1 slots=3\nnode2 slots=1\n"
-    assert command.files[exports].splitlines() == ["NCCL_X=1", "MIXMAE_TOKEN=secret", f"PYTHONPATH={tmp_path}"]
+    assert command.files[exports].splitlines() == ["NCCL_X=1", "PATH=/bin", f"PYTHONPATH={tmp_path}"]
+
+
+def test_what_deepspeed_exports_by_itself_is_ours_or_unset() -> None:
+    """Whatever accelerator it finds here."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.launcher.runner import EXPORT_ENVS
+
+    assert {*EXPORT_ENVS, *get_accelerator().export_envs()} <= set(_DEEPSPEED)
+
+
+@pytest.mark.services
+def test_private_files_reach_hosts_on_standard_input(
+    far: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{far}{os.pathsep}{os.environ['PATH']}")
+    file = tmp_path / "it's new" / "environment.json"
+    put_on_hosts(["node1"], {file: '{"A": "$(id)"}'}, 2222)
+    assert file.read_text() == '{"A": "$(id)"}'
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("address", ["$(touch x)", "-oProxyCommand=x", "a b", "", "a;b"])
+def test_a_master_address_is_a_name_or_an_address(address: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    parser = argparse.ArgumentParser()
+    add_backend_options(parser)
+    args = parser.parse_args(["--hostfile", str(tmp_path / "hosts"), f"--master-addr={address}"])
+    with pytest.raises(UsageError, match="expected a host's name or address"):
+        hostfile_backend(args)
 
 
 def test_a_working_directory_that_a_shell_would_change_is_refused(

@@ -1,5 +1,6 @@
 """Batch scripts: what they ask for, that bash reads them, that values arrive in them as they were typed."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,47 @@ def test_a_step_that_never_ends_is_left_once_its_supervisors_are_gone(tmp_path: 
     begin = f"run_dir={tmp_path} attempt=a\n{step}\nsleep() {{ /bin/sleep 0.05; }}"  # a shorter look
     subprocess.run(["bash", "-uc", f"{begin}\n{waiting}"], stderr=subprocess.DEVNULL, timeout=60, check=True)
     assert ended.exists() != over
+
+
+TOOLS = ("bash", "cat", "cp", "date", "mkdir", "od", "sed", "sleep", "tr")
+PYTHON = """#!/bin/bash
+# In the place of the steps around a job, and of its ranks.
+case "$*" in
+    *"slurm_job_steps hosts"*) printf 'node07\\nnode08\\n' ;;
+    *"slurm_job_steps end"*) echo "$@" > ended; [[ $* == *"--max-restarts 0" ]] || echo requeue; exit 1 ;;
+    *supervision.rank*) echo "$MASTER_ADDR" > address ;;
+esac
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("scontrol", [None, "#!/bin/bash\nexit 1\n"], ids=["missing", "failing"])
+@pytest.mark.parametrize("kind", ["per_gpu", "per_node"])
+def test_a_job_on_nodes_where_scontrol_does_not_work(tmp_path: Path, kind: str, scontrol: str | None) -> None:
+    """It finds its first node, and does not say that it goes on where nothing can requeue it."""
+    programs = {"python": PYTHON, "srun": SRUN, "squeue": "#!/bin/bash\necho RUNNING\n", "scontrol": scontrol}
+    for name, text in programs.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+            (tmp_path / name).chmod(0o755)
+    for name in TOOLS:
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    job = JobSpec(JOB.module, JOB.arguments, tmp_path / "run", Launch(tasks=kind))
+    (tmp_path / "job.sh").write_text(slurm_script(job, REQUEST, Site(python=str(tmp_path / "python")), 3))
+    environment = {"PATH": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[07-08]"}
+    done = subprocess.run(
+        ["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 1
+    assert (tmp_path / "ended").read_text().endswith(f"--max-restarts {0 if scontrol is None else 3}\n")
+    assert done.stderr.count("could not be requeued and ends here; submit it again") == (scontrol is not None)
+    if kind == "per_gpu":
+        assert (tmp_path / "address").read_text() == "node07\n"
+    else:
+        (hostfile,) = (tmp_path / "run" / "logs").glob("*/hostfile")
+        assert hostfile.read_text() == "node07 slots=8\nnode08 slots=8\n"
+    (copied,) = (tmp_path / "run" / "logs").glob("*/job.sh")
+    assert copied.stat().st_mode & 0o077 == 0

@@ -187,7 +187,7 @@ from mixmae.launch.preflight.preflight import preflight
 from mixmae.launch.backends.local import LocalBackend
 from mixmae.trainer.recipe.loading import load_recipe
 words = tuple(sys.argv[1:])
-sys.exit(preflight(LocalBackend(2), load_recipe(Path(words[0]), words[1:]), words))
+sys.exit(preflight(LocalBackend(2), load_recipe(Path(words[0]), words[1:])))
 """
 
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from mixmae.base.ports import PortError, free_port, reserve_port
-from mixmae.launch.supervision.listening import listen, own_address
+from mixmae.base.ports import PortError, free_port, listening_address, reserve_port
+from mixmae.launch.supervision.listening import listen
 from mixmae.launch.supervision.protocol import PORTS, Connection, authenticate_client, connect
 
 SECRET = "right"
@@ -93,6 +93,61 @@ def test_other_protocols_are_refused(noise: bytes) -> None:
     run(test)
 
 
+CHANGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "another word": lambda lines: [lines[0].replace(b"one", b"two"), *lines[1:]],
+    "twice": lambda lines: [lines[0], lines[0]],
+    "left out": lambda lines: lines[1:],
+    "another order": lambda lines: lines[::-1],
+    "unsigned": lambda lines: [lines[0].partition(b" ")[2]],
+    "nested": lambda lines: [b"[" * 100_000 + b"\n"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_somebody_in_between_changes_ends_the_connection(change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """After a handshake that it passed on."""
+
+    async def test(port: int) -> None:
+        heard: list[object] = []
+        done = asyncio.Event()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = Connection(reader, writer)
+            assert await authenticate_client(connection, SECRET)
+            while (message := await connection.receive()) is not None:
+                heard.append(message["word"])
+            done.set()
+            await connection.close()
+
+        server, _ = await listen(handle, "127.0.0.1", port)
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        near: list[asyncio.StreamWriter] = []
+
+        async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            near.append(writer)
+            writer.write(await far_reader.readline())
+            far_writer.write(await reader.readline())
+            writer.write(await far_reader.readline())
+            lines = [await reader.readline() for _ in range(2)]
+            far_writer.writelines(change(lines))
+            await done.wait()
+
+        relay, relayed = await listen(between, "127.0.0.1", port + 1)
+        connection = await connect("127.0.0.1", relayed, SECRET)
+        assert connection is not None
+        connection.send("say", word="one")
+        connection.send("say", word="three")
+        await done.wait()
+        assert heard in ([], ["one"])
+        for one in (far_writer, *near):
+            one.close()
+        await connection.close()
+        relay.close()
+        server.close()
+
+    run(test)
+
+
 def test_no_free_port_is_an_error() -> None:
     async def test(port: int) -> None:
         servers = [(await serve(port))[0] for _ in range(PORTS)]
@@ -105,13 +160,11 @@ def test_no_free_port_is_an_error() -> None:
 
 
 def test_the_address_to_listen_on() -> None:
-    async def test(_: int) -> None:
-        assert await own_address("127.0.0.1") == "127.0.0.1"
-        assert await own_address("localhost") in ("127.0.0.1", "::1")
-        with pytest.raises(PortError, match="not known on its own host"):
-            await own_address("no-such-host.invalid")
-
-    run(test)
+    assert listening_address("127.0.0.1") == "127.0.0.1"
+    assert listening_address("::1") == "::1"
+    assert listening_address("localhost") in ("127.0.0.1", "::1")
+    with pytest.raises(PortError, match="not known on its own host"):
+        listening_address("no-such-host.invalid")
 
 
 def test_a_reserved_port_is_for_torch_alone() -> None:

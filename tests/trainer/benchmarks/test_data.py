@@ -9,10 +9,12 @@ from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from tests.helpers import tiny_recipe
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["recipe", "photos"])
+@pytest.mark.parametrize("own", [False, True], ids=["recipe", "photos, augmented"])
 def test_variants_are_measured_beside_the_reference(own: bool, shards: Path, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
-    recipe.write_text(tiny_recipe(**{"data.shards": str(shards)}).to_yaml())
+    augment = {"rand_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25} if own else {}
+    recipe.write_text(tiny_recipe(**{"data.shards": str(shards), "augment": augment}).to_yaml())
+    reference = "timm" if own else "imagefolder"
     options = [
         "--images",
         "24",
@@ -27,11 +29,12 @@ def test_variants_are_measured_beside_the_reference(own: bool, shards: Path, tmp
     assert main(["data", str(recipe), *options]) == 0
     result = json.loads(out.read_text())
     variants = result["variants"]
-    assert {"imagefolder", "pillow", "fast"} <= set(variants)
-    assert variants["imagefolder"]["ratio_to_reference"] == 1
+    assert {reference, "pillow", "fast"} <= set(variants)
+    assert variants[reference]["ratio_to_reference"] == 1
     for name, row in variants.items():
         assert row["images_per_second"] > 0
-        assert name == "imagefolder" or set(row["microseconds_per_image"]) == {"read", "decode", "resize", "collate"}
+        parts = {"read", "decode", "resize", "augment", "collate"}
+        assert name == reference or set(row["microseconds_per_image"]) == parts
     assert result["mean_abs_difference_to_pillow"] < 2
     assert result["versions"]["torch"]
     assert result["cores"] >= 1

@@ -24,8 +24,9 @@ from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
 from mixmae.trainer.run.context import Run
 from mixmae.trainer.run.lifecycle import check, prepare
-from mixmae.trainer.run.loop import fit, train_step
+from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.saving import SaveError
+from mixmae.trainer.run.train_step import train_step
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 

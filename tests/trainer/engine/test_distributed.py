@@ -85,6 +85,10 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, "")
     told: dict[str, Any] = {}
     monkeypatch.setattr("deepspeed.init_distributed", lambda **given: told.update(given))
+    monkeypatch.setattr(distributed, "open_store", lambda ranks, timeout: told.update(store_timeout=timeout))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: told.update(given))
+    for library in ("GLOO", "NCCL"):
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "eth0")
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=lambda key, one: 1))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: told.update(cudnn=enabled))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
@@ -95,6 +99,8 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     assert os.environ["LOCAL_RANK"] == str(index)  # which DeepSpeed reads
     assert told["dist_backend"] == "nccl"
     assert told["timeout"].total_seconds() > 300  # the supervisor's thrice stuck_seconds
+    assert told["store_timeout"] == told["timeout"]
+    assert (told["rank"], told["world_size"], told["device_id"]) == (11, 16, torch.device("cuda", index))
     assert told["cudnn"] is False
 
 

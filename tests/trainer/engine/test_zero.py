@@ -19,7 +19,8 @@ from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_
 from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
-from mixmae.trainer.run.loop import DivergedError, fit
+from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.reporting import DivergedError
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe

@@ -50,7 +50,7 @@ def test_unknown_gpus_name_the_nearest_and_all_known() -> None:
     with pytest.raises(UsageError, match="--gpu teapot: unknown GPU; known: rtx3080") as error:
         find_gpu("teapot")
     assert "did you mean" not in str(error.value)
-    assert find_gpu("H100") is GPUS["h100"]
+    assert find_gpu("H100") == GPUS["h100"]
 
 
 @pytest.mark.parametrize(

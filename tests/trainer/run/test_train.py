@@ -33,7 +33,7 @@ from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.provenance import check_run_dir, write_run_dir
-from mixmae.trainer.telemetry.events import Events, read_events
+from mixmae.trainer.telemetry.events import Events, past_ends, read_events
 from mixmae.trainer.train import main
 from tests.helpers import ROOT, run_ranks, tiny_recipe
 from tests.warm import run_module
@@ -113,6 +113,14 @@ def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> N
     assert export([str(finished), str(tmp_path / "encoder"), "--step", "8"]) == 0
     with pytest.raises(UsageError, match=r"--step 4: .* holds checkpoints of the steps 8$"):
         export([str(finished), str(tmp_path / "other"), "--step", "4"])
+    front, card = (tmp_path / "encoder" / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(front)["library_name"] == "timm"
+    assert json.loads((finished / "shards.json").read_text())["fingerprint"] in card
+    assert "| images in the collection | 54 |" in card
+    assert f"| 8 | {read_events(finished, 'step')[-1]['loss']:.4g} |" in card
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert shown["method"] == yaml.safe_load((finished / "recipe.yaml").read_text())["method"]
+    assert str(finished.parent) not in card
     model = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=0)
     weights = master_weights(finished / "checkpoints" / "step-00000008")
     assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in model.state_dict().items())
@@ -332,6 +340,21 @@ def test_mistakes_are_one_clear_line(
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("blocked", ["tensorboard", "samples", "claimed.json/x", "recipe.yaml/x"])
+def test_a_start_that_fails_ends_all_that_it_started(blocked: str, recipe_file: Path, tmp_path: Path) -> None:
+    """Errors that are not the user's, some after workers and exporter have started: told, recorded, and no hang."""
+    file = tmp_path / "run" / blocked
+    file.parent.mkdir(parents=True)
+    file.touch()
+    options = [f"run_dir={tmp_path / 'run'}", "data.num_workers=1", "log.samples=true", "monitoring.port=0"]
+    done = run_module("mixmae.trainer.train", str(recipe_file), *options)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].endswith(f"'{tmp_path / 'run' / blocked.removesuffix('/x')}'")
+    assert past_ends(tmp_path / "run") == ["failed"]
+    commands = [one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if any(str(tmp_path) in word for word in command)]
 
 
 def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:

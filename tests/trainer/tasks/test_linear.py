@@ -1,5 +1,6 @@
 """Linear probes: each classifier as if alone, resumed bit for bit, from cached features too, on any ranks."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states,
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.evaluation.evaluate import main as evaluate
 from mixmae.trainer.evaluation.feature_cache import FeatureCache
 from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
+from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.tasks.registry import task_of
+from mixmae.trainer.run.lifecycle import check
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
@@ -134,6 +137,14 @@ def test_cached_features_are_those_of_the_images(folder: Path, shards: Path) -> 
     torch.testing.assert_close(expected[:, -pooled.shape[1] :], pooled)
 
 
+def test_the_best_classifier_of_the_last_stage_is_exported(folder: Path, shards: Path, tmp_path: Path) -> None:
+    export(folder / "augmented", tmp_path / "model")
+    assert evaluate([str(tmp_path / "model"), str(shards), "--json", str(tmp_path / "found.json")]) == 0
+    measured = read_events(folder / "augmented", "evaluation")[-1]["metrics"]
+    best = max(value for name, value in measured.items() if name.startswith("top1_stages1_"))
+    assert json.loads((tmp_path / "found.json").read_text())["top1"] == pytest.approx(best)
+
+
 def test_norm_agrees_with_torch() -> None:
     ours, theirs = FeatureNorm(6), nn.BatchNorm1d(6, eps=1e-6, affine=False)
     for _ in range(3):
@@ -177,4 +188,4 @@ def test_two_ranks_and_then_one_compute_the_same(folder: Path, shards: Path, tmp
 )
 def test_mistakes_are_one_clear_line(shards: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        task_of(recipe_for(shards, tmp_path / "run", **changes))
+        check(recipe_for(shards, tmp_path / "run", **changes), Ranks())

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mixmae.trainer.data.augmentation.erasing import RandomErasing
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
-from mixmae.trainer.data.decode import random_resized_crop
+from mixmae.trainer.data.decode import Pixels, random_resized_crop
 from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_empty, shared_images
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.schema import Data, Recipe
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class LabelledCrop(SampleTransform):
 
     def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
         random_resized_crop(content, int(row["state"]), self.size, self.settings, random, buffers.images[i])
-        pixels = buffers.images[i].permute(1, 2, 0).numpy()
+        self.augment(buffers.images[i].permute(1, 2, 0).numpy(), random)
+        buffers.targets["label"][i] = self.targets[int(row["label"])]
+
+    def augment(self, pixels: Pixels, random: Random) -> None:
+        """What happens to a crop, in place."""
         if self.rand_augment is not None:
             before = Image.fromarray(pixels)
             after = self.rand_augment(before, random)
@@ -46,4 +50,15 @@ class LabelledCrop(SampleTransform):
                 np.copyto(pixels, np.asarray(after))
         if self.erasing is not None:
             self.erasing(pixels, random)
-        buffers.targets["label"][i] = self.targets[int(row["label"])]
+
+
+def labelled_crop(recipe: Recipe, targets: Tensor) -> LabelledCrop:
+    """The transform of a recipe's crops and augmentation.
+
+    Raises:
+        UsageError: `augment.rand_augment` is not in timm's notation.
+    """
+    augment, data = recipe.augment, recipe.data
+    drawn = None if augment.rand_augment is None else RandAugment.parse(augment.rand_augment, data.mean)
+    erasing = RandomErasing(augment.random_erasing, data.mean, data.std) if augment.random_erasing > 0 else None
+    return LabelledCrop(recipe.encoder.img_size, data, targets, drawn, erasing)

@@ -117,7 +117,7 @@ def _added_below_middle(image: Image.Image, add: float, _: Fill) -> Image.Image:
 def _posterized(image: Image.Image, bits: float, _: Fill) -> Image.Image:
     if bits >= 1:
         return image if bits >= 8 else ImageOps.posterize(image, int(bits))
-    return image.point([0] * 768)  # at which Pillow has refused since 12.1
+    return image.point([0] * 768)  # which recent versions of Pillow refuse
 
 
 def _around_one(level: float) -> float:

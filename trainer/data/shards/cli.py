@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixmae.base.errors import UsageError
+from mixmae.base.redaction import redact
 from mixmae.trainer.data.faults import Reason, describe, first_names
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, ShardIndex
 from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_reasons
@@ -182,7 +183,7 @@ def _write(file: Path, text: str) -> None:
 
 def _describe(index: ShardIndex) -> str:
     size = sum(shard.bytes for shard in index.shards)
+    where = redact(index.store.location)
     return (
-        f"{index.store.location}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, "
-        f"{size / 1e6:.1f} MB"
+        f"{where}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, {size / 1e6:.1f} MB"
     )

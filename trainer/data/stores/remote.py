@@ -9,6 +9,7 @@ from urllib.parse import quote
 from fsspec import AbstractFileSystem, get_filesystem_class
 
 from mixmae.base.errors import UsageError
+from mixmae.base.redaction import redact
 from mixmae.trainer.data.stores.blocks import CachedStore, FinalError
 from mixmae.trainer.data.stores.store import plain_name
 from mixmae.trainer.recipe.schema import Cache, Network
@@ -88,12 +89,15 @@ class RemoteStore(CachedStore):
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             return FileNotFoundError(f"{shown} does not exist")
         if isinstance(error, PermissionError) or status in (401, 403):
-            return PermissionError(f"{shown}: access denied{f' (HTTP {status})' if status else f': {error}'}")
+            return PermissionError(
+                f"{shown}: access denied{f' (HTTP {status})' if status else f': {redact(str(error))}'}"
+            )
         if isinstance(error, TimeoutError):
             return TimeoutError(f"{shown}: no answer within {self._network.timeout:g} s")
         if status == 416 or "InvalidRange" in str(error.__cause__):
             return _PastEndError(f"{shown}: nothing there")
-        return OSError(f"{shown}: {f'HTTP {status}' if status else f'{type(error).__name__}: {error}'}")
+        said = f"HTTP {status}" if status else f"{type(error).__name__}: {redact(str(error))}"
+        return OSError(f"{shown}: {said}")
 
     def _filesystem(self) -> AbstractFileSystem:
         key = (os.getpid(), self.location)

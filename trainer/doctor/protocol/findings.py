@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.redaction import redact
 
 _NARROW, _UNWRAPPED = 140, 10_000
 """Columns that a table needs on a terminal; and width of non-terminal output, where lines are not wrapped."""
@@ -54,6 +55,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level < Level.WARNING or self.advice, self
+        for name in ("where", "found", "expected", "advice"):
+            object.__setattr__(self, name, redact(getattr(self, name)))
 
     def describe(self) -> str:
         """The finding without level and check, as one sentence."""
