@@ -90,8 +90,8 @@ def finish(run: Run, signal: StopSignal) -> str | None:
         raise TakenOverError(f"the run ends at step {run.state.step}: {error}")
     if error is not None:
         raise SaveError(
-            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; free "
-            f"space or fix the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
+            f"the run ends at step {run.state.step}: {failures} saves in a row failed, the last with {error}; make "
+            f"room or fix the storage behind run_dir={run.recipe.run_dir}, then start the same command again"
         )
     if run.state.step == run.schedule.total_steps:
         return None
