@@ -41,7 +41,7 @@ def test_encoders_and_methods_are_compared_in_one_table(
     argv = ["--model", "mixmae_vit_nano,mixmae_resnet_nano", "--method", "simmim,mae", "--batch", "1", "--steps", "1"]
     assert step.main([*argv, "--precision", "fp32", *sizes]) == 0
     out = capsys.readouterr().out
-    assert "mixmae_resnet_nano by mae is left out: method: mae drops masked tokens" in out
+    assert "mixmae_resnet_nano by mae is left out: mae drops masked tokens" in out
     rows = [line.split(" | ")[:2] for line in out.splitlines() if line.startswith(("| vit", "| resnet"))]
     assert rows == [
         ["| vit_nano", "simmim, grouped"],
