@@ -134,13 +134,12 @@ class Launcher:
 
     def _early_exit(self, child: Child) -> str | None:
         """Which part of DeepSpeed's launcher exited before the run ended."""
-        if (ended := child.poll()) is not None:
-            return f"DeepSpeed's launcher {ended.describe()}"
+        ended = child.poll()
         if not self._started:
             for line in child.output.last_lines():
                 if match := _HOST_ENDED.search(line):
                     return f"host {match[1]}: ssh ended with exit code {match[2]} before its ranks joined"
-        return None
+        return None if ended is None else f"DeepSpeed's launcher {ended.describe()}"
 
     async def _end_child(self, child: Child) -> None:
         """Stops DeepSpeed's launcher, which should exit by itself once the run has ended."""

@@ -49,7 +49,7 @@ class Connection:
             self._writer.write((line if self._sign is None else self._sign(line) + b" " + line) + b"\n")
 
     async def receive(self) -> Message | None:
-        """The next message; None once the connection is lost, or the peer is not who it was or speaks otherwise."""
+        """The next message; None if the connection is lost, or the message is invalid or wrongly signed."""
         try:
             line = (await self._reader.readuntil(b"\n")).removesuffix(b"\n")
             if self._verify is not None:

@@ -10,6 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
 
 def atomic_write(file: Path, content: bytes | str) -> None:
     """Writes a small file; whoever reads it, also after a power failure, finds the old content or the new one.
@@ -85,16 +93,22 @@ def read_regular(file: Path, max_bytes: int = 2**20) -> bytes:
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Opens a file for reading.
+    """Opens a file for reading, without waiting for a FIFO's writer.
 
     Raises:
-        OSError: it is not there, cannot be read, or is no regular file.
+        OSError: it is not there, cannot be read, or is not a regular file.
     """
-    stream = os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
-    return stream
+    return os.fdopen(regular_descriptor(file), "rb")
+
+
+def regular_descriptor(file: Path) -> int:
+    """As `open_regular`, for reads at offsets; the caller closes it."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise OSError(f"{file} is {_KINDS.get(kind, 'special')}, expected a regular file")
+    return descriptor
 
 
 def sync(path: Path) -> None:

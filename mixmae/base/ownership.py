@@ -66,8 +66,8 @@ class Owner:
 class Holding:
     """A run that this process has, until `release`."""
 
-    def __init__(self, run_dir: Path, owner: Owner, descriptor: int) -> None:
-        self._run_dir, self._owner = run_dir, owner
+    def __init__(self, run_dir: Path, owner: Owner, descriptor: int, made: bool = False) -> None:
+        self._run_dir, self._owner, self._made = run_dir, owner, made
         self._released = threading.Event()
         threading.Thread(target=self._touch, args=(descriptor,), name="owner", daemon=True).start()
 
@@ -78,11 +78,13 @@ class Holding:
             raise UsageError(f"run_dir={self._run_dir} was taken over by {now.describe()}; this start ends here")
 
     def release(self) -> None:
-        """Gives the run free, unless another start has taken it over."""
+        """Gives the run free, unless another start has taken it over; of a refused start no empty directory is left."""
         self._released.set()
         with suppress(OSError):
             if _parse(_read(self._run_dir / OWNER)) == self._owner:
                 (self._run_dir / OWNER).unlink()
+            if self._made:
+                self._run_dir.rmdir()
 
     def _touch(self, descriptor: int) -> None:
         """In a thread of its own: storage that hangs must hold up nothing else."""
@@ -112,13 +114,14 @@ def hold_run(run_dir: Path, take_over: bool = False, env: Mapping[str, str] = os
 def take_run(run_dir: Path, owner: Owner, take_over: bool = False) -> Holding:
     """Makes `owner`, which is this process, the owner of a run. See `hold_run`."""
     file = run_dir / OWNER
+    made = not run_dir.exists()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         while True:
-            with suppress(FileExistsError):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError, FileNotFoundError):  # one that a refused start had made is gone again
                 descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 os.write(descriptor, json.dumps(asdict(owner)).encode() + b"\n")
-                return Holding(run_dir, owner, descriptor)
+                return Holding(run_dir, owner, descriptor, made)
             _evict(file, owner, take_over)
     except OSError as error:
         raise UsageError(f"cannot write {file} ({error.strerror}); name a run_dir that can be written") from error

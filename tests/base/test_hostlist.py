@@ -1,7 +1,9 @@
 """Lists of nodes are read as scontrol reads them."""
 
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ LISTS = {
     "node1": ["node1"],
     "node1,node2": ["node1", "node2"],
     "node[01-03,7],login": ["node01", "node02", "node03", "node7", "login"],
-    "gpu-[8-11].cluster": ["gpu-8.cluster", "gpu-9.cluster", "gpu-10.cluster", "gpu-11.cluster"],
+    "gpu-[8-11]": ["gpu-8", "gpu-9", "gpu-10", "gpu-11"],
     "rack[0-1]node[2-3]": ["rack0node2", "rack0node3", "rack1node2", "rack1node3"],
     "b[2],a[1]": ["b2", "a1"],
 }
@@ -26,12 +28,17 @@ def test_names_of_a_list(hosts: str, names: list[str]) -> None:
 
 @pytest.mark.services
 @pytest.mark.parametrize("hosts", LISTS)
-def test_scontrol_reads_the_same(hosts: str) -> None:
+def test_scontrol_reads_the_same(hosts: str, tmp_path: Path) -> None:
     if shutil.which("scontrol") is None:
         lacks("needs the program scontrol: apt-get install slurm-client")
-    done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False)
-    if done.returncode:
-        lacks(f"scontrol needs a configuration: {done.stderr}")
+    (tmp_path / "slurm.conf").write_text("ClusterName=c\nSlurmctldHost=localhost\nNodeName=localhost\n")
+    done = subprocess.run(
+        ["scontrol", "show", "hostnames", hosts],
+        env={**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.split() == expand(hosts)
 
 

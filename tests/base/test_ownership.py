@@ -186,6 +186,16 @@ def test_of_many_starts_at_once_one_has_the_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_start_that_wrote_nothing_leaves_no_directory(tmp_path: Path) -> None:
+    with hold_run(tmp_path / "run"):
+        assert (tmp_path / "run" / OWNER).exists()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with hold_run(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_an_evicted_owner_stays_away(tmp_path: Path) -> None:
     with hold_run(tmp_path) as before:
         evict(tmp_path)

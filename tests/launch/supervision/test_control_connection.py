@@ -148,7 +148,7 @@ def test_what_somebody_in_between_changes_ends_the_connection(change: Callable[[
     run(test)
 
 
-def test_no_free_port_is_said() -> None:
+def test_no_free_port_is_an_error() -> None:
     async def test(port: int) -> None:
         servers = [(await serve(port))[0] for _ in range(PORTS)]
         with pytest.raises(PortError, match=r"are all taken; set launch\.port"):

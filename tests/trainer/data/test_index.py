@@ -271,7 +271,7 @@ def test_a_fifo_in_place_of_an_index_is_refused(name: str, shards: Path, tmp_pat
     shutil.copytree(shards, tmp_path / "copy")
     (tmp_path / "copy" / name).unlink()
     os.mkfifo(tmp_path / "copy" / name)
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UsageError, match="is a FIFO, expected a regular file"):
         open_index(tmp_path / "copy")
 
 
@@ -280,7 +280,7 @@ def test_a_fifo_in_place_of_a_shard_costs_its_samples_and_no_time(shards: Path, 
     index = open_index(tmp_path / "copy")
     (tmp_path / "copy" / index.shards[0].name).unlink()
     os.mkfifo(tmp_path / "copy" / index.shards[0].name)
-    with pytest.raises(UnusableError, match="not a regular file"):
+    with pytest.raises(UnusableError, match="is a FIFO, expected a regular file"):
         index.read(0)
 
 

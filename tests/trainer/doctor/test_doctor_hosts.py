@@ -82,6 +82,6 @@ def test_a_full_disk(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
         node1.unmount(run_dir)
         run_dir.rmdir()
     wrong = {finding.check: finding for finding in found if finding.level is Level.ERROR}
-    assert wrong.keys() == {"disk space", "writing"}
+    assert wrong.keys() == {"disk space", "writing", "recipe"}
     assert wrong["disk space"].where == wrong["writing"].where == "node1"
     assert wrong["writing"].found == f"{run_dir}: No space left on device"

@@ -1,25 +1,18 @@
 """The files of a shard directory, opened so that neither a FIFO nor a file that shrinks stops a reader."""
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import open_regular
 from mixmae.trainer.data.index import INDEX, SAMPLES
 from mixmae.trainer.data.shards.unused import Unused
 
 SKIPPED, REPAIRS = "skipped.jsonl", "repair.jsonl"
 _OWN_FILES = (INDEX, SAMPLES, SKIPPED, REPAIRS, "left-out.jsonl")
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:
@@ -46,20 +39,6 @@ def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:
 def total_size(files: list[Path]) -> int:
     """Bytes of all files together; 0 for one that is not there."""
     return sum(file.stat().st_size for file in files if file.exists())
-
-
-def open_regular(file: Path) -> BinaryIO:
-    """Opens a file for reading, without waiting for a FIFO's writer.
-
-    Raises:
-        OSError: it cannot be opened, or is not a regular file.
-    """
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(descriptor)
-        raise OSError(f"{file} is {_KINDS.get(kind, 'not a regular file')}, expected a regular file")
-    return os.fdopen(descriptor, "rb")
 
 
 class ShardBytes:

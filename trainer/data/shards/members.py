@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from mixmae.trainer.data.shards.files import open_regular
+from mixmae.base.files import open_regular
 from mixmae.trainer.data.shards.unused import Unused
 
 _BLOCK = 512

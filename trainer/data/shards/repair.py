@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
-from mixmae.base.files import replacing
+from mixmae.base.files import open_regular, replacing
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
-from mixmae.trainer.data.shards.files import REPAIRS, open_regular, shard_bytes
+from mixmae.trainer.data.shards.files import REPAIRS, shard_bytes
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.indexing import save_index
 from mixmae.trainer.data.shards.salvage import LostSample, Salvage

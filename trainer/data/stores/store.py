@@ -6,13 +6,13 @@ A store is opened before workers are forked and used in all of them, by one thre
 
 import errno
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import open_regular, regular_descriptor
 
 _DESCRIPTORS = 64
 
@@ -103,7 +103,7 @@ class LocalStore(Store):
         return self._read(name, offset, size)
 
     def read_whole(self, name: str) -> bytes:
-        with os.fdopen(_open_regular(self._file(name)), "rb") as file:
+        with open_regular(self._file(name)) as file:
             return file.read()
 
     def size(self, name: str) -> int:
@@ -136,7 +136,7 @@ class LocalStore(Store):
         if name in self._descriptors:
             self._descriptors.move_to_end(name)
         else:
-            self._descriptors[name] = _open_regular(self._file(name))
+            self._descriptors[name] = regular_descriptor(self._file(name))
             if len(self._descriptors) > _DESCRIPTORS:
                 self._close(next(iter(self._descriptors)))
         return self._descriptors[name]
@@ -147,15 +147,6 @@ class LocalStore(Store):
 
     def _file(self, name: str) -> Path:
         return self.directory / plain_name(name)
-
-
-def _open_regular(file: Path) -> int:
-    """A descriptor of a file; a FIFO, whose writer may never come, is an OSError."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{file} is not a regular file")
-    return descriptor
 
 
 def is_plain(name: str) -> bool:
