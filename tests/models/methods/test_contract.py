@@ -97,10 +97,10 @@ def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     ("family", "method", "kind"),
     [
         ("swin", "mixmae", "selective"),
-        ("swin", "mixmae", "torch"),
-        ("swin", "mae", "none"),
+        pytest.param("swin", "mixmae", "torch", marks=pytest.mark.slow),
+        pytest.param("swin", "mae", "none", marks=pytest.mark.slow),
         ("vit", "mae", "none"),
-        ("swin", "simmim", "none"),
+        pytest.param("swin", "simmim", "none", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_parts_equal_eager_ones_and_stay_compiled(

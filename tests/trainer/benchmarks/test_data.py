@@ -9,7 +9,9 @@ from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from tests.helpers import tiny_recipe
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["recipe", "photos, augmented"])
+@pytest.mark.parametrize(
+    "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["recipe", "photos, augmented"]
+)
 def test_variants_are_measured_beside_the_reference(own: bool, shards: Path, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.json"
     augment = {"rand_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25} if own else {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -89,7 +89,16 @@ def allocated(recipe: Recipe, policy: ActivationCheckpointing, micro_batch: int,
     return peak_allocated(work)
 
 
-@pytest.mark.parametrize(("name", "precision"), [*product(POLICIES, ["bf16"]), ("none", "fp32"), ("selective", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("none", "bf16"),
+        ("selective", "bf16"),
+        ("torch", "bf16"),
+        *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ("torch 1-2", "fairscale")),
+        *(pytest.param(name, "fp32", marks=pytest.mark.slow) for name in ("none", "selective")),
+    ],
+)
 def test_a_pass_takes_what_was_planned(name: str, precision: str) -> None:
     """Micro-batches other than those that the plan is drawn through, with gradients kept and dropped."""
     recipe, policy = small_swin(precision), POLICIES[name]

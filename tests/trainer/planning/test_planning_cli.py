@@ -94,6 +94,7 @@ def test_one_gpu_of_any_kind(recipe: str, capsys: pytest.CaptureFixture[str]) ->
     assert plan["speed"]["flops"] == pytest.approx(0.4 * 120e12)
 
 
+@pytest.mark.slow
 def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFixture[str]) -> None:
     """Overrides may stand before or behind the options."""
     plan = planned(capsys, DEMO, "--gpus", "2", "data.shards=nowhere", "--gpu", "l40s", "--image-bytes", "20KB")
@@ -132,6 +133,7 @@ def test_options_out_of_range_are_refused(recipe: str, argv: list[str], capsys: 
     assert "expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_would_fit_is_said_and_does(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     large = "encoder.embed_dim=1536"
     assert run_cli(main, [recipe, "--gpus", "1", "--gpu", "a10", large]) == 2

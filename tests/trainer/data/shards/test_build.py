@@ -281,7 +281,7 @@ def test_interruption_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         build_shards(Synthetic(4, 32, 0), tmp_path / "out", 20_000, 0, 1)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_build_continues_to_the_same_shards(how: signal.Signals, tmp_path: Path) -> None:
     argv = ["shards", "synth", str(tmp_path / "out"), "--images", "600", "--img-size", "64"]
     argv += ["--shard-size", "60KB", "--jobs", "2"]
