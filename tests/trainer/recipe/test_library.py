@@ -71,6 +71,7 @@ def test_the_list_and_a_recipe_to_copy(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == (ROOT / "configs" / "pretrain" / "demo.yaml").read_text()
 
 
+@pytest.mark.distributed
 def test_commands_take_names_from_any_directory(tmp_path: Path) -> None:
     for argv in (
         ["launch", "pretrain/swin_huge", "--local", "8", "--dry-run"],

@@ -61,7 +61,7 @@ def train(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
 @pytest.mark.parametrize(
     ("stage", "ranks"),
     [
-        (1, 1),
+        pytest.param(1, 1, marks=pytest.mark.distributed),
         pytest.param(2, 2, marks=pytest.mark.slow),
         pytest.param(3, 2, marks=pytest.mark.slow),
     ],

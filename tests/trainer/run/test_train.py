@@ -342,7 +342,10 @@ def test_mistakes_are_one_clear_line(
     assert message in error
 
 
-@pytest.mark.parametrize("blocked", ["tensorboard", "samples", "claimed.json/x", "recipe.yaml/x"])
+SLOW_STARTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("samples", "claimed.json/x")]
+
+
+@pytest.mark.parametrize("blocked", ["tensorboard", "recipe.yaml/x", *SLOW_STARTS])
 def test_a_start_that_fails_ends_all_that_it_started(blocked: str, recipe_file: Path, tmp_path: Path) -> None:
     """Errors that are not the user's, some after workers and exporter have started: told, recorded, and no hang."""
     file = tmp_path / "run" / blocked

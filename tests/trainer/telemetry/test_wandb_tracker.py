@@ -74,6 +74,7 @@ def history(found: list[Any]) -> dict[str, dict[int, float]]:
     return curves
 
 
+@pytest.mark.distributed
 def test_a_run_and_its_continuation_are_one_run_on_wandb(recipe_file: Path) -> None:
     needs_wandb()
     run_dir = recipe_file.parent / "run"
