@@ -7,6 +7,7 @@ knows, and of a process elsewhere nothing must have come for as long as after wh
 measured by the clock of the one who waits, so clocks of hosts may differ. A Slurm job that was requeued follows itself.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mixmae.base.errors import UsageError
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
@@ -144,13 +146,36 @@ def _evict(file: Path, successor: Owner, take_over: bool) -> None:
             f"run_dir={file.parent} is in use by {who}; watch it with 'mixmae watch {file.parent}', stop it, or "
             "start with --take-over to end it at its next checkpoint"
         )
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    with suppress(FileNotFoundError):  # another start was quicker
+    with suppress(FileNotFoundError), _locked(file) as record:  # another start was quicker
+        if record.read() != content or not os.path.samestat(os.fstat(record.fileno()), file.stat()):
+            return
+        aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
         file.rename(aside)
         if aside.read_bytes() == content:
             aside.unlink()
-        else:  # and has the run already
+        else:  # a start elsewhere, which this host's cache did not show yet, has the run already
             aside.rename(file)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[BinaryIO]:
+    """Of many starts that find the same record, one at a time has it open; its path may be another's meanwhile.
+
+    Without it a start could find the path free just while another moves a successor's record aside to look at it.
+    """
+    with _open_to_lock(file) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            _logger.warning("%s cannot be locked (%s): start the run once", file, error.strerror)
+        yield stream
+
+
+def _open_to_lock(file: Path) -> BinaryIO:
+    try:
+        return file.open("r+b")  # NFS has exclusive locks for writers alone
+    except PermissionError:
+        return file.open("rb")
 
 
 def _may_live(file: Path, owner: Owner | None, successor: Owner) -> bool:

@@ -164,7 +164,6 @@ def test_a_damaged_record_holds_nobody_up_for_long(
         pass
 
 
-@pytest.mark.slow
 def test_of_many_starts_at_once_one_has_the_run(tmp_path: Path) -> None:
     left(tmp_path, here(born="1"))
     barrier, won, lost = threading.Barrier(8), [], []
