@@ -36,6 +36,7 @@ class PVTStage(Stage):
         reduction: int,
     ) -> None:
         super().__init__()
+        self.blocks = nn.ModuleList()
         self.cells = cells
         self.reduction = reduction
         self.patch_embed = PatchEmbedding(in_dim, dim, patch)
@@ -95,7 +96,8 @@ class PVT(StagedEncoder):
         drop_path_rate: float = 0.0,
     ) -> None:
         strides = [patch_size * 2**i for i in range(NUM_STAGES)]
-        super().__init__(img_size, strides[-1], embed_dims, strides, num_classes, global_pool, drop_rate)
+        super().__init__(img_size, strides[-1], embed_dims, strides)
+        self.add_head(num_classes, global_pool, drop_rate)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
             PVTStage(

@@ -66,6 +66,7 @@ class Bottleneck(nn.Module):
 class ResNetStage(Stage):
     def __init__(self, in_dim: int, dim: int, stride: int, norm_groups: int, drop_path: Sequence[float]) -> None:
         super().__init__()
+        self.blocks = nn.ModuleList()
         for i, rate in enumerate(drop_path):
             first = i == 0
             block = Bottleneck(in_dim if first else dim, dim, stride if first else 1, norm_groups, rate, first)
@@ -114,7 +115,8 @@ class ResNet(StagedEncoder):
     ) -> None:
         dims = [dim * width for dim in channels]
         strides = [4 * 2**i for i in range(NUM_STAGES)]
-        super().__init__(img_size, strides[-1], dims, strides, num_classes, global_pool, drop_rate)
+        super().__init__(img_size, strides[-1], dims, strides)
+        self.add_head(num_classes, global_pool, drop_rate)
         self.edit_dims = (dims[0] // 4, *dims[:-1])
         self.stem = Stem(in_chans, dims[0] // 4)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

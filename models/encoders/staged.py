@@ -28,10 +28,8 @@ def require_format(output_fmt: str) -> None:
 class Stage(nn.Module):
     """Blocks of one width; `forward(x, groups, num_groups, edit)` takes a map to the next."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.ModuleList()
+    blocks: nn.ModuleList
+    grad_checkpointing = False
 
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:
         """A block's output, which is recomputed in the backward pass where that is asked for."""
@@ -42,7 +40,7 @@ class Stage(nn.Module):
 
 
 class StagedEncoder(Encoder):
-    """An encoder of four stages, a final norm and a classifier; families add their stages.
+    """An encoder of four stages, a final norm and a classifier; families add these, in the order of their draws.
 
     Args:
         img_size: pixels, one side or (height, width).
@@ -63,21 +61,20 @@ class StagedEncoder(Encoder):
         stride: int,
         dims: Sequence[int],
         reductions: Sequence[int],
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
     ) -> None:
         super().__init__()
         self.stride = stride
         self._set_size(img_size)
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.edit_dims = tuple(dims)
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
+
+    def add_head(self, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        self.num_classes = num_classes
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
 
     def _set_size(self, img_size: int | tuple[int, int]) -> None:
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size

@@ -9,15 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
-from timm.models._features import feature_take_indices
+from timm.layers import PatchEmbed, calculate_drop_path_rates
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mixmae.models.encoders import contract
-from mixmae.models.encoders.contract import Encoder, MapEdit, edit_of, unchanged, unless_traced
+from mixmae.models.encoders.contract import MapEdit, edit_of, unchanged
 from mixmae.models.encoders.registry import register_encoder
-from mixmae.models.encoders.staged import require_format
+from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
@@ -29,10 +27,8 @@ from mixmae.models.layers.token_order import (
 )
 from mixmae.models.layers.window_attention import WindowAttention, resize_table
 
-NUM_STAGES = 4
 
-
-class Stage(nn.Module):
+class SwinStage(Stage):
     """Patch merging (but for the first stage), then blocks that share one arrangement of tokens."""
 
     relative_position_index: Tensor
@@ -51,7 +47,7 @@ class Stage(nn.Module):
         super().__init__()
         self.grid = grid
         self.window = window
-        self.grad_checkpointing = False
+        self.merge = merge
         self.downsample = PatchMerging(dim // 2) if merge else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
@@ -76,9 +72,12 @@ class Stage(nn.Module):
         num_groups: int | None = None,
         edit: Callable[[Tensor], Tensor] = unchanged,
     ) -> Tensor:
-        x = edit(self.downsample(x))
+        x = edit(self.downsample(x)) if self.merge else x  # the first map is edited before positions are added
         arrangement = self._arrange(groups, num_groups, x.dtype)
-        return arrangement.restore(self._run(arrangement.sort(x), arrangement), self.grid)
+        tokens = arrangement.sort(x)
+        for block in self.blocks:
+            tokens = self.run(block, tokens, arrangement)
+        return arrangement.restore(tokens, self.grid)
 
     def forward_kept(self, x: Tensor, kept: Tensor, cells: tuple[int, int]) -> Tensor:
         """Maps of single cells to the next ones, [B * n, r, r, C], which see each other where they share a window.
@@ -89,15 +88,9 @@ class Stage(nn.Module):
         x = self.downsample(x)
         arrangement = of_kept(kept, cells, self.grid, self.window, self.relative_position_index, x.dtype)
         tokens = x.unflatten(0, (-1, len(kept))).flatten(1, 3)
-        return self._run(tokens, arrangement).reshape(x.shape)
-
-    def _run(self, tokens: Tensor, arrangement: Arrangement) -> Tensor:
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, arrangement, use_reentrant=False, preserve_rng_state=self.training)
-            else:
-                tokens = block(tokens, arrangement)
-        return tokens
+            tokens = self.run(block, tokens, arrangement)
+        return tokens.reshape(x.shape)
 
     def _arrange(self, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
         is_global = self.grid == (self.window, self.window)
@@ -107,7 +100,7 @@ class Stage(nn.Module):
         return windows if groups is None else separated(windows, groups, self.grid, dtype)
 
 
-class Swin(Encoder):
+class Swin(StagedEncoder):
     """`encoder(images, groups=None) -> features`: pretraining, features and classification with one object.
 
     Args:
@@ -120,7 +113,6 @@ class Swin(Encoder):
     """
 
     positions: Tensor
-    num_stages = NUM_STAGES
     keep_map = "micro_batch"
 
     def __init__(
@@ -138,33 +130,25 @@ class Swin(Encoder):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if embed_dim % 4:
             raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
-        self.num_classes = num_classes
-        self.stride = patch_size * 2 ** (NUM_STAGES - 1)
-        self.window_size = tuple(window_size)
-        grids = token_grids((height, width), patch_size, window_size)
-        self.grid = grids[-1]
+        grids = token_grids((img_size, img_size) if isinstance(img_size, int) else img_size, patch_size, window_size)
         dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
-        self.num_features = self.head_hidden_size = dims[-1]
-        self.edit_dims = tuple(dims)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
+        reductions = [patch_size * 2**i for i in range(NUM_STAGES)]
+        super().__init__(img_size, reductions[-1], dims, reductions)
+        self.window_size = tuple(window_size)
         self.patch_embed = PatchEmbed(
-            (height, width), patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
+            self.img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
         # A buffer in fp32 that DeepSpeed leaves alone; added in the dtype of the tokens.
         self.register_buffer("positions", sincos_positions(grids[0], embed_dim), persistent=False)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
-            Stage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
+            SwinStage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
             for i in range(NUM_STAGES)
         )
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
+        self.norm = nn.LayerNorm(dims[-1])
+        self.add_head(num_classes, global_pool, drop_rate)
         self.apply(init_weights)
 
     @classmethod
@@ -180,30 +164,6 @@ class Swin(Encoder):
                 merged["window_size"] = fitting_windows(grids, windows)
         return merged
 
-    def forward(
-        self,
-        images: Tensor,
-        groups: Tensor | None = None,
-        num_groups: int | None = None,
-        edit: MapEdit | None = None,
-    ) -> Tensor:
-        """Images [B, 3, H, W], normalised; groups [H/32, W/32] or [B, H/32, W/32], or None for unmixed images."""
-        groups, edit = unless_traced(groups), unless_traced(edit)
-        return self.forward_head(self.forward_features(images, groups, num_groups, edit))
-
-    def forward_features(
-        self,
-        images: Tensor,
-        groups: Tensor | None = None,
-        num_groups: int | None = None,
-        edit: MapEdit | None = None,
-    ) -> Tensor:
-        """The final norm's tokens, [B, H/32, W/32, C]."""
-        x = self._embed(images, edit)
-        for number, stage in enumerate(self.stages, start=1):
-            x = stage(x, groups, num_groups, edit_of(edit if number > 1 else None, number))
-        return self.norm(x)
-
     def forward_kept(self, images: Tensor, kept: Tensor, class_token: Tensor | None = None) -> Tensor:
         """[B, n, C] of cells kept [1, n]: cut out of the images, and alone in every stage."""
         assert class_token is None, "windows have no place for a class token"
@@ -215,67 +175,29 @@ class Swin(Encoder):
         positions = self.positions.unflatten(1, (cols, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 1)
         x = (x.unflatten(0, (-1, len(kept))) + positions.index_select(0, kept).to(x.dtype)).flatten(0, 1)
         for stage in self.stages:
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, SwinStage)
             x = stage.forward_kept(x, kept, self.grid)
         return self.norm(x.unflatten(0, (-1, len(kept))).flatten(1, 3))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's feature-extraction contract: the maps behind the stages `indices`."""
-        require_format(output_fmt)
-        take, last = feature_take_indices(NUM_STAGES, indices)
-        maps = []
-        x = self._embed(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take:
-                out = self.norm(x) if norm and i == NUM_STAGES - 1 else x
-                maps.append(out.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else out)
-        if intermediates_only:
-            return maps
-        return x if stop_early and last < NUM_STAGES - 1 else self.norm(x), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """timm's: keeps what the maps behind the stages `indices` need, and returns their numbers."""
-        take, last = feature_take_indices(NUM_STAGES, indices)
-        self.stages = self.stages[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def _embed(self, images: Tensor, edit: MapEdit | None = None) -> Tensor:
-        x = edit_of(edit, 1)(self.patch_embed(contract.require_size(images, *self.patch_embed.img_size)))
+    def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
+        x = edit_of(edit, 1)(self.patch_embed(contract.require_size(images, *self.img_size)))
         return x + self.positions.type_as(x)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
     ) -> None:
         """Another image size, with other windows where the present ones do not divide its grids."""
-        size = self.patch_embed.img_size if img_size is None else img_size
+        size = self.img_size if img_size is None else img_size
         height, width = (size, size) if isinstance(size, int) else size
         patch_size = self.patch_embed.patch_size[0]
         windows = fitting_windows(stage_grids((height, width), patch_size), self.window_size)
         grids = token_grids((height, width), patch_size, windows if window_size is None else window_size)
         self.window_size = tuple(windows if window_size is None else window_size)
-        self.grid = grids[-1]
+        self._set_size((height, width))
         self.patch_embed.set_input_size((height, width))
         self.positions = sincos_positions(grids[0], self.positions.shape[-1]).to(self.positions.device)
         for stage, grid, window in zip(self.stages, grids, self.window_size, strict=False):  # stages may be pruned
-            assert isinstance(stage, Stage)
+            assert isinstance(stage, SwinStage)
             stage.set_grid(grid, window)
 
     def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -290,22 +212,12 @@ class Swin(Encoder):
     def no_weight_decay(self) -> Collection[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    def set_grad_checkpointing(self, enable: bool = True, stages: Sequence[int] | None = None) -> None:
-        for number, stage in enumerate(self.stages, start=1):
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable and (stages is None or number in stages)
-
     def set_fused_attention(self) -> None:
         from mixmae.models.ops.grouped_attention import grouped_attention  # Triton comes with torch for GPUs alone
 
         for module in self.modules():
             if isinstance(module, WindowAttention):
                 module.kernel = grouped_attention
-
-    def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
-        chosen = self.stages[stage - 1]
-        assert isinstance(chosen, Stage)
-        return list(chosen.blocks)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """timm's layer groups, from the image to the head, for layer-wise learning-rate decay."""
@@ -315,13 +227,6 @@ class Swin(Encoder):
             else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         )
         return {"stem": r"^patch_embed", "blocks": block}
-
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
 
 
 def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> list[tuple[int, int]]:

@@ -38,6 +38,7 @@ class TwinsStage(Stage):
         reduction: int,
     ) -> None:
         super().__init__()
+        self.blocks = nn.ModuleList()
         self.window_size = window
         self.reduction = reduction
         self.set_cells(cells)
@@ -111,7 +112,8 @@ class Twins(StagedEncoder):
         drop_path_rate: float = 0.0,
     ) -> None:
         strides = [patch_size * 2**i for i in range(NUM_STAGES)]
-        super().__init__(img_size, strides[-1], embed_dims, strides, num_classes, global_pool, drop_rate)
+        super().__init__(img_size, strides[-1], embed_dims, strides)
+        self.add_head(num_classes, global_pool, drop_rate)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
             TwinsStage(

@@ -37,7 +37,9 @@ class ViTStage(Stage):
         super().__init__()
         self.grid = grid
         self.is_first = is_first
-        self.blocks.extend(Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path)
+        self.blocks = nn.ModuleList(
+            Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path
+        )
 
     def forward(
         self,
@@ -88,7 +90,8 @@ class ViT(StagedEncoder):
         if depth % NUM_STAGES or embed_dim % 4:
             raise ValueError(f"depth {depth} and embed_dim {embed_dim}: expected multiples of {NUM_STAGES} and 4")
         dims, reductions = [embed_dim] * NUM_STAGES, [patch_size] * NUM_STAGES
-        super().__init__(img_size, patch_size, dims, reductions, num_classes, global_pool, drop_rate)
+        super().__init__(img_size, patch_size, dims, reductions)
+        self.add_head(num_classes, global_pool, drop_rate)
         self.patch_embed = PatchEmbedding(in_chans, embed_dim, patch_size, norm=False)
         self.pos_embed = LearnedPositions(self.grid, embed_dim)
         rates = calculate_drop_path_rates(drop_path_rate, [depth // NUM_STAGES] * NUM_STAGES, stagewise=True)

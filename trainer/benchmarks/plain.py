@@ -13,7 +13,7 @@ from timm.layers import Attention
 from torch import Tensor
 
 from mixmae.models.contract import Trainable
-from mixmae.models.encoders.swin import Stage, Swin
+from mixmae.models.encoders.swin import Swin, SwinStage
 from mixmae.models.layers.token_order import relative_position_index, to_windows
 from mixmae.models.layers.window_attention import WindowAttention
 from mixmae.models.methods.mixing import upsample_groups
@@ -28,7 +28,7 @@ def make_plain(model: Trainable) -> Trainable:
     assert isinstance(model, MixMAE)
     assert isinstance(model.encoder, Swin)
     for stage in model.encoder.stages:
-        assert isinstance(stage, Stage)
+        assert isinstance(stage, SwinStage)
         stage.forward = MethodType(_stage, stage)  # type: ignore[method-assign]
         for block in stage.blocks:
             attention = block.attn
@@ -44,7 +44,7 @@ def make_plain(model: Trainable) -> Trainable:
 
 
 def _stage(
-    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
+    self: SwinStage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
 ) -> Tensor:
     x = edit(self.downsample(x))
     for block in self.blocks:

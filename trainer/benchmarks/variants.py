@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.models.contract import Trainable
-from mixmae.models.encoders.swin import Stage, Swin
+from mixmae.models.encoders.swin import Swin, SwinStage
 from mixmae.models.methods.contract import Method
 from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.benchmarks.plain import make_plain
@@ -31,9 +31,9 @@ def _masked(model: Trainable) -> None:
 
 
 def _without_sorting_by_group(
-    self: Stage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
+    self: SwinStage, x: Tensor, groups: Tensor | None, num_groups: int | None, edit: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    return Stage.forward(self, x, groups, None, edit)
+    return SwinStage.forward(self, x, groups, None, edit)
 
 
 def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], object]:
