@@ -24,7 +24,7 @@ from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.engine.interfaces import choose_gloo_interface
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 
 
 class Ranks(RankEnv):
