@@ -91,7 +91,8 @@ def test_one_gpu_of_any_kind(recipe: str, capsys: pytest.CaptureFixture[str]) ->
     plan = planned(capsys, recipe, *gpu)
     run = plan["chosen_run"]
     assert run["cost"] == pytest.approx(0.5 * 24 * run["days"])
-    assert plan["speed"]["flops"] == pytest.approx(0.4 * 120e12)
+    assert plan["speed"]["source"].startswith("modelled by a roofline")
+    assert 0 < plan["speed"]["flops"] < 120e12
 
 
 @pytest.mark.slow
