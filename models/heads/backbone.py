@@ -34,11 +34,11 @@ class Backbone(nn.Module):
                 f"{type(encoder).__name__} has maps of stride {', '.join(map(str, strides))}; expected a hierarchical "
                 "encoder (4, 8, 16, 32), such as mixmae_swin_base_w14"
             )
-        self.widths: list[int] = [facts["num_chs"] for facts in encoder.feature_info]
+        self.channels: list[int] = [facts["num_chs"] for facts in encoder.feature_info]
         self.strides = list(strides)
         self.encoder = encoder
         self.encoder.norm = nn.Identity()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) if out_norm else nn.Identity() for width in self.widths)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if out_norm else nn.Identity() for width in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Of normalised images [B, 3, H, W]."""

@@ -39,7 +39,7 @@ def test_maps_are_those_of_timm_behind_a_norm(name: str) -> None:
         mean, var = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
         expected = (x - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert backbone.widths == theirs.feature_info.channels()
+    assert backbone.channels == theirs.feature_info.channels()
     assert backbone.strides == theirs.feature_info.reduction()
 
 
