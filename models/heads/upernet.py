@@ -35,6 +35,7 @@ class PixelClassifier(nn.Sequential):
     def __init__(self, width: int, num_classes: int) -> None:
         linear = nn.Conv2d(width, num_classes, 1)
         nn.init.normal_(linear.weight, std=0.01)
+        assert linear.bias is not None
         nn.init.zeros_(linear.bias)
         super().__init__(nn.Dropout2d(_DROPOUT), linear)
 

@@ -21,7 +21,7 @@ def draw(step: int) -> tuple[Tensor, Tensor]:
 
 def train(norm: nn.Module, part: slice) -> dict[str, Tensor]:
     """Two steps of some of the images: outputs and gradients, the sums of the parameters', and running statistics."""
-    found = {}
+    found: dict[str, Tensor] = {}
     nn.init.constant_(norm.get_parameter("weight"), 2.0)
     for step in range(_STEPS):
         maps, gradient = draw(step)

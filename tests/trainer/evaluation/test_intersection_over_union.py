@@ -20,7 +20,7 @@ def test_figures_of_several_images(seed: int, images: int, present: int) -> None
         labels, predicted = random.integers(0, present, (2, 5, 7))
         labels[random.random((5, 7)) < 0.3] = 255
         labels[0, 0] = 0
-        counts += count_pixels(*(torch.tensor(part, dtype=torch.uint8) for part in (predicted, labels)), CLASSES)
+        counts += count_pixels(torch.tensor(predicted).byte(), torch.tensor(labels).byte(), CLASSES)
         pairs += [(label, guess) for label, guess in zip(labels.flat, predicted.flat, strict=True) if label != 255]
     found = figures(counts, [f"class {number}" for number in range(CLASSES)])
     expected = {}
