@@ -27,6 +27,7 @@ from mixmae.trainer.export.encoder_directory import (
 
 _logger = logging.getLogger(__name__)
 _HEAD = "head."
+_FINAL_NORM = "norm."
 
 
 class InitialWeights(NamedTuple):
@@ -104,6 +105,16 @@ def initialise_classifier(encoder: Encoder, path: Path, classes: tuple[str, ...]
         _logger.info("the head of %d classes in %s was loaded too", len(classes), path)
 
 
+def initialise_backbone(encoder: Encoder, path: Path) -> None:
+    """Loads the encoder of a backbone, which has no final norm; bias tables and positions are resized to its sizes.
+
+    Raises:
+        UsageError: no such weights, or weights that do not fit the encoder.
+    """
+    with _naming_the_key():
+        _load_encoder(encoder, read_initial_weights(path), (_HEAD, _FINAL_NORM))
+
+
 @contextmanager
 def _naming_the_key() -> Iterator[None]:
     try:
@@ -112,8 +123,8 @@ def _naming_the_key() -> Iterator[None]:
         raise UsageError(f"encoder.init: {error}") from error
 
 
-def _load_encoder(encoder: Encoder, found: InitialWeights) -> None:
-    weights = {name: value for name, value in found.encoder.items() if not name.startswith(_HEAD)}
+def _load_encoder(encoder: Encoder, found: InitialWeights, left_out: tuple[str, ...] = (_HEAD,)) -> None:
+    weights = {name: value for name, value in found.encoder.items() if not name.startswith(left_out)}
     try:
         fitted = encoder.fit_state_dict(weights)
     except MISFIT as error:
@@ -121,7 +132,7 @@ def _load_encoder(encoder: Encoder, found: InitialWeights) -> None:
     own = {
         name: value
         for name, value in encoder.state_dict().items()
-        if value.is_floating_point() and not name.startswith(_HEAD)
+        if value.is_floating_point() and not name.startswith(left_out)
     }
     _require_fit(fitted, own, found.source)
     encoder.load_state_dict(fitted, strict=False)
