@@ -11,16 +11,17 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import batched_nms
 
 from mixmae.models.heads.mask_rcnn.boxes import Weights, clip_boxes, decode_boxes, encode_boxes, usable
-from mixmae.models.heads.mask_rcnn.matching import BACKGROUND, NEITHER, OBJECT, match_boxes, sample_boxes
+from mixmae.models.heads.mask_rcnn.matching import BACKGROUND, NEITHER, OBJECT, each_image, match_boxes, sample_boxes
 from mixmae.models.heads.mask_rcnn.proposals import Proposals
 from mixmae.models.heads.mask_rcnn.recompute import Head
 from mixmae.models.heads.mask_rcnn.roi_align import pool_boxes
-from mixmae.models.heads.mask_rcnn.targets import Objects
+from mixmae.models.heads.mask_rcnn.targets import Objects, take
 
 BOX_WEIGHTS: Weights = (10.0, 10.0, 5.0, 5.0)
 _POOLED, _CONVOLUTIONS, _WIDTH = 7, 4, 1024
 _IOU = 0.5
-SAMPLED, SAMPLED_OBJECTS = 512, 128
+OBJECT_SHARE = 4
+"""At most one of so many of the boxes that a step learns from is an object."""
 _MIN_SCORE, _NMS_IOU = 0.05, 0.5
 DETECTIONS = 100
 _IGNORED = -100
@@ -40,11 +41,15 @@ class Regions(NamedTuple):
 
 
 class BoxHead(Head):
-    """4 convolutions with LayerNorm, one layer of 1024, then classes (background last) and a box for each class."""
+    """4 convolutions with LayerNorm, one layer of 1024, then classes (background last) and a box for each class.
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    Args:
+        rois: boxes of an image that a step learns from.
+    """
+
+    def __init__(self, channels: int, num_classes: int, rois: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.rois = num_classes, rois
         shape, widths = (channels, _POOLED, _POOLED), [channels] * _CONVOLUTIONS
         self.layers = FastRCNNConvFCHead(shape, widths, [_WIDTH], norm_layer=LayerNorm2d)
         self.score, self.delta = nn.Linear(_WIDTH, num_classes + 1), nn.Linear(_WIDTH, 4 * num_classes)
@@ -58,21 +63,22 @@ class BoxHead(Head):
         count, slots = boxes.shape[:2]
         return self.score(x).float().view(count, slots, -1), self.delta(x).float().view(count, slots, -1, 4)
 
-    @torch.no_grad()
     def sample(self, proposals: Proposals, objects: Objects) -> Regions:
-        """512 of the proposals and objects of each image, at most a quarter of them objects: [B, 512]."""
+        """Of the proposals and objects of each image: [B, rois], at most a quarter of them objects."""
         boxes = torch.cat([proposals.boxes, objects.boxes], dim=1)
         there = torch.cat([proposals.there, objects.there], dim=1)
-        parts = []
-        for b in range(len(boxes)):
-            matches = match_boxes(objects.boxes[b], objects.there[b], boxes[b], _IOU, _IOU)
-            labels = torch.where(there[b], matches.labels, NEITHER)
-            chosen = sample_boxes(labels, SAMPLED, SAMPLED_OBJECTS, objects.seeds[b], first=_SECOND_DRAW)
+
+        def sample(image: int) -> tuple[Tensor, Tensor, Tensor]:
+            matches = match_boxes(objects.boxes[image], objects.there[image], boxes[image], _IOU, _IOU)
+            labels = torch.where(there[image], matches.labels, NEITHER)
+            seed, most = objects.seeds[image], self.rois // OBJECT_SHARE
+            chosen = sample_boxes(labels, self.rois, most, seed, first=_SECOND_DRAW)
             index = matches.objects[chosen.index]
             classes = torch.where(chosen.labels == BACKGROUND, self.num_classes, _IGNORED)
-            classes = torch.where(chosen.labels == OBJECT, objects.classes[b, index], classes)
-            parts.append(Regions(boxes[b, chosen.index], classes, index))
-        return Regions(*(torch.stack(of_images) for of_images in zip(*parts, strict=True)))
+            classes = torch.where(chosen.labels == OBJECT, objects.classes[image, index], classes)
+            return boxes[image, chosen.index], classes, index
+
+        return Regions(*each_image(sample, boxes))
 
     def loss(self, logits: Tensor, deltas: Tensor, regions: Regions, objects: Objects) -> tuple[Tensor, Tensor]:
         """Of classes and of boxes, over the boxes sampled."""
@@ -110,8 +116,3 @@ def of_class(values: Tensor, regions: Regions, found: Tensor) -> Tensor:
     index = torch.where(found, regions.classes, 0)
     shape = (*index.shape, 1, *values.shape[3:])
     return values.gather(2, index.view(*index.shape, *[1] * (values.dim() - 2)).expand(shape)).squeeze(2)
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of values [B, G, ...] by number, int64 [B, R]: [B, R, ...]."""
-    return values[torch.arange(len(index), device=index.device)[:, None], index]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from mixmae.models.contract import Trainable
+from mixmae.models.encoders.contract import Encoder
 from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.mask_rcnn.box_head import DETECTIONS, BoxHead
 from mixmae.models.heads.mask_rcnn.mask_head import MaskHead
@@ -16,8 +17,6 @@ from mixmae.models.heads.mask_rcnn.proposals import fill_slots
 from mixmae.models.heads.mask_rcnn.recompute import Head
 from mixmae.models.heads.mask_rcnn.rpn import RegionProposals
 from mixmae.models.heads.mask_rcnn.targets import Objects
-
-_CHANNELS = 256
 
 
 class Detections(NamedTuple):
@@ -50,18 +49,22 @@ class MaskRCNN(Trainable):
     Args:
         backbone: a checkpoint holds its weights under `backbone.`.
         image: height and width of all images.
+        channels: of the pyramid and the heads' convolutions.
+        rois: boxes of an image that a step of the box head learns from; the mask head sees a quarter of them.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, image: tuple[int, int]) -> None:
+    def __init__(
+        self, backbone: Backbone, num_classes: int, image: tuple[int, int], channels: int = 256, rois: int = 512
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
         self.pyramid = FeaturePyramidNetwork(
-            list(backbone.channels), _CHANNELS, extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d
+            list(backbone.channels), channels, extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d
         )
-        self.proposals = RegionProposals(_CHANNELS, image)
-        self.box_head = BoxHead(_CHANNELS, num_classes)
-        self.mask_head = MaskHead(_CHANNELS, num_classes)
+        self.proposals = RegionProposals(channels, image)
+        self.box_head = BoxHead(channels, num_classes, rois)
+        self.mask_head = MaskHead(channels, num_classes)
 
     def forward(self, images: Tensor, *inputs: Tensor) -> Any:
         """The loss of normalised images [B, 3, H, W], or their `Detections`.
@@ -101,6 +104,10 @@ class MaskRCNN(Trainable):
         masks = self.mask_head(maps, rows[..., :4]).sigmoid()
         index = classes[..., None, None, None].expand(*classes.shape, 1, *masks.shape[3:])
         return Detections(rows[..., :4], rows[..., 4], classes, masks.gather(2, index)[:, :, 0])
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.backbone.encoder
 
     @property
     def _heads(self) -> Mapping[str, Head]:

@@ -8,11 +8,11 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from mixmae.models.heads.mask_rcnn.box_head import SAMPLED_OBJECTS, Regions, is_object, of_class, take
+from mixmae.models.heads.mask_rcnn.box_head import OBJECT_SHARE, Regions, is_object, of_class
 from mixmae.models.heads.mask_rcnn.masks import masks_in_boxes
 from mixmae.models.heads.mask_rcnn.recompute import Head
 from mixmae.models.heads.mask_rcnn.roi_align import pool_boxes
-from mixmae.models.heads.mask_rcnn.targets import Objects
+from mixmae.models.heads.mask_rcnn.targets import Objects, take
 
 _POOLED, _CONVOLUTIONS = 14, 4
 MASK_SIZE = 2 * _POOLED
@@ -37,7 +37,8 @@ class MaskHead(Head):
 
     def loss(self, maps: Sequence[Tensor], regions: Regions, objects: Objects) -> Tensor:
         """The mean over objects of their pixels' binary cross entropy, in the masks of their classes."""
-        regions = Regions(*(part[:, :SAMPLED_OBJECTS] for part in regions))
+        most = regions.classes.shape[1] // OBJECT_SHARE
+        regions = Regions(*(part[:, :most] for part in regions))
         found = is_object(regions, self.num_classes)
         logits = of_class(self(maps, regions.boxes), regions, found)
         rows = take(objects.rows, regions.objects)

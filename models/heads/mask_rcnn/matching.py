@@ -1,5 +1,6 @@
 """Which boxes stand for which objects, and which of them a step learns from."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,18 @@ def match_boxes(
         most = iou.amax(dim=1, keepdim=True)
         labels = torch.where(((iou == most) & (most > 0)).any(dim=0), OBJECT, labels)
     return Matches(labels, index)
+
+
+@torch.no_grad()
+def each_image(function: Callable[[int], Sequence[Tensor]], images: Tensor) -> list[Tensor]:
+    """What a function gives for the number of each image, stacked.
+
+    One image after the other, since overlaps of all objects with all anchors take 100 MB each; a plan, on the meta
+    device, counts one.
+    """
+    count = len(images)
+    parts = [function(0)] * count if images.is_meta else [function(number) for number in range(count)]
+    return [torch.stack(of_images) for of_images in zip(*parts, strict=True)]
 
 
 class Sample(NamedTuple):

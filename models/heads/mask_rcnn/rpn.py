@@ -9,9 +9,9 @@ from torchvision.models.detection.rpn import RPNHead
 
 from mixmae.models.heads.mask_rcnn.anchors import RATIOS, anchors_of
 from mixmae.models.heads.mask_rcnn.boxes import encode_boxes
-from mixmae.models.heads.mask_rcnn.matching import NEITHER, OBJECT, match_boxes, sample_boxes
+from mixmae.models.heads.mask_rcnn.matching import NEITHER, OBJECT, each_image, match_boxes, sample_boxes
 from mixmae.models.heads.mask_rcnn.proposals import RPN_WEIGHTS, Proposals, select_proposals
-from mixmae.models.heads.mask_rcnn.targets import Objects
+from mixmae.models.heads.mask_rcnn.targets import Objects, take
 
 _CONVOLUTIONS = 2
 _POSITIVE, _NEGATIVE = 0.7, 0.3
@@ -49,19 +49,23 @@ class RegionProposals(nn.Module):
 
     def loss(self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], objects: Objects) -> tuple[Tensor, Tensor]:
         """Of objectness and of boxes, over 256 anchors an image, at most half of them objects."""
-        anchors, logits, shifts = torch.cat(self.anchors), torch.cat(list(objectness), 1), torch.cat(list(deltas), 1)
-        classification, regression = [], []
-        for b in range(len(logits)):
-            matches = match_boxes(objects.boxes[b], objects.there[b], anchors, _POSITIVE, _NEGATIVE, keep_best=True)
-            chosen = sample_boxes(matches.labels, _SAMPLED, _SAMPLED_OBJECTS, objects.seeds[b])
-            found, used = chosen.labels == OBJECT, chosen.labels != NEITHER
-            cross_entropy = F.binary_cross_entropy_with_logits(logits[b, chosen.index], found.float(), reduction="none")
-            classification.append((cross_entropy * used).sum())
-            true = objects.boxes[b, matches.objects[chosen.index]]
-            distance = shifts[b, chosen.index] - encode_boxes(true, anchors[chosen.index], RPN_WEIGHTS)
-            regression.append(torch.where(found[:, None], distance.abs(), 0.0).sum())
-        total = _SAMPLED * len(logits)
-        return torch.stack(classification).sum() / total, torch.stack(regression).sum() / total
+        anchors = torch.cat(self.anchors)
+
+        def sample(image: int) -> tuple[Tensor, Tensor, Tensor]:
+            true, there = objects.boxes[image], objects.there[image]
+            matches = match_boxes(true, there, anchors, _POSITIVE, _NEGATIVE, keep_best=True)
+            chosen = sample_boxes(matches.labels, _SAMPLED, _SAMPLED_OBJECTS, objects.seeds[image])
+            return chosen.index, chosen.labels, true[matches.objects[chosen.index]]
+
+        index, labels, true = each_image(sample, objects.boxes)
+        found, total = labels == OBJECT, _SAMPLED * len(labels)
+        logits, shifts = torch.cat(list(objectness), 1).gather(1, index), take(torch.cat(list(deltas), 1), index)
+        classification = F.binary_cross_entropy_with_logits(logits, found.float(), reduction="none")
+        regression = (shifts - encode_boxes(true, anchors[index], RPN_WEIGHTS)).abs()
+        return (
+            torch.where(labels == NEITHER, 0.0, classification).sum() / total,
+            torch.where(found[..., None], regression, 0.0).sum() / total,
+        )
 
 
 def _by_anchor(x: Tensor, width: int) -> Tensor:

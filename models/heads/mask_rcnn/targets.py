@@ -46,3 +46,9 @@ def pad_objects(boxes: Tensor, classes: Tensor, counts: Tensor, masks: Tensor) -
     padded_boxes, padded_classes = boxes.new_zeros(len(counts), most, 4), classes.new_zeros(len(counts), most)
     padded_boxes[there], padded_classes[there] = boxes, classes
     return padded_boxes, padded_classes, counts, masks if len(masks) else masks.new_zeros(1, *masks.shape[1:])
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of values [B, G, ...] by number, int64 [B, R]: [B, R, ...]."""
+    index = index.view(*index.shape, *[1] * (values.dim() - 2))
+    return values.gather(1, index.expand(*index.shape[:2], *values.shape[2:]))

@@ -43,10 +43,11 @@ def objects_for(counts: list[int], seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def tiny_detector() -> MaskRCNN:
-    """For images of 128 px; heads of full size around an encoder of some thousand parameters."""
+    """For images of 128 px, as narrow as it may be."""
     torch.manual_seed(0)
     sizes = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": (4, 4, 4, 2)}
-    return MaskRCNN(Backbone(create_encoder("mixmae_swin_nano", img_size=SIDE, **sizes)), CLASSES, (SIDE, SIDE))
+    backbone = Backbone(create_encoder("mixmae_swin_nano", img_size=SIDE, **sizes))
+    return MaskRCNN(backbone, CLASSES, (SIDE, SIDE), channels=16, rois=64)
 
 
 def images_of(count: int) -> Tensor:

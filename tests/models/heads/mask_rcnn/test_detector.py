@@ -77,7 +77,7 @@ def test_plans_can_count_a_step_whose_work_does_not_depend_on_the_data(detector:
         with FlopCounterMode(display=False) as counter:
             moved(images_of(2).to(device), *(part.to(device) for part in objects_for(counts))).backward()
         counted.append(counter.get_total_flops())
-    assert counted[0] == counted[1] == counted[2] > 1e10
+    assert counted[0] == counted[1] == counted[2] > 1e8
 
 
 def test_detections_lie_inside_their_images(detector: MaskRCNN) -> None:

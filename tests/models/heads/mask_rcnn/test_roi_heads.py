@@ -134,7 +134,7 @@ def background_first(head: BoxHead) -> FastRCNNPredictor:
 @pytest.fixture(scope="module")
 def heads() -> tuple[BoxHead, MaskHead, RoIHeads]:
     torch.manual_seed(1)
-    box_head, mask_head = BoxHead(CHANNELS, CLASSES).eval(), MaskHead(CHANNELS, CLASSES).eval()
+    box_head, mask_head = BoxHead(CHANNELS, CLASSES, rois=512).eval(), MaskHead(CHANNELS, CLASSES).eval()
     nn.init.normal_(box_head.score.weight, std=0.2)
     nn.init.normal_(box_head.delta.weight, std=0.2)
     nn.init.normal_(mask_head.predictor.mask_fcn_logits.weight, std=0.2)
