@@ -16,7 +16,7 @@ from mixmae.models.encoders import contract
 from mixmae.models.encoders.contract import MapEdit, edit_of, unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
-from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
+from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, resized_positions, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
     by_group,
@@ -137,6 +137,8 @@ class Swin(StagedEncoder):
     Args:
         img_size: pixels, one side or (height, width).
         window_size: window side of each stage; each stage's token grid must divide by it.
+        pretrain_img_size: as img_size: the fixed sin-cos positions are those of images of this size, resized
+            (bicubic) to the token grid, since others lie outside of what the weights have seen; None for `img_size`.
         wide_window: window side of some blocks of stage 3, `wide_blocks`, counted from 1: where a detector's or
             segmenter's maps are too large for global attention (paper section 4.3); None for that of the stage.
         num_classes: 0 leaves the head out; with `global_pool=""` the features stay a map [B, H/32, W/32, C].
@@ -146,6 +148,7 @@ class Swin(StagedEncoder):
     """
 
     positions: Tensor
+    position_size: tuple[int, int]
     keep_map = "micro_batch"
 
     def __init__(
@@ -164,10 +167,11 @@ class Swin(StagedEncoder):
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pretrain_img_size: int | tuple[int, int] | None = None,
     ) -> None:
         if embed_dim % 4:
             raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
-        grids = token_grids((img_size, img_size) if isinstance(img_size, int) else img_size, patch_size, window_size)
+        grids = token_grids(_both_sides(img_size), patch_size, window_size)
         dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
         reductions = [patch_size * 2**i for i in range(NUM_STAGES)]
         super().__init__(img_size, reductions[-1], dims, reductions)
@@ -176,8 +180,11 @@ class Swin(StagedEncoder):
         self.patch_embed = PatchEmbed(
             self.img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
+        self.position_size = _both_sides(img_size if pretrain_img_size is None else pretrain_img_size)
+        if any(side < patch_size for side in self.position_size):
+            raise ValueError(f"pretrain_img_size {pretrain_img_size}: expected {patch_size} px, one patch, or more")
         # A buffer in fp32 that DeepSpeed leaves alone; added in the dtype of the tokens.
-        self.register_buffer("positions", sincos_positions(grids[0], embed_dim), persistent=False)
+        self.register_buffer("positions", self._positions(grids[0]), persistent=False)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
             SwinStage(
@@ -206,10 +213,14 @@ class Swin(StagedEncoder):
             side = merged["img_size"]
             defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
             windows, patch_size = ({**defaults, **merged}[name] for name in ("window_size", "patch_size"))
-            grids = stage_grids((side, side) if isinstance(side, int) else side, patch_size)
+            grids = stage_grids(_both_sides(side), patch_size)
             if all(0 not in grid for grid in grids) and not _divide(windows, grids):
                 merged["window_size"] = fitting_windows(grids, windows)
         return merged
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        rows, cols = (side // self.patch_embed.patch_size[0] for side in self.position_size)
+        return resized_positions(sincos_positions((rows, cols), self.feature_info[0]["num_chs"]), grid)
 
     def forward_kept(self, images: Tensor, kept: Tensor, class_token: Tensor | None = None) -> Tensor:
         """[B, n, C] of cells kept [1, n]: cut out of the images, and alone in every stage."""
@@ -234,15 +245,14 @@ class Swin(StagedEncoder):
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
     ) -> None:
         """Another image size, with other windows where the present ones do not divide its grids."""
-        size = self.img_size if img_size is None else img_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _both_sides(self.img_size if img_size is None else img_size)
         patch_size = self.patch_embed.patch_size[0]
         windows = fitting_windows(stage_grids((height, width), patch_size), self.window_size)
         grids = token_grids((height, width), patch_size, windows if window_size is None else window_size)
         self.window_size = tuple(windows if window_size is None else window_size)
         self._set_size((height, width))
         self.patch_embed.set_input_size((height, width))
-        self.positions = sincos_positions(grids[0], self.positions.shape[-1]).to(self.positions.device)
+        self.positions = self._positions(grids[0]).to(self.positions.device)
         if self.wide_window is not None:
             self.wide_window = nearest_window(grids[_WIDE_STAGE], self.wide_window)
         for stage, grid, window in zip(self.stages, grids, self.window_size, strict=False):  # stages may be pruned
@@ -276,6 +286,10 @@ class Swin(StagedEncoder):
             else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         )
         return {"stem": r"^patch_embed", "blocks": block}
+
+
+def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> list[tuple[int, int]]:

@@ -57,11 +57,13 @@ def write_encoder_directory(
         raise UsageError(f"{out} exists already; name a directory that does not, or remove it")
     num_classes = encoder["head.fc.weight"].shape[0] if "head.fc.weight" in encoder else 0
     with torch.device("meta"):
-        num_features = create_encoder(architecture, **model_args).num_features
+        model = create_encoder(architecture, **model_args)
+    if model.position_size is not None:  # whatever the size of images that it is opened for, its positions stay those
+        model_args = {**model_args, "pretrain_img_size": model.position_size}
     config = {
         "architecture": architecture,
         "num_classes": num_classes,
-        "num_features": num_features,
+        "num_features": model.num_features,
         "model_args": model_args,
         "pretrained_cfg": default_cfg(
             architecture, model_args.get("img_size"), num_classes=num_classes, **(input_facts or {})

@@ -120,7 +120,14 @@ def test_pretrained_weights_are_resized_to_the_windows_of_a_detector(tmp_path: P
         tmp_path / "encoder", "mixmae_swin_nano", {"img_size": 128, **sizes}, state, None, {}, {}, "card"
     )
     large = Backbone(
-        create_encoder("mixmae_swin_nano", img_size=512, window_size=(16,) * 4, wide_window=32, wide_blocks=(2,))
+        create_encoder(
+            "mixmae_swin_nano",
+            img_size=512,
+            window_size=(16,) * 4,
+            wide_window=32,
+            wide_blocks=(2,),
+            pretrain_img_size=128,
+        )
     )
     initialise_backbone(large.encoder, tmp_path / "encoder")
     tables = 0
