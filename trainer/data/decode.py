@@ -274,6 +274,18 @@ def _upright_size(source: EncodedImage) -> tuple[int, int]:
     return (source.height, source.width) if sideways else (source.width, source.height)
 
 
+def upright_size(content: bytes) -> tuple[int, int]:
+    """Height and width of an image as a viewer shows it, read from its header.
+
+    Raises:
+        UnusableError: the header cannot be read.
+    """
+    with _decoding():
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        sideways = _ORIENTATIONS[_orientation(content, image)][0]
+        return image.size if sideways else (image.height, image.width)
+
+
 def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:
     """The pixels of the planned box. Raises UnusableError if the decoder finds damage in them."""
     with _decoding():
