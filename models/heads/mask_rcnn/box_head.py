@@ -25,8 +25,8 @@ OBJECT_SHARE = 4
 _MIN_SCORE, _NMS_IOU = 0.05, 0.5
 DETECTIONS = 100
 _IGNORED = -100
-_SECOND_DRAW = 2**24
-"""Behind the random numbers of the anchors."""
+_OF_PROPOSALS, _OF_OBJECTS = 2**24, 2**25
+"""Behind the numbers by which anchors are chosen."""
 
 
 class Regions(NamedTuple):
@@ -67,12 +67,14 @@ class BoxHead(Head):
         """Of the proposals and objects of each image: [B, rois], at most a quarter of them objects."""
         boxes = torch.cat([proposals.boxes, objects.boxes], dim=1)
         there = torch.cat([proposals.there, objects.there], dim=1)
+        slots = torch.arange(objects.boxes.shape[1], device=boxes.device).expand(len(boxes), -1)
+        numbers = torch.cat([_OF_PROPOSALS + proposals.anchors, _OF_OBJECTS + slots], dim=1)
 
         def sample(image: int) -> tuple[Tensor, Tensor, Tensor]:
             matches = match_boxes(objects.boxes[image], objects.there[image], boxes[image], _IOU, _IOU)
             labels = torch.where(there[image], matches.labels, NEITHER)
-            seed, most = objects.seeds[image], self.rois // OBJECT_SHARE
-            chosen = sample_boxes(labels, self.rois, most, seed, first=_SECOND_DRAW)
+            most = self.rois // OBJECT_SHARE
+            chosen = sample_boxes(labels, numbers[image], self.rois, most, objects.seeds[image])
             index = matches.objects[chosen.index]
             classes = torch.where(chosen.labels == BACKGROUND, self.num_classes, _IGNORED)
             classes = torch.where(chosen.labels == OBJECT, objects.classes[image, index], classes)

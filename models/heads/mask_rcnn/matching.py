@@ -60,15 +60,16 @@ class Sample(NamedTuple):
     """int64 [S]: OBJECT, BACKGROUND, or NEITHER in slots for which there was no box."""
 
 
-def sample_boxes(labels: Tensor, count: int, max_objects: int, seed: Tensor, first: int = 0) -> Sample:
+def sample_boxes(labels: Tensor, numbers: Tensor, count: int, max_objects: int, seed: Tensor) -> Sample:
     """A random choice of `count` boxes, at most `max_objects` of them objects; the same on every device.
 
     Args:
         labels: of `match_boxes`, [N].
+        numbers: int64 [N], by which boxes are told apart: a box is as likely to be chosen, and is or is not, in
+            whichever order they come.
         seed: int64 scalar, from 0 to 2**32 - 1.
-        first: number of the first random number; others draw others.
     """
-    order = random_order(len(labels), seed, first)
+    order = random_order(numbers, seed)
     objects = torch.where(labels == OBJECT, order, -1.0)
     chosen = objects.topk(min(max_objects, len(labels)))
     priority = torch.where(labels == BACKGROUND, order, -1.0)
@@ -82,12 +83,12 @@ def sample_boxes(labels: Tensor, count: int, max_objects: int, seed: Tensor, fir
 _MASK = 2**32 - 1
 
 
-def random_order(count: int, seed: Tensor, first: int = 0) -> Tensor:
-    """Random numbers fp32 [count] in [0, 1), a function of the seed and of each one's number.
+def random_order(numbers: Tensor, seed: Tensor) -> Tensor:
+    """Random values fp32 [N] in [0, 1), each a function of the seed and of its number.
 
     A hash of 32 bits (triple32's halves, Wellons): what a generator draws depends on the device.
     """
-    x = (torch.arange(first, first + count, device=seed.device) * 0x9E3779B1 + seed) & _MASK
+    x = (numbers * 0x9E3779B1 + seed) & _MASK
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _MASK
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _MASK
     x = x ^ (x >> 15)

@@ -50,11 +50,12 @@ class RegionProposals(nn.Module):
     def loss(self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], objects: Objects) -> tuple[Tensor, Tensor]:
         """Of objectness and of boxes, over 256 anchors an image, at most half of them objects."""
         anchors = torch.cat(self.anchors)
+        numbers = torch.arange(len(anchors), device=anchors.device)
 
         def sample(image: int) -> tuple[Tensor, Tensor, Tensor]:
             true, there = objects.boxes[image], objects.there[image]
             matches = match_boxes(true, there, anchors, _POSITIVE, _NEGATIVE, keep_best=True)
-            chosen = sample_boxes(matches.labels, _SAMPLED, _SAMPLED_OBJECTS, objects.seeds[image])
+            chosen = sample_boxes(matches.labels, numbers, _SAMPLED, _SAMPLED_OBJECTS, objects.seeds[image])
             return chosen.index, chosen.labels, true[matches.objects[chosen.index]]
 
         index, labels, true = each_image(sample, objects.boxes)

@@ -32,7 +32,7 @@ def test_samples_hold_as_many_objects_as_may_be_and_background_besides(
 ) -> None:
     labels = torch.cat([torch.full((n,), kind) for n, kind in ((objects, 1), (background, 0), (neither, -1))])
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
-    found = sample_boxes(labels, 64, 16, torch.tensor(seed))
+    found = sample_boxes(labels, torch.arange(len(labels)), 64, 16, torch.tensor(seed))
     kinds = [int((found.labels == kind).sum()) for kind in (OBJECT, BACKGROUND, NEITHER)]
     expected = min(objects, 16)
     assert kinds[:2] == [expected, min(background, 64 - expected)]
@@ -44,20 +44,27 @@ def test_samples_hold_as_many_objects_as_may_be_and_background_besides(
 
 def test_each_box_is_sampled_as_often_as_the_others() -> None:
     labels = torch.zeros(100, dtype=torch.int64)
-    counts = torch.zeros(100)
+    counts, numbers = torch.zeros(100), torch.arange(100)
     for seed in range(2000):
-        counts[sample_boxes(labels, 10, 5, torch.tensor(seed * 7919)).index] += 1
+        counts[sample_boxes(labels, numbers, 10, 5, torch.tensor(seed * 7919)).index] += 1
     # Binomial: mean 200, standard deviation 13.4.
     assert counts.min() > 140
     assert counts.max() < 260
 
 
+def test_what_is_sampled_does_not_depend_on_the_order_of_boxes() -> None:
+    labels, numbers = torch.tensor([OBJECT, BACKGROUND] * 50), torch.arange(100)
+    found = sample_boxes(labels, numbers, 20, 5, torch.tensor(3))
+    other = sample_boxes(labels.flip(0), numbers.flip(0), 20, 5, torch.tensor(3))
+    assert torch.equal(found.index, 99 - other.index)
+
+
 def test_random_numbers_are_uniform_and_of_their_seed_alone() -> None:
     seed = torch.tensor(2**32 - 1)
-    numbers = random_order(100_000, seed)
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    histogram = torch.histc(numbers, 20, 0, 1)
+    values = random_order(torch.arange(100_000), seed)
+    assert values.min() >= 0
+    assert values.max() < 1
+    histogram = torch.histc(values, 20, 0, 1)
     assert ((histogram - 5000).square() / 5000).sum() < 60  # chi squared of 19: above with a chance of 4e-6
-    assert torch.equal(random_order(50, seed, first=100), numbers[100:150])
-    assert not torch.equal(random_order(50, torch.tensor(1)), numbers[:50])
+    assert torch.equal(random_order(torch.arange(150, 100, -1), seed), values[101:151].flip(0))
+    assert not torch.equal(random_order(torch.arange(50), torch.tensor(1)), values[:50])

@@ -34,6 +34,10 @@ def pyramid() -> list[Tensor]:
     return [torch.randn(IMAGES, CHANNELS, SIDE // s, SIDE // s, generator=generator) for s in (4, 8, 16, 32, 64)]
 
 
+def proposed(boxes: Tensor, there: Tensor) -> Proposals:
+    return Proposals(boxes, there, torch.arange(boxes.shape[1]).expand(boxes.shape[:2]))
+
+
 class Aligned(MultiScaleRoIAlign):
     """torchvision's pooler with the `aligned` that it leaves out, and an adaptive number of samples."""
 
@@ -169,7 +173,7 @@ def test_detections_are_torchvisions(heads: tuple[BoxHead, MaskHead, RoIHeads]) 
     boxes = torch.stack([random_boxes(60, seed) for seed in range(IMAGES)])
     there = torch.tensor([[True] * 60, [True] * 40 + [False] * 20])
     expected, _ = theirs(named(maps), [own[some] for own, some in zip(boxes, there, strict=True)], sizes)
-    found = box_head.detect(*box_head(maps, boxes), Proposals(boxes, there), torch.tensor(sizes))
+    found = box_head.detect(*box_head(maps, boxes), proposed(boxes, there), torch.tensor(sizes))
     for image, (rows, right) in enumerate(zip(found, expected, strict=True)):
         assert 10 < len(rows) == len(right["boxes"])
         torch.testing.assert_close(rows[:, :4], right["boxes"], rtol=1e-4, atol=1e-3)
@@ -188,7 +192,7 @@ def test_heads_learn_what_torchvisions_do(heads: tuple[BoxHead, MaskHead, RoIHea
     near = objects.boxes[:, :, None] + 2 * torch.randn(IMAGES, 3, 20, 4, generator=torch.Generator().manual_seed(0))
     boxes = torch.cat([near.flatten(1, 2).clamp(0, SIDE), torch.stack([random_boxes(60, s) for s in (5, 6)])], dim=1)
     boxes[1, 40:60] = random_boxes(20, 7)  # beside the slot that is empty
-    regions = box_head.sample(Proposals(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool)), objects)
+    regions = box_head.sample(proposed(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool)), objects)
     losses = box_head.loss(*box_head(maps, regions.boxes), regions, objects)
 
     # The same boxes for torchvision, matched by itself. It takes all, and boxes by a loss of its own.
