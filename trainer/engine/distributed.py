@@ -138,6 +138,17 @@ def from_main(value: T, kind: Any = None) -> T:
 
 def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = None) -> list[T]:
     """All ranks' values, by rank; as JSON, see `from_main`."""
+    return [_decode(part, kind) for part in _gather_bytes(value, kind, group)]
+
+
+def gather_to_main(value: T, kind: Any = None) -> list[T] | None:
+    """All ranks' values, by rank, on the main rank; None on the others, which do not read them."""
+    parts = _gather_bytes(value, kind, None)
+    return [_decode(part, kind) for part in parts] if dist.get_rank() == 0 else None
+
+
+def _gather_bytes(value: Any, kind: Any, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """uint8 [N] of each rank."""
     content = _as_bytes(_encode(value, kind), group)
     size, world_size = torch.tensor([len(content)], device=content.device), dist.get_world_size(group)
     sizes = [torch.empty_like(size) for _ in range(world_size)]
@@ -145,7 +156,7 @@ def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = Non
     longest = int(max(sizes))
     parts = [torch.empty(longest, dtype=torch.uint8, device=content.device) for _ in range(world_size)]
     dist.all_gather(parts, torch.nn.functional.pad(content, (0, longest - len(content))), group=group)
-    return [_decode(part[: int(own)], kind) for part, own in zip(parts, sizes, strict=True)]
+    return [part[: int(own)] for part, own in zip(parts, sizes, strict=True)]
 
 
 def _encode(value: Any, kind: Any) -> bytes:

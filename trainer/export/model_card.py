@@ -13,7 +13,7 @@ from mixmae.trainer.telemetry.events import read_events
 
 _LOSSES = 10
 """Rows of the table of losses."""
-_SECTIONS = ("seed", "encoder", "method", "data", "train", "optim")
+_SECTIONS = ("seed", "encoder", "method", "detection", "data", "train", "optim")
 _PRIVATE = {"data": ("shards", "network", "cache", "num_workers", "prefetch_factor"), "encoder": ("init",)}
 """Keys that say where things lie here, and nothing of the weights."""
 

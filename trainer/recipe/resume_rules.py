@@ -42,6 +42,7 @@ _CHANGEABLE = (
     "data.hflip",
     "encoder.drop_rate",
     "encoder.drop_path_rate",
+    "detection.scale",
 )
 """What a run can go on with changed on purpose: other numbers, but the same parameters, states and order of samples."""
 

@@ -14,6 +14,7 @@ from mixmae.base.redaction import redact_all
 from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 from mixmae.trainer.recipe.sections.components import EncoderSection, MethodSection
 from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.detection import Detection
 from mixmae.trainer.recipe.sections.evaluate import Evaluate
 from mixmae.trainer.recipe.sections.labelled import Augment, Classification, Linear
 from mixmae.trainer.recipe.sections.launch import Launch
@@ -39,6 +40,7 @@ class Recipe(Section):
     method: MethodSection = MethodSection()
     classification: Classification = Classification()
     linear: Linear = Linear()
+    detection: Detection = Detection()
     data: Data = Data()
     augment: Augment = Augment()
     train: Train = Train()

@@ -12,6 +12,7 @@ from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
 
 _BUILT_IN = {
+    "detect": "mixmae.trainer.tasks.detect",
     "finetune": "mixmae.trainer.tasks.finetune",
     "linear": "mixmae.trainer.tasks.linear",
     "pretrain": "mixmae.trainer.tasks.pretrain",
