@@ -26,6 +26,7 @@ from tqdm import tqdm
 from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, publish
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
@@ -190,8 +191,8 @@ def _lock(partial: Path, digest: str, description: str) -> Iterator[None]:
 
 def _refuse_other(partial: Path, text: str, digest: str) -> None:
     try:
-        plan = json.loads(text)
-    except ValueError:
+        plan = dict(parse_json(text))
+    except (ValueError, TypeError):
         plan = {}
     if plan.get("digest") != digest:
         raise UsageError(
@@ -218,12 +219,16 @@ def _read_record(plan: _BuildPlan, number: int) -> _BuiltShard | None:
     file = plan.record(number)
     if not file.exists():
         return None
-    content = json.loads(file.read_text())
-    shard = Shard(**content["shard"]) if content["shard"] else None
+    try:
+        content = parse_json(file.read_text())
+        shard = Shard(**content["shard"]) if content["shard"] else None
+        table = np.array([tuple(row) for row in content["table"]], dtype=SAMPLE)
+        skipped, unchanged = [SkippedImage(*one) for one in content["skipped"]], content["unchanged"]
+    except (ValueError, TypeError, KeyError, OverflowError):  # damaged since it was written
+        return None
     if shard is not None and (not (tar := plan.tar(number)).exists() or tar.stat().st_size != shard.bytes):
         return None
-    table = np.array([tuple(row) for row in content["table"]], dtype=SAMPLE)
-    return _BuiltShard(shard, table, [SkippedImage(*one) for one in content["skipped"]], content["unchanged"])
+    return _BuiltShard(shard, table, skipped, unchanged)
 
 
 def _write_record(file: Path, done: _BuiltShard) -> None:

@@ -1,6 +1,5 @@
 """Where the samples of new shards come from: folders of images, lists of files, or existing shards."""
 
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import INDEX, INVALID_LABEL, UNLABELLED
 from mixmae.trainer.data.shards.files import shard_bytes, shard_files
@@ -271,7 +271,7 @@ def _sample_key(member: Member) -> str:
 def class_names(directory: Path) -> list[str]:
     """Names of the labels 0, 1, ... in a directory's index; none where it has no index or one that cannot be read."""
     try:
-        content = json.loads((directory / INDEX).read_bytes())
+        content = parse_json((directory / INDEX).read_bytes())
     except (OSError, ValueError):
         return []
     names = content.get("classes") if isinstance(content, dict) else None
