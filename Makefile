@@ -28,8 +28,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/mixmae demo
 
-# Tests come in tiers, told apart by pytest's markers (pyproject.toml); a file at a time, in PROCESSES.
-PROCESSES = auto
+# Tests come in tiers, told apart by pytest's markers (pyproject.toml); a file at a time, in PROCESSES: two for a core,
+# since half the time a test waits for processes that it started.
+PROCESSES := $(shell expr 2 '*' $$(nproc))
 TIER = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 	--timeout 900 -m
 
@@ -42,8 +43,6 @@ test-distributed: $(VENV)/.installed-test
 	$(TIER) "distributed and not services and not slow"
 
 # As root, with what .ci/run installs: Slurm, sshd, Prometheus, Alertmanager, a browser. What is missing is named.
-# Most of their time is waiting, whatever the number of cores.
-test-services: PROCESSES = 4
 test-services: $(VENV)/.installed-test
 	$(TIER) "services and not slow"
 

@@ -6,6 +6,8 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from mixmae.models.encoders.contract import Encoder
+
 
 class Trainable(nn.Module):
     """`module(images, *inputs) -> loss`: a method around an encoder, or an encoder with a head and its loss."""
@@ -40,3 +42,27 @@ class Trainable(nn.Module):
     def as_counted(self) -> Self:
         """The module whose operations published figures count; one that is made for counting may be changed."""
         return self
+
+
+class TrainableEncoder(Trainable):
+    """A module around an encoder, whose blocks, kernels and exemptions from weight decay are the encoder's.
+
+    Args:
+        encoder: a checkpoint holds its weights under `encoder.`.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
+
+    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
+        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
+
+    def set_fused_attention(self) -> None:
+        self.encoder.set_fused_attention()
+
+    def no_weight_decay(self) -> Collection[str]:
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}

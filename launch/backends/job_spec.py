@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixmae.base.run_directory import attempt_folder
 from mixmae.launch.supervision.token import TOKEN
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 
 FIRST_PORT, PORT_BLOCKS, PORT_BLOCK = 20_000, 300, 32
 """Ports of starts that name none: below those that Linux gives to outgoing connections."""

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationError
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.recipe.schema import Section
+from mixmae.trainer.recipe.sections.section import Section
 from mixmae.trainer.recipe.words import explain
 from mixmae.trainer.recipe.yaml_files import read_yaml
 

@@ -25,7 +25,8 @@ from mixmae.launch.supervision.outcome import Outcome, read_outcome
 from mixmae.launch.supervision.restart_loop import Backend
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, finding_of
 from mixmae.trainer.doctor.protocol.folders import temporary_folder
-from mixmae.trainer.recipe.schema import Launch, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.launch import Launch
 
 MODULE = "mixmae.trainer.doctor"
 _PREFIX = "mixmae-doctor-"

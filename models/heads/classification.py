@@ -1,13 +1,12 @@
 """Classification: an encoder's own linear head, and the loss of soft targets."""
 
-from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmae.models.contract import Trainable
+from mixmae.models.contract import TrainableEncoder
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.heads.mixup import mix_images, mix_targets
 
@@ -15,14 +14,14 @@ _HEAD_STD = 2e-5
 """Of the head's first weights: logits begin at 0, so that the first steps leave the encoder as it was pretrained."""
 
 
-class Classifier(Trainable):
+class Classifier(TrainableEncoder):
     """`classifier(images, targets, mix=None) -> loss`, and without targets the logits [B, classes], in fp32.
 
     The head is MixMIM's: the final norm on tokens, their mean, one linear layer. The loss is the cross entropy of soft
     targets; for several labels an image the mean of the classes' binary ones.
 
     Args:
-        encoder: a checkpoint holds its weights, the head's among them, under `encoder.`; gets a new head.
+        encoder: gets a new head, which a checkpoint holds under `encoder.` too.
         label_smoothing: share of a target that is spread over all classes.
         mixes: whether micro-batches are mixed, which takes two images.
     """
@@ -35,15 +34,10 @@ class Classifier(Trainable):
         label_smoothing: float = 0.0,
         mixes: bool = False,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         self.num_classes, self.multi_label, self.label_smoothing = num_classes, multi_label, label_smoothing
         self.min_batch = 2 if mixes else 1
         add_linear_head(encoder, num_classes)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.encoder.grid
 
     def forward(self, images: Tensor, *inputs: Tensor) -> Tensor:
         """The loss of normalised images [B, 3, H, W]; without `inputs` their logits.
@@ -78,18 +72,6 @@ class Classifier(Trainable):
         if self.multi_label:
             return F.binary_cross_entropy_with_logits(logits, targets)
         return F.cross_entropy(logits, targets)
-
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
-
-    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
-
-    def set_fused_attention(self) -> None:
-        self.encoder.set_fused_attention()
-
-    def no_weight_decay(self) -> Collection[str]:
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
 
 def add_linear_head(encoder: Encoder, num_classes: int, std: float = _HEAD_STD) -> None:

@@ -1,6 +1,6 @@
 """Linear probes: classifiers on the pooled features of a frozen encoder, many of them trained at once."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmae.models.contract import Trainable
+from mixmae.models.contract import TrainableEncoder
 from mixmae.models.encoders.contract import Encoder
 
 _HEAD_STD = 0.01
@@ -87,7 +87,7 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-class LinearProbe(Trainable):
+class LinearProbe(TrainableEncoder):
     """`probe(images, targets, features=None) -> loss`: the mean of all classifiers' cross entropies.
 
     Each classifier has the gradient of its own cross entropy, so that it learns what it would learn alone.
@@ -102,8 +102,7 @@ class LinearProbe(Trainable):
     def __init__(
         self, encoder: Encoder, num_classes: int, variants: Sequence[Variant], label_smoothing: float = 0.0
     ) -> None:
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False).eval()
+        super().__init__(encoder.requires_grad_(False).eval())
         self.num_classes, self.variants, self.label_smoothing = num_classes, tuple(variants), label_smoothing
         widths = [info["num_chs"] for info in encoder.feature_info]
         self.widths = [sum(widths[-variant.stages :]) for variant in variants]
@@ -113,10 +112,6 @@ class LinearProbe(Trainable):
         for head in heads:
             nn.init.trunc_normal_(head.weight, std=_HEAD_STD)
             nn.init.zeros_(head.bias)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.encoder.grid
 
     def train(self, mode: bool = True) -> "LinearProbe":
         super().train(mode)
@@ -144,11 +139,5 @@ class LinearProbe(Trainable):
         x = self.norm(features)
         return [head(x[:, -width:]).float() for head, width in zip(self.heads, self.widths, strict=True)]
 
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
-
     def set_grad_checkpointing(self, groups: Collection[str]) -> None:
         """Nothing: a frozen encoder has no backward pass."""
-
-    def set_fused_attention(self) -> None:
-        self.encoder.set_fused_attention()

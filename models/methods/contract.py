@@ -6,13 +6,13 @@ keys of the recipe's `method:` section, with their types and defaults.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixmae.models.contract import Trainable
+from mixmae.models.contract import TrainableEncoder
 from mixmae.models.encoders.contract import Encoder
 
 
@@ -23,16 +23,8 @@ class Column(NamedTuple):
     images: Tensor
 
 
-class Method(Trainable):
-    """`method(images, *inputs) -> loss`, where `inputs = method.draw(len(images), generator)`.
-
-    Args:
-        encoder: what is pretrained; a checkpoint holds its weights under `encoder.`.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
+class Method(TrainableEncoder):
+    """`method(images, *inputs) -> loss`, where `inputs = method.draw(len(images), generator)`."""
 
     @classmethod
     def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
@@ -49,15 +41,3 @@ class Method(Trainable):
     def reconstruct(self, images: Tensor, *inputs: Tensor, rows: int = 4) -> list[Column]:
         """What the model makes of the first `rows` images, for pictures; a method without pixels has no columns."""
         return []
-
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
-
-    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
-
-    def set_fused_attention(self) -> None:
-        self.encoder.set_fused_attention()
-
-    def no_weight_decay(self) -> Collection[str]:
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}

@@ -7,15 +7,15 @@ out of every stage (`Swin.forward_kept`); there is no class token.
 Shapes: L cells of the encoder's grid, of which n are kept; `order` int64 [B or 1, L] has the kept ones first.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder
-from mixmae.models.methods.contract import Column, Method
-from mixmae.models.methods.decoder import KeptDecoder, decoder_sizes, fit_decoder
+from mixmae.models.methods.contract import Column
+from mixmae.models.methods.decoded import DecodedMethod
+from mixmae.models.methods.decoder import KeptDecoder, decoder_sizes
 from mixmae.models.methods.masking import blank, check_ratio, draw_order, first_of
 from mixmae.models.methods.reconstruction_loss import ReconstructionLoss, denormalize_patches, patchify, unpatchify
 from mixmae.models.methods.registry import register_method
@@ -25,7 +25,7 @@ _EPS = 1e-6
 
 
 @register_method("mae")
-class MAE(Method):
+class MAE(DecodedMethod):
     """`MAE(images, order) -> loss`.
 
     The class token is the method's: like the decoder it stays behind when the encoder is exported. ViT's positions
@@ -68,10 +68,6 @@ class MAE(Method):
         sizes = decoder_sizes(encoder, decoder_dim, decoder_depth, decoder_num_heads)
         self.decoder = KeptDecoder(encoder.num_features, encoder.grid, values, *sizes, norm_eps=_EPS)
 
-    @classmethod
-    def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
-        return fit_decoder(settings, encoder)
-
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor]:
         return (draw_order(batch if self.encoder.keep_map == "sample" else 1, self.num_cells, generator),)
 
@@ -95,19 +91,8 @@ class MAE(Method):
         dropped = ~kept.unflatten(1, self.grid)
         return [Column("kept", blank(images, dropped)), Column("image", images), Column("reconstructed", painted)]
 
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {**super().block_groups(), "decoder": list(self.decoder.blocks)}
-
-    def compiled_parts(self) -> Sequence[nn.Module]:
-        return [self.loss]
-
-    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        super().set_grad_checkpointing(groups)
-        self.decoder.set_grad_checkpointing("decoder" in groups)
-
     def no_weight_decay(self) -> Collection[str]:
-        own = {"decoder.mask_token"} if self.class_token is None else {"decoder.mask_token", "class_token"}
-        return {*super().no_weight_decay(), *own}
+        return {*super().no_weight_decay(), *(() if self.class_token is None else ("class_token",))}
 
     def _predict(self, images: Tensor, order: Tensor) -> Tensor:
         images = images.to(self.decoder.mask_token.dtype)

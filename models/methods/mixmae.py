@@ -3,16 +3,17 @@
 Shapes are those of `mixmae.models.methods.mixing` and `mixmae.models.methods.reconstruction_loss`; L = Gh*Gw patches.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Collection
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder, MapEdit
-from mixmae.models.methods.contract import Column, Method
-from mixmae.models.methods.decoder import Decoder, decoder_sizes, fit_decoder
+from mixmae.models.methods.contract import Column
+from mixmae.models.methods.decoded import DecodedMethod
+from mixmae.models.methods.decoder import Decoder, decoder_sizes
 from mixmae.models.methods.filling import draw_crops, draw_hidden, draw_shuffle, move_cells, num_hidden, zoom_in
 from mixmae.models.methods.masking import blank, replace_tokens
 from mixmae.models.methods.mixing import (
@@ -32,7 +33,7 @@ _TOKENS = ("zero", "learnable")
 
 
 @register_method("mixmae")
-class MixMAE(Method):
+class MixMAE(DecodedMethod):
     """`MixMAE(images, groups, partners) -> loss`; ablations draw more inputs than these.
 
     Args:
@@ -123,10 +124,6 @@ class MixMAE(Method):
         if (mix_embedding or self.extra_mask_ratio or self.fill in _TOKENS) and not self.encoder.edit_dims:
             raise ValueError(f"{type(self.encoder).__name__} takes no tokens of a method; set fill=mix and no ratio")
 
-    @classmethod
-    def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
-        return fit_decoder(settings, encoder)
-
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Groups, partners, and what an ablation needs: hidden cells, the order of shuffled ones, or crops."""
         per_sample = self.group_map == "sample"
@@ -173,19 +170,9 @@ class MixMAE(Method):
             columns.append(Column(f"reconstructed {number}", unpatchify(patches, self.grid)))
         return columns
 
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {**super().block_groups(), "decoder": list(self.decoder.blocks)}
-
-    def compiled_parts(self) -> Sequence[nn.Module]:
-        return [self.loss]
-
-    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        super().set_grad_checkpointing(groups)
-        self.decoder.set_grad_checkpointing("decoder" in groups)
-
     def no_weight_decay(self) -> Collection[str]:
         own = {name for name, _ in self.named_parameters() if name.startswith(("mask_token", "mix_embedding."))}
-        return {*super().no_weight_decay(), "decoder.mask_token", *own}
+        return {*super().no_weight_decay(), *own}
 
     def as_counted(self) -> Self:
         """All tokens of a window see each other: keeping groups apart by computing less makes no model smaller."""

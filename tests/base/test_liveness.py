@@ -5,7 +5,8 @@ import re
 from mixmae.base.liveness import JOIN_SECONDS, SILENT_SECONDS, STALL_SECONDS, STUCK_SECONDS
 from mixmae.monitoring.exporter.server import Settings
 from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS
-from mixmae.trainer.recipe.schema import Launch, Monitoring
+from mixmae.trainer.recipe.sections.launch import Launch
+from mixmae.trainer.recipe.sections.monitoring import Monitoring
 from tests.helpers import ROOT
 
 

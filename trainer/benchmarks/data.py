@@ -43,7 +43,8 @@ from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.arguments import add_recipe, at_least
 from mixmae.trainer.recipe.loading import load_recipe
-from mixmae.trainer.recipe.schema import Data, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.data import Data
 
 REFERENCE, TIMM = "imagefolder", "timm"
 """The reference of recipes that do not augment, and of those that do."""

@@ -19,7 +19,8 @@ from mixmae.trainer.engine.activation_checkpointing import checkpoint_activation
 from mixmae.trainer.engine.cpu import apply_cpu_workarounds
 from mixmae.trainer.engine.deepspeed_engine import compile_parts
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.tasks.registry import build_model
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints import layout
 from mixmae.trainer.checkpoints.manifest import DamagedError, Manifest
-from mixmae.trainer.recipe.schema import Checkpoint
+from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 
 
 def prune(run_dir: Path, newest: Path, settings: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.sections.data import Data
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 [H, W, 3]."""

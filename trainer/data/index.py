@@ -22,7 +22,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError, has_control_characters
 from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.store import Store, is_plain
-from mixmae.trainer.recipe.schema import Cache, Network
+from mixmae.trainer.recipe.sections.data import Cache, Network
 
 INDEX, SAMPLES = "index.json", "samples.npy"
 FORMAT = 2

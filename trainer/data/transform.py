@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mixmae.trainer.data.decode import random_resized_crop
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.sections.data import Data
 
 
 @dataclass(frozen=True)

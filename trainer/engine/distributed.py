@@ -23,7 +23,7 @@ from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 
 
 class Ranks(RankEnv):

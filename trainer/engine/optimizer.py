@@ -11,7 +11,8 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.engine.lars import LARS
 from mixmae.trainer.engine.non_finite import guarded
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
-from mixmae.trainer.recipe.schema import Optim, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.optim import Optim
 
 
 @dataclass(frozen=True)

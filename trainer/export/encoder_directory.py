@@ -21,7 +21,7 @@ from mixmae.base.files import new_directory
 from mixmae.base.json_text import parse_json
 from mixmae.models.encoders.registry import create_encoder, default_cfg, family_of
 from mixmae.trainer.recipe.components import check_settings
-from mixmae.trainer.recipe.schema import Deviation
+from mixmae.trainer.recipe.sections.section import Deviation
 from mixmae.trainer.recipe.words import explain
 
 ENCODER, METHOD, CONFIG, CARD = "model.safetensors", "method.safetensors", "config.json", "README.md"

@@ -13,7 +13,8 @@ from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.planning.meta_attention import WORKSPACES, Device, attention_of
 from mixmae.trainer.planning.op_counter import Tracker
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.tasks.registry import build_model, task_of
 

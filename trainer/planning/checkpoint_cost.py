@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mixmae.trainer.planning.devices import Cluster
 from mixmae.trainer.planning.states import Parameters
-from mixmae.trainer.recipe.schema import Checkpoint
+from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 
 _BYTES, _EMA_BYTES = 12, 4
 """Per parameter."""

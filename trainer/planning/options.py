@@ -10,7 +10,8 @@ from mixmae.trainer.planning.devices import Cluster
 from mixmae.trainer.planning.memory import Memory, largest_micro_batch, peak_memory
 from mixmae.trainer.planning.speed import Speed
 from mixmae.trainer.planning.states import Limits, Parameters, States, ema_bytes, states
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 
 NONE = "none"
 """The description of no checkpointing, which is always in `policies`."""

@@ -4,6 +4,7 @@ No torch here: whoever calls has the component's class in hand.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -39,6 +40,13 @@ def check_settings(
         if any(isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE for size in sizes):
             raise UsageError(f"{section}.{key}={shown(value)}: expected sizes from 0 to {_LARGEST_SIZE}")
     return checked
+
+
+def in_keys(section: str, component: type, error: Exception) -> str:
+    """A component's error in the recipe's words: its arguments as keys."""
+    names = [name for name in inspect.signature(component).parameters if "_" in name]
+    text = re.sub(rf"\b({'|'.join(names)})\b", rf"{section}.\1", str(error)) if names else str(error)
+    return text if f"{section}." in text else f"{section}: {text}"
 
 
 def _schema(constructor: Callable[..., Any], reserved: Collection[str]) -> type[BaseModel]:

@@ -6,9 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.heads.classification import Classifier
 from mixmae.models.heads.mixup import MixSettings, draw_mix
 from mixmae.trainer.data.augmentation.labelled import labelled_crop
@@ -21,14 +19,11 @@ from mixmae.trainer.engine.layer_decay import layer_decay
 from mixmae.trainer.evaluation.classification import evaluate_classifier
 from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_classifier
-from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
 from mixmae.trainer.tasks.labels import resolve_classes, targets_of
 from mixmae.trainer.tasks.registry import register_task
-
-_TIMM = ("img_size", "num_classes", "global_pool")
-"""Arguments of encoders that a recipe sets elsewhere, or not at all."""
 
 
 @register_task("finetune")
@@ -38,11 +33,7 @@ class Finetune(Task):
     unused_sections: ClassVar[tuple[str, ...]] = ("method", "linear")
 
     def resolve(self, recipe: Recipe) -> Recipe:
-        try:
-            family, _ = family_of(recipe.encoder.name)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
+        check_encoder(recipe)
         if recipe.augment.rand_augment is not None:
             RandAugment.parse(recipe.augment.rand_augment, recipe.data.mean)
         return resolve_classes(recipe)
@@ -56,10 +47,7 @@ class Finetune(Task):
         recipe, classes = self.recipe, self.recipe.classification
         assert classes.num_classes is not None, "resolved"
         torch.manual_seed(recipe.seed)
-        try:
-            encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
-        except ValueError as error:
-            raise UsageError(f"encoder: {error}") from error
+        encoder = build_encoder(recipe)
         return Classifier(
             encoder, classes.num_classes, classes.multi_label, classes.label_smoothing, mixes=self.mixing.mixes
         )
@@ -96,13 +84,13 @@ class Finetune(Task):
             return (labels,)
         return labels, draw_mix(self.mixing, (batch.images.shape[2], batch.images.shape[3]), generator)
 
-    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """On `evaluate.shards`: `val_loss`, and `top1` and `top5`, or `f1` where labels are several."""
         if self.recipe.evaluate.shards is None:
             return {}
         index = self._held_out()
         targets = targets_of(index, self.recipe.classification, "evaluate.shards")
-        found = evaluate_classifier(_classifier(module), index, targets, self.recipe, ranks)
+        found = evaluate_classifier(_classifier(module), index, targets, self.recipe, ranks, beat)
         index.store.close()
         return found
 

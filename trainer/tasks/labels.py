@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex, Table, open_index
-from mixmae.trainer.recipe.schema import Classification, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.labelled import Classification
 
 _SEPARATOR = ","
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.models.encoders.registry import create_encoder, family_of
 from mixmae.models.heads.linear_probe import LinearProbe, Variant, variants_of
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import Batch, ToDevice
@@ -22,14 +21,12 @@ from mixmae.trainer.evaluation.feature_cache import FeatureCache, open_cache, we
 from mixmae.trainer.evaluation.features import features_of
 from mixmae.trainer.evaluation.held_out import evaluation_crop, held_out_batches, require_readable
 from mixmae.trainer.export.initial_weights import initialise_classifier
-from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
 from mixmae.trainer.tasks.labels import resolve_classes, targets_of
 from mixmae.trainer.tasks.registry import register_task
 
-_TIMM = ("img_size", "num_classes", "global_pool")
-"""Arguments of encoders that a recipe sets elsewhere, or not at all."""
 _FEATURES = "features"
 """Folder of the run directory."""
 
@@ -50,11 +47,7 @@ class Linear(Task):
         """This rank's share; the same at every evaluation."""
 
     def resolve(self, recipe: Recipe) -> Recipe:
-        try:
-            family, _ = family_of(recipe.encoder.name)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        check_settings("encoder", family.__init__, recipe.encoder.settings, ("self", *_TIMM))
+        family = check_encoder(recipe)
         if recipe.classification.multi_label:
             raise UsageError("classification.multi_label=true: task=linear takes one class an image; set it to false")
         if recipe.optim.layer_decay != 1:
@@ -76,10 +69,7 @@ class Linear(Task):
         recipe, classes = self.recipe, self.recipe.classification
         assert classes.num_classes is not None, "resolved"
         torch.manual_seed(recipe.seed)
-        try:
-            encoder = create_encoder(recipe.encoder.name, img_size=recipe.encoder.img_size, **recipe.encoder.settings)
-        except ValueError as error:
-            raise UsageError(f"encoder: {error}") from error
+        encoder = build_encoder(recipe)
         return LinearProbe(encoder, classes.num_classes, self.variants, classes.label_smoothing)
 
     def initialise(self, module: Trainable) -> None:
@@ -129,10 +119,6 @@ class Linear(Task):
         """This rank's share of the features of centre crops."""
         recipe = self.recipe
 
-        def pool(images: Tensor) -> Tensor:
-            beat()
-            return probe.features(images).cpu()
-
         batches = held_out_batches(
             index,
             recipe.encoder.img_size,
@@ -140,20 +126,25 @@ class Linear(Task):
             ranks,
             evaluation_crop(recipe),
             recipe.data.num_workers,
+            beat,
         )
-        return features_of(pool, batches, ToDevice(ranks.device, recipe.data.mean, recipe.data.std))
+        return features_of(
+            lambda images: probe.features(images).cpu(),
+            batches,
+            ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+        )
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         labels = batch.targets["label"]
         return (labels,) if self._cache is None else (labels, self._cache.rows(batch.samples))
 
-    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """On `evaluate.shards`: `top1`, `top5` and `val_loss` of the best classifier, and each one's `top1_NAME`."""
         if self.recipe.evaluate.shards is None:
             return {}
         probe, index = _probe(module), self._open_held_out()
         if self._held_out is None:
-            self._held_out = self._features(probe, index, ranks, lambda: None)
+            self._held_out = self._features(probe, index, ranks, beat)
         targets = targets_of(index, self.recipe.classification, "evaluate.shards")
         true = targets(index.samples["label"][ranks.rank :: ranks.world_size])
         total = torch.zeros(len(self.variants), 3, dtype=torch.float64, device=ranks.device)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mixmae.models.methods.contract import Column
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.sections.data import Data
 
 _GAP, _HEADER = 4, 14
 

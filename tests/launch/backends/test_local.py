@@ -22,7 +22,7 @@ from pathlib import Path
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.local import LocalBackend
 from mixmae.launch.supervision.restart_loop import run_with_restarts
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 module, run_dir, port, restarts, *settings = sys.argv[1:]
 job = JobSpec(module, (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=int(port)))
 sys.exit(run_with_restarts(job, LocalBackend(2), int(restarts)))

@@ -18,7 +18,7 @@ from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.backends.site import Site
 from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
 from mixmae.launch.supervision.restarts import read_restarts
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 from tests.cluster.cluster import Cluster
 from tests.helpers import ROOT, tiny_recipe
 from tests.launch.fake_rank import SETTINGS
@@ -34,7 +34,7 @@ from mixmae.launch.backends.hostfile import HostfileBackend, master_address
 from mixmae.launch.backends.hostfile_parser import read_hostfile
 from mixmae.launch.backends.job_spec import JobSpec
 from mixmae.launch.supervision.restart_loop import run_with_restarts
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 hostfile, run_dir, *settings = sys.argv[1:]
 hosts = read_hostfile(Path(hostfile))
 job = JobSpec("tests.launch.fake_rank", (f"run_dir={run_dir}", *settings), Path(run_dir), Launch(port=21000))

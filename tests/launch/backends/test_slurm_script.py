@@ -15,7 +15,7 @@ from mixmae.launch.backends.site import Container, Site, find_site, read_site
 from mixmae.launch.backends.slurm_array import load_array, parse_array
 from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
 from mixmae.launch.supervision.outcome import ENDED
-from mixmae.trainer.recipe.schema import Launch
+from mixmae.trainer.recipe.sections.launch import Launch
 from tests.helpers import ROOT
 
 RECIPE = ROOT / "configs" / "pretrain" / "demo.yaml"

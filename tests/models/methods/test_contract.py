@@ -14,7 +14,7 @@ from mixmae.models.methods.contract import Method
 from mixmae.models.methods.registry import method_class
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.deepspeed_engine import compile_parts
-from mixmae.trainer.recipe.schema import ActivationCheckpointing
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 
 FAMILIES = ["swin", "vit", "pvt", "twins", "resnet"]
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}

@@ -6,7 +6,7 @@ import pytest
 
 from mixmae.base.run_directory import checkpoint_step, complete_checkpoints
 from mixmae.trainer.checkpoints.retention import prune
-from mixmae.trainer.recipe.schema import Checkpoint
+from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 from tests.trainer.checkpoints.test_manifest import make
 
 

@@ -31,7 +31,7 @@ from mixmae.trainer.data.decode import (
     sample_crop_box,
 )
 from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.sections.data import Data
 
 FAST, PLAIN = Data(decoder="fast"), Data(decoder="pillow")
 

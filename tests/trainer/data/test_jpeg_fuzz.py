@@ -28,7 +28,7 @@ from mixmae.trainer.data.decode import (
     sample_crop_box,
 )
 from mixmae.trainer.data.faults import JPEG, PILLOW, UnusableError
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.sections.data import Data
 from tests.helpers import needs_jpegtran
 
 FILES, BATCH, PICTURES = 20_000, 500, 60

@@ -34,7 +34,8 @@ from mixmae.trainer.data.transform import (
     shared_images,
 )
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.recipe.schema import Cache, Network, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.data import Cache, Network
 from tests.helpers import tiny_recipe
 from tests.trainer.data.servers import http_server
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.models.methods.mixing import draw_mix
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.recipe.schema import ActivationCheckpointing
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import tiny_recipe
 

@@ -17,7 +17,8 @@ from mixmae.trainer.data.stream import Position, Stream, ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.engine.schedule import build_schedule
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.reporting import DivergedError

@@ -17,7 +17,8 @@ from mixmae.models.contract import Trainable
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.planning.activation_memory import describe, measure
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.tasks.registry import build_model, task_of
 from tests.helpers import tiny_recipe
 from tests.trainer.planning.allocations import peak_allocated

@@ -5,7 +5,7 @@ import pytest
 from mixmae.trainer.planning.checkpoint_cost import checkpoint_cost
 from mixmae.trainer.planning.devices import build_cluster
 from mixmae.trainer.planning.states import Limits, Parameters, states
-from mixmae.trainer.recipe.schema import Checkpoint
+from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 
 HUGE = Parameters(total=683_600_000, largest=31_700_000, persistent=600_000, buffers=0)
 

@@ -12,7 +12,8 @@ from mixmae.trainer.planning.devices import GPUS, Cluster, build_cluster
 from mixmae.trainer.planning.options import Workload, best, micro_batches, option, options, policies
 from mixmae.trainer.planning.speed import Speed
 from mixmae.trainer.planning.states import Limits, count_parameters
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.tasks.flops import model_flops
 from tests.helpers import tiny_recipe
 

@@ -15,7 +15,8 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.planning.activation_memory import measure, on_meta
 from mixmae.trainer.planning.memory import peak_memory
 from mixmae.trainer.planning.states import Limits, States, count_parameters, states
-from mixmae.trainer.recipe.schema import ActivationCheckpointing, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from mixmae.trainer.tasks.registry import build_model
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.planning.allocations import Held, peak_allocated

@@ -11,7 +11,8 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.export.export import export
-from mixmae.trainer.recipe.schema import EncoderSection, MethodSection, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.components import EncoderSection, MethodSection
 from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.telemetry.events import read_events

@@ -4,7 +4,7 @@ from mixmae.models.methods.contract import Column
 from mixmae.models.methods.mixing import draw_mix, mix_images
 from mixmae.models.methods.mixmae import MixMAE
 from mixmae.models.methods.reconstruction_loss import normalize_patches, patchify
-from mixmae.trainer.recipe.schema import Data
+from mixmae.trainer.recipe.sections.data import Data
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.pictures import draw_columns
 from tests.helpers import tiny_recipe

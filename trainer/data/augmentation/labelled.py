@@ -12,7 +12,8 @@ from mixmae.trainer.data.augmentation.erasing import RandomErasing
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
 from mixmae.trainer.data.decode import Pixels, random_resized_crop
 from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_empty, shared_images
-from mixmae.trainer.recipe.schema import Data, Recipe
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.data import Data
 
 
 @dataclass(frozen=True)

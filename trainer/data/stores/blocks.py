@@ -13,7 +13,7 @@ import xxhash
 
 from mixmae.trainer.data.stores.cache import BlockCache
 from mixmae.trainer.data.stores.store import CacheCounts, Store, plain_name
-from mixmae.trainer.recipe.schema import Cache, Network
+from mixmae.trainer.recipe.sections.data import Cache, Network
 
 _MAX_DELAY = 30.0
 _OUTAGE_SECONDS = 60.0

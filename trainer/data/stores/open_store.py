@@ -7,7 +7,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mixmae.trainer.data.stores.pipe import PipeStore
 from mixmae.trainer.data.stores.remote import RemoteStore
 from mixmae.trainer.data.stores.store import LocalStore, Store
-from mixmae.trainer.recipe.schema import Cache, Network
+from mixmae.trainer.recipe.sections.data import Cache, Network
 
 _NETWORK, _CACHE = Network(), Cache()
 

@@ -12,7 +12,7 @@ import tempfile
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.stores.blocks import CachedStore
 from mixmae.trainer.data.stores.store import plain_name
-from mixmae.trainer.recipe.schema import Cache, Network
+from mixmae.trainer.recipe.sections.data import Cache, Network
 
 
 class PipeStore(CachedStore):

@@ -12,7 +12,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.stores.blocks import CachedStore, FinalError
 from mixmae.trainer.data.stores.store import plain_name
-from mixmae.trainer.recipe.schema import Cache, Network
+from mixmae.trainer.recipe.sections.data import Cache, Network
 
 BLOCK = 8 * 2**20
 """Bytes that cross the network at once."""

@@ -20,7 +20,7 @@ from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.pipe import PipeStore
 from mixmae.trainer.data.stores.remote import RemoteStore
 from mixmae.trainer.data.stores.store import LocalStore, Store
-from mixmae.trainer.recipe.schema import Cache, Network
+from mixmae.trainer.recipe.sections.data import Cache, Network
 from tests.trainer.data.servers import Fault, HttpServer, S3Server, http_server, s3_server
 
 BLOCK = 1000

@@ -1,0 +1,36 @@
+"""`encoder:` and `method:`: parts of the model by name, with keys of their own."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from mixmae.trainer.recipe.sections.section import Section
+
+
+class Component(Section):
+    """A part of the model by its registered name; it has keys of its own, which it checks itself (`components`)."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The component's own keys."""
+        return dict(self.model_extra or {})
+
+
+class EncoderSection(Component):
+    """The encoder, with the sizes that shall differ from those of its name."""
+
+    name: str = "mixmae_swin_base_w14"
+    img_size: int = Field(224, gt=0, le=4096)
+    init: Path | None = None
+    """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
+    weights."""
+
+
+class MethodSection(Component):
+    """How the encoder is pretrained."""
+
+    name: str = "mixmae"

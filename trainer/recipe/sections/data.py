@@ -1,0 +1,70 @@
+"""`data:`: where shards are, how they are read, and the order of their samples."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mixmae.trainer.recipe.sections.section import Deviation, Seconds, Section, expand, is_elsewhere
+from mixmae.trainer.recipe.units import Size
+
+
+class Network(Section):
+    """How shards behind a URL are read."""
+
+    timeout: Seconds = 30.0
+    """Seconds without an answer after which a read is given up and tried again."""
+    retries: int = Field(5, ge=0, le=100)
+    """Further tries of a failed read, 0.5, 1, 2, ... seconds apart."""
+    allow_shell: bool = False
+    """Whether `pipe:COMMAND` may be a shard directory: its command runs in a shell on every node."""
+
+
+class Cache(Section):
+    """Where blocks of shards behind a URL are kept on this node."""
+
+    dir: Path | None = None
+    """Shared by the ranks of a node, and kept. None: a temporary folder of each rank, gone when the run ends."""
+    max_bytes: Size = 20 * 10**9
+
+
+class Data(Section):
+    shards: str = "shards"
+    """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens."""
+    num_workers: int = Field(4, ge=0, le=1024)
+    prefetch_factor: int = Field(4, ge=1, le=1024)
+    decoder: Literal["fast", "pillow"] = "fast"
+    """`fast` decodes no more of a JPEG than the crop needs; `pillow` is the plain reference."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    hflip: float = Field(0.5, ge=0, le=1)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
+    streams: int | None = Field(None, gt=0)
+    """Canonical streams, a whole number for each rank; None: up to 512 that divide global_batch."""
+    shuffle_window: int = Field(64, gt=0, le=2**24)
+    """Samples of a stream that are shuffled among each other; also what a resume reads again at most."""
+    drop_last: bool = False
+    """Drops the samples that do not fill an epoch's last global batch; else they open the next epoch."""
+    max_corrupt_fraction: float = Field(0.01, ge=0, lt=1)
+    """Unusable samples that a rank steps over in an epoch, as a share of its samples; more end the run."""
+    max_pixels: int = Field(178_956_970, gt=0, le=178_956_970)
+    """Larger images are unusable: a worker decodes one in 4 bytes a pixel, and more while it does."""
+    network: Network = Network()
+    cache: Cache = Cache()
+
+    @property
+    def directory(self) -> Path | None:
+        """The shards' directory; None if they are behind a URL or a command."""
+        return None if is_elsewhere(self.shards) else Path(self.shards)
+
+    @field_validator("shards", mode="after")
+    @classmethod
+    def _directories_are_expanded(cls, shards: str) -> str:
+        return shards if is_elsewhere(shards) else expand(shards)
+
+    @model_validator(mode="after")
+    def _crops_are_shares_of_the_image(self) -> Self:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale={[low, high]}: expected shares of the image's area, 0 < low <= high <= 1")
+        return self
