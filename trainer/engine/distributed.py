@@ -21,6 +21,7 @@ from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.models.ops.sdpa import pin_attention
+from mixmae.trainer.engine.interfaces import choose_gloo_interface
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
 from mixmae.trainer.recipe.sections.launch import Launch
@@ -82,6 +83,7 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     if not dist.is_initialized():
         keep_to_loopback(ranks)
         store = open_store(ranks, timeout)
+        choose_gloo_interface(ranks, store)
         device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=device
