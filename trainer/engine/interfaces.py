@@ -4,7 +4,7 @@ import os
 import socket
 
 import psutil
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 from mixmae.base.ports import is_loopback
 from mixmae.base.rank_env import RankEnv

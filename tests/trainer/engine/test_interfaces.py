@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 
 from mixmae.base.ports import free_port
 from mixmae.base.rank_env import RankEnv
@@ -21,7 +22,7 @@ ROUTES = {("node1", "node1"): "127.0.0.1", ("node1", "10.0.0.2"): "10.0.0.1", ("
 NAMES = {"127.0.0.1": "lo", "10.0.0.1": "eth0", "10.0.0.2": "ib0"}
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, rank: int, host: str, store: dist.Store, world_size: int = 4) -> str | None:
+def choose(monkeypatch: pytest.MonkeyPatch, rank: int, host: str, store: Store, world_size: int = 4) -> str | None:
     """The interface that a rank of a host sets."""
     monkeypatch.delenv(GLOO_INTERFACE, raising=False)
     monkeypatch.setattr(interfaces, "address_towards", lambda destination: ROUTES[host, destination])
@@ -31,7 +32,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, rank: int, host: str, store: dist.St
 
 
 def test_the_interface_is_that_of_the_route_to_the_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     store.set("mixmae/address/0", "127.0.0.1")
     store.set("mixmae/address/1", "127.0.0.1")
     assert [choose(monkeypatch, rank, "node2", store) for rank in (2, 3)] == ["ib0", "ib0"]
@@ -39,15 +40,15 @@ def test_the_interface_is_that_of_the_route_to_the_other_hosts(monkeypatch: pyte
 
 
 def test_ranks_of_one_host_stay_on_its_loopback_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     store.set("mixmae/address/1", "127.0.0.1")
     assert choose(monkeypatch, 0, "node1", store, world_size=2) == "lo"
-    assert choose(monkeypatch, 0, "node1", dist.HashStore(), world_size=1) is None
+    assert choose(monkeypatch, 0, "node1", HashStore(), world_size=1) is None
 
 
 def test_what_the_user_says_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GLOO_INTERFACE, "bond0")
-    choose_gloo_interface(RankEnv(0, 2, 0, "node1", 29500), dist.HashStore())
+    choose_gloo_interface(RankEnv(0, 2, 0, "node1", 29500), HashStore())
     assert os.environ[GLOO_INTERFACE] == "bond0"
 
 
@@ -57,7 +58,7 @@ def outer_address() -> str:
         for one in addresses:
             if name != "lo" and one.family == socket.AF_INET:
                 return str(one.address)
-    lacks("needs a network interface with an IPv4 address")
+    return lacks("needs a network interface with an IPv4 address")
 
 
 def join_over(ranks: Ranks, address: str, port: int) -> set[str]:
