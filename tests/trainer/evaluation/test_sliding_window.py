@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -40,7 +42,7 @@ def test_windows_cover_a_side_and_none_is_there_twice(side: int, window: int, st
     assert sorted(set(found)) == found
     assert found[0] == 0
     assert found[-1] == max(0, side - window)
-    assert all(later - earlier <= stride for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later - earlier <= stride for earlier, later in itertools.pairwise(found))
 
 
 def test_windows_of_the_paper() -> None:
