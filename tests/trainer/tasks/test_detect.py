@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
@@ -141,19 +142,8 @@ def test_an_export_is_a_detector_that_finds_what_the_run_did(
         (tmp_path / name).write_bytes(index.read(sample))
     assert isinstance(module, MaskRCNN)
     torch.nn.init.normal_(module.box_head.score.weight, std=0.1)  # so that something is found
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: value.detach() for name, value in module.state_dict().items()},
-        tmp_path / "detector" / "model.safetensors",
-    )
-    arguments = [
-        str(tmp_path / "detector"),
-        str(tmp_path / "a.jpg"),
-        str(tmp_path / "b.jpg"),
-        "--out",
-        str(tmp_path / "drawn"),
-    ]
+    save_file(module.state_dict(), tmp_path / "detector" / "model.safetensors")
+    arguments = [str(tmp_path / part) for part in ("detector", "a.jpg", "b.jpg")] + ["--out", str(tmp_path / "drawn")]
     assert predict([*arguments, "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert all(0.05 < one["score"] <= 1 and one["class"] in index.classes for part in found for one in part["objects"])
