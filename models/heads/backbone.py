@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mixmae.models.contract import Trainable
 from mixmae.models.encoders.contract import Encoder
 
 _STRIDES = (4, 8, 16, 32)
@@ -58,3 +59,31 @@ class Backbone(nn.Module):
 
     def no_weight_decay(self) -> Collection[str]:
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+
+class TrainableBackbone(Trainable):
+    """A module on a backbone: its blocks, kernels and exemptions from weight decay are those of the encoder.
+
+    Args:
+        backbone: a checkpoint holds its weights under `backbone.`.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.backbone.encoder
+
+    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
+
+    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
+        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
+
+    def set_fused_attention(self) -> None:
+        self.encoder.set_fused_attention()
+
+    def no_weight_decay(self) -> Collection[str]:
+        return {f"backbone.encoder.{name}" for name in self.encoder.no_weight_decay()}

@@ -1,6 +1,6 @@
 """The learning-rate schedule: base_lr scaled with the global batch, linear warm-up, then one of three decays.
 
-- `cosine`: from the end of the warm-up to `min_lr` (MixMAE, appendix A.1);
+- `cosine`: from the end of the warm-up to `min_lr`;
 - `poly`: (1 - step / steps) ^ power, counted from the first step, as mmsegmentation's recipes have it;
 - `step`: times gamma from each milestone on, as detectron2's and SimMIM's recipes have it.
 """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import new_directory
+from mixmae.base.json_text import parse_json
 from mixmae.models.encoders.registry import create_encoder, default_cfg, family_of
 from mixmae.trainer.recipe.components import check_settings
 from mixmae.trainer.recipe.sections.section import Deviation
@@ -113,14 +114,14 @@ def read_config(directory: str | Path) -> EncoderConfig:
     if not file.is_file():
         raise UsageError(f"{directory} is not an encoder directory: it has no {CONFIG}; make one with 'mixmae export'")
     try:
-        config = EncoderConfig.model_validate(json.loads(file.read_bytes()))
+        config = EncoderConfig.model_validate(parse_json(file.read_bytes()))
         family, _ = family_of(config.architecture)
         check_settings("model_args", family.__init__, config.model_args, _NOT_SIZES)
     except ValidationError as error:
         raise UsageError(f"{file}: {explain(error, EncoderConfig)}") from error
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be used: {error}") from error
     return config
 

@@ -17,7 +17,7 @@ from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.export.initial_weights import initialise_backbone
 
 HIERARCHICAL = [f"mixmae_{family}_nano" for family in ("swin", "pvt", "twins", "resnet")]
-WIDE = {"window_size": (8, 8, 4, 4), "wide_window": 8, "wide_blocks": (2, 3)}
+WIDE: dict[str, Any] = {"window_size": (8, 8, 4, 4), "wide_window": 8, "wide_blocks": (2, 3)}
 
 
 @pytest.mark.parametrize("name", HIERARCHICAL)
@@ -29,15 +29,16 @@ def test_maps_are_those_of_timm_behind_a_norm(name: str) -> None:
         {key.removeprefix("model."): value for key, value in theirs.state_dict().items()}, strict=False
     )
     for norm in backbone.norms:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.get_parameter("weight"))
+        nn.init.normal_(norm.get_parameter("bias"))
     images = torch.randn(2, 3, 96, 96)
     plain = Backbone(create_encoder(name, img_size=96), out_norm=False).eval()
     plain.encoder.load_state_dict(backbone.encoder.state_dict())
     for found, bare, x, norm in zip(backbone(images), plain(images), theirs(images), backbone.norms, strict=True):
         assert torch.equal(bare, x)
         mean, var = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
-        expected = (x - mean) / (var + 1e-5).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+        scale, shift = (norm.get_parameter(key)[:, None, None] for key in ("weight", "bias"))
+        expected = (x - mean) / (var + 1e-5).sqrt() * scale + shift
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert backbone.channels == theirs.feature_info.channels()
     assert backbone.strides == theirs.feature_info.reduction()

@@ -126,7 +126,7 @@ def test_a_run_does_not_start_from_them(directory: Path, tmp_path: Path) -> None
 
 def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> None:
     """Recomputed ones would lie outside of what the weights have seen."""
-    small = create_encoder("mixmae_swin_nano")
+    small: Any = create_encoder("mixmae_swin_nano")
     write_encoder_directory(tmp_path / "small", "mixmae_swin_nano", {}, small.state_dict())
     sizes: dict[str, Any] = {"img_size": 192}
     with pytest.raises(UsageError, match=r"encoder\.init: .* of 128x128 px, .* set encoder\.pretrain_img_size=128"):
