@@ -9,7 +9,7 @@ import numpy as np
 from mixmae.base.errors import UsageError
 
 Kind = Literal["bbox", "segm"]
-_SIZES = ("all", "small", "medium", "large")
+_SIZES = ("small", "medium", "large")
 _AT = {"50": 0, "75": 5}
 """Which of the thresholds 0.5, 0.55, ... is meant."""
 _LAST = -1
@@ -79,8 +79,8 @@ def average_precision(results: Sequence[Result], num_classes: int, kind: Kind) -
     evaluation.accumulate()
     # [thresholds, recalls, classes, sizes, numbers of detections]; -1 where there are no objects.
     precision = evaluation.eval["precision"][..., _LAST]
-    named = {"ap" if size == "all" else f"ap_{size}": precision[..., n] for n, size in enumerate(_SIZES)}
-    named |= {f"ap{name}": precision[at, :, :, 0] for name, at in _AT.items()}
+    named = {"ap": precision[..., 0]} | {f"ap{name}": precision[at, :, :, 0] for name, at in _AT.items()}
+    named |= {f"ap_{size}": precision[..., number] for number, size in enumerate(_SIZES, 1)}
     per_class = {k: _mean(precision[:, :, k, 0]) for k in range(num_classes)}
     return AveragePrecision(
         {name: mean for name, part in named.items() if (mean := _mean(part)) is not None},

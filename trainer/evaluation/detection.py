@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from mixmae.trainer.data.dense.held_out import Scene
-from mixmae.trainer.data.dense.masks import encode
-from mixmae.trainer.data.dense.objects import Objects
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from mixmae.models.heads.mask_rcnn.boxes import clip_boxes
 from mixmae.models.heads.mask_rcnn.detector import Detections
 from mixmae.models.heads.mask_rcnn.masks import paste_masks
+from mixmae.trainer.data.dense.held_out import Scene
+from mixmae.trainer.data.dense.masks import encode
+from mixmae.trainer.data.dense.objects import Objects
+from mixmae.trainer.data.dense.resizing import fit
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main, gather_to_main
 from mixmae.trainer.evaluation.average_precision import Region, Result, average_precision
@@ -70,12 +71,12 @@ def find_in_image(detector: Any, image: Tensor, side: int, to_device: ToDevice) 
         image: uint8 [3, H, W].
     """
     height, width = image.shape[1:]
-    resized = [max(1, round(length * side / max(height, width))) for length in (height, width)]
-    small = resize(image, resized, antialias=True)
+    resized = fit(height, width, side)
+    small = resize(image, list(resized), antialias=True)
     images, sizes = pad_images([small], side, to_device)
     found: Detections = detector(images, sizes)
     one = found.of_image(0)
-    boxes, masks = in_original(one, (resized[0], resized[1]), (height, width))
+    boxes, masks = in_original(one, resized, (height, width))
     return Detections(boxes.cpu(), one.scores.cpu(), one.classes.cpu(), masks.cpu())
 
 
@@ -101,7 +102,8 @@ def in_original(found: Detections, resized: tuple[int, int], original: tuple[int
 
 def _result(scene: Scene, found: Detections) -> Result:
     height, width = scene.original_size
-    boxes, masks = in_original(found, tuple(scene.image.shape[1:]), (height, width))
+    assert isinstance(scene.annotation, Objects)
+    boxes, masks = in_original(found, (scene.image.shape[1], scene.image.shape[2]), (height, width))
     detections = [
         Region(kind, _xywh(box), encode(mask)["counts"].decode(), score=score)
         for kind, box, mask, score in zip(

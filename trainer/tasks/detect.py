@@ -4,9 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-from mixmae.trainer.data.dense.crops import LargeScaleJitterCrop
-from mixmae.trainer.data.dense.held_out import held_out_scenes
-from mixmae.trainer.data.dense.resizing import fit_within
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
@@ -15,7 +12,10 @@ from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
 from mixmae.models.heads.mask_rcnn.targets import pad_objects
 from mixmae.models.methods.contract import Column
+from mixmae.trainer.data.dense.held_out import held_out_scenes
+from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
 from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_annotations
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
@@ -75,12 +75,8 @@ class Detect(Task):
             held_out.store.close()
 
     def _require_objects(self, index: ShardIndex, key: str) -> None:
+        require_annotations(index, "objects", key)
         where = f"{key}={index.store.location}"
-        if index.annotations != "objects":
-            raise UsageError(
-                f"{where} holds no objects, and task=detect learns from them; build the shards with "
-                "--coco instances.json"
-            )
         if index.classes != self.classes:
             raise UsageError(
                 f"{where} has {len(index.classes)} classes ({_listed(index.classes)}), and the run {len(self.classes)} "
@@ -92,7 +88,7 @@ class Detect(Task):
         return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
-        return LargeScaleJitterCrop(self.recipe.encoder.img_size, self.recipe.detection.scale, self.recipe.data)
+        return LargeScaleJitterCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.detection.scale)
 
     def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
         optim = self.recipe.optim
@@ -114,7 +110,7 @@ class Detect(Task):
         if self.recipe.evaluate.shards is None:
             return {}
         index, side, data = self._held_out(), self.recipe.encoder.img_size, self.recipe.data
-        scenes = held_out_scenes(index, ranks, fit_within(side), data.num_workers, beat)
+        scenes = held_out_scenes(index, ranks, side, beat=beat, threads=data.num_workers)
         to_device = ToDevice(ranks.device, data.mean, data.std)
         batch = self.recipe.train.micro_batch
         found = evaluate_detector(_detector(module), scenes, side, batch, self.classes, to_device, ranks)
