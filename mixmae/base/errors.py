@@ -1,5 +1,6 @@
 """Errors of the user: one clear line and exit code 2, never a traceback."""
 
+import io
 import os
 import select
 import sys
@@ -34,13 +35,17 @@ class UsageError(ValueError):
 def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Runs a command; a UsageError, or Ctrl-C, becomes one line on standard error and an exit code.
 
-    A command whose reader has gone, as in `mixmae ... | head`, ends without a word.
+    A command whose reader has gone, as in `mixmae ... | head`, ends without a word. What a terminal's encoding has no
+    characters for is shown by their numbers.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
     try:
         try:
-            return _run(main, argv)
+            code = _run(main, argv)
         finally:
-            sys.stdout.flush()  # or the interpreter would find the closed pipe at its end, and complain
+            unwritten = _flush()
+        return unwritten or code
     except BrokenPipeError:
         gone = [stream for stream in (sys.stdout, sys.stderr) if _reader_is_gone(stream)]
         if not gone:
@@ -48,6 +53,19 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         for stream in gone:
             _drop_output(stream)
         return _BROKEN_PIPE
+
+
+def _flush() -> int:
+    """Writes what is buffered, which the interpreter would complain about at its end; an exit code if it cannot."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"{ERROR}standard output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        _drop_output(sys.stdout)
+        return UsageError.exit_code
+    return 0
 
 
 def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

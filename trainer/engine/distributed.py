@@ -21,6 +21,7 @@ from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.models.ops.sdpa import pin_attention
+from mixmae.trainer.engine.interfaces import choose_gloo_interface
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
 from mixmae.trainer.recipe.sections.launch import Launch
@@ -38,6 +39,7 @@ class Ranks(RankEnv):
 
 
 T = TypeVar("T")
+_ACCELERATOR = "DS_ACCELERATOR"
 _PATIENCE = 4.0
 """Times `launch.stuck_seconds` that a rank waits for the others in a collective: the supervisor, which names the late
 rank, gives up first, after thrice that where a run starts or saves."""
@@ -59,13 +61,14 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
         stuck_seconds: the recipe's, after which a supervisor takes a run for stuck.
 
     Raises:
-        UsageError: this rank has no GPU of its own although there are some.
+        UsageError: this rank has no GPU of its own although there are some, or the environment names another
+            accelerator.
     """
     os.environ.update(ranks.environment())
+    _choose_accelerator(ranks.device.type)
     if ranks.device.type == "cuda":
         _take_gpu(ranks)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     import deepspeed
 
@@ -80,6 +83,7 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     if not dist.is_initialized():
         keep_to_loopback(ranks)
         store = open_store(ranks, timeout)
+        choose_gloo_interface(ranks, store)
         device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=device
@@ -87,6 +91,13 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if ranks.device.type == "cuda":
         _refuse_shared_gpu(ranks)
+
+
+def _choose_accelerator(kind: str) -> None:
+    """Has DeepSpeed take the kind of device that torch found."""
+    if (given := os.environ.get(_ACCELERATOR) or kind) != kind:
+        raise UsageError(f"{_ACCELERATOR}={given}, but torch computes on {kind} here; unset it")
+    os.environ[_ACCELERATOR] = kind
 
 
 def _take_gpu(ranks: Ranks) -> None:

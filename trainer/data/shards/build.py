@@ -26,6 +26,7 @@ from tqdm import tqdm
 from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, publish
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, EXTENSIONS
 from mixmae.trainer.data.decode import inspect_image, upright_size
@@ -214,8 +215,8 @@ def _lock(partial: Path, digest: str, description: str) -> Iterator[None]:
 
 def _refuse_other(partial: Path, text: str, digest: str) -> None:
     try:
-        plan = json.loads(text)
-    except ValueError:
+        plan = dict(parse_json(text))
+    except (ValueError, TypeError):
         plan = {}
     if plan.get("digest") != digest:
         raise UsageError(
@@ -242,23 +243,29 @@ def _read_record(plan: _BuildPlan, number: int) -> _BuiltShard | None:
     file = plan.record(number)
     if not file.exists():
         return None
-    content = json.loads(file.read_text())
-    shard = Shard(**content["shard"]) if content["shard"] else None
+    try:
+        found = _parsed(file.read_text())
+    except (ValueError, TypeError, KeyError, OverflowError):  # damaged since it was written
+        return None
+    shard = found.shard
     if shard is not None and (not (tar := plan.tar(number)).exists() or tar.stat().st_size != shard.bytes):
         return None
+    return found
+
+
+def _parsed(record: str) -> _BuiltShard:
+    content = parse_json(record)
+    annotations = content["annotations"]
     return _BuiltShard(
-        shard,
+        Shard(**content["shard"]) if content["shard"] else None,
         _table(content["table"], SAMPLE),
         [SkippedImage(*one) for one in content["skipped"]],
         [SkippedObject(*one) for one in content["skipped_objects"]],
         content["unchanged"],
         None
-        if content["annotations"] is None
+        if annotations is None
         else ShardAnnotations(
-            content["annotations"]["kind"],
-            _table(content["annotations"]["table"], ANNOTATION),
-            content["annotations"]["highest"],
-            [],
+            annotations["kind"], _table(annotations["table"], ANNOTATION), annotations["highest"], []
         ),
     )
 

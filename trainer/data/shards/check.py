@@ -206,7 +206,7 @@ def find_members(file: Path, unused: Unused | None = None) -> tuple[list[Member]
         OSError: it cannot be read.
     """
     unused = unused if unused is not None else Unused()
-    found = Unused()
+    found = Unused(most_examples=unused.most_examples)
     try:
         whole = members(file, found)
     except DamagedTarError as error:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -103,14 +104,15 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     """Rewrites one shard; runs in a worker process."""
     file = expected.directory / name
     unpacked = _unpack(file)
-    unused = Unused()
+    unused = Unused(most_examples=sys.maxsize)
     found, fault = find_members(unpacked, unused)
     with shard_bytes(unpacked) as content:
         indexed = expected.rows(name, content)
         annotations = expected.annotations_of(name) if len(indexed) else {}
         salvaged = Salvage(name, content, expected.classes, indexed, expected.kinds, annotations)
         salvaged.collect(found, is_damaged=fault is not None)
-    lost = [*salvaged.lost, *(LostSample(name, member, reason) for member, reason in unused.unreadable)]
+    left_out = [(member, reason) for reason, names in unused.examples.items() for member in names]
+    lost = [*salvaged.lost, *(LostSample(name, *other) for other in (*unused.unreadable, *left_out))]
     advance(file.stat().st_size)
     if unpacked != file:
         unpacked.unlink()

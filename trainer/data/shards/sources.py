@@ -1,6 +1,5 @@
 """Where the samples of new shards come from: folders of images, lists of files, or existing shards."""
 
-import json
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, AnnotationKind, merge_kinds
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import INDEX, INVALID_LABEL, UNLABELLED
@@ -326,7 +326,7 @@ def category_ids(directory: Path) -> list[int]:
 def _index_content(directory: Path) -> dict[str, Any]:
     """What `index.json` holds; nothing where it cannot be read."""
     try:
-        content = json.loads((directory / INDEX).read_bytes())
+        content = parse_json((directory / INDEX).read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
