@@ -1,5 +1,7 @@
 """How good a classifier is on held-out images, while it is trained."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,12 @@ from mixmae.trainer.tasks.labels import Targets
 
 
 def evaluate_classifier(
-    classifier: Classifier, index: ShardIndex, targets: Targets, recipe: Recipe, ranks: Ranks
+    classifier: Classifier,
+    index: ShardIndex,
+    targets: Targets,
+    recipe: Recipe,
+    ranks: Ranks,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`val_loss` on hard labels and `top1`, `top5` (shares of the images), or, of several labels an image, `f1`.
 
@@ -27,7 +34,7 @@ def evaluate_classifier(
     count_of = _multi_label_sums if classifier.multi_label else _single_label_sums
     total = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     size, batch, threads = recipe.encoder.img_size, recipe.train.micro_batch, recipe.data.num_workers
-    batches = held_out_batches(index, size, batch, ranks, evaluation_crop(recipe), threads)
+    batches = held_out_batches(index, size, batch, ranks, evaluation_crop(recipe), threads, beat)
     for images, samples in batches:
         logits = classifier(to_device(images))[: len(samples)]
         true = targets(index.samples["label"][list(samples)]).to(ranks.device, non_blocking=True)

@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,10 @@ class Settings:
     heartbeat: Heartbeat
 
     def batches(self, index: ShardIndex, model: FrozenModel, ranks: Ranks) -> Iterator[HeldOut]:
-        found = held_out_batches(index, model.size, self.batch, ranks, model.crop_ratio, self.threads)
-        return self._beating(found)
+        def beat() -> None:
+            self.heartbeat.set_phase("evaluation")
 
-    def _beating(self, batches: Iterable[HeldOut]) -> Iterator[HeldOut]:
-        """A supervisor sees that the rank goes on."""
-        for number, batch in enumerate(batches):
-            self.heartbeat.set_phase("forward", number)
-            yield batch
+        return held_out_batches(index, model.size, self.batch, ranks, model.crop_ratio, self.threads, beat)
 
 
 def true_classes(index: ShardIndex, model: FrozenModel) -> Tensor:

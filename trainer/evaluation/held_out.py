@@ -1,7 +1,7 @@
 """Held-out images, split evenly among the ranks so that all run the same number of batches."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -48,13 +48,20 @@ class HeldOut(NamedTuple):
 
 
 def held_out_batches(
-    index: ShardIndex, size: int, batch: int, ranks: Ranks, crop_ratio: float = 1.0, threads: int = 1
+    index: ShardIndex,
+    size: int,
+    batch: int,
+    ranks: Ranks,
+    crop_ratio: float = 1.0,
+    threads: int = 1,
+    beat: Callable[[], None] = lambda: None,
 ) -> Iterator[HeldOut]:
     """This rank's batches. Every image counts once, on one rank: rank r of W has images r, r + W, ... in this order.
 
     Args:
         crop_ratio: side of the crop over the image's shorter side.
         threads: that decode; one batch is decoded ahead.
+        beat: called with each batch, to show that the rank makes progress.
 
     Raises:
         UsageError: an image cannot be read.
@@ -70,8 +77,10 @@ def held_out_batches(
             read = ((sample, _read(index, sample)) for sample in (*counted, *filling))
             ahead.append(([pool.submit(_view, index, *image, size, crop_ratio) for image in read], counted))
             if len(ahead) > 1:
+                beat()
                 yield _collected(*ahead.popleft())
         while ahead:
+            beat()
             yield _collected(*ahead.popleft())
 
 

@@ -95,6 +95,7 @@ def probe_shards(
     ranks: Ranks,
     batch: int = 64,
     threads: int = 1,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """`probe` of all images of a shard directory, whose features all ranks compute together; the same on every rank.
 
@@ -106,7 +107,7 @@ def probe_shards(
     Raises:
         UsageError: an image cannot be read.
     """
-    own = features_of(pool, held_out_batches(index, size, batch, ranks, threads=threads), to_device)
+    own = features_of(pool, held_out_batches(index, size, batch, ranks, threads=threads, beat=beat), to_device)
     x = gather_rows(own, len(index), ranks)
     # On the main rank's CPU: a GPU that trains may have no memory to spare.
     figures = probe(x.cpu(), labels_of(index)) if ranks.is_main else {}

@@ -13,7 +13,7 @@ from mixmae.trainer.run.train_step import inputs_of
 from mixmae.trainer.telemetry import pictures
 
 _PICTURE_ROWS = 4
-Measure = Callable[[Trainable, Ranks], dict[str, float]]
+Measure = Callable[[Trainable, Ranks, Callable[[], None]], dict[str, float]]
 
 
 def due_evaluations(run: Run) -> list[Measure]:
@@ -30,10 +30,14 @@ def due_evaluations(run: Run) -> list[Measure]:
 def evaluate(run: Run, measures: Sequence[Measure]) -> None:
     """Evaluates the task on all ranks, with the averaged weights where there are some, and reports its metrics."""
     figures: dict[str, float] = {}
+
+    def beat() -> None:
+        run.observer.set_phase("evaluation")
+
     run.engine.eval()
     with torch.no_grad(), run.ema.applied() if run.ema is not None else nullcontext():
         for measure in measures:
-            figures |= measure(run.engine.module, run.ranks)
+            figures |= measure(run.engine.module, run.ranks, beat)
     run.engine.train()
     run.metrics = {**run.metrics, **figures}
     if run.ranks.is_main:

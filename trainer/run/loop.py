@@ -47,7 +47,8 @@ def fit(run: Run) -> str | None:
             log_pictures(run, batch)
             meter.restart()
         if measures := due_evaluations(run):
-            evaluate(run, measures)
+            with observer.clock.phase("evaluation"):
+                evaluate(run, measures)
             meter.restart()
         if due(run, recipe.checkpoint.every):
             with observer.clock.phase("checkpoint"):

@@ -126,16 +126,19 @@ class Task(ABC):
         """What the module makes of some images; no columns, no picture. All ranks call it together."""
         return []
 
-    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """Figures of an evaluation, by name (val_loss, top1); none where the recipe asks for none.
 
         All ranks call it together, with the module in eval mode and without gradients, and get the same figures. They
         become curves, events and gauges, and `checkpoint.best_metric` may name one. A run's numbers do not depend on
         whether it is evaluated: what is random here has generators of its own.
+
+        Args:
+            beat: to be called with each batch, so that the rank is not taken for stuck.
         """
         return {}
 
-    def probe(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def probe(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""
         return {}
 

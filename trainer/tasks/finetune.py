@@ -84,13 +84,13 @@ class Finetune(Task):
             return (labels,)
         return labels, draw_mix(self.mixing, (batch.images.shape[2], batch.images.shape[3]), generator)
 
-    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """On `evaluate.shards`: `val_loss`, and `top1` and `top5`, or `f1` where labels are several."""
         if self.recipe.evaluate.shards is None:
             return {}
         index = self._held_out()
         targets = targets_of(index, self.recipe.classification, "evaluate.shards")
-        found = evaluate_classifier(_classifier(module), index, targets, self.recipe, ranks)
+        found = evaluate_classifier(_classifier(module), index, targets, self.recipe, ranks, beat)
         index.store.close()
         return found
 

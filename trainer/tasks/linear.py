@@ -119,10 +119,6 @@ class Linear(Task):
         """This rank's share of the features of centre crops."""
         recipe = self.recipe
 
-        def pool(images: Tensor) -> Tensor:
-            beat()
-            return probe.features(images).cpu()
-
         batches = held_out_batches(
             index,
             recipe.encoder.img_size,
@@ -130,20 +126,25 @@ class Linear(Task):
             ranks,
             evaluation_crop(recipe),
             recipe.data.num_workers,
+            beat,
         )
-        return features_of(pool, batches, ToDevice(ranks.device, recipe.data.mean, recipe.data.std))
+        return features_of(
+            lambda images: probe.features(images).cpu(),
+            batches,
+            ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+        )
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         labels = batch.targets["label"]
         return (labels,) if self._cache is None else (labels, self._cache.rows(batch.samples))
 
-    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """On `evaluate.shards`: `top1`, `top5` and `val_loss` of the best classifier, and each one's `top1_NAME`."""
         if self.recipe.evaluate.shards is None:
             return {}
         probe, index = _probe(module), self._open_held_out()
         if self._held_out is None:
-            self._held_out = self._features(probe, index, ranks, lambda: None)
+            self._held_out = self._features(probe, index, ranks, beat)
         targets = targets_of(index, self.recipe.classification, "evaluate.shards")
         true = targets(index.samples["label"][ranks.rank :: ranks.world_size])
         total = torch.zeros(len(self.variants), 3, dtype=torch.float64, device=ranks.device)

@@ -1,6 +1,6 @@
 """Pretraining: an encoder learns from images without labels, by a method."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -73,7 +73,7 @@ class Pretrain(Task):
     def pictures(self, module: Trainable, images: Tensor, inputs: Sequence[Tensor], rows: int) -> list[Column]:
         return _method(module).reconstruct(images, *inputs, rows=rows)
 
-    def evaluate(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """The loss on `evaluate.shards`, drawn alike each time: `val_loss`."""
         recipe = self.recipe
         if recipe.evaluate.shards is None:
@@ -82,7 +82,7 @@ class Pretrain(Task):
         to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
         total = torch.zeros(2, device=ranks.device)
         batches = held_out_batches(
-            index, recipe.encoder.img_size, recipe.train.micro_batch, ranks, threads=recipe.data.num_workers
+            index, recipe.encoder.img_size, recipe.train.micro_batch, ranks, threads=recipe.data.num_workers, beat=beat
         )
         for number, (images, samples) in enumerate(batches):
             generator = torch_at(Purpose.EVALUATION, recipe.seed, ranks.rank, number)
@@ -93,7 +93,7 @@ class Pretrain(Task):
         loss_sum, count = all_reduce_sum(total).tolist()
         return {"val_loss": loss_sum / count}
 
-    def probe(self, module: Trainable, ranks: Ranks) -> dict[str, float]:
+    def probe(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """`probe_knn` and `probe_linear`, if the images are labelled, `probe_effective_rank`, `probe_mean_cosine`."""
         recipe = self.recipe
         if recipe.evaluate.probe is None:
@@ -107,6 +107,7 @@ class Pretrain(Task):
             ranks,
             batch=recipe.train.micro_batch,
             threads=recipe.data.num_workers,
+            beat=beat,
         )
         index.store.close()
         return {f"probe_{name}": value for name, value in figures.items()}

@@ -1,5 +1,6 @@
 """Evaluation at intervals: every image once, the same figures on any ranks, and none of the run's numbers changed."""
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ def test_every_image_counts_once(monkeypatch: pytest.MonkeyPatch, images: int, b
     monkeypatch.setattr(held_out, "_view", lambda index, sample, content, size, share: torch.tensor(content))
     index: Any = Numbered(images)
     counted: list[int] = []
-    batches = set()
+    batches, beats = set(), deque[None]()
     for rank in range(world_size):
-        own = list(held_out_batches(index, 8, batch, Ranks(rank, world_size), threads=2))
+        own = list(
+            held_out_batches(index, 8, batch, Ranks(rank, world_size), threads=2, beat=lambda: beats.append(None))
+        )
         batches.add(len(own))
         for shown, samples in own:
             assert len(shown) == batch
@@ -52,6 +55,7 @@ def test_every_image_counts_once(monkeypatch: pytest.MonkeyPatch, images: int, b
             counted += samples
     assert sorted(counted) == list(range(images))
     assert len(batches) == 1
+    assert len(beats) == world_size * batches.pop(), "a long evaluation is not taken for a stuck run"
 
 
 def gathered(ranks: Ranks, shards: Path) -> tuple[Tensor, Neighbours]:
