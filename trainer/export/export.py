@@ -1,8 +1,8 @@
 """`mixmae export RUN OUT`: the encoder of a checkpoint, by default the newest, in fp32, as an encoder directory.
 
 A fine-tuned or probed one has its classifier, and the names of its classes (`label_names`, where timm looks for them).
-A detector or segmenter is exported as a whole, as a task directory. With `--format onnx` an encoder directory also holds
-the forward pass as `model.onnx`.
+A detector or segmenter is exported as a whole, as a task directory. With `--format onnx` an encoder directory also
+holds the forward pass as `model.onnx`.
 """
 
 import argparse
