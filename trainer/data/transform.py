@@ -91,6 +91,15 @@ class SampleTransform(Protocol):
         raise UnusableError(Reason.MISSING_ANNOTATION, f"{type(self).__name__} reads none")
 
 
+class AnnotatedTransform(SampleTransform):
+    """One that makes something of samples with their annotations."""
+
+    reads_annotations: ClassVar[bool] = True
+
+    def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
+        raise AssertionError("samples are read with their annotations")
+
+
 @dataclass(frozen=True)
 class RandomResizedCropFlip(SampleTransform):
     """A random crop, resized to `size` pixels and perhaps flipped, with target `label`: int64 [B], -1: unlabelled."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +10,12 @@ from mixmae.trainer.data.decode import open_encoded, upright_size_of
 from mixmae.trainer.data.dense.objects import Objects, parse_objects
 from mixmae.trainer.data.dense.padding import paste_padded
 from mixmae.trainer.data.dense.view import View
-from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_images
+from mixmae.trainer.data.transform import AnnotatedTransform, BatchBuffers, shared_images
 from mixmae.trainer.recipe.sections.data import Data
 
 
 @dataclass(frozen=True)
-class LargeScaleJitterCrop(SampleTransform):
+class LargeScaleJitterCrop(AnnotatedTransform):
     """The image, perhaps mirrored, fitted into `scale` times a square of `size` px, then cropped or padded to `size`.
 
     Targets, N objects of all images together: `boxes` fp32 [N, 4] (left, upper, right, lower, in pixels of the crop),
@@ -25,8 +25,6 @@ class LargeScaleJitterCrop(SampleTransform):
     Attributes:
         size: a multiple of 8.
     """
-
-    reads_annotations: ClassVar[bool] = True
 
     size: int
     settings: Data

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from mixmae.trainer.data.dense.padding import paste_padded
 from mixmae.trainer.data.dense.photometric import distort
 from mixmae.trainer.data.dense.resizing import MAX_ASPECT, fit
 from mixmae.trainer.data.dense.view import View
-from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_empty, shared_images
+from mixmae.trainer.data.transform import AnnotatedTransform, BatchBuffers, shared_empty, shared_images
 from mixmae.trainer.recipe.sections.data import Data
 
 _MAX_SHARE = 0.75
@@ -21,14 +21,12 @@ _TRIES = 10
 
 
 @dataclass(frozen=True)
-class SegmentationCrop(SampleTransform):
+class SegmentationCrop(AnnotatedTransform):
     """A crop of the image resized so that its shorter side is `scale` times `size`: mirrored, distorted, padded.
 
     The longer side is at most four times as long as that. Of several crops the first is taken of which less than three
     quarters is one class. Target: `segmentation` uint8 [B, size, size], 255 where a pixel is ignored or padding.
     """
-
-    reads_annotations: ClassVar[bool] = True
 
     size: int
     settings: Data

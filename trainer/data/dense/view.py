@@ -52,7 +52,8 @@ class View:
         """
         scale_y, scale_x = self.height / self.resized[0], self.width / self.resized[1]
         reducible = isinstance(source, PartialJpeg) and source.orientation == 1
-        reduction = next((r for r in _REDUCTIONS if reducible and min(scale_y, scale_x) >= r), 1)
+        # The filter smooths two or more of the reduced pixels, so that little is left of how they were reduced.
+        reduction = next((r for r in _REDUCTIONS if reducible and min(scale_y, scale_x) >= 2 * r), 1)
         upper, lower = self.top * scale_y / reduction, (self.top + self.rows) * scale_y / reduction
         left, right = self.left * scale_x / reduction, (self.left + self.columns) * scale_x / reduction
         # The filter reaches beyond the window.

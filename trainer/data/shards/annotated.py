@@ -60,11 +60,17 @@ def annotation_kind(
         raise UsageError(f"shards with {error} files; expected one kind of annotation in a shard directory") from error
 
 
-def no_annotations(kind: AnnotationKind, rows: int) -> ShardAnnotations:
+def missing_annotations(kind: AnnotationKind, images: Sequence[Member]) -> ShardAnnotations:
     """Those of a shard that has none, beside others that have."""
-    table = np.zeros(rows, ANNOTATION)
+    faults = [AnnotationFault(image.name, Reason.MISSING_ANNOTATION) for image in images]
+    return ShardAnnotations(kind, missing_rows(len(images)), -1, faults)
+
+
+def missing_rows(count: int) -> Table:
+    """Rows of `ANNOTATION` that say that there is none."""
+    table = np.zeros(count, ANNOTATION)
     table["state"] = Reason.MISSING_ANNOTATION
-    return ShardAnnotations(kind, table, -1, [])
+    return table
 
 
 def annotations_of(
@@ -87,7 +93,7 @@ def annotations_of(
     """
     if inspect and kind == "objects":
         require_mask_api()
-    table, highest = no_annotations(kind, len(samples)).table, -1
+    table, highest = missing_rows(len(samples)), -1
     faults = []
     for row, sample, image, file in zip(table, samples, images, files, strict=True):
         if file is None:

@@ -22,7 +22,7 @@ from mixmae.trainer.data.index import (
     fingerprint_of,
     open_index,
 )
-from mixmae.trainer.data.shards.annotated import no_annotations
+from mixmae.trainer.data.shards.annotated import missing_rows
 from mixmae.trainer.data.shards.files import shard_files, total_size
 from mixmae.trainer.data.shards.labels import resolve_names
 from mixmae.trainer.data.shards.members import DamagedTarError
@@ -53,7 +53,7 @@ def write_index(
     for one in scanned:
         unused.merge(one.unused or Unused())
         for fault in one.annotations.faults if one.annotations is not None else ():
-            unused.add(f"annotations or objects: {fault.reason.label}", f"{one.shard.name}: {fault.name}")
+            unused.add(f"annotations ({fault.reason.label})", f"{one.shard.name}: {fault.name}")
     if not any(one.shard.samples for one in scanned):
         raise UsageError("; ".join([f"the shards in {directory} hold no images", *unused.lines()]))
     return save_index(directory, scanned, classes)
@@ -122,7 +122,7 @@ def _annotations(scanned: Sequence[ScannedShard], category_ids: Sequence[int]) -
         raise UsageError(f"shards with {error} files; expected one kind of annotation in a shard directory") from error
     if kind is None:
         return None
-    tables = [(one.annotations or no_annotations(kind, len(one.table))).table for one in scanned]
+    tables = [one.annotations.table if one.annotations else missing_rows(len(one.table)) for one in scanned]
     return Annotations(kind, np.concatenate(tables), tuple(category_ids))
 
 

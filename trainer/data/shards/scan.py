@@ -37,12 +37,18 @@ class ScannedShard(NamedTuple):
     annotations: ShardAnnotations | None = None
 
 
-def scan_shard(file: Path, inspect: Callable[[bytes], int], classes: Sequence[str] = ()) -> ScannedShard:
+def scan_shard(
+    file: Path,
+    inspect: Callable[[bytes], int],
+    classes: Sequence[str] = (),
+    kinds: Sequence[AnnotationKind] = tuple(EXTENSIONS),
+) -> ScannedShard:
     """Counts, checksums, the sample table and the annotations of one shard.
 
     Args:
         inspect: says how an image's bytes decode (`decode.inspect_image`).
         classes: names of the labels 0, 1, ... as far as they are known.
+        kinds: of annotations that are looked for.
 
     Raises:
         DamagedTarError: not an uncompressed tar, or one whose members cannot all be found.
@@ -52,7 +58,7 @@ def scan_shard(file: Path, inspect: Callable[[bytes], int], classes: Sequence[st
     with shard_bytes(file) as content:
         if not len(content):
             raise DamagedTarError("it is empty")
-        samples = SampleTable(members(file, unused), content, inspect, classes)
+        samples = SampleTable(members(file, unused), content, inspect, classes, kinds)
         samples.count_unused(unused)
         shard = Shard(file.name, len(samples.table), len(content), checksum(content))
         content.require_unchanged()
