@@ -197,6 +197,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_reduce_max(value: int, ranks: Ranks) -> int:
+    """The largest of all ranks' numbers, for which the host waits."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, device=ranks.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def peak_memory(ranks: Ranks) -> int:
     """Most bytes this rank ever held: allocated on its GPU, or resident on a machine without one."""
     if ranks.device.type == "cuda":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mixmae.models.heads.upernet import IGNORED
@@ -35,6 +36,12 @@ def paint(images: Tensor, labels: Tensor) -> Tensor:
     colors = palette().to(images.device, images.dtype)[labels.long()].movedim(-1, -3) / 255
     opacity = (labels != IGNORED).to(images.dtype).unsqueeze(-3) * _OPACITY
     return torch.lerp(images, colors, opacity.expand_as(images))
+
+
+def picture(image: Tensor, labels: Tensor) -> Image.Image:
+    """`paint`, of one image uint8 [3, H, W]."""
+    painted = (paint(image / 255, labels) * 255).round().to(torch.uint8)
+    return Image.fromarray(painted.permute(1, 2, 0).contiguous().numpy())
 
 
 def paint_normalised(images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

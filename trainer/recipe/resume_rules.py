@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "encoder.init",
     "plugins",
     "evaluate",
+    "segmentation.stride",
     "checkpoint",
     "launch",
     "log",
@@ -43,6 +44,7 @@ _CHANGEABLE = (
     "encoder.drop_rate",
     "encoder.drop_path_rate",
     "detection.scale",
+    "segmentation.scale",
 )
 """What a run can go on with changed on purpose: other numbers, but the same parameters, states and order of samples."""
 

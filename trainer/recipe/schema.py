@@ -22,6 +22,7 @@ from mixmae.trainer.recipe.sections.log import Log
 from mixmae.trainer.recipe.sections.monitoring import Monitoring
 from mixmae.trainer.recipe.sections.optim import Optim
 from mixmae.trainer.recipe.sections.section import Section
+from mixmae.trainer.recipe.sections.segmentation import Segmentation
 from mixmae.trainer.recipe.sections.train import Train
 
 _STREAMS = 512
@@ -41,6 +42,7 @@ class Recipe(Section):
     classification: Classification = Classification()
     linear: Linear = Linear()
     detection: Detection = Detection()
+    segmentation: Segmentation = Segmentation()
     data: Data = Data()
     augment: Augment = Augment()
     train: Train = Train()

@@ -38,7 +38,7 @@ _SLOTS, _OBJECTS = 100, 8
 class Detect(Task):
     """The recipe's `encoder:` under Mask R-CNN, all of it trained, on shards with objects."""
 
-    unused_sections: ClassVar[tuple[str, ...]] = ("method", "classification", "linear", "augment")
+    unused_sections: ClassVar[tuple[str, ...]] = ("method", "classification", "linear", "augment", "segmentation")
     exports_whole = True
 
     def resolve(self, recipe: Recipe) -> Recipe:

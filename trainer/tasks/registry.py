@@ -16,6 +16,7 @@ _BUILT_IN = {
     "finetune": "mixmae.trainer.tasks.finetune",
     "linear": "mixmae.trainer.tasks.linear",
     "pretrain": "mixmae.trainer.tasks.pretrain",
+    "segment": "mixmae.trainer.tasks.segment",
 }
 _TASKS: dict[str, type[Task]] = {}
 _Class = TypeVar("_Class", bound=type[Task])
