@@ -1,5 +1,6 @@
 """What a command prints reaches its reader, whatever the terminal and the disk behind it are."""
 
+import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmae.base.errors import run_cli
+from mixmae.base.errors import run_cli, run_rank
 
 
 def print_all(argv: Sequence[str]) -> int:
@@ -35,3 +36,25 @@ def test_a_full_disk_behind_a_redirection_is_one_line(
         monkeypatch.setattr(sys, "stdout", full)
         assert run_cli(print_all, ["text"]) == 2
     assert capsys.readouterr().err == "mixmae: error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EEXIST, 2), (errno.ENOTDIR, 2), (errno.ENOSPC, 1), (errno.EACCES, 1), (errno.EROFS, 1)],
+)
+def test_a_file_in_a_ranks_way_is_one_line(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The start after one on a full disk may go well, the one after a file in a folder's place will not."""
+
+    def fail(argv: Sequence[str]) -> int:
+        raise OSError(number, "what is wrong", argv[0])
+
+    monkeypatch.setenv("RANK", "3")
+    assert run_rank(fail, ["run/claimed.json"]) == code
+    assert capsys.readouterr().err == "mixmae: error: rank 3: run/claimed.json: what is wrong\n"
+
+
+def test_what_only_a_bug_can_be_has_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_rank(lambda argv: 1 // len(argv), []) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from there (`encoder.init` in a recipe).
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,7 @@ def write_encoder_directory(
     facts: dict[str, Any] | None = None,
     input_facts: dict[str, Any] | None = None,
     card: str | None = None,
+    extend: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes an encoder directory; it appears under its name only when complete.
 
@@ -50,6 +52,7 @@ def write_encoder_directory(
         input_facts: what timm's pretrained_cfg should say otherwise than usual: mean, std, crop_pct, label_names.
         facts: whatever else config.json should say of where the weights come from.
         card: the model card, in Markdown.
+        extend: adds files to the directory before it appears.
 
     Raises:
         UsageError: `out` exists.
@@ -79,6 +82,8 @@ def write_encoder_directory(
         for name, state in ((ENCODER, encoder), *(() if method is None else ((METHOD, method[1]),))):
             save_file(_storable(state), partial / name, metadata={"format": "pt"})
             shutil.copymode(partial / CONFIG, partial / name)  # safetensors writes for the owner alone
+        if extend is not None:
+            extend(partial)
 
 
 class _InputFacts(BaseModel):

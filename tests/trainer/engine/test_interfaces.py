@@ -54,11 +54,11 @@ def test_what_the_user_says_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def outer_address() -> str:
     """An IPv4 address of this machine beside the loopback interface's."""
-    for name, addresses in psutil.net_if_addrs().items():
-        for one in addresses:
-            if name != "lo" and one.family == socket.AF_INET:
-                return str(one.address)
-    return lacks("needs a network interface with an IPv4 address")
+    addresses = [one for name, own in psutil.net_if_addrs().items() for one in own if name != "lo"]
+    found = [str(one.address) for one in addresses if one.family == socket.AF_INET]
+    if not found:
+        lacks("needs a network interface with an IPv4 address")
+    return found[0]
 
 
 def join_over(ranks: Ranks, address: str, port: int) -> set[str]:
