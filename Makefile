@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# By a path, not by a hook: where a working directory has a folder called mixmae, such as one that holds this checkout,
+# Python would take that for the package.
+EDITABLE := --config-settings editable_mode=compat --editable
 
 .PHONY: install demo test test-distributed test-services test-slow drill check dashboards performance wheels bench-gpu clean
 
@@ -15,11 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --upgrade pip setuptools wheel ninja
 	$(PIP) torch torchvision
 	$(PIP) --no-build-isolation deepspeed fairscale
-	$(PIP) --no-build-isolation --editable ".[plots]"
+	$(PIP) --no-build-isolation $(EDITABLE) ".[plots]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --no-build-isolation --editable ".[plots,test,check]"
+	$(PIP) --no-build-isolation $(EDITABLE) ".[plots,test,check]"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -1,5 +1,6 @@
 """The command `mixmae`. Subcommands are modules with a `main(argv)`, imported only when they are called for."""
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ COMMANDS = {
     "curves": ("mixmae.trainer.telemetry.curves", "draw the loss curves of runs into one picture"),
     "bench": (
         "mixmae.trainer.benchmarks.cli",
-        "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, scrape",
+        "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, ...",
     ),
     "demo": (
         "mixmae.launch.commands.demo",
@@ -75,6 +76,8 @@ def _run(command: str, argv: Sequence[str]) -> int:
     try:
         return int(module.main(argv))
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"a file, or standard output, cannot be written: {error.strerror}") from error
         if error.filename is None or error.strerror is None:
             raise
         raise UsageError(f"{error.filename}: {error.strerror}") from error

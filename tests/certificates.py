@@ -13,8 +13,12 @@ LOOPBACK = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 ELSEWHERE = x509.DNSName("elsewhere")
 
 
-def certify(folder: Path, host: x509.GeneralName = LOOPBACK) -> tuple[Path, Path]:
-    """Writes a certificate of a host for itself, and its key; returns the two files."""
+def certify(folder: Path, host: x509.GeneralName = LOOPBACK, passphrase: bytes = b"") -> tuple[Path, Path]:
+    """Writes a certificate of a host for itself, and its key; returns the two files.
+
+    Args:
+        passphrase: encrypts the key.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tests")])
     now = datetime.datetime.now(datetime.UTC)
@@ -26,8 +30,8 @@ def certify(folder: Path, host: x509.GeneralName = LOOPBACK) -> tuple[Path, Path
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
-    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    lock = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
     files = folder / "cert.pem", folder / "key.pem"
     files[0].write_bytes(certificate.public_bytes(pem))
-    files[1].write_bytes(key.private_bytes(pem, *plain))
+    files[1].write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock))
     return files

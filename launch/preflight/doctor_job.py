@@ -1,6 +1,5 @@
 """Starts the doctor's ranks in the same way as those of training, and collects their findings."""
 
-import json
 import os
 import re
 import secrets
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED, FINISHED
+from mixmae.base.json_text import parse_json
 from mixmae.base.run_directory import LOGS
 from mixmae.launch.backends.hostfile import HostfileBackend
 from mixmae.launch.backends.job_spec import JobSpec, new_attempt
@@ -151,7 +151,7 @@ def findings_in(output: str) -> list[Finding]:
     for line in output.splitlines():
         _, brace, rest = line.partition('{"level"')
         try:
-            found.append(finding_of(json.loads(brace + rest)))
+            found.append(finding_of(parse_json(brace + rest)))
         except (ValueError, KeyError, TypeError):  # other output of a rank or a launcher
             continue
     return found

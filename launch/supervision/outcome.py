@@ -12,6 +12,7 @@ from typing import Any, Self
 from mixmae.base.errors import ERROR
 from mixmae.base.exit_codes import FAILED, FINISHED, PREEMPTED, USAGE_ERROR
 from mixmae.base.files import atomic_write
+from mixmae.base.json_text import parse_json
 from mixmae.base.redaction import redact, redact_all
 from mixmae.base.run_directory import OUTCOME
 
@@ -118,8 +119,8 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
 def read_outcome(folder: Path) -> Outcome | None:
     """The outcome of an attempt; None if rank 0's supervisor wrote none, or a partial one."""
     try:
-        return Outcome(**json.loads((folder / OUTCOME).read_text()))
-    except (FileNotFoundError, ValueError):
+        return Outcome(**parse_json((folder / OUTCOME).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 

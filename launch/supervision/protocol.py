@@ -12,6 +12,8 @@ import secrets
 import time
 from typing import Any
 
+from mixmae.base.json_text import parse_json
+
 Message = dict[str, Any]
 
 LONGEST = 2**20
@@ -56,8 +58,8 @@ class Connection:
                 signature, _, line = line.partition(b" ")
                 if not hmac.compare_digest(signature, self._verify(line)):
                     return None
-            message = json.loads(line)
-        except (OSError, EOFError, asyncio.LimitOverrunError, ValueError, RecursionError):
+            message = parse_json(line)
+        except (OSError, EOFError, asyncio.LimitOverrunError, ValueError):
             return None
         self.last_heard = time.monotonic()
         return message if isinstance(message, dict) and "kind" in message else None
@@ -83,7 +85,7 @@ class _Signature:
 
 
 def _proof(secret: str, side: str, challenge: str) -> str:
-    return hmac.new(secret.encode(), f"{side} {challenge}".encode(), hashlib.sha256).hexdigest()
+    return hmac.new(secret.encode(), f"{side} {challenge}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
 
 async def authenticate_client(connection: Connection, secret: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmae.base.json_text import parse_json
 from mixmae.base.redaction import redact
 
 _logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def encode(record: Mapping[str, Any]) -> bytes:
 def decode(line: bytes, *keys: str) -> dict[str, Any] | None:
     """A line's object; None if it is none, or lacks one of `keys`."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) and all(key in record for key in keys) else None
 

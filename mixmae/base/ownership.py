@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mixmae.base.errors import UsageError
+from mixmae.base.json_text import parse_json
 from mixmae.base.liveness import HEARTBEAT_SECONDS, SILENT_SECONDS
 from mixmae.base.run_directory import OWNER
 
@@ -231,7 +232,7 @@ def _read(file: Path) -> bytes | None:
 def _parse(content: bytes | None) -> Owner | None:
     """What a file says; None where it is not there, not yet written, or not what an owner writes."""
     try:
-        owner = Owner(**json.loads(content or b""))
+        owner = Owner(**parse_json(content or b""))
         time.localtime(owner.since)
     except (ValueError, TypeError, OverflowError, OSError):
         return None

@@ -47,7 +47,8 @@ def read_rank_env(env: Mapping[str, str]) -> RankEnv:
         return _from_variables(env, _LAUNCHER, env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", ""))
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID", "").isdigit():
         # Above the exporters' ports, below those of mixmae launch: steps typed by hand and launched jobs share nodes.
-        port = 10_000 + (int(env.get("SLURM_JOB_ID", "0")) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
+        job = env.get("SLURM_JOB_ID", "")
+        port = 10_000 + ((int(job) if job.isdecimal() else 0) * 16 + int(env["SLURM_STEP_ID"])) % 10_000
         return _from_variables(
             env, _SLURM, env.get("MASTER_ADDR") or _first_host(env), env.get("MASTER_PORT", str(port))
         )
@@ -63,11 +64,14 @@ def _from_variables(env: Mapping[str, str], names: tuple[str, ...], address: str
         )
     try:
         rank, world_size, local_rank = (int(env[name]) for name in names[:3])
-        return RankEnv(rank, world_size, local_rank, address, int(port))
+        if not (0 <= rank < world_size and local_rank >= 0 and 0 < int(port) < 2**16):
+            raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"{', '.join(f'{n}={env[n]}' for n in names[:3])}, MASTER_PORT={port}: expected whole numbers"
+            f"{', '.join(f'{n}={env[n]}' for n in names[:3])}, MASTER_PORT={port}: expected whole numbers, a rank "
+            "below the number of ranks, and a port from 1 to 65535"
         ) from error
+    return RankEnv(rank, world_size, local_rank, address, int(port))
 
 
 def _first_host(env: Mapping[str, str]) -> str:

@@ -51,8 +51,10 @@ class Access:
             return None
         try:
             user, colon, password = self.auth_file.read_text().strip().partition(":")
-        except (OSError, UnicodeDecodeError) as error:
-            raise AccessError(f"--auth-file {self.auth_file} cannot be read: {error}") from error
+        except OSError as error:
+            raise AccessError(f"--auth-file {self.auth_file} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise AccessError(f"--auth-file {self.auth_file} is not UTF-8 text") from error
         if not colon or "\n" in password:
             raise AccessError(f"--auth-file {self.auth_file}: expected one line, user:password")
         return user, password

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.files import atomic_write, read_regular
+from mixmae.base.json_text import parse_json
 from mixmae.base.run_directory import targets_folder
 
 _SCHEME = "__scheme__"
@@ -74,12 +75,12 @@ def read_targets(run_dir: Path) -> tuple[list[Target], list[str]]:
         return [], [f"{targets_folder(run_dir)} cannot be read: {error.strerror}"]
     for file in files:
         try:
-            found += _targets_in(json.loads(read_regular(file)))
+            found += _targets_in(parse_json(read_regular(file)))
         except FileNotFoundError:
             continue  # its node has just ended
         except OSError as error:
             problems.append(f"{file} cannot be read: {error.strerror}")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             why = f"{type(error).__name__}: {str(error)[:80]}"
             problems.append(f"{file} is no Prometheus target file; remove it: {why}")
     return found, problems

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 from prometheus_client import CollectorRegistry, delete_from_gateway, make_wsgi_app, push_to_gateway
 from prometheus_client.exposition import basic_auth_handler, default_handler
 
+from mixmae.base.files import read_regular
 from mixmae.base.liveness import STALL_SECONDS
 from mixmae.base.redaction import redact
 from mixmae.monitoring.exporter.collector import NodeCollector
@@ -140,14 +141,14 @@ class Exporter:
         try:
             family = server_family(settings.address)
         except OSError as error:
-            raise ExporterError(f"monitoring.address={settings.address} is no address: {error}") from error
+            raise ExporterError(f"monitoring.address={settings.address} is no address: {error.strerror}") from error
         for port in range(settings.port, settings.port + PORTS) if settings.port else (0,):
             try:
                 server = HttpServer(settings.address, port, self._answer, family)
             except OSError as error:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):  # taken, or not ours to take
                     continue
-                raise ExporterError(f"monitoring.address={settings.address}: {error}") from error
+                raise ExporterError(f"monitoring.address={settings.address}: {error.strerror or error}") from error
             if settings.certfile is not None:
                 context = _tls(settings.certfile, settings.keyfile)
                 # The handshake waits for the first read, in its own thread: a client that is silent keeps no other out.
@@ -210,9 +211,13 @@ def _read_credentials(file: Path | None) -> bytes:
     if file is None:
         return b""
     try:
-        content = file.read_text().strip()
+        content = read_regular(file).decode().strip()
     except OSError as error:
-        raise ExporterError(f"monitoring.auth_file={file} cannot be read: {error.strerror}") from error
+        raise ExporterError(f"monitoring.auth_file={file} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ExporterError(
+            f"monitoring.auth_file={file} is not UTF-8 text; expected one line, user:password"
+        ) from error
     if ":" not in content or "\n" in content:
         raise ExporterError(f"monitoring.auth_file={file}: expected one line, user:password")
     return content.encode()
@@ -221,7 +226,7 @@ def _read_credentials(file: Path | None) -> bytes:
 def _tls(certfile: Path, keyfile: Path | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(certfile, keyfile)
+        context.load_cert_chain(certfile, keyfile, password="")  # which it would ask a terminal for
     except (OSError, ssl.SSLError) as error:
         raise ExporterError(f"monitoring.certfile={certfile}, keyfile={keyfile} cannot be used: {error}") from error
     return context

@@ -1,7 +1,6 @@
 """Polls a run's exporters and Prometheus' firing alerts in background threads."""
 
 import http.client
-import json
 import math
 import socket
 import threading
@@ -16,6 +15,7 @@ from datetime import datetime
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from mixmae.base.json_text import parse_json
 from mixmae.base.phases import PHASES
 from mixmae.monitoring.exporter.access import TIMEOUT, Access, fetch
 from mixmae.monitoring.metrics import PREFIX
@@ -203,7 +203,7 @@ def parse_alerts(text: str, labels: Mapping[str, str]) -> tuple[Alert, ...]:
                 datetime.fromisoformat(alert["activeAt"]).timestamp(),
                 alert.get("annotations", {}).get("summary", ""),
             )
-            for alert in json.loads(text)["data"]["alerts"]
+            for alert in parse_json(text)["data"]["alerts"]
             if alert["state"] == "firing" and labels.items() <= alert["labels"].items()
         ]
     except (KeyError, TypeError, AttributeError) as error:

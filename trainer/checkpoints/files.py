@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mixmae.trainer.checkpoints.manifest import DamagedError, FileRecord
@@ -100,7 +100,7 @@ def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
         files: all files of the checkpoint, most likely ones first.
 
     Raises:
-        DamagedError: elements that no file holds.
+        DamagedError: elements that no file holds, or a file that holds what no checkpoint does.
     """
     by_name: dict[tuple[str, str], list[ReadItem]] = {}
     missing = 0
@@ -110,7 +110,10 @@ def read_slices(items: Iterable[ReadItem], files: Sequence[Path]) -> None:
     for file in files:
         if missing == 0:
             return
-        missing -= _read_from(file, by_name)
+        try:
+            missing -= _read_from(file, by_name)
+        except (SafetensorError, ValueError, IndexError, RuntimeError, OSError) as error:
+            raise DamagedError(f"{file.name} holds no slices of weights ({error})") from error
     if missing:
         raise DamagedError(f"{missing} elements are in no file")
 

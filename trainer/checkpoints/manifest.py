@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import xxhash
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mixmae.base.json_text import parse_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -41,7 +44,7 @@ class Progress:
     step: int
     epoch: float
     loss: float | None
-    state: Mapping[str, int]
+    state: Mapping[str, Any]
     position: Mapping[str, Any]
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -63,6 +66,7 @@ class Manifest(Progress):
         ema: whether the files also hold the moving average of the weights.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     world_size: int
     zero_stage: int
     recipe: Mapping[str, Any]
@@ -94,28 +98,33 @@ class Manifest(Progress):
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises DamagedError unless the manifest is intact and all files exist with the recorded sizes."""
-        content = _verified_json(folder / MANIFEST)
-        files = {name: FileRecord(**facts) for name, facts in content.pop("files").items()}
-        for name, record in files.items():
+        try:
+            manifest = TypeAdapter(cls).validate_python(_verified_json(folder / MANIFEST))
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise DamagedError(f"{MANIFEST} has a {field} that no checkpoint has") from error
+        if not manifest.files:
+            raise DamagedError(f"{MANIFEST} names no files")
+        for name, record in manifest.files.items():
             file = folder / name
-            if not file.is_file():
+            if Path(name).name != name or not file.is_file():
                 raise DamagedError(f"{name} is missing")
             if file.stat().st_size != record.bytes:
                 raise DamagedError(f"{name} has {file.stat().st_size} bytes, expected {record.bytes}")
-        return cls(**content, files=files)
+        return manifest
 
 
 def _verified_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         checksum = content.pop("xxh3_128")
     except FileNotFoundError as error:
         raise DamagedError(f"{file.name} is missing") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise DamagedError(f"{file.name} cannot be read") from error
     if _digest(content) != checksum:
         raise DamagedError(f"{file.name} does not match its checksum")
-    found = content.pop("format")
+    found = content.pop("format", None)
     if found == 1:
         return _from_format_1(content)
     if found != _FORMAT:
@@ -125,7 +134,7 @@ def _verified_json(file: Path) -> dict[str, Any]:
 
 def _from_format_1(content: dict[str, Any]) -> dict[str, Any]:
     """Converts format 1, in which all parameters were trained, by AdamW."""
-    steps = content.pop("optimizer_step")
+    steps = int(content.pop("optimizer_step", 0))
     states = {"optimizer_states": ["exp_avg", "exp_avg_sq"], "optimizer_scalars": {"step": float(steps)}}
     return {**content, "frozen": [], **(states if steps else {"optimizer_states": [], "optimizer_scalars": {}})}
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 Bf16Matmuls = Literal["native", "upcast"]
 """How a bf16 model multiplies: by the processor's bf16 instructions, or in fp32 with operands that are converted."""
-_TOKENS, _WIDTH = 512, 768
-"""Of the products that are timed: some milliseconds each."""
-_TRIES = 5
+_TOKENS, _WIDTH = 256, 768
+"""Of the products that are timed: a millisecond or some each, so that most run between two looks of the scheduler."""
+_TRIES = 10
 
 
 def apply_cpu_workarounds(model: nn.Module, matmuls: Bf16Matmuls | None = None) -> None:
@@ -68,8 +68,8 @@ def upcast_matmuls(model: nn.Module) -> None:
     """Makes every linear layer and convolution of a bf16 model multiply in fp32.
 
     Without bf16 instructions torch multiplies bf16 matrices by a slow generic loop, and with some of them more slowly
-    than in fp32. Converting the operands to fp32,
-    multiplying, and rounding the result gives the same numbers (bf16 products are exact in fp32) many times faster.
+    than in fp32. Converting the operands to fp32, multiplying, and rounding the result gives the same numbers (bf16
+    products are exact in fp32) many times faster.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -40,6 +40,7 @@ class Ranks(RankEnv):
 
 
 T = TypeVar("T")
+_ACCELERATOR = "DS_ACCELERATOR"
 _PATIENCE = 4.0
 """Times `launch.stuck_seconds` that a rank waits for the others in a collective: the supervisor, which names the late
 rank, gives up first, after thrice that where a run starts or saves."""
@@ -62,15 +63,16 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds, determinis
         deterministic: the recipe's; on GPUs, whose libraries read it when they are first used.
 
     Raises:
-        UsageError: this rank has no GPU of its own although there are some.
+        UsageError: this rank has no GPU of its own although there are some, or the environment names another
+            accelerator.
     """
     os.environ.update(ranks.environment())
+    _choose_accelerator(ranks.device.type)
     if ranks.device.type == "cuda":
         _take_gpu(ranks)
         if deterministic:
             compute_deterministically()
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     import deepspeed
 
@@ -93,6 +95,13 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds, determinis
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if ranks.device.type == "cuda":
         _refuse_shared_gpu(ranks)
+
+
+def _choose_accelerator(kind: str) -> None:
+    """Has DeepSpeed take the kind of device that torch found."""
+    if (given := os.environ.get(_ACCELERATOR) or kind) != kind:
+        raise UsageError(f"{_ACCELERATOR}={given}, but torch computes on {kind} here; unset it")
+    os.environ[_ACCELERATOR] = kind
 
 
 def _take_gpu(ranks: Ranks) -> None:
@@ -155,6 +164,17 @@ def from_main(value: T, kind: Any = None) -> T:
 
 def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = None) -> list[T]:
     """All ranks' values, by rank; as JSON, see `from_main`."""
+    return [_decode(part, kind) for part in _gather_bytes(value, kind, group)]
+
+
+def gather_to_main(value: T, kind: Any = None) -> list[T] | None:
+    """All ranks' values, by rank, on the main rank; None on the others, which do not read them."""
+    parts = _gather_bytes(value, kind, None)
+    return [_decode(part, kind) for part in parts] if dist.get_rank() == 0 else None
+
+
+def _gather_bytes(value: Any, kind: Any, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """uint8 [N] of each rank."""
     content = _as_bytes(_encode(value, kind), group)
     size, world_size = torch.tensor([len(content)], device=content.device), dist.get_world_size(group)
     sizes = [torch.empty_like(size) for _ in range(world_size)]
@@ -162,7 +182,7 @@ def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = Non
     longest = int(max(sizes))
     parts = [torch.empty(longest, dtype=torch.uint8, device=content.device) for _ in range(world_size)]
     dist.all_gather(parts, torch.nn.functional.pad(content, (0, longest - len(content))), group=group)
-    return [_decode(part[: int(own)], kind) for part, own in zip(parts, sizes, strict=True)]
+    return [part[: int(own)] for part, own in zip(parts, sizes, strict=True)]
 
 
 def _encode(value: Any, kind: Any) -> bytes:
@@ -190,6 +210,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_reduce_max(value: int, ranks: Ranks) -> int:
+    """The largest of all ranks' numbers, for which the host waits."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, device=ranks.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def peak_memory(ranks: Ranks) -> int:

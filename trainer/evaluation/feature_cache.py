@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor, nn
 
 from mixmae.base.files import atomic_write, replacing
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.engine.distributed import Ranks, all_gather
 
 _IDENTITY = "identity.json"
@@ -66,7 +67,7 @@ def weights_id(module: nn.Module) -> str:
 
 def _complete(folder: Path, identity: dict[str, Any]) -> int | None:
     try:
-        found = json.loads((folder / _IDENTITY).read_text())
+        found = parse_json((folder / _IDENTITY).read_text())
     except (OSError, ValueError):
         return None
     files: int = found.pop("files", 0)

@@ -1,12 +1,12 @@
 """Compute speed of one GPU: measured, if benchmarks/results has this model on this GPU, else modelled by a roofline."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.planning.devices import Gpu
 from mixmae.trainer.planning.roofline import ERROR, step_model
 from mixmae.trainer.recipe.schema import Recipe
@@ -95,7 +95,7 @@ def entries(file: Path) -> list[dict[str, Any]]:
         UsageError: the file is not JSON.
     """
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
     except ValueError as error:
         raise UsageError(f"{file} is not JSON ({error}); remove or fix it") from error
     return [entry for entry in (content if isinstance(content, list) else [content]) if isinstance(entry, dict)]

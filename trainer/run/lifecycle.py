@@ -276,9 +276,15 @@ def _state_of(resumed: Resumed | None, job: Job) -> tuple[TrainState, Position, 
     before = stored_recipe(dict(resumed.manifest.recipe), str(resumed.folder))
     known = job.changes is not None  # since the checkpoint the recipe may have been changed on purpose
     changes = require_same_recipe(recipe, before, recipe.run_dir, job.change or known)
-    position = Position(**resumed.manifest.position)
+    try:
+        position, state = Position(**resumed.manifest.position), TrainState.from_state_dict(resumed.manifest.state)
+    except TypeError as error:
+        raise UsageError(
+            f"{resumed.folder} counts what this version of mixmae does not; resume the run with the version that saved "
+            "it"
+        ) from error
     position.require(recipe.seed, index)
-    state, total_steps = TrainState.from_state_dict(resumed.manifest.state), job.schedule.total_steps
+    total_steps = job.schedule.total_steps
     if state.step > total_steps:
         raise UsageError(
             f"train.duration={recipe.train.duration} ends at step {total_steps}, and the run has come to step "

@@ -10,6 +10,7 @@ import yaml
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write
+from mixmae.base.json_text import parse_json
 from mixmae.base.run_directory import RECIPE, REPLACED, SHARDS, VERSIONS, newest_checkpoint, rank_records
 from mixmae.base.software import versions
 from mixmae.trainer.data.index import ShardIndex
@@ -38,7 +39,7 @@ def check_run_dir(recipe: Recipe, index: ShardIndex, change: bool = False) -> li
     if before is not None:
         stored = stored_recipe(before, str(recipe.run_dir / RECIPE))
         changes = require_same_recipe(recipe, stored, recipe.run_dir, change)
-    earlier = _intact(recipe.run_dir / SHARDS, json.loads, "fingerprint")
+    earlier = _intact(recipe.run_dir / SHARDS, parse_json, "fingerprint")
     if earlier is not None and earlier["fingerprint"] != index.fingerprint:
         raise UsageError(
             f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
@@ -53,7 +54,7 @@ def _intact(file: Path, parse: Callable[[str], Any], key: str) -> dict[str, Any]
         return None
     try:
         content = parse(file.read_bytes().decode())
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # of YAML
         content = None
     if not isinstance(content, dict) or key not in content:
         _logger.warning("%s is damaged and is written anew; the checkpoint's own copy counts", file)

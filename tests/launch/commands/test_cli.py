@@ -120,3 +120,15 @@ def test_a_file_that_cannot_be_used_is_one_line(
     monkeypatch.setattr(sys, "argv", ["mixmae", "curves", "some/file"])
     assert cli.main() == 2
     assert capsys.readouterr().err == "mixmae: error: some/file: what is wrong\n"
+
+
+def test_a_full_disk_without_a_name_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda name: SimpleNamespace(main=main)))
+    monkeypatch.setattr(sys, "argv", ["mixmae", "curves"])
+    assert cli.main() == 2
+    assert capsys.readouterr().err.startswith("mixmae: error: a file, or standard output, cannot be written: No space")

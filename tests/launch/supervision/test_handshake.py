@@ -1,10 +1,10 @@
-"""What anybody who reaches the coordinator's port may send before being admitted."""
+"""What anybody who reaches the coordinator's port, or took it before, may send before being admitted."""
 
 import asyncio
 
 import pytest
 
-from mixmae.launch.supervision.protocol import LONGEST, Connection, authenticate_client
+from mixmae.launch.supervision.protocol import LONGEST, Connection, authenticate_client, connect
 
 LINES = {
     "deep": b"[" * 50_000 + b"\n",
@@ -17,6 +17,14 @@ LINES = {
     "too long": b"x" * (LONGEST + 1),
     "nothing": b"",
 }
+
+
+SERVED = {
+    **LINES,
+    "a surrogate as challenge": b'{"kind": "challenge", "challenge": "\\ud800"}\n',
+    "a list as challenge": b'{"kind": "challenge", "challenge": [1]}\n{"kind": "welcome", "proof": null}\n',
+}
+"""What a program may say that listens on a port of the coordinator's range."""
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -41,3 +49,19 @@ def test_invalid_clients_are_refused_without_an_error(line: str) -> None:
             return admitted
 
     assert not asyncio.run(run())
+
+
+@pytest.mark.parametrize("line", SERVED)
+def test_other_programs_on_the_port_are_passed_over_without_an_error(line: str) -> None:
+    async def run() -> Connection | None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(SERVED[line])
+            writer.write_eof()
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            address, port = server.sockets[0].getsockname()
+            return await connect(address, port, "secret")
+
+    assert asyncio.run(run()) is None

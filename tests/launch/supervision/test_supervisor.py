@@ -159,6 +159,7 @@ def test_a_stopped_supervisor_counts_as_an_unreachable_host(tmp_path: Path) -> N
         ({"WORLD_SIZE": "3"}, "expected world size 2, got 3; refusing to start"),
         ({"MIXMAE_TOKEN": ""}, "MIXMAE_TOKEN is not set"),
         ({"RANK": "x"}, "expected whole numbers"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_PORT=1: expected whole numbers, a rank below"),
     ],
 )
 def test_wrong_environments_are_one_clear_line(environment: dict[str, str], message: str) -> None:

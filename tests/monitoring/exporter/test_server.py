@@ -132,10 +132,21 @@ def test_tls(tmp_path: Path) -> None:
     [
         ({"address": "no.such.host.invalid"}, "monitoring.address"),
         ({"auth_file": Path("nowhere")}, "monitoring.auth_file=nowhere cannot be read"),
+        ({"auth_file": Path("binary")}, "monitoring.auth_file=binary is not UTF-8 text"),
+        ({"auth_file": Path("lines")}, "monitoring.auth_file=lines: expected one line, user:password"),
+        ({"auth_file": Path("fifo")}, "monitoring.auth_file=fifo cannot be read: fifo is a FIFO"),
         ({"certfile": Path("nowhere")}, "monitoring.certfile=nowhere"),
+        ({"certfile": Path("cert.pem"), "keyfile": Path("key.pem")}, r"keyfile=key\.pem cannot be used"),
     ],
 )
-def test_mistakes_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_named(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary").write_bytes(b"\xff\xfe:\n")
+    Path("lines").write_text("a:b\nc:d\n")
+    certify(tmp_path, passphrase=b"asked of a terminal")
+    os.mkfifo("fifo")
     with pytest.raises(ExporterError, match=message), exporter(tmp_path, **changes):
         pass
 

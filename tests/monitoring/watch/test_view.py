@@ -404,7 +404,7 @@ def test_alerts_of_this_run_that_fire() -> None:
         ("New", "critical", "so"),
         ("Old", "critical", "so"),
     ]
-    for other in ("[]", "{}", '{"data": {"alerts": [{"state": "firing"}]}}', "<html>"):
+    for other in ("[]", "[" * 100_000, "{}", '{"data": {"alerts": [{"state": "firing"}]}}', "<html>"):
         with pytest.raises(ValueError):  # noqa: PT011
             parse_alerts(other, {})
 

@@ -4,6 +4,7 @@ import mmap
 import resource
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices, write
 from mixmae.trainer.checkpoints.host_memory import HostMemory
-from mixmae.trainer.checkpoints.manifest import verify_file
+from mixmae.trainer.checkpoints.manifest import DamagedError, verify_file
 
 
 def tensors_of_all_kinds() -> dict[str, Tensor]:
@@ -69,6 +70,29 @@ def test_reserved_memory_is_there_to_its_last_page() -> None:
 def test_a_file_is_the_same_from_copies_and_as_it_is(tmp_path: Path) -> None:
     tensors = tensors_of_all_kinds()
     assert write(tmp_path / "copied", HostMemory().copy(tensors)) == write(tmp_path / "direct", tensors)
+
+
+FOREIGN = {
+    "no start": {"weight/a@x": torch.zeros(4)},
+    "no elements": {"weight/a@0": torch.tensor(1.0)},
+    "rows": {"weight/a@0": torch.zeros(2, 4)},
+    "too few": {"weight/a@0": torch.zeros(3)},
+    "another name": {"weight/b@0": torch.zeros(4)},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_no_checkpoint_has_is_damaged(kind: str, tmp_path: Path) -> None:
+    save_file(FOREIGN[kind], tmp_path / "rank")
+    with pytest.raises(DamagedError, match=r"rank holds no slices|elements are in no file"):
+        read_slices([ReadItem("weight", "a", 0, torch.empty(4))], [tmp_path / "rank"])
+
+
+def test_a_file_that_is_no_safetensors_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "rank").write_bytes(b"x" * 100)
+    with pytest.raises(DamagedError, match="rank holds no slices"):
+        read_slices([ReadItem("weight", "a", 0, torch.empty(4))], [tmp_path / "rank"])
 
 
 cuts = st.lists(st.integers(1, 59), max_size=6, unique=True).map(sorted)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -70,6 +71,33 @@ def test_any_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path, byte: int) -> 
         Manifest.read(folder)
 
 
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no files": ({"files": {}}, "names no files"),
+    "files of another kind": ({"files": []}, "has a files that no checkpoint has"),
+    "a file elsewhere": ({"files": {f"../{MANIFEST}": {"bytes": 1, "xxh3_128": ""}}}, "is missing"),
+    "an unknown fact of a file": ({"files": {"x": {"bytes": 1, "xxh3_128": "", "x": 1}}}, "has a files.x.x that"),
+    "an unknown key": ({"later": 1}, "has a later that"),
+    "a step in words": ({"step": "three"}, "has a step that"),
+    "a list as state": ({"state": []}, "has a state that"),
+    "a number as name": ({"shapes": {"weight": ["x"]}}, r"has a shapes\.weight\.0 that"),
+    "another format": ({"format": 99}, "has format 99"),
+    "no format": ({"format": None}, "has format None"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_manifest_of_somebody_else_is_damaged(kind: str, tmp_path: Path) -> None:
+    """Its checksum fits: nothing but its content is wrong."""
+    folder = make(tmp_path, 3)
+    changes, message = WRONG[kind]
+    content = {**json.loads((folder / MANIFEST).read_text()), **changes}
+    del content["xxh3_128"]
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    (folder / MANIFEST).write_text(json.dumps({"xxh3_128": digest, **content}))
+    with pytest.raises(DamagedError, match=message):
+        Manifest.read(folder)
+
+
 def test_what_is_wrong_with_a_checkpoint_is_told(tmp_path: Path) -> None:
     folder = make(tmp_path, 3)
     file = folder / "rank-00000.safetensors"
@@ -83,9 +111,10 @@ def test_what_is_wrong_with_a_checkpoint_is_told(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(DamagedError, match=r"rank-00000\.safetensors is missing"):
         Manifest.read(folder)
-    (folder / MANIFEST).write_text("{")
-    with pytest.raises(DamagedError, match="cannot be read"):
-        Manifest.read(folder)
+    for text in ("{", "[]", "[" * 100_000, ""):
+        (folder / MANIFEST).write_text(text)
+        with pytest.raises(DamagedError, match="cannot be read"):
+            Manifest.read(folder)
     (folder / MANIFEST).unlink()
     with pytest.raises(DamagedError, match=r"manifest\.json is missing"):
         Manifest.read(folder)

@@ -64,9 +64,21 @@ def test_a_local_rank_alone_is_half_set() -> None:
         read_ranks({"LOCAL_RANK": "3"})
 
 
-def test_numbers_are_expected() -> None:
-    with pytest.raises(UsageError, match="RANK=first"):
-        read_ranks({**LAUNCHER, "RANK": "first"})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "first"), ("RANK", ""), ("RANK", "-1"), ("RANK", "4"), ("RANK", "1.0"), ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "9" * 5000), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "x"), ("MASTER_PORT", "0"),
+        ("MASTER_PORT", "70000"),
+    ],
+)  # fmt: skip
+def test_numbers_are_expected(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}={value}.*: expected whole numbers"):
+        read_ranks({**LAUNCHER, name: value})
+
+
+def test_a_job_without_a_number_has_a_port() -> None:
+    assert read_ranks({**SLURM, "SLURM_JOB_ID": "local"}).master_port >= 10_000
 
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
@@ -85,7 +97,7 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     """Under Slurm's --gpus-per-task=1 each task sees one GPU, which is its number 0."""
     see_gpus(monkeypatch, count)
     for name in RANK_VARIABLES:
-        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name, raising=False)
     told: dict[str, Any] = {}
     store = HashStore()
     monkeypatch.setattr("deepspeed.init_distributed", lambda **given: told.update(given))
@@ -122,6 +134,12 @@ def test_what_makes_a_gpu_deterministic(monkeypatch: pytest.MonkeyPatch) -> None
         assert os.environ["NCCL_ALGO"] == "Tree"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_another_accelerator_than_torch_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "tpu")
+    with pytest.raises(UsageError, match=r"DS_ACCELERATOR=tpu, but torch computes on \w+ here; unset it"):
+        join(Ranks(master_port=1))
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,11 @@ def test_homes_and_variables_stand_for_what_they_are_now(tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     data = ["data.shards=$SCRATCH/shards", "data.cache.dir=${SCRATCH}/cache"]
-    recipe = default_recipe(["run_dir=~/runs/x", "evaluate.shards=~/held-out", *data])
+    recipe = default_recipe(["run_dir=~/runs/x", "evaluate.shards=~/held-out", "evaluate.probe={shards: ~/p}", *data])
     assert (recipe.run_dir, recipe.data.cache.dir) == (Path("/home/me/runs/x"), Path("/scratch/me/cache"))
     assert (recipe.data.shards, recipe.evaluate.shards) == ("/scratch/me/shards", "/home/me/held-out")
+    assert recipe.evaluate.probe is not None
+    assert recipe.evaluate.probe.shards == "/home/me/p"
     assert default_recipe(["run_dir=a~b/~", "data.shards=./x"]).run_dir == Path("a~b/~")
 
 

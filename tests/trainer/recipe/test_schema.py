@@ -29,6 +29,10 @@ def test_overrides_stand_above_the_file_and_the_file_above_defaults(recipe_file:
     assert recipe.train.global_batch == 1024
 
 
+def test_an_address_may_be_written_as_in_a_url(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ['monitoring.address="[::1]"']).monitoring.address == "::1"
+
+
 def test_a_resolved_recipe_reads_back_the_same(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["log.pictures=null", "checkpoint.every=1234567 samples"])
     assert parse_recipe(yaml.safe_load(recipe.to_yaml()), "") == recipe

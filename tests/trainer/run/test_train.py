@@ -35,7 +35,7 @@ from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.provenance import check_run_dir, write_run_dir
 from mixmae.trainer.telemetry.events import Events, past_ends, read_events
 from mixmae.trainer.train import main
-from tests.helpers import ROOT, run_ranks, tiny_recipe
+from tests.helpers import ROOT, needs_onnx, run_ranks, tiny_recipe
 from tests.warm import run_module
 
 LAUNCH = [sys.executable, "-m", "mixmae.launch.cli", "launch"]
@@ -127,6 +127,21 @@ def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> N
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
     head = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=7)
     assert head(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+@pytest.mark.distributed
+def test_the_encoder_of_a_run_computes_the_same_in_onnxruntime(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_onnx()
+    assert export([str(finished), str(tmp_path / "encoder"), "--format", "onnx"]) == 0
+    assert f"InferenceSession('{tmp_path / 'encoder' / 'model.onnx'}')" in capsys.readouterr().out
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder" / "model.onnx"))
+    model, images = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True), torch.randn(5, 3, 64, 64)
+    (features,) = session.run(["features"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(features), model.eval()(images), atol=1e-4, rtol=0)
 
 
 def test_own_normalisation_travels_with_the_encoder(finished: Path, tmp_path: Path) -> None:
@@ -347,14 +362,16 @@ SLOW_STARTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("samples"
 
 @pytest.mark.parametrize("blocked", ["tensorboard", "recipe.yaml/x", *SLOW_STARTS])
 def test_a_start_that_fails_ends_all_that_it_started(blocked: str, recipe_file: Path, tmp_path: Path) -> None:
-    """Errors that are not the user's, some after workers and exporter have started: told, recorded, and no hang."""
+    """A file or folder in the way, some after workers and exporter have started: told, recorded, and no hang."""
     file = tmp_path / "run" / blocked
     file.parent.mkdir(parents=True)
     file.touch()
     options = [f"run_dir={tmp_path / 'run'}", "data.num_workers=1", "log.samples=true", "monitoring.port=0"]
     done = run_module("mixmae.trainer.train", str(recipe_file), *options)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].endswith(f"'{tmp_path / 'run' / blocked.removesuffix('/x')}'")
+    assert done.returncode == 2
+    path = tmp_path / "run" / blocked.removesuffix("/x")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"mixmae: error: {path}: ")
+    assert "Traceback" not in done.stderr
     assert past_ends(tmp_path / "run") == ["failed"]
     commands = [one.info["cmdline"] or [] for one in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if any(str(tmp_path) in word for word in command)]

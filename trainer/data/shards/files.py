@@ -8,11 +8,12 @@ from typing import BinaryIO
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import open_regular
+from mixmae.trainer.data.annotations import ANNOTATIONS
 from mixmae.trainer.data.index import INDEX, SAMPLES
 from mixmae.trainer.data.shards.unused import Unused
 
 SKIPPED, REPAIRS = "skipped.jsonl", "repair.jsonl"
-_OWN_FILES = (INDEX, SAMPLES, SKIPPED, REPAIRS, "left-out.jsonl")
+_OWN_FILES = (INDEX, SAMPLES, ANNOTATIONS, SKIPPED, REPAIRS, "left-out.jsonl")
 
 
 def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:
@@ -25,15 +26,23 @@ def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:
         entries = sorted(directory.iterdir())
     except OSError as error:
         raise UsageError(f"cannot list {directory}: {error.strerror or error}") from error
-    for entry in entries if unused is not None else ():
-        name = entry.name
-        if entry.suffix == ".tar" or name in _OWN_FILES or name.startswith(".") or ".tar.damaged" in name:
-            continue
-        if entry.is_dir():
-            unused.add("subdirectories of the shard directory", name)  # type: ignore[union-attr]
-        else:
-            unused.add("files of the shard directory that are not called *.tar", name)  # type: ignore[union-attr]
+    if unused is not None:
+        for entry in entries:
+            if (reason := _why_no_shard(entry)) is not None:
+                unused.add(reason, entry.name)
     return [entry for entry in entries if entry.suffix == ".tar" and not entry.name.startswith(".")]
+
+
+def _why_no_shard(entry: Path) -> str | None:
+    """Why an entry of a shard directory is not read; None for shards, and for what the project itself leaves there."""
+    hidden, is_tar = entry.name.startswith("."), entry.suffix == ".tar"
+    if hidden:
+        return "hidden files called *.tar" if is_tar else None
+    if is_tar or entry.name in _OWN_FILES or ".tar.damaged" in entry.name:
+        return None
+    if entry.is_dir():
+        return "subdirectories of the shard directory"
+    return "files of the shard directory that are not called *.tar"
 
 
 def total_size(files: list[Path]) -> int:

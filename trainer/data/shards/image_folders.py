@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.index import UNLABELLED
+from mixmae.trainer.data.shards.labels import is_class_name
 from mixmae.trainer.data.shards.scan import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.shards.unused import Unused
 
@@ -35,6 +36,12 @@ def find_images(source: Path) -> FoundImages:
     files = sorted(_image_files(source, unused))
     folders = [file.relative_to(source).parts[0] if file.parent != source else None for file in files]
     classes = sorted({folder for folder in folders if folder is not None})
+    for name in classes:
+        if not is_class_name(name):
+            raise UsageError(
+                f"class folder {name!r} of {source}: expected a name of up to 200 printable characters, in UTF-8; "
+                "rename it"
+            )
     for folder in sorted(source.iterdir()):
         if folder.is_dir() and not _is_junk(folder.name) and folder.name not in classes:
             unused.add("folders without images", folder.name)

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mixmae.trainer.data.faults import has_control_characters
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
 
 _FIRST_NAME = INVALID_LABEL - 1
 """Code of the first class name of a shard; those of its further names are below it."""
 _NUMBER = re.compile(r"[+-]?[0-9.]+")
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _LONGEST_NAME = 200
 
 
@@ -34,25 +36,30 @@ class LabelCodes:
     def encode(self, text: bytes) -> int:
         """A label: its number, UNLABELLED for an empty text or -1, INVALID_LABEL, or the code of a class name."""
         try:
-            number = int(text)
-        except ValueError:
-            return self._encode_name(text)
-        if number == UNLABELLED or 0 <= number < self._bound:
-            return number
-        return INVALID_LABEL
-
-    def _encode_name(self, text: bytes) -> int:
-        try:
-            name = text.decode().strip()
+            name = text.decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             return INVALID_LABEL
         if not name:
             return UNLABELLED
+        if _WHOLE.fullmatch(name):
+            number = int(name)
+            return number if number == UNLABELLED or 0 <= number < self._bound else INVALID_LABEL
         if name in self._numbers:
             return self._numbers[name]
-        if not name.isprintable() or len(name) > _LONGEST_NAME or _NUMBER.fullmatch(name):
+        if looks_like_a_number(name) or not is_class_name(name):
             return INVALID_LABEL
         return self._codes.setdefault(name, _FIRST_NAME - len(self._codes))
+
+
+def looks_like_a_number(label: str) -> bool:
+    """Whether a label is meant as a number, whole or not. `1e3` and `nan` are names."""
+    return _NUMBER.fullmatch(label) is not None
+
+
+def is_class_name(name: str) -> bool:
+    """Whether a text can name a class: it is shown in terminals and kept in files."""
+    short = 0 < len(name) <= _LONGEST_NAME
+    return short and not has_control_characters(name) and "".join(name.split()).isprintable()
 
 
 def resolve_names(tables: Sequence[Table], names: Sequence[Sequence[str]], classes: Sequence[str]) -> list[str]:

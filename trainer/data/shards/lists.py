@@ -1,13 +1,14 @@
 """Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names."""
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.index import UNLABELLED
+from mixmae.trainer.data.shards.labels import is_class_name, looks_like_a_number
 
 _COLUMNS = ("path", "label")
 _MOST = 2**31
@@ -40,7 +41,8 @@ def read_list(file: Path) -> tuple[list[Item], list[str]]:
     try:
         lines = list(_csv_lines(file) if file.suffix.lower() == ".csv" else _json_lines(file))
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text: {error}") from error
+        byte = error.object[error.start]
+        raise UsageError(f"{file} is not UTF-8 text (it has a byte {byte:#04x}); save it as UTF-8") from error
     if not lines:
         raise UsageError(f"{file} lists no images; expected one a line")
     labels, classes = _number_labels(file, lines)
@@ -72,7 +74,7 @@ def _json_lines(file: Path) -> Iterator[_Line]:
             if not text.strip():
                 continue
             try:
-                content = json.loads(text)
+                content = parse_json(text)
             except ValueError as error:
                 raise UsageError(f"{file}, line {number}: not JSON: {error}") from error
             if not isinstance(content, dict) or "path" not in content or set(content) - set(_COLUMNS):
@@ -96,7 +98,7 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
 def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]]:
     """Labels as numbers, and the names of the numbers."""
     labelled = [line for line in lines if line.label not in (None, str(UNLABELLED))]
-    kinds = ["a number" if _is_number(str(line.label)) else "a name" for line in labelled]
+    kinds = ["a number" if looks_like_a_number(str(line.label)) else "a name" for line in labelled]
     for line, kind in zip(labelled, kinds, strict=True):
         if kind != kinds[0]:
             raise UsageError(
@@ -104,6 +106,12 @@ def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]
                 "label all lines by numbers or all by names"
             )
     if kinds[:1] == ["a name"]:
+        for line in labelled:
+            if not is_class_name(str(line.label)):
+                raise UsageError(
+                    f"{file}, line {line.number}: label {str(line.label)[:80]!r}; expected at most 200 printable "
+                    "characters"
+                )
         classes = sorted({str(line.label) for line in labelled})
         numbers = {name: number for number, name in enumerate(classes)}
         return [UNLABELLED if line.label is None else numbers.get(line.label, UNLABELLED) for line in lines], classes
@@ -112,11 +120,3 @@ def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]
         if not (text.isascii() and text.isdigit()) or int(text) >= _MOST:
             raise UsageError(f"{file}, line {line.number}: label {text}; expected a whole number, 0 or more, or -1")
     return [UNLABELLED if line.label is None else int(line.label) for line in lines], []
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

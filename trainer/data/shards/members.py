@@ -14,6 +14,8 @@ from mixmae.trainer.data.shards.unused import Unused
 _BLOCK = 512
 _CHUNK = 2**20
 _MAX_EXTENDED_HEADERS = 8
+_VOLUME_LABEL = b"V"
+"""Type of the entry that `tar --label` writes: the archive's name."""
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
@@ -91,6 +93,12 @@ def recover_members(file: Path, unused: Unused | None = None) -> list[Member]:
     return collector.members()
 
 
+def is_junk(name: str) -> bool:
+    """Whether a file is hidden, or one of those that archivers of macOS put beside each file (`._0001.jpg`)."""
+    folder, _, file = name.rpartition("/")
+    return file.startswith(".") or "__MACOSX" in folder.split("/")
+
+
 class _TarInfo(tarfile.TarInfo):
     """A header that follows a few extended headers at most: tarfile reads each of them one call deeper."""
 
@@ -129,7 +137,7 @@ class _Collector:
 
     def add(self, info: tarfile.TarInfo) -> None:
         path = posixpath.normpath(info.name)
-        if info.isdir():
+        if info.isdir() or info.type == _VOLUME_LABEL:
             return
         if info.issparse():
             self._unused.add_unreadable("sparse files, which are stored in pieces", info.name)
@@ -141,18 +149,24 @@ class _Collector:
             target = posixpath.normpath(posixpath.join(folder, info.linkname))
             self._links[path] = target
             self._entries.append((info.name, target))
-        else:
+        elif info.isdev():
             self._unused.add_unreadable("devices or FIFOs", info.name)
+        else:
+            self._unused.add_unreadable(
+                f"entries of type {info.type.decode('latin-1')!r}, which hold no file", info.name
+            )
 
     def members(self) -> list[Member]:
         found = []
         for name, content in self._entries:
             key, extension = base_plus_ext(name)
-            file = posixpath.basename(name)
             if "/" not in name and name.startswith("__") and name.endswith("__"):
                 continue  # as webdataset: __name__ is about the shard
+            if is_junk(name):
+                self._unused.add("hidden files", name)
+                continue
             if not key:
-                self._unused.add("hidden files" if file.startswith(".") else "files without an extension", name)
+                self._unused.add("files without an extension", name)
                 continue
             place = self._resolve(content) if isinstance(content, str) else content
             if place is None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from mixmae.trainer.data.faults import first_names
 
-_EXAMPLES = 3
-
 
 @dataclass
 class Unused:
@@ -17,13 +15,14 @@ class Unused:
     """Files by reason, such as `.json files`, that are left out on purpose."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """The first names of each reason in `counts`."""
+    most_examples: int = 3
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each file whose content is not there although its name is."""
 
     def add(self, reason: str, name: str) -> None:
         self.counts[reason] += 1
         examples = self.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
+        if len(examples) < self.most_examples:
             examples.append(name)
 
     def add_unreadable(self, reason: str, name: str) -> None:
@@ -32,7 +31,7 @@ class Unused:
     def merge(self, other: "Unused") -> None:
         for reason, names in other.examples.items():
             mine = self.examples.setdefault(reason, [])
-            mine += names[: _EXAMPLES - len(mine)]
+            mine += names[: max(0, self.most_examples - len(mine))]
         self.counts.update(other.counts)
         self.unreadable += other.unreadable
 

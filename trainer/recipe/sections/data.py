@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from mixmae.trainer.recipe.sections.section import Deviation, Seconds, Section, expand, is_elsewhere
+from mixmae.trainer.recipe.sections.section import Deviation, Seconds, Section, Shards, is_elsewhere
 from mixmae.trainer.recipe.units import Size
 
 
@@ -29,7 +29,7 @@ class Cache(Section):
 
 
 class Data(Section):
-    shards: str = "shards"
+    shards: Shards = "shards"
     """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens."""
     num_workers: int = Field(4, ge=0, le=1024)
     prefetch_factor: int = Field(4, ge=1, le=1024)
@@ -56,11 +56,6 @@ class Data(Section):
     def directory(self) -> Path | None:
         """The shards' directory; None if they are behind a URL or a command."""
         return None if is_elsewhere(self.shards) else Path(self.shards)
-
-    @field_validator("shards", mode="after")
-    @classmethod
-    def _directories_are_expanded(cls, shards: str) -> str:
-        return shards if is_elsewhere(shards) else expand(shards)
 
     @model_validator(mode="after")
     def _crops_are_shares_of_the_image(self) -> Self:

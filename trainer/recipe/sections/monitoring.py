@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mixmae.base.liveness import STALL_SECONDS
 from mixmae.trainer.recipe.sections.section import Seconds, Section
@@ -27,6 +27,11 @@ class Monitoring(Section):
     """Counts communication by operation; DeepSpeed then waits for each operation, which costs speed."""
     peak_flops: float | None = Field(None, gt=0)
     """Operations per second that a device can do, for the MFU; None: known ones are looked up."""
+
+    @field_validator("address", mode="after")
+    @classmethod
+    def _brackets_are_those_of_urls(cls, address: str) -> str:
+        return address[1:-1] if address.startswith("[") and address.endswith("]") else address
 
     @model_validator(mode="after")
     def _a_key_needs_its_certificate(self) -> Self:

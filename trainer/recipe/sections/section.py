@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 _VARIABLE = re.compile(r"\$(?:\{(\w*)\}|(\w+))")
 
@@ -33,6 +33,12 @@ def is_elsewhere(shards: str) -> bool:
     return "://" in shards or shards.startswith("pipe:")
 
 
+def _expand_directory(shards: str) -> str:
+    return shards if is_elsewhere(shards) else expand(shards)
+
+
+Shards = Annotated[str, AfterValidator(_expand_directory)]
+"""A directory of shards, expanded, or the URL of one."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0)]

@@ -78,6 +78,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         ("l.CSV", "path,label\nx/1.png,\n", {"x/1": -1}, []),
         ("l.csv", "path,label\nx/1.png,\nx/2.png,7\n", {"x/1": -1, "x/2": 7}, []),
         ("l.csv", "path,label\nx/1.png,cat\nx/2.png,-1\n", {"x/1": 0, "x/2": -1}, ["cat"]),
+        ("l.csv", "path,label\nx/1.png,nan\nx/2.png,1e5\n", {"x/1": 1, "x/2": 0}, ["1e5", "nan"]),
         ("l.jsonl", '{"path": "x/1.png", "label": 2}\n\n{"label": "0", "path": "x/2.png"}', {"x/1": 2, "x/2": 0}, []),
         (
             "l.jsonl",
@@ -127,7 +128,10 @@ def test_lists_may_name_absolute_paths(tmp_path: Path) -> None:
         ("l.csv", "path,label\nx/1.png,1\nx/1.png,cat\n", "line 3 has a name \\(cat\\), line 2 has a number"),
         ("l.csv", "path\nx\n", "line 2: .*/x is not a regular file"),
         ("l.csv", "path\nnotes.txt\n", "line 2: notes.txt is no jpg"),
+        ("l.csv", "path,label\nx/1.png,c\0t\n", r"line 2: label 'c\\x00t'; expected at most 200 printable"),
+        ("l.csv", f"path,label\nx/1.png,{'x' * 201}\n", "line 2: label 'xxx.*expected at most 200 printable"),
         ("l.jsonl", "\n\n", "lists no images"),
+        ("l.jsonl", "[" * 100_000, "line 1: not JSON: it is nested too deeply"),
         ("l.jsonl", '{"path": "x/1.png"}\n{', "line 2: not JSON"),
         ("l.jsonl", '["x/1.png"]', "line 1: expected"),
         ("l.jsonl", '{"label": 1}', "line 1: expected"),
@@ -149,8 +153,16 @@ def test_wrong_lists_are_explained_by_line(name: str, text: str, message: str, t
 
 def test_lists_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_bytes(b"path\n\xff\xfe.png\n")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match=r"is not UTF-8 text \(it has a byte 0xff\); save it as UTF-8"):
         open_source(str(tmp_path / "l.csv"))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"\x1b[31m"])
+def test_a_class_that_cannot_be_shown_is_refused(name: bytes, tmp_path: Path) -> None:
+    add_image(tmp_path / os.fsdecode(name) / "1.png")
+    with pytest.raises(UsageError, match=r"class folder '.*' of .*: expected a name of up to 200 printable") as caught:
+        open_source(str(tmp_path))
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("is_indexed", [True, False])
