@@ -37,7 +37,7 @@ COMMANDS = {
     "curves": ("mixmae.trainer.telemetry.curves", "draw the loss curves of runs into one picture"),
     "bench": (
         "mixmae.trainer.benchmarks.cli",
-        "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, scrape",
+        "measure parts of a run beside a reference: step, loop, scale, data, monitoring, checkpoints, ...",
     ),
     "demo": (
         "mixmae.launch.commands.demo",

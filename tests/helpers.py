@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixmae.base.errors import UsageError
 from mixmae.trainer.benchmarks import ranks
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.recipe.loading import parse_recipe
@@ -42,6 +43,17 @@ def needs_jpegtran() -> None:
     is_marked("services", "slow")
     if shutil.which("jpegtran") is None:
         lacks("needs the program jpegtran: apt-get install libjpeg-turbo-progs")
+
+
+def needs_onnx() -> None:
+    """Skips a test where packages for ONNX are missing; fails it in CI, which installs them."""
+    is_marked("distributed", "slow")
+    from mixmae.trainer.export.onnx_model import require_onnx
+
+    try:
+        require_onnx()
+    except UsageError as error:
+        lacks(str(error))
 
 
 def lacks(reason: str) -> NoReturn:

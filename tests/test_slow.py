@@ -21,6 +21,11 @@ def test_what_the_demo_learned_is_worth_having(tmp_path: Path, seed: int) -> Non
     found = json.loads((tmp_path / "demo" / "encoder" / "probe.json").read_text())
     assert found["pretrained"]["linear"] > found["untrained"]["linear"] + 0.2
     assert found["pretrained"]["knn"] > found["untrained"]["knn"] + 0.05
+    finetuned, scratch = (
+        read_events(tmp_path / "demo" / name, "evaluation")[-1]["metrics"]["top1"]
+        for name in ("finetuned", "from-scratch")
+    )
+    assert finetuned > scratch + 0.1
 
 
 def test_swin_huge_takes_steps_with_fewer_pixels(shards: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""`mixmae demo`: shards, two DeepSpeed ranks, export and probe, each by the command that a user would type."""
+"""`mixmae demo`: from images to a classifier on two DeepSpeed ranks, each step by the command that a user would type.
+
+An encoder is pretrained, probed, and fine-tuned with few labels, beside one that starts from random weights.
+"""
 
 import argparse
 import importlib.util
@@ -11,46 +14,53 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
-from mixmae.trainer.recipe.library import find_recipe
+from mixmae.base.run_directory import EVENTS
 
-RECIPE = Path("pretrain/demo")
 MARK = ".made-by-mixmae-demo"
 """An empty file in every folder that the demo makes. Folders without it are somebody else's, and never removed."""
-FOLDERS = ("shards", "probe-shards", "run", "encoder")
+FOLDERS = ("shards", "probe-shards", "few-labels", "run", "encoder", "finetuned", "from-scratch")
+
+_LABELLED = 180
+"""Images to fine-tune on: 10 of each class."""
 
 
-def steps(folder: Path, recipe: Path, images: int, seed: int, plots: bool) -> list[list[str]]:
+def steps(folder: Path, images: int, seed: int, plots: bool) -> list[list[str]]:
     """The commands, in order; each is an argument list behind `mixmae`.
 
     Args:
-        plots: whether the loss curve is drawn, which needs the extra `plots`.
+        plots: whether curves are drawn, which needs the extra `plots`.
     """
-    shards, probe, run, encoder = (str(folder / name) for name in FOLDERS)
+    shards, held_out, few, run, encoder, finetuned, scratch = (str(folder / name) for name in FOLDERS)
     size = ["--img-size", "96", "--shard-size", "8MB"]
+    labels = [f"data.shards={few}", f"evaluate.shards={held_out}", f"seed={seed}"]
+    finetune = ["launch", "finetune/demo", "--local", "2", *labels]
     return [
         ["shards", "synth", shards, "--images", str(images), *size],
-        ["shards", "synth", probe, "--images", str(images // 2), "--seed", "1", *size],
-        ["launch", str(recipe), "--local", "2", f"run_dir={run}", f"data.shards={shards}", f"seed={seed}"],
+        ["shards", "synth", held_out, "--images", str(images // 2), "--seed", "1", *size],
+        ["shards", "synth", few, "--images", str(_LABELLED), "--seed", "2", *size],
+        ["launch", "pretrain/demo", "--local", "2", f"run_dir={run}", f"data.shards={shards}", f"seed={seed}"],
         ["export", run, encoder],
-        ["probe", encoder, probe, "--json", str(_probe_result(folder))],
+        ["probe", encoder, held_out, "--json", str(_probe_result(folder))],
+        [*finetune, f"run_dir={finetuned}", f"encoder.init={encoder}"],
+        [*finetune, f"run_dir={scratch}"],
         *([["curves", run, str(_loss_curve(folder))]] if plots else []),
+        *([["curves", finetuned, scratch, str(_finetuning(folder))]] if plots else []),
     ]
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
-    parser.add_argument("--recipe", type=Path, default=RECIPE, help="default: %(default)s")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    find_recipe(args.recipe)
     remove_earlier(args.out)
     started, plots = time.monotonic(), importlib.util.find_spec("matplotlib") is not None
     try:
         (args.out / "run").mkdir(parents=True)
-        for step in steps(args.out, args.recipe, args.images, args.seed, plots):
+        for step in steps(args.out, args.images, args.seed, plots):
             print(f"\n$ mixmae {shlex.join(step)}", flush=True)
             code = _run(step, args.out)
             if code:
@@ -104,15 +114,30 @@ def _loss_curve(folder: Path) -> Path:
     return folder / "run" / "loss.png"
 
 
+def _finetuning(folder: Path) -> Path:
+    return folder / "finetuned" / "beside-scratch.png"
+
+
+def _top1(run: Path) -> float:
+    """Of the last evaluation."""
+    *_, last = (event for event in jsonl.read(run / EVENTS, "event") if event["event"] == "evaluation")
+    return float(last["metrics"]["top1"])
+
+
 def _summary(folder: Path, seconds: float, plots: bool) -> str:
     found = json.loads(_probe_result(folder).read_text())
     pictures = sorted((folder / "run" / "pictures").glob("*.png"))
     trained, untrained = found["pretrained"], found["untrained"]
+    curves = "needs matplotlib: pip install mixmae[plots]"
+    if plots:
+        curves = f"{_loss_curve(folder)}, {_finetuning(folder)}"
     rows = [
         f"linear probe      {trained['linear']:6.1%}   (untrained encoder {untrained['linear']:.1%}, chance "
         f"{1 / found['classes']:.1%})",
         f"nearest neighbour {trained['knn']:6.1%}   (untrained encoder {untrained['knn']:.1%})",
-        f"loss curve        {_loss_curve(folder) if plots else 'needs matplotlib: pip install mixmae[plots]'}",
+        f"fine-tuned        {_top1(folder / 'finetuned'):6.1%}   (from random weights "
+        f"{_top1(folder / 'from-scratch'):.1%}; {_LABELLED} labelled images)",
+        f"curves            {curves}",
         f"reconstructions   {pictures[-1]}",
         f"encoder           {folder / 'encoder'}",
         f"everything else   {folder / 'run'}   (tensorboard --logdir {folder / 'run' / 'tensorboard'})",

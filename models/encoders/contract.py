@@ -66,6 +66,9 @@ class Encoder(nn.Module):
     """Width of the last stage."""
     feature_info: list[dict[str, Any]]
     """timm's: `num_chs`, `reduction` and `module` of each stage's map."""
+    position_size: tuple[int, int] | None = None
+    """Pixels (height, width) of the images whose fixed positions are resized to the input's, by the constructor's
+    argument `pretrain_img_size`; None where positions are learned, and resized with the weights."""
     edit_dims: Sequence[int] = ()
     """Widths of the maps that `edit` is given, stage by stage; none where `forward` takes no `edit`."""
     keep_map: Literal["sample", "micro_batch"] | None = None
@@ -117,7 +120,7 @@ class Encoder(nn.Module):
 
     @abstractmethod
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Makes the model take images of another size, with the weights that it has: positions are computed anew, and
+        """Makes the model take images of another size, with the weights that it has: positions are resized, and
         position tables resized (bicubic).
 
         Raises:

@@ -3,9 +3,9 @@
 Tokens are [B, H, W, C]. The output stride is 32: one position of the last stage is one cell of the mixing grid.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -16,22 +16,31 @@ from mixmae.models.encoders import contract
 from mixmae.models.encoders.contract import MapEdit, edit_of, unchanged
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
-from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, sincos_positions
+from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, resized_positions, sincos_positions
 from mixmae.models.layers.token_order import (
     Arrangement,
     by_group,
     by_window,
+    nearest_window,
     of_kept,
     relative_position_index,
     separated,
 )
 from mixmae.models.layers.window_attention import WindowAttention, resize_table
 
+_WIDE_STAGE = 2
+"""Stage 3, counted from 0: the one of many blocks."""
+
 
 class SwinStage(Stage):
-    """Patch merging (but for the first stage), then blocks that share one arrangement of tokens."""
+    """Patch merging (but for the first stage), then blocks that share one arrangement of tokens, or two of them.
+
+    Args:
+        wide_window: window side of `wide_blocks`, counted from 1; None where all blocks have one.
+    """
 
     relative_position_index: Tensor
+    wide_position_index: Tensor
 
     def __init__(
         self,
@@ -43,27 +52,45 @@ class SwinStage(Stage):
         mlp_ratio: float,
         drop_path: Sequence[float],
         merge: bool,
+        wide_window: int | None = None,
+        wide_blocks: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.window = window
+        self.window, self.wide_window = window, wide_window
+        self.wide = [wide_window is not None and number in wide_blocks for number in range(1, depth + 1)]
         self.merge = merge
         self.downsample = PatchMerging(dim // 2) if merge else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(dim, WindowAttention(dim, num_heads, window), mlp_ratio, drop_path[i]) for i in range(depth)
+            Block(dim, WindowAttention(dim, num_heads, self._window(self.wide[i])), mlp_ratio, drop_path[i])
+            for i in range(depth)
         )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        if wide_window is not None:
+            self.register_buffer("wide_position_index", relative_position_index(wide_window), persistent=False)
 
-    def set_grid(self, grid: tuple[int, int], window: int) -> None:
-        """Another token grid and window side; bias tables are resized."""
+    def _window(self, wide: bool) -> int:
+        return self.wide_window if wide and self.wide_window is not None else self.window
+
+    def _position_index(self, wide: bool) -> Tensor:
+        return self.wide_position_index if wide else self.relative_position_index
+
+    def set_grid(self, grid: tuple[int, int], window: int, wide_window: int | None = None) -> None:
+        """Another token grid and window sides; bias tables are resized."""
         device = self.relative_position_index.device
-        if window != self.window:
-            self.relative_position_index = relative_position_index(window).to(device)
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                assert isinstance(block.attn, WindowAttention)
-                block.attn.set_window(window)
-        self.grid, self.window = grid, window
+        self.grid, self.window, self.wide_window = grid, window, wide_window
+        self.relative_position_index = relative_position_index(window).to(device)
+        if wide_window is not None:
+            self.wide_position_index = relative_position_index(wide_window).to(device)
+        for block, wide in zip(self.blocks, self.wide, strict=True):
+            assert isinstance(block, Block)
+            assert isinstance(block.attn, WindowAttention)
+            block.attn.set_window(self._window(wide))
+
+    def _runs(self) -> Iterator[tuple[bool, list[nn.Module]]]:
+        """Blocks in a row that share a window, and whether it is the wide one."""
+        for wide, run in groupby(zip(self.wide, self.blocks, strict=True), lambda pair: pair[0]):
+            yield wide, [block for _, block in run]
 
     def forward(
         self,
@@ -73,11 +100,13 @@ class SwinStage(Stage):
         edit: Callable[[Tensor], Tensor] = unchanged,
     ) -> Tensor:
         x = edit(self.downsample(x)) if self.merge else x  # the first map is edited before positions are added
-        arrangement = self._arrange(groups, num_groups, x.dtype)
-        tokens = arrangement.sort(x)
-        for block in self.blocks:
-            tokens = self.run(block, tokens, arrangement)
-        return arrangement.restore(tokens, self.grid)
+        for wide, blocks in self._runs():
+            arrangement = self._arrange(wide, groups, num_groups, x.dtype)
+            tokens = arrangement.sort(x)
+            for block in blocks:
+                tokens = self.run(block, tokens, arrangement)
+            x = arrangement.restore(tokens, self.grid)
+        return x
 
     def forward_kept(self, x: Tensor, kept: Tensor, cells: tuple[int, int]) -> Tensor:
         """Maps of single cells to the next ones, [B * n, r, r, C], which see each other where they share a window.
@@ -86,17 +115,19 @@ class SwinStage(Stage):
             kept: [n], which of the cells Gh, Gw they are.
         """
         x = self.downsample(x)
-        arrangement = of_kept(kept, cells, self.grid, self.window, self.relative_position_index, x.dtype)
         tokens = x.unflatten(0, (-1, len(kept))).flatten(1, 3)
-        for block in self.blocks:
-            tokens = self.run(block, tokens, arrangement)
+        for wide, blocks in self._runs():
+            arrangement = of_kept(kept, cells, self.grid, self._window(wide), self._position_index(wide), x.dtype)
+            for block in blocks:
+                tokens = self.run(block, tokens, arrangement)
         return tokens.reshape(x.shape)
 
-    def _arrange(self, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
-        is_global = self.grid == (self.window, self.window)
+    def _arrange(self, wide: bool, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
+        window, index = self._window(wide), self._position_index(wide)
+        is_global = self.grid == (window, window)
         if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
-            return by_group(groups, num_groups, self.grid, self.relative_position_index)
-        windows = by_window(self.grid, self.window, self.relative_position_index)
+            return by_group(groups, num_groups, self.grid, index)
+        windows = by_window(self.grid, window, index)
         return windows if groups is None else separated(windows, groups, self.grid, dtype)
 
 
@@ -106,6 +137,10 @@ class Swin(StagedEncoder):
     Args:
         img_size: pixels, one side or (height, width).
         window_size: window side of each stage; each stage's token grid must divide by it.
+        pretrain_img_size: as img_size: the fixed sin-cos positions are those of images of this size, resized
+            (bicubic) to the token grid, since others lie outside of what the weights have seen; None for `img_size`.
+        wide_window: window side of some blocks of stage 3, `wide_blocks`, counted from 1: where a detector's or
+            segmenter's maps are too large for global attention (paper section 4.3); None for that of the stage.
         num_classes: 0 leaves the head out; with `global_pool=""` the features stay a map [B, H/32, W/32, C].
 
     Raises:
@@ -113,6 +148,7 @@ class Swin(StagedEncoder):
     """
 
     positions: Tensor
+    position_size: tuple[int, int]
     keep_map = "micro_batch"
 
     def __init__(
@@ -126,25 +162,43 @@ class Swin(StagedEncoder):
         depths: Sequence[int] = (2, 2, 18, 2),
         num_heads: Sequence[int] = (4, 8, 16, 32),
         window_size: Sequence[int] = (14, 14, 14, 7),
+        wide_window: int | None = None,
+        wide_blocks: Sequence[int] = (6, 12, 18),
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pretrain_img_size: int | tuple[int, int] | None = None,
     ) -> None:
         if embed_dim % 4:
             raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
-        grids = token_grids((img_size, img_size) if isinstance(img_size, int) else img_size, patch_size, window_size)
+        grids = token_grids(_both_sides(img_size), patch_size, window_size)
         dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
         reductions = [patch_size * 2**i for i in range(NUM_STAGES)]
         super().__init__(img_size, reductions[-1], dims, reductions)
-        self.window_size = tuple(window_size)
+        require_wide_window(wide_window, wide_blocks, grids[_WIDE_STAGE], depths[_WIDE_STAGE])
+        self.window_size, self.wide_window = tuple(window_size), wide_window
         self.patch_embed = PatchEmbed(
             self.img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
+        self.position_size = _both_sides(img_size if pretrain_img_size is None else pretrain_img_size)
+        if any(side < patch_size for side in self.position_size):
+            raise ValueError(f"pretrain_img_size {pretrain_img_size}: expected {patch_size} px, one patch, or more")
         # A buffer in fp32 that DeepSpeed leaves alone; added in the dtype of the tokens.
-        self.register_buffer("positions", sincos_positions(grids[0], embed_dim), persistent=False)
+        self.register_buffer("positions", self._positions(grids[0]), persistent=False)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
-            SwinStage(dims[i], depths[i], num_heads[i], window_size[i], grids[i], mlp_ratio, drop_path[i], i > 0)
+            SwinStage(
+                dims[i],
+                depths[i],
+                num_heads[i],
+                window_size[i],
+                grids[i],
+                mlp_ratio,
+                drop_path[i],
+                merge=i > 0,
+                wide_window=wide_window if i == _WIDE_STAGE else None,
+                wide_blocks=wide_blocks,
+            )
             for i in range(NUM_STAGES)
         )
         self.norm = nn.LayerNorm(dims[-1])
@@ -159,10 +213,14 @@ class Swin(StagedEncoder):
             side = merged["img_size"]
             defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
             windows, patch_size = ({**defaults, **merged}[name] for name in ("window_size", "patch_size"))
-            grids = stage_grids((side, side) if isinstance(side, int) else side, patch_size)
+            grids = stage_grids(_both_sides(side), patch_size)
             if all(0 not in grid for grid in grids) and not _divide(windows, grids):
                 merged["window_size"] = fitting_windows(grids, windows)
         return merged
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        rows, cols = (side // self.patch_embed.patch_size[0] for side in self.position_size)
+        return resized_positions(sincos_positions((rows, cols), self.feature_info[0]["num_chs"]), grid)
 
     def forward_kept(self, images: Tensor, kept: Tensor, class_token: Tensor | None = None) -> Tensor:
         """[B, n, C] of cells kept [1, n]: cut out of the images, and alone in every stage."""
@@ -187,18 +245,19 @@ class Swin(StagedEncoder):
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
     ) -> None:
         """Another image size, with other windows where the present ones do not divide its grids."""
-        size = self.img_size if img_size is None else img_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = _both_sides(self.img_size if img_size is None else img_size)
         patch_size = self.patch_embed.patch_size[0]
         windows = fitting_windows(stage_grids((height, width), patch_size), self.window_size)
         grids = token_grids((height, width), patch_size, windows if window_size is None else window_size)
         self.window_size = tuple(windows if window_size is None else window_size)
         self._set_size((height, width))
         self.patch_embed.set_input_size((height, width))
-        self.positions = sincos_positions(grids[0], self.positions.shape[-1]).to(self.positions.device)
+        self.positions = self._positions(grids[0]).to(self.positions.device)
+        if self.wide_window is not None:
+            self.wide_window = nearest_window(grids[_WIDE_STAGE], self.wide_window)
         for stage, grid, window in zip(self.stages, grids, self.window_size, strict=False):  # stages may be pruned
             assert isinstance(stage, SwinStage)
-            stage.set_grid(grid, window)
+            stage.set_grid(grid, window, None if stage.wide_window is None else self.wide_window)
 
     def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Relative-position tables are resized (bicubic) to the model's windows."""
@@ -227,6 +286,10 @@ class Swin(StagedEncoder):
             else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         )
         return {"stem": r"^patch_embed", "blocks": block}
+
+
+def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> list[tuple[int, int]]:
@@ -266,13 +329,23 @@ def stage_grids(img_size: tuple[int, int], patch_size: int) -> list[tuple[int, i
 
 
 def fitting_windows(grids: Sequence[tuple[int, int]], window_size: Sequence[int]) -> tuple[int, ...]:
-    """Windows that divide their grids: nearest to those asked for in stages 1 and 2, the whole map in 3 and 4."""
+    """Windows that divide their grids: nearest to those asked for in stages 1 and 2, the largest in 3 and 4, which of a
+    square image is the whole map."""
+    wanted = (*window_size[:2], min(grids[2]), min(grids[3]))
+    return tuple(nearest_window(grid, side) for grid, side in zip(grids, wanted, strict=True))
 
-    def nearest(grid: tuple[int, int], wanted: int) -> int:
-        fits = [w for w in range(1, min(grid) + 1) if grid[0] % w == 0 and grid[1] % w == 0]
-        return min(fits, key=lambda w: (abs(w - wanted), -w))
 
-    return (nearest(grids[0], window_size[0]), nearest(grids[1], window_size[1]), min(grids[2]), min(grids[3]))
+def require_wide_window(window: int | None, blocks: Sequence[int], grid: tuple[int, int], depth: int) -> None:
+    """Raises ValueError if some blocks of stage 3 cannot have a window of their own."""
+    if window is None:
+        return
+    if window < 1 or grid[0] % window or grid[1] % window:
+        raise ValueError(
+            f"wide_window {window} does not divide stage 3's token grid of {grid[0]}x{grid[1]}; "
+            f"{nearest_window(grid, window)} would"
+        )
+    if wrong := [block for block in blocks if not 1 <= block <= depth]:
+        raise ValueError(f"wide_blocks: stage 3 has no block {wrong[0]}; expected numbers from 1 to {depth}")
 
 
 # Sizes of the paper (section 3.2); windows for 224 px. `nano` is this project's own, for demonstrations and tests.

@@ -18,6 +18,7 @@ from mixmae.models.layers.blocks import Block, init_weights
 from mixmae.models.layers.cell_order import SelfAttention, SubsampledAttention, by_cell, by_window
 from mixmae.models.layers.mixed_conv import Mix, MixedConv2d
 from mixmae.models.layers.patch_embedding import PatchEmbedding
+from mixmae.models.layers.token_order import nearest_window
 
 _EPS = 1e-6
 
@@ -73,12 +74,6 @@ class TwinsStage(Stage):
             if i == 0:
                 x = x + self.pos_conv(x, None if groups is None else Mix.of(groups))
         return x
-
-
-def nearest_window(grid: tuple[int, int], wanted: int) -> int:
-    """The window side nearest to the wanted one, and the larger of two, that divides a token grid."""
-    fits = [side for side in range(1, min(grid) + 1) if grid[0] % side == 0 and grid[1] % side == 0]
-    return min(fits, key=lambda side: (abs(side - wanted), -side))
 
 
 class Twins(StagedEncoder):

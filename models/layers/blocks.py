@@ -1,6 +1,7 @@
 """Pieces that encoders and the decoder share. Encoder tokens are [B, H, W, C], decoder tokens [B, L, C]."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, build_sincos2d_pos_embed
 from torch import Tensor, nn
 
@@ -9,6 +10,13 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed 2-D sin-cos positions, float32 [*grid, dim]: the column in the first half, the row in the second (MAE)."""
     row, col = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True).chunk(2, dim=1)
     return torch.cat([col, row], dim=1).view(*grid, dim)
+
+
+def resized_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions [h, w, C] for another grid (bicubic); themselves where it is theirs."""
+    if positions.shape[:2] == grid:
+        return positions
+    return F.interpolate(positions.permute(2, 0, 1)[None], grid, mode="bicubic")[0].permute(1, 2, 0).contiguous()
 
 
 class Block(nn.Module):

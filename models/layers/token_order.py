@@ -199,6 +199,12 @@ def to_windows(x: Tensor, window: int) -> Tensor:
     return x.transpose(-4, -3).reshape(*lead, -1, window * window, channels)
 
 
+def nearest_window(grid: tuple[int, int], wanted: int) -> int:
+    """The window side nearest to the wanted one, and the larger of two, that divides a token grid."""
+    fits = [side for side in range(1, min(grid) + 1) if grid[0] % side == 0 and grid[1] % side == 0]
+    return min(fits, key=lambda side: (abs(side - wanted), -side))
+
+
 def relative_position_index(window: int) -> Tensor:
     """[N*N] rows of the bias table [(2w-1)^2, h]: query-minus-key offset, row-major (Swin, section 3.2)."""
     axis = torch.arange(window)

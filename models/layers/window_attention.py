@@ -46,8 +46,9 @@ class WindowAttention(nn.Module):
 
     def set_window(self, window: int) -> None:
         """Another window side; the bias table is resized."""
-        table = resize_table(self.relative_position_bias_table.detach(), window)
-        self.relative_position_bias_table = nn.Parameter(table)
+        table = self.relative_position_bias_table
+        if len(table) != (2 * window - 1) ** 2:
+            self.relative_position_bias_table = nn.Parameter(resize_table(table.detach(), window))
 
     def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
         """[B, num * size, 3C] -> [B, num * size, C]."""

@@ -212,7 +212,7 @@ def _start_daemons(host: Host) -> None:
 def _make_host(held: Mapping[str, namespaces.Namespaces], folder: Path, name: str, address: str) -> Host:
     folders = [str(Path(sys.executable).parent), *os.environ["PATH"].split(os.pathsep), "/usr/sbin", "/sbin"]
     path = os.pathsep.join(dict.fromkeys(folders))
-    environment = {"PATH": path, "PDSH_RCMD_TYPE": "ssh", "GLOO_SOCKET_IFNAME": network.INTERFACE}
+    environment = {"PATH": path, "PDSH_RCMD_TYPE": "ssh"}
     return Host(name, address, folder / "log" / name, held[name], held[_SWITCH], environment)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "step": "images per second, MFU and memory of variants of the training step",
+    "mixed-conv": "time and memory of mixed convolutions beside plain ones",
     "loop": "overhead of the training loop over the bare step",
     "data": "images per second of a recipe's input pipeline",
     "scale": "images per second of several ranks on this machine, and traffic of each ZeRO stage",
@@ -19,4 +20,5 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae bench", description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{n}: {t}" for n, t in BENCHMARKS.items()))
     args = parser.parse_args(argv[:1])
-    return int(importlib.import_module(f"mixmae.trainer.benchmarks.{args.benchmark}").main(argv[1:]))
+    module = args.benchmark.replace("-", "_")
+    return int(importlib.import_module(f"mixmae.trainer.benchmarks.{module}").main(argv[1:]))

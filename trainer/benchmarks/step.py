@@ -32,7 +32,7 @@ _SIDES = {"cpu": 4096, "cuda": 8192}
 """Size of the square matrices whose product gives the peak."""
 _AT_ONCE = {"cpu": 1, "cuda": 4}
 """Steps per timing."""
-_KEYS = ("variant", "batch", "num_images", "checkpointing")
+_KEYS = ("model", "method", "variant", "batch", "num_images", "checkpointing")
 """Fields that identify a measurement in a file."""
 
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
                 print(_describe(found), flush=True)
                 table.append(found)
                 if args.json:
-                    merge_measurements(_file(found), [found], _KEYS)
+                    merge_measurements(_file(found, compared=len(chosen) > 1), [found], _KEYS)
                 if args.kernels is not None:
                     with args.kernels.open("a") as out:
                         out.write(f"{_title(found)}\n{kernels}\n\n")
@@ -95,8 +95,11 @@ def _variants(given: str | None, model: str, method: str, device: torch.device) 
     return names
 
 
-def _file(found: dict[str, Any]) -> Path:
+def _file(found: dict[str, Any], compared: bool) -> Path:
+    """Where a measurement is written: to that of its model and method, or to one of all that are compared."""
     chip = found["device"].split("(")[0].strip().lower().replace(" ", "-")
+    if compared:
+        return RESULTS / f"methods-{chip}-{found['precision']}.json"
     by = "" if found["method"] == "mixmae" else f"-{found['method']}"
     return RESULTS / f"step-{chip}-{found['model']}{by}-{found['precision']}.json"
 
@@ -104,17 +107,18 @@ def _file(found: dict[str, Any]) -> Path:
 def comparison(table: Sequence[dict[str, Any]]) -> str:
     """Encoders and methods side by side, a Markdown table.
 
-    They differ in operations for an image; at equal ones they compare by the seconds that a TFLOP of the model's takes.
+    They differ in operations for an image; at equal ones they compare by the seconds that a TFLOP of the model's takes
+    or, where the machine was busier with one than with another, by the MFU.
     """
     lines = [
-        "| encoder | method | GFLOP/image | images/s | step (s) | s/TFLOP | peak GB |",
-        "|---|---|---|---|---|---|---|",
+        "| encoder | method | GFLOP/image | images/s | step (s) | s/TFLOP | MFU | peak GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for found in table:
         cells = [
             found["model"].removeprefix("mixmae_"), _method(found), f"{found['gflop_per_image']:.1f}",
             f"{found['images_per_second']:.2f}", f"{found['step_seconds']:.3f}", f"{1 / found['model_tflops']:.2f}",
-            f"{found['peak_memory_bytes'] / 1e9:.2f}",
+            f"{found['mfu']:.1%}", f"{found['peak_memory_bytes'] / 1e9:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

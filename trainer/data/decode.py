@@ -269,9 +269,53 @@ def plan_random_crop(source: EncodedImage, size: int, settings: Data, random: Ra
     return plan_crop(box, source.width, source.height, source.orientation, flip, size)
 
 
+def upright_size_of(source: EncodedImage) -> tuple[int, int]:
+    """Height and width of an image as a viewer shows it."""
+    width, height = _upright_size(source)
+    return height, width
+
+
+def decode_upright(source: EncodedImage, box: Box, reduction: int = 1) -> Pixels:
+    """A box of the upright image, uint8 [H, W, 3].
+
+    Args:
+        box: in reduced pixels, of which the last in a row or column may stand for fewer than `reduction` of the image.
+        reduction: 1, or of a JPEG that is stored upright 2, 4 or 8: pixels that become one.
+
+    Raises:
+        UnusableError: the decoder finds damage.
+    """
+    transpose, mirror, upside_down = _ORIENTATIONS[source.orientation]
+    assert reduction == 1 or source.orientation == 1, "a reduced pixel at the end may stand for fewer of the image"
+    height, width = upright_size_of(source)
+    left, upper, right, lower = box
+    if mirror:
+        left, right = width - right, width - left
+    if upside_down:
+        upper, lower = height - lower, height - upper
+    if transpose:
+        left, upper, right, lower = upper, left, lower, right
+    with _decoding():
+        found = source.pixels((left * reduction, upper * reduction, right * reduction, lower * reduction), reduction)
+    upright = found.transpose(1, 0, 2) if transpose else found
+    return np.ascontiguousarray(upright[:: -1 if upside_down else 1, :: -1 if mirror else 1])
+
+
 def _upright_size(source: EncodedImage) -> tuple[int, int]:
     sideways = _ORIENTATIONS[source.orientation][0]
     return (source.height, source.width) if sideways else (source.width, source.height)
+
+
+def upright_size(content: bytes) -> tuple[int, int]:
+    """Height and width of an image as a viewer shows it, read from its header.
+
+    Raises:
+        UnusableError: the header cannot be read.
+    """
+    with _decoding():
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        sideways = _ORIENTATIONS[_orientation(content, image)][0]
+        return image.size if sideways else (image.height, image.width)
 
 
 def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:

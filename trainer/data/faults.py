@@ -34,6 +34,14 @@ class Reason(IntEnum):
     """Other bytes than were indexed."""
     STALLED = 23
     UNREADABLE = 24
+    MISSING_ANNOTATION = 30
+    DAMAGED_ANNOTATION = 31
+    ANNOTATION_OF_ANOTHER_SIZE = 32
+    """A label map, or a mask, whose height and width are not the upright image's."""
+    EMPTY_BOX = 33
+    OUTSIDE_IMAGE = 34
+    EMPTY_MASK = 35
+    DAMAGED_MASK = 36
 
     @property
     def label(self) -> str:

@@ -1,6 +1,7 @@
 """The index of a shard directory: `index.json` (shards, counts, checksums) and `samples.npy` (image offsets).
 
-With the offsets a reader can start anywhere in a tar, and any position in an epoch is computed.
+Where samples have annotations beside their images, `annotations.npy` says where these are. With the
+offsets a reader can start anywhere in a tar, and any position in an epoch is computed.
 """
 
 import errno
@@ -19,13 +20,14 @@ import numpy.typing as npt
 import xxhash
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.data.annotations import ANNOTATION, ANNOTATIONS, AnnotationKind, Annotations
 from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError, has_control_characters
 from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.store import Store, is_plain
 from mixmae.trainer.recipe.sections.data import Cache, Network
 
 INDEX, SAMPLES = "index.json", "samples.npy"
-FORMAT = 2
+FORMAT, ANNOTATED_FORMAT = 2, 3
 SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("hash", "<u8"), ("state", "u1")]
 )
@@ -61,7 +63,13 @@ class ShardIndex:
     samples: Table
     """Rows of `SAMPLE`."""
     fingerprint: str
-    """Identifies the images and their order: equal fingerprints mean equal data."""
+    """Identifies the images, their annotations and their order: equal fingerprints mean equal data."""
+    annotations: AnnotationKind | None = None
+    """What samples have beside their images."""
+    annotation_table: Table | None = None
+    """Rows of `ANNOTATION`, one a sample; None without annotations."""
+    category_ids: tuple[int, ...] = ()
+    """COCO's number of each class, where the objects came from a COCO file; its result files name classes by them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,9 +81,22 @@ class ShardIndex:
             UnusableError: why they cannot be read.
         """
         row = self.samples[sample]
+        return self._read_verified(int(row["shard"]), row)
+
+    def read_annotation(self, sample: int) -> bytes:
+        """The bytes of a sample's annotation, as they were when it was indexed.
+
+        Raises:
+            UnusableError: why they cannot be read, or what is wrong with them.
+        """
+        assert self.annotation_table is not None, "shards without annotations"
+        return self._read_verified(int(self.samples["shard"][sample]), self.annotation_table[sample])
+
+    def _read_verified(self, shard_number: int, row: Any) -> bytes:
+        """The bytes that a row of `SAMPLE` or `ANNOTATION` locates."""
         if row["state"] >= min(Reason):
             raise UnusableError(Reason(row["state"]), "found when the shards were indexed")
-        shard, offset, size = self.shards[row["shard"]], int(row["offset"]), int(row["size"])
+        shard, offset, size = self.shards[shard_number], int(row["offset"]), int(row["size"])
         for last in (False, True):
             content = self._read(shard, offset, size)
             if xxhash.xxh3_64_intdigest(content) == row["hash"]:
@@ -160,9 +181,11 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
     again = f"run 'mixmae shards index {location}'" if local else "index it where it is local, and upload it"
     try:
         content = json.loads(store.read_whole(INDEX))
-        if (format_ := dict(content).get("format")) != FORMAT:
-            raise UsageError(f"{INDEX} of {location} has format {format_!r}, expected {FORMAT}; {again}")
-        samples = _read_samples(store)
+        if (format_ := dict(content).get("format")) not in (FORMAT, ANNOTATED_FORMAT):
+            expected = f"{FORMAT} or, with annotations, {ANNOTATED_FORMAT}"
+            raise UsageError(f"{INDEX} of {location} has format {format_!r}, expected {expected}; {again}")
+        samples = _read_table(store, SAMPLES, SAMPLE)
+        annotations = _read_annotations(store, content["annotations"]) if format_ == ANNOTATED_FORMAT else None
         shards = tuple(Shard(**shard) for shard in content["shards"])
         classes, fingerprint = tuple(content["classes"]), content["fingerprint"]
         _require_types(shards, classes)
@@ -180,11 +203,13 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
         raise UsageError(
             f"{SAMPLES} of {location} lists {len(samples)} images, {INDEX} {sum(s.samples for s in shards)}; {again}"
         )
-    if fingerprint_of(shards, classes, samples) != fingerprint:
-        raise UsageError(f"{INDEX} and {SAMPLES} of {location} do not belong together; {again}")
-    if (wrong := _contradiction(shards, samples)) is not None:
+    tables = f"{SAMPLES} and {ANNOTATIONS}" if annotations else SAMPLES
+    if fingerprint_of(shards, classes, samples, annotations) != fingerprint:
+        raise UsageError(f"{INDEX} and {tables} of {location} do not belong together; {again}")
+    wrong = _contradiction(shards, samples) or (annotations and annotations.contradiction(samples, _sizes(shards)))
+    if wrong is not None:
         raise UsageError(f"the index of {location} contradicts itself ({wrong}); {again}")
-    return ShardIndex(store, shards, classes, samples, fingerprint)
+    return ShardIndex(store, shards, classes, samples, fingerprint, *(annotations or ()))
 
 
 def _require_types(shards: Sequence[Shard], classes: Sequence[str]) -> None:
@@ -204,7 +229,7 @@ def _require_types(shards: Sequence[Shard], classes: Sequence[str]) -> None:
 def _contradiction(shards: Sequence[Shard], samples: Table) -> str | None:
     """What makes a table unusable although its fingerprint fits; None if nothing does."""
     ends = np.cumsum([shard.samples for shard in shards])
-    sizes = np.array([shard.bytes for shard in shards], dtype=np.int64)
+    sizes = _sizes(shards)
     for first in range(0, len(samples), _ROWS):
         rows = samples[first : first + _ROWS]
         shard = np.searchsorted(ends, np.arange(first, first + len(rows)), side="right")
@@ -221,19 +246,32 @@ def _contradiction(shards: Sequence[Shard], samples: Table) -> str | None:
     return None
 
 
-def fingerprint_of(shards: Sequence[Shard], classes: Sequence[str], samples: Table) -> str:
+def _sizes(shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
+    return np.array([shard.bytes for shard in shards], dtype=np.int64)
+
+
+def fingerprint_of(
+    shards: Sequence[Shard], classes: Sequence[str], samples: Table, annotations: Annotations | None = None
+) -> str:
     """SHA-256 of everything in an index."""
     digest = hashlib.sha256(samples.tobytes())
     digest.update(json.dumps([shards, list(classes)]).encode())
+    if annotations is not None:
+        digest.update(annotations.table.tobytes())
+        digest.update(json.dumps(annotations.describe()).encode())
     return digest.hexdigest()
 
 
-def _read_samples(store: Store) -> Table:
-    """The sample table. Raises ValueError for what is none."""
-    if store.directory is not None and store.size(SAMPLES) > _MAPPED:
-        table: Table = np.load(store.directory / SAMPLES, mmap_mode="r")
+def _read_annotations(store: Store, described: dict[str, Any]) -> Annotations:
+    return Annotations.read(described, _read_table(store, ANNOTATIONS, ANNOTATION))
+
+
+def _read_table(store: Store, name: str, dtype: np.dtype[Any]) -> Table:
+    """A table of `dtype` rows. Raises ValueError for what is none."""
+    if store.directory is not None and store.size(name) > _MAPPED:
+        table: Table = np.load(store.directory / name, mmap_mode="r")
     else:
-        table = np.load(io.BytesIO(store.read_whole(SAMPLES)))
-    if not isinstance(table, np.ndarray) or table.dtype != SAMPLE or table.ndim != 1:
-        raise ValueError(f"{SAMPLES} is no table of samples")
+        table = np.load(io.BytesIO(store.read_whole(name)))
+    if not isinstance(table, np.ndarray) or table.dtype != dtype or table.ndim != 1:
+        raise ValueError(f"{name} is no table of samples")
     return table

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.data.annotations import ANNOTATED, AnnotationKind
 from mixmae.trainer.data.faults import Reason, describe, first_names
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
 
@@ -69,3 +70,30 @@ def require_labels(index: ShardIndex, purpose: str) -> int:
             "shards without them"
         )
     return len(index.classes) or int(rows["label"].max()) + 1
+
+
+def require_annotations(index: ShardIndex, kind: AnnotationKind, purpose: str) -> None:
+    """Accepts a directory whose usable images have annotations of a kind.
+
+    Args:
+        purpose: what needs them, for the message: `detection`.
+
+    Raises:
+        UsageError: there are none, or of another kind, or not all can be used.
+    """
+    where, option = index.store.location, {"objects": "--coco FILE", "segments": "--label-maps DIR"}[kind]
+    if index.annotations != kind or index.annotation_table is None:
+        has = f"have {index.annotations}" if index.annotations else "have no annotations"
+        raise UsageError(
+            f"{purpose} needs shards with {kind}, but those in {where} {has}; build them with 'mixmae shards build "
+            f"IMAGES OUT {option}'"
+        )
+    states = index.annotation_table["state"]
+    wanting = np.flatnonzero((index.samples["state"] < min(Reason)) & (states != ANNOTATED))
+    if len(wanting):
+        reasons = Counter(Reason(state) for state in states[wanting])
+        names = first_names([index.name_of(int(sample)) for sample in wanting[:3]], count=len(wanting))
+        raise UsageError(
+            f"{purpose} needs an annotation for every image, but {len(wanting)} of {len(index)} in {where} cannot be "
+            f"used ({describe(reasons)}): {names}; fix them and index the shards again, or build shards without them"
+        )

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -78,7 +79,8 @@ class Batch(NamedTuple):
     images: Tensor
     """uint8 [B, 3, H, W], channels last in memory, pinned where there is a GPU."""
     targets: dict[str, Tensor]
-    """What the run's `SampleTransform` gives beside the images: "label", int64 [B], -1 where unlabelled; pinned too."""
+    """What the run's `SampleTransform` gives beside the images: "label", int64 [B], -1 where unlabelled; pinned too.
+    Where samples have any number of a target, all of them one behind the other, and "counts", int64 [B]."""
     samples: list[int]
     """Index numbers of the samples, image by image."""
     faults: list[Fault]
@@ -86,7 +88,7 @@ class Batch(NamedTuple):
     retried: int
     """Reads that were retried for it."""
     bytes_read: int
-    """Of the encoded images."""
+    """Of the encoded images and of their annotations."""
     cache_counts: CacheCounts = CacheCounts()
     """Hits and misses of the block cache for it."""
     usage_error: str | None = None
@@ -126,16 +128,17 @@ class BatchReader(Dataset[Batch]):
         try:
             for i, ref in enumerate(request.samples):
                 samples.append(self._read(ref, buffers, i, faults))
+            targets = buffers.collect()
         except (UsageError, MemoryError) as error:  # raised here it would reach the main process as a traceback
             why = str(error) or "a data worker ran out of memory; lower data.num_workers or data.prefetch_factor"
             return Batch(buffers.images, buffers.targets, samples, faults, 0, 0, usage_error=why)
         return Batch(
             buffers.images,
-            buffers.targets,
+            targets,
             samples,
             faults,
             retried=store.retried - retried,
-            bytes_read=int(self.index.samples["size"][samples].sum()) if self.transform.needs_content else 0,
+            bytes_read=self._bytes_of(samples),
             cache_counts=store.cache_counts.since(cache_counts),
         )
 
@@ -145,8 +148,7 @@ class BatchReader(Dataset[Batch]):
         for sample in self._candidates(ref):
             random = random_at(Purpose.AUGMENTATION, self.seed, ref.epoch, sample)
             try:
-                content = self.index.read(sample) if self.transform.needs_content else b""
-                self.transform.read(content, self.index.samples[sample], random, buffers, i)
+                self._fill(sample, random, buffers, i)
             except UnusableError as error:
                 if sample == ref.sample:
                     faults.append(self._fault(ref, error))
@@ -156,6 +158,24 @@ class BatchReader(Dataset[Batch]):
             else:
                 return sample
         return -1
+
+    def _fill(self, sample: int, random: Random, buffers: BatchBuffers, i: int) -> None:
+        """Reads a sample into row `i`. Raises UnusableError."""
+        content = self.index.read(sample) if self.transform.needs_content else b""
+        row = self.index.samples[sample]
+        if self.transform.reads_annotations:
+            annotation = self.index.read_annotation(sample)
+            self.transform.read_annotated(content, annotation, row, random, buffers, i)
+        else:
+            self.transform.read(content, row, random, buffers, i)
+
+    def _bytes_of(self, samples: list[int]) -> int:
+        """Bytes that were read of some samples."""
+        read = int(self.index.samples["size"][samples].sum()) if self.transform.needs_content else 0
+        if self.transform.reads_annotations:
+            assert self.index.annotation_table is not None
+            read += int(self.index.annotation_table["size"][samples].sum())
+        return read
 
     def _candidates(self, ref: SampleRef) -> Iterator[int]:
         """The sample itself, then substitutes, which are a function of (seed, epoch, sample)."""

@@ -1,14 +1,18 @@
 """What a data worker makes of a sample: the contract `SampleTransform`, and the random crop that pretraining uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mixmae.trainer.data.decode import random_resized_crop
+from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.recipe.sections.data import Data
 
 
@@ -20,6 +24,26 @@ class BatchBuffers:
     """uint8 [B, 3, H, W], channels last in memory."""
     targets: dict[str, Tensor] = field(default_factory=dict)
     """Whatever else a task wants of its samples, by name; each tensor's first dimension is B."""
+    ragged: list[dict[str, npt.NDArray[Any]] | None] = field(default_factory=list)
+    """Targets of which each sample has its own number, by name, sample by sample: [n, ...]. None: not read."""
+
+    def collect(self) -> dict[str, Tensor]:
+        """All targets of the batch: ragged ones one behind the other, [sum(counts), ...], and their `counts`."""
+        samples = [sample for sample in self.ragged if sample is not None]
+        if not samples:
+            return self.targets
+        joined = {name: _joined([sample[name] for sample in samples]) for name in samples[0]}
+        counts = shared_empty((len(samples),), torch.int64)
+        counts.copy_(torch.tensor([len(next(iter(sample.values()))) for sample in samples]))
+        return self.targets | joined | {"counts": counts}
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]]) -> Tensor:
+    """Arrays [n, ...] one behind the other, allocated as `shared_empty` does."""
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    joined = shared_empty(shape, torch.from_numpy(parts[0]).dtype)
+    np.concatenate(parts, out=joined.numpy())
+    return joined
 
 
 class SampleTransform(Protocol):
@@ -38,6 +62,8 @@ class SampleTransform(Protocol):
 
     needs_content: ClassVar[bool] = True
     """Whether images are read at all; `read` is given no bytes where they are not."""
+    reads_annotations: ClassVar[bool] = False
+    """Whether `read_annotated` is called in place of `read`."""
 
     def new_batch(self, count: int) -> BatchBuffers:
         """Buffers for `count` samples; their contents are undefined until `read` fills them."""
@@ -54,6 +80,24 @@ class SampleTransform(Protocol):
         Raises:
             UnusableError: the content cannot be decoded after all.
         """
+
+    def read_annotated(
+        self, content: bytes, annotation: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int
+    ) -> None:
+        """As `read`, of a sample with its annotation's bytes, which were verified too.
+
+        Targets of which a sample has any number go into `buffers.ragged[i]`.
+        """
+        raise UnusableError(Reason.MISSING_ANNOTATION, f"{type(self).__name__} reads none")
+
+
+class AnnotatedTransform(SampleTransform):
+    """One that makes something of samples with their annotations."""
+
+    reads_annotations: ClassVar[bool] = True
+
+    def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
+        raise AssertionError("samples are read with their annotations")
 
 
 @dataclass(frozen=True)
@@ -74,7 +118,7 @@ class RandomResizedCropFlip(SampleTransform):
 
 def shared_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor; in a data worker in shared memory, where the main process finds it without a copy."""
-    if get_worker_info() is None:
+    if get_worker_info() is None or 0 in shape:  # there is no shared memory of no bytes
         return torch.empty(shape, dtype=dtype)
     elements = torch.Size(shape).numel()
     storage = torch.UntypedStorage._new_shared(elements * dtype.itemsize, device="cpu")

@@ -83,7 +83,6 @@ class HostFacts:
     Attributes:
         versions: of packages, drivers and the project's own sources, by name.
         environment: variables that affect computation or communication.
-        own_addresses: addresses that the host's own name resolves to on it.
         interface: the interface that routes to the main rank.
         fabric: total rate of its active InfiniBand or RoCE ports; None without any.
         nvml: why NVML is unavailable; empty if it is available.
@@ -101,7 +100,6 @@ class HostFacts:
     open_files_limit: int
     locked_memory: int
     shm: SharedMemory | None
-    own_addresses: tuple[str, ...]
     interface: Interface | None
     fabric: float | None
     gpus: tuple[Gpu, ...]

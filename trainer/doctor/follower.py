@@ -3,17 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from mixmae.trainer.doctor.facts import HostFacts, Pair, Plan, ProbeFacts, RankFacts, Reduction
 from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS, MessageStore
 from mixmae.trainer.doctor.probes.bandwidth import measure_reductions, measure_ring
 from mixmae.trainer.doctor.probes.host import host_facts, rank_facts
-from mixmae.trainer.doctor.probes.network import Listener, address_towards, why_unreachable
+from mixmae.trainer.doctor.probes.network import Listener, why_unreachable
 from mixmae.trainer.doctor.probes.run_dir import probe_run_dir
 from mixmae.trainer.doctor.probes.shards import probe_shards
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.interfaces import address_towards
 from mixmae.trainer.recipe.schema import Recipe
 
 MEASURING_SECONDS = 90.0
@@ -66,6 +68,15 @@ def measure(ranks: Ranks, sizes: Sequence[int]) -> tuple[Reduction, ...]:
     return measure_reductions(ranks, sizes)
 
 
+def form_background_group() -> None:
+    """Forms the gloo group that training has beside NCCL's, and uses it. Collective.
+
+    Raises:
+        RuntimeError: ranks do not reach each other over the interfaces that gloo took.
+    """
+    dist.all_reduce(torch.ones(1), group=distributed.background_group())
+
+
 def measure_pairs(ranks: Ranks, members: Sequence[int], names: Mapping[int, str]) -> tuple[Pair, ...]:
     """Bandwidth between neighbours of the ring; all pairs on the main rank, elsewhere none. Collective."""
     mine = measure_ring(ranks, members)
@@ -97,6 +108,7 @@ def follow(messages: MessageStore, ranks: Ranks, recipe: Recipe | None, limits: 
     try:
         if sizes:
             measure(ranks, sizes)
+            form_background_group()
             if members := messages.receive("ring", tuple[int, ...], MEASURING_SECONDS):
                 measure_pairs(ranks, members, {})
             leave_process_group(success=True)

@@ -7,12 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from mixmae.base.ports import is_loopback, listening_address
 from mixmae.trainer.doctor.checks import gpus, network, presence
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import HostFacts, Network, Plan, ProbeFacts, RankFacts, RunDirFacts
 from mixmae.trainer.doctor.follower import (
     MEASURING_SECONDS,
     ProbeLimits,
+    form_background_group,
     leave_process_group,
     measure,
     measure_pairs,
@@ -20,11 +22,12 @@ from mixmae.trainer.doctor.follower import (
     report_facts,
 )
 from mixmae.trainer.doctor.message_store import ARRIVAL_SECONDS, MessageStore, NoAnswerError
-from mixmae.trainer.doctor.probes.network import Listener, address_towards
+from mixmae.trainer.doctor.probes.network import Listener, interface_with
 from mixmae.trainer.doctor.probes.recipe import probe_recipe
 from mixmae.trainer.doctor.probes.run_dir import arrived, probe_folder, unusable
 from mixmae.trainer.doctor.protocol.findings import Level
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.interfaces import address_towards
 
 _PROBING_SECONDS = 120.0
 """Timeout of a host's probes in seconds."""
@@ -37,6 +40,8 @@ class MainRank:
     def __init__(self, ranks: Ranks, limits: ProbeLimits, cluster: Cluster) -> None:
         self.cluster = cluster
         self._ranks, self._limits = ranks, limits
+        self._measured = "nccl" if ranks.device.type == "cuda" else "gloo"
+        """The backend of the collectives that run now."""
 
     def run(self, on_timeout: Callable[[], None]) -> None:
         """Collects all facts; calls `on_timeout` from another thread if the measurements hang.
@@ -46,9 +51,10 @@ class MainRank:
         """
         self._messages = MessageStore(self._ranks)
         with ExitStack() as stack:
-            listener = stack.enter_context(Listener(address_towards(self._ranks.master_addr)))
+            listener = stack.enter_context(self._listener())
             report_facts(self._messages, self._ranks, self.cluster.recipe, listener)
             self._collect_facts()
+            self._correct_own_address()
             plan, broken = self._plan(stack)
             self._messages.publish("plan", plan, Plan)
             self._ask_clocks()
@@ -68,6 +74,22 @@ class MainRank:
 
     def _record(self, **facts: object) -> None:
         self.cluster = replace(self.cluster, **facts)  # type: ignore[arg-type]
+
+    def _listener(self) -> Listener:
+        address = address_towards(self._ranks.master_addr)
+        bind = listening_address(self._ranks.master_addr) if is_loopback(address) else address
+        return Listener(address, bind)
+
+    def _correct_own_address(self) -> None:
+        """Where this host's own name resolves to its loopback interface, others reach it by the route to them."""
+        own = next((host for host in self.cluster.hosts if host.rank == self._ranks.rank), None)
+        others = [host.listens_at[0] for host in self._other_hosts()]
+        elsewhere = next((address for address in others if not is_loopback(address)), None)
+        if own is None or elsewhere is None or not is_loopback(own.listens_at[0]):
+            return
+        address = address_towards(elsewhere)
+        corrected = replace(own, listens_at=(address, own.listens_at[1]), interface=interface_with(address))
+        self._record(hosts=tuple(corrected if host is own else host for host in self.cluster.hosts))
 
     def _collect_facts(self) -> None:
         deadline = time.monotonic() + ARRIVAL_SECONDS
@@ -125,13 +147,17 @@ class MainRank:
         self._record(probes=(*self.cluster.probes, found))
 
     def _measure(self) -> None:
-        backend = "nccl" if self._ranks.device.type == "cuda" else "gloo"
+        backend = self._measured
         sizes = self._limits.reduce[backend] if self._can_join() else ()
         self._messages.publish("sizes", sizes, tuple[int, ...])
         if not sizes:
             return
         try:
-            self._record(network=Network(backend, measure(self._ranks, sizes)))
+            found = Network(backend, measure(self._ranks, sizes))
+            self._measured = "gloo"
+            form_background_group()
+            self._measured = backend
+            self._record(network=found)
             members = self._ring() if network.is_slow(self.cluster) else ()
             self._messages.publish("ring", members, tuple[int, ...])
             if members and self.cluster.network is not None:
@@ -139,7 +165,7 @@ class MainRank:
                 self._record(network=replace(self.cluster.network, pairs=pairs))
             leave_process_group(success=True)
         except RuntimeError as error:  # reported as a finding
-            self._record(network=Network(backend, failure=str(error).splitlines()[0]))
+            self._record(network=Network(self._measured, failure=str(error).splitlines()[0]))
 
     def _can_join(self) -> bool:
         """Whether all ranks reported, each with its own device; otherwise the process group would hang."""
@@ -159,8 +185,7 @@ class MainRank:
     @contextmanager
     def _deadline(self, on_timeout: Callable[[], None]) -> Iterator[None]:
         def time_out() -> None:
-            backend = "nccl" if self._ranks.device.type == "cuda" else "gloo"
-            self._record(network=Network(backend, failure=self._failure()))
+            self._record(network=Network(self._measured, failure=self._failure()))
             on_timeout()
 
         timer = threading.Timer(MEASURING_SECONDS, time_out)

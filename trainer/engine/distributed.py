@@ -21,6 +21,7 @@ from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.models.ops.sdpa import pin_attention
+from mixmae.trainer.engine.interfaces import choose_gloo_interface
 from mixmae.trainer.engine.malloc import keep_freed_memory
 from mixmae.trainer.engine.rendezvous import choose_interfaces, open_store
 from mixmae.trainer.recipe.sections.launch import Launch
@@ -82,6 +83,7 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     if not dist.is_initialized():
         choose_interfaces(ranks)
         store = open_store(ranks, timeout)
+        choose_gloo_interface(ranks, store)
         device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=device
@@ -147,6 +149,17 @@ def from_main(value: T, kind: Any = None) -> T:
 
 def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = None) -> list[T]:
     """All ranks' values, by rank; as JSON, see `from_main`."""
+    return [_decode(part, kind) for part in _gather_bytes(value, kind, group)]
+
+
+def gather_to_main(value: T, kind: Any = None) -> list[T] | None:
+    """All ranks' values, by rank, on the main rank; None on the others, which do not read them."""
+    parts = _gather_bytes(value, kind, None)
+    return [_decode(part, kind) for part in parts] if dist.get_rank() == 0 else None
+
+
+def _gather_bytes(value: Any, kind: Any, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """uint8 [N] of each rank."""
     content = _as_bytes(_encode(value, kind), group)
     size, world_size = torch.tensor([len(content)], device=content.device), dist.get_world_size(group)
     sizes = [torch.empty_like(size) for _ in range(world_size)]
@@ -154,7 +167,7 @@ def all_gather(value: T, kind: Any = None, group: dist.ProcessGroup | None = Non
     longest = int(max(sizes))
     parts = [torch.empty(longest, dtype=torch.uint8, device=content.device) for _ in range(world_size)]
     dist.all_gather(parts, torch.nn.functional.pad(content, (0, longest - len(content))), group=group)
-    return [_decode(part[: int(own)], kind) for part, own in zip(parts, sizes, strict=True)]
+    return [part[: int(own)] for part, own in zip(parts, sizes, strict=True)]
 
 
 def _encode(value: Any, kind: Any) -> bytes:
@@ -182,6 +195,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_reduce_max(value: int, ranks: Ranks) -> int:
+    """The largest of all ranks' numbers, for which the host waits."""
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, device=ranks.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def peak_memory(ranks: Ranks) -> int:

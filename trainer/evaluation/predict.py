@@ -1,18 +1,22 @@
-"""`mixmae predict MODEL IMAGE ...`: what a classifier takes images for."""
+"""`mixmae predict MODEL IMAGE ...`: what a classifier takes images for; what a detector or segmenter finds, drawn."""
 
 import argparse
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import center_resized_crop, inspect_image
+from mixmae.trainer.data.decode import center_resized_crop, inspect_image, to_rgb
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import TOP, FrozenModel, open_model
+from mixmae.trainer.export.task_directory import is_task_directory, open_task_directory
 
 _BATCH = 32
 
@@ -31,17 +35,57 @@ def predict(model: FrozenModel, files: Sequence[Path]) -> Tensor:
     return torch.cat(probabilities)
 
 
-def _view(file: Path, model: FrozenModel) -> Tensor:
+def _content(file: Path) -> tuple[bytes, int]:
+    """An image's bytes, and how they decode."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}; name an image") from error
     if (state := inspect_image(content)) >= min(Reason):
         raise UsageError(f"{file} cannot be used as an image: {Reason(state).label}")
+    return content, state
+
+
+def _view(file: Path, model: FrozenModel) -> Tensor:
+    content, state = _content(file)
     try:
         return center_resized_crop(content, state, model.size, model.crop_ratio)
     except UnusableError as error:
         raise UsageError(f"{file} cannot be used as an image: {error.reason.label}, {error}") from error
+
+
+def draw_predictions(model: Path, files: Sequence[Path], out: Path | None, as_json: bool) -> None:
+    """Prints what a detector or segmenter finds in each image, and draws it into OUT/NAME.png.
+
+    Raises:
+        UsageError: no folder to draw into, two images of one name, or a file that is no image.
+    """
+    if out is None:
+        raise UsageError(f"{model} draws what it finds; name a folder for the pictures: --out FOLDER")
+    names = [file.stem for file in files]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two images are called {twice}; name them one after the other, with other folders for --out")
+    out.mkdir(parents=True, exist_ok=True)
+    device = Ranks().device
+    task, module = open_task_directory(model, device)
+    for file in files:
+        found = task.predict(module, _whole(file), device)
+        picture = out / f"{file.stem}.png"
+        found.picture.save(picture)
+        if as_json:
+            print(json.dumps({"image": str(file), "picture": str(picture), **found.facts}))
+        else:
+            print("\n".join([f"{file}: {picture}", *(f"  {line}" for line in found.lines)]))
+
+
+def _whole(file: Path) -> Tensor:
+    """An image upright, uint8 [3, H, W]."""
+    content, _ = _content(file)
+    try:
+        image = to_rgb(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UsageError(f"{file} cannot be used as an image: {error}") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,9 +94,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="classes to name (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pictures of what detectors and segmenters find")
     args = parser.parse_args(argv)
     if args.top < 1:
         raise UsageError(f"--top {args.top}: expected 1 or more")
+    if is_task_directory(Path(args.model)):
+        draw_predictions(Path(args.model), args.images, args.out, args.json)
+        return 0
+    if args.out is not None:
+        raise UsageError(f"--out {args.out}: {args.model} classifies images, and draws nothing; leave it out")
     model = open_model(args.model, Ranks().device)
     if not model.num_classes:
         raise UsageError(f"{args.model} has no classifier; fine-tune it first: 'mixmae launch finetune/...'")

@@ -21,7 +21,7 @@ from mixmae.base.errors import UsageError
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import ENCODERS, create_encoder
 from mixmae.models.encoders.swin import Swin
-from mixmae.models.layers.blocks import sincos_positions
+from mixmae.models.layers.blocks import resized_positions, sincos_positions
 from mixmae.models.methods.decoder import Decoder
 from mixmae.trainer.export.encoder_directory import misfits, require_finite, write_encoder_directory
 
@@ -41,6 +41,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
 )
 _MERGING = re.compile(r"layers\.(\d)\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)")
 _FIXED = {"absolute_pos_embed", "decoder_pos_embed"}
+_COARSEST = 8
+"""Patches along a cell's side: grids have a multiple of them."""
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _MAX_OBJECTS = 100
 """Kinds of objects beside the weights."""
@@ -69,7 +71,7 @@ def convert(released: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
             f"{foreign[0]!r}; expected names such as 'layers.0.blocks.0.attn.qkv.weight'"
         )
     for name, value in fixed.items():
-        _check_positions(name, value)
+        position_grid(name, value)
     return parts["encoder"], parts["decoder"] or None
 
 
@@ -83,9 +85,12 @@ def sizes(encoder: dict[str, Tensor], image_positions: Tensor | None) -> dict[st
         "num_heads": tuple(table.shape[1] for table in tables),
         "window_size": tuple((int(table.shape[0] ** 0.5) + 1) // 2 for table in tables),
     }
-    side = int(image_positions.shape[1] ** 0.5) if image_positions is not None else found["window_size"][3] * 8
-    found["img_size"] = side * encoder["patch_embed.proj.weight"].shape[-1]
-    return found
+    patch = encoder["patch_embed.proj.weight"].shape[-1]
+    if image_positions is None:
+        return {**found, "img_size": found["window_size"][3] * _COARSEST * patch}
+    side, grid = int(image_positions.shape[1] ** 0.5), position_grid("absolute_pos_embed", image_positions)
+    resized = {} if grid == side else {"pretrain_img_size": grid * patch}
+    return {**found, "img_size": side * patch, **resized}
 
 
 def name_size(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -109,13 +114,20 @@ def _our_name(name: str) -> str | None:
     return None
 
 
-def _check_positions(name: str, value: Tensor) -> None:
-    side = int(value.shape[1] ** 0.5) if value.dim() == 3 else 0
-    square = value.dim() == 3 and value.shape[1] == side**2 and value.shape[2] % 4 == 0
-    if not square or not torch.allclose(
-        value[0].float(), sincos_positions((side, side), value.shape[2]).flatten(0, 1), atol=1e-3
-    ):
-        raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
+def position_grid(name: str, table: Tensor) -> int:
+    """Side of the grid of sin-cos positions that a table [1, L, C] holds, perhaps resized to its own, as the release's
+    models for 384 px have those of 224 px.
+
+    Raises:
+        UsageError: the table is something else.
+    """
+    side = int(table.shape[1] ** 0.5) if table.dim() == 3 else 0
+    if table.dim() == 3 and table.shape[1] == side**2 and table.shape[2] % 4 == 0:
+        for grid in (side, *range(_COARSEST, side, _COARSEST)):
+            expected = resized_positions(sincos_positions((grid, grid), table.shape[2]), (side, side))
+            if torch.allclose(table[0].float(), expected.flatten(0, 1), atol=1e-3):
+                return grid
+    raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
 
 
 class _Opaque:

@@ -4,13 +4,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import CHECKPOINTS, newest_checkpoint
 from mixmae.models.encoders.contract import Encoder
+from mixmae.models.encoders.registry import create_encoder
 from mixmae.models.methods.contract import Method
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.checkpoints.weights import model_weights
@@ -27,6 +29,7 @@ from mixmae.trainer.export.encoder_directory import (
 
 _logger = logging.getLogger(__name__)
 _HEAD = "head."
+_FINAL_NORM = "norm."
 
 
 class InitialWeights(NamedTuple):
@@ -38,6 +41,7 @@ class InitialWeights(NamedTuple):
         rest: the method's own weights.
         classes: names of the head's classes, as far as they are known.
         source: for messages.
+        position_size: as encoders have it.
     """
 
     encoder: dict[str, Tensor]
@@ -45,6 +49,7 @@ class InitialWeights(NamedTuple):
     rest: dict[str, Tensor]
     classes: tuple[str, ...]
     source: Path
+    position_size: tuple[int, int] | None
 
 
 def read_initial_weights(path: Path) -> InitialWeights:
@@ -57,7 +62,8 @@ def read_initial_weights(path: Path) -> InitialWeights:
         encoder, config = read_weights(path / ENCODER), read_config(path)
         rest = read_weights(path / METHOD) if config.method is not None else {}
         classes = config.pretrained_cfg.label_names or ()
-        return InitialWeights(encoder, config.method, rest, classes, path / ENCODER)
+        size = _position_size(config.architecture, **config.model_args)
+        return InitialWeights(encoder, config.method, rest, classes, path / ENCODER, size)
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         raise UsageError(f"{path / CHECKPOINTS} holds no checkpoint yet; give the directory of a run that saved")
@@ -71,7 +77,16 @@ def read_initial_weights(path: Path) -> InitialWeights:
         {name: value for name, value in weights.items() if not name.startswith("encoder.")},
         tuple(recipe.get("classification", {}).get("classes") or ()),
         checkpoint,
+        _position_size(**{key: value for key, value in recipe["encoder"].items() if key != "init"}),
     )
+
+
+def _position_size(name: str, **sizes: Any) -> tuple[int, int] | None:
+    try:
+        with torch.device("meta"):
+            return create_encoder(name, **sizes).position_size
+    except MISFIT as error:
+        raise UsageError(f"encoder {name} cannot be made: {first_line(error)}") from error
 
 
 def initialise_method(model: Method, path: Path, method: str) -> None:
@@ -104,6 +119,16 @@ def initialise_classifier(encoder: Encoder, path: Path, classes: tuple[str, ...]
         _logger.info("the head of %d classes in %s was loaded too", len(classes), path)
 
 
+def initialise_backbone(encoder: Encoder, path: Path) -> None:
+    """Loads the encoder of a backbone, which has no final norm; bias tables and positions are resized to its sizes.
+
+    Raises:
+        UsageError: no such weights, or weights that do not fit the encoder.
+    """
+    with _naming_the_key():
+        _load_encoder(encoder, read_initial_weights(path), (_HEAD, _FINAL_NORM))
+
+
 @contextmanager
 def _naming_the_key() -> Iterator[None]:
     try:
@@ -112,8 +137,8 @@ def _naming_the_key() -> Iterator[None]:
         raise UsageError(f"encoder.init: {error}") from error
 
 
-def _load_encoder(encoder: Encoder, found: InitialWeights) -> None:
-    weights = {name: value for name, value in found.encoder.items() if not name.startswith(_HEAD)}
+def _load_encoder(encoder: Encoder, found: InitialWeights, left_out: tuple[str, ...] = (_HEAD,)) -> None:
+    weights = {name: value for name, value in found.encoder.items() if not name.startswith(left_out)}
     try:
         fitted = encoder.fit_state_dict(weights)
     except MISFIT as error:
@@ -121,10 +146,22 @@ def _load_encoder(encoder: Encoder, found: InitialWeights) -> None:
     own = {
         name: value
         for name, value in encoder.state_dict().items()
-        if value.is_floating_point() and not name.startswith(_HEAD)
+        if value.is_floating_point() and not name.startswith(left_out)
     }
     _require_fit(fitted, own, found.source)
+    _require_positions(encoder, found)
     encoder.load_state_dict(fitted, strict=False)
+
+
+def _require_positions(encoder: Encoder, found: InitialWeights) -> None:
+    theirs, own = found.position_size, encoder.position_size
+    if theirs is None or own is None or theirs == own:
+        return
+    size = theirs[0] if theirs[0] == theirs[1] else list(theirs)
+    raise UsageError(
+        f"{found.source} has positions of images of {theirs[0]}x{theirs[1]} px, the recipe those of {own[0]}x{own[1]}; "
+        f"set encoder.pretrain_img_size={size}, and they are resized to encoder.img_size"
+    )
 
 
 def _require_fit(found: dict[str, Tensor], expected: dict[str, Tensor], source: Path) -> None:

@@ -14,6 +14,10 @@ from mixmae.trainer.telemetry.events import read_events
 _LOSSES = 10
 """Rows of the table of losses."""
 _SECTIONS = ("seed", "encoder", "method", "data", "train", "optim")
+_OF_TASKS = ("task", "detection", "segmentation")
+"""Shown where they say something."""
+_WHOLE = {"detect": ("object-detection", "Mask R-CNN"), "segment": ("image-segmentation", "UperNet")}
+"""Kinds of models that are exported as a whole, by task."""
 _PRIVATE = {"data": ("shards", "network", "cache", "num_workers", "prefetch_factor"), "encoder": ("init",)}
 """Keys that say where things lie here, and nothing of the weights."""
 
@@ -25,6 +29,9 @@ def model_card(recipe: Recipe, manifest: Manifest, run_dir: Path) -> str:
 
 
 def _head(recipe: Recipe) -> Iterator[str]:
+    if recipe.task in _WHOLE:
+        yield from _head_of_whole(recipe)
+        return
     encoder, classes = recipe.encoder, recipe.classification.num_classes
     kind = "image-feature-extraction" if classes is None else "image-classification"
     yield from ("---", "library_name: timm", "tags:", "- timm", f"- {kind}", "- mixmae", "---")
@@ -34,6 +41,14 @@ def _head(recipe: Recipe) -> Iterator[str]:
     own = ", num_classes=10" if classes is None else ""
     yield f"model = timm.create_model('local-dir:PATH_OF_THIS_DIRECTORY', pretrained=True{own})"
     yield from ("```", "")
+
+
+def _head_of_whole(recipe: Recipe) -> Iterator[str]:
+    kind, what = _WHOLE[recipe.task]
+    yield from ("---", "library_name: mixmae", "tags:", f"- {kind}", "- mixmae", "---")
+    yield from (f"# {what} on {recipe.encoder.name}", "")
+    yield from (f"Weights in fp32, for images of {recipe.encoder.img_size} px.", "")
+    yield from ("```sh", "mixmae predict PATH_OF_THIS_DIRECTORY IMAGE ... --out FOLDER", "```", "")
 
 
 def _training(manifest: Manifest) -> Iterator[str]:
@@ -60,7 +75,8 @@ def _losses(run_dir: Path, last: int) -> Iterator[str]:
 
 def _recipe(recipe: Recipe) -> Iterator[str]:
     content = redact_all(recipe.model_dump(mode="json"))
-    shown = {name: _public(name, content[name]) for name in _SECTIONS}
+    told = [name for name in _OF_TASKS if name in content and getattr(recipe, name) != getattr(Recipe(), name)]
+    shown = {name: _public(name, content[name]) for name in (*_SECTIONS, *told)}
     yield from ("## Recipe", "", "```yaml", yaml.safe_dump(shown, sort_keys=False).rstrip(), "```", "")
 
 

@@ -24,14 +24,14 @@ _FLASH_ROWS = 128
 @contextmanager
 def attention_of(device: Device) -> Iterator[None]:
     """Makes attention, with and without a learned bias, use the kernel of a device."""
-    original, with_bias = F.scaled_dot_product_attention, sdpa.attend
+    original, with_bias, without = F.scaled_dot_product_attention, sdpa.attend, sdpa.attend_unbiased
     F.scaled_dot_product_attention = _CHOICES[device]
     if device == "cpu":
-        sdpa.attend = sdpa.explicit
+        sdpa.attend, sdpa.attend_unbiased = sdpa.explicit, _unbiased_on_cpu
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, sdpa.attend = original, with_bias
+        F.scaled_dot_product_attention, sdpa.attend, sdpa.attend_unbiased = original, with_bias, without
 
 
 def _on_cuda(
@@ -49,8 +49,14 @@ def _on_cuda(
 def _on_cpu(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **more: Any
 ) -> Tensor:
-    assert attn_mask is None
-    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, **more)[0]
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, attn_mask=attn_mask, **more)[0]
+
+
+def _unbiased_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """As `sdpa.attend_unbiased` chooses on a CPU."""
+    if q.dtype == torch.bfloat16:
+        return sdpa.explicit(q, k, v, mask, q.shape[-1] ** -0.5)
+    return _on_cpu(q, k, v, mask)
 
 
 _CHOICES: dict[Device, Callable[..., Tensor]] = {"cuda": _on_cuda, "cpu": _on_cpu}

@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "encoder.init",
     "plugins",
     "evaluate",
+    "segmentation.stride",
     "checkpoint",
     "launch",
     "log",
@@ -42,6 +43,8 @@ _CHANGEABLE = (
     "data.hflip",
     "encoder.drop_rate",
     "encoder.drop_path_rate",
+    "detection.scale",
+    "segmentation.scale",
 )
 """What a run can go on with changed on purpose: other numbers, but the same parameters, states and order of samples."""
 

@@ -14,6 +14,7 @@ from mixmae.base.redaction import redact_all
 from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 from mixmae.trainer.recipe.sections.components import EncoderSection, MethodSection
 from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.detection import Detection
 from mixmae.trainer.recipe.sections.evaluate import Evaluate
 from mixmae.trainer.recipe.sections.labelled import Augment, Classification, Linear
 from mixmae.trainer.recipe.sections.launch import Launch
@@ -21,6 +22,7 @@ from mixmae.trainer.recipe.sections.log import Log
 from mixmae.trainer.recipe.sections.monitoring import Monitoring
 from mixmae.trainer.recipe.sections.optim import Optim
 from mixmae.trainer.recipe.sections.section import Section
+from mixmae.trainer.recipe.sections.segmentation import Segmentation
 from mixmae.trainer.recipe.sections.train import Train
 
 _STREAMS = 512
@@ -39,6 +41,8 @@ class Recipe(Section):
     method: MethodSection = MethodSection()
     classification: Classification = Classification()
     linear: Linear = Linear()
+    detection: Detection = Detection()
+    segmentation: Segmentation = Segmentation()
     data: Data = Data()
     augment: Augment = Augment()
     train: Train = Train()

@@ -7,9 +7,10 @@ returns is a function of the recipe and of its arguments, so that a resumed run 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
@@ -23,6 +24,17 @@ from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
 from mixmae.trainer.recipe.schema import Recipe
 
 
+class Prediction(NamedTuple):
+    """What a module makes of one image, for `mixmae predict`."""
+
+    picture: Image.Image
+    """The image with it drawn in."""
+    facts: dict[str, Any]
+    """As JSON holds them."""
+    lines: list[str]
+    """In words."""
+
+
 class Task(ABC):
     """One object for a run, made from its recipe on every rank.
 
@@ -32,6 +44,9 @@ class Task(ABC):
 
     unused_sections: ClassVar[tuple[str, ...]] = ()
     """Of the recipe, which say nothing to this task, and which a recipe of it must leave out."""
+
+    exports_whole: ClassVar[bool] = False
+    """Whether `mixmae export` writes the whole module (`task_directory`), and not its encoder for timm."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._refuse_unused(recipe)
@@ -141,6 +156,15 @@ class Task(ABC):
     def probe(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""
         return {}
+
+    def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
+        """What the module makes of an image of any size, for tasks that export the whole of it.
+
+        Args:
+            module: in eval mode, on the device.
+            image: uint8 [3, H, W], upright, on the CPU.
+        """
+        raise NotImplementedError(f"task={self.recipe.task}")
 
     @abstractmethod
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ from mixmae.trainer.tasks.registry import register_task
 class Finetune(Task):
     """The recipe's `encoder:`, all of it trained, on the classes of `data.shards`."""
 
-    unused_sections: ClassVar[tuple[str, ...]] = ("method", "linear")
+    unused_sections: ClassVar[tuple[str, ...]] = ("method", "linear", "detection", "segmentation")
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)

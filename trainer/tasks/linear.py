@@ -38,7 +38,7 @@ class Linear(Task):
     Each classifier learns as if it were alone. `top1` is the best one's, as DINOv2 reports it (arXiv 2304.07193).
     """
 
-    unused_sections: ClassVar[tuple[str, ...]] = ("method", "augment")
+    unused_sections: ClassVar[tuple[str, ...]] = ("method", "augment", "detection", "segmentation")
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)

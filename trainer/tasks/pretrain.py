@@ -30,7 +30,7 @@ from mixmae.trainer.tasks.registry import register_task
 class Pretrain(Task):
     """The recipe's `encoder:` under its `method:`."""
 
-    unused_sections: ClassVar[tuple[str, ...]] = ("classification", "augment", "linear")
+    unused_sections: ClassVar[tuple[str, ...]] = ("classification", "augment", "linear", "detection", "segmentation")
 
     def resolve(self, recipe: Recipe) -> Recipe:
         if recipe.optim.layer_decay != 1:

@@ -12,9 +12,11 @@ from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
 
 _BUILT_IN = {
+    "detect": "mixmae.trainer.tasks.detect",
     "finetune": "mixmae.trainer.tasks.finetune",
     "linear": "mixmae.trainer.tasks.linear",
     "pretrain": "mixmae.trainer.tasks.pretrain",
+    "segment": "mixmae.trainer.tasks.segment",
 }
 _TASKS: dict[str, type[Task]] = {}
 _Class = TypeVar("_Class", bound=type[Task])

@@ -25,7 +25,8 @@ Curves = dict[str, tuple[list[int], list[float]]]
 
 
 def draw(run_dirs: Sequence[Path], out: Path) -> None:
-    """Draws the logged steps and evaluations of runs, a panel for each kind of value.
+    """Draws the logged steps and evaluations of runs, a panel for each kind of value, and one for those of single
+    classes (`iou/wall`).
 
     Raises:
         UsageError: not a run directory, or one without logged steps; or matplotlib is not installed.
@@ -35,14 +36,18 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
         raise UsageError("curves needs matplotlib; install it with: pip install 'mixmae[plots]'")
     from matplotlib.figure import Figure
 
-    labels = list(dict.fromkeys(label for curves in runs.values() for label in curves))
-    figure = Figure(figsize=(8, 2 * len(labels)), layout="constrained")
-    for number, label in enumerate(labels, 1):
-        axes = figure.add_subplot(len(labels), 1, number)
+    panels: dict[str, list[str]] = {}
+    for label in dict.fromkeys(label for curves in runs.values() for label in curves):
+        panels.setdefault("/".join(label.split("/")[:2]), []).append(label)
+    figure = Figure(figsize=(8, 2 * len(panels)), layout="constrained")
+    for number, (panel, labels) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(len(panels), 1, number)
         for color, (name, curves) in enumerate(runs.items()):
-            at, values = curves.get(label, ([], []))
-            axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "", color=f"C{color}", label=name)
-        axes.set_ylabel(label, parse_math=False)
+            for label in labels:
+                at, values = curves.get(label, ([], []))
+                named = name if label == labels[0] else None
+                axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "", color=f"C{color}", label=named)
+        axes.set_ylabel(panel, parse_math=False)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
     if len(runs) > 1:

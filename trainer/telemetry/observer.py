@@ -170,7 +170,9 @@ class Observer:
             self.recorder.set("estimated_end_timestamp_seconds", time.time() + left)
 
     def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Records what the task measured; for the main rank."""
+        """Records what the task measured, but for single classes (`iou/wall`), of which there are hundreds; for the
+        main rank."""
+        metrics = {name: value for name, value in metrics.items() if "/" not in name}
         for name, value in metrics.items():
             self.recorder.set("evaluation", value, name)
         for name, count in self._falling.add(metrics).items():

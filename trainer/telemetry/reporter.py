@@ -73,7 +73,7 @@ class Reporter:
 
     def evaluation(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
         """What the task measured at a step."""
-        shown = "  ".join(f"{name} {plain_number(name, value)}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {plain_number(name, value)}" for name, value in metrics.items() if "/" not in name)
         self._curves("eval", step, samples, metrics)
         self.event("evaluation", f"evaluation at step {step}  {shown}", step=step, samples=samples, metrics=metrics)
 

@@ -57,6 +57,6 @@ def test_whatever_a_command_of_the_demo_leaves_is_marked(tmp_path: Path, monkeyp
     monkeypatch.setattr(subprocess, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.main(["--out", str(out)])
-    assert {path.parent.name for path in out.glob(f"*/{demo.MARK}")} == {"shards", "probe-shards", "run"}
+    assert {path.parent.name for path in out.glob(f"*/{demo.MARK}")} == {"shards", "probe-shards", "few-labels", "run"}
     demo.remove_earlier(out)
     assert list(out.iterdir()) == []

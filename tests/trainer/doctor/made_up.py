@@ -46,7 +46,6 @@ def host_facts(number: int = 1, rank: int = 0) -> HostFacts:
         open_files_limit=65536,
         locked_memory=-1,
         shm=SharedMemory(64 * GIB, 60 * GIB, 0),
-        own_addresses=(f"10.0.0.{number}",),
         interface=Interface("eth0", f"10.0.0.{number}", 12.5e9),
         fabric=25e9,
         gpus=(gpu(0, number), gpu(1, number)),

@@ -40,6 +40,22 @@ def test_two_nodes_that_are_well(cluster: Cluster, shards: Path, tmp_path: Path)
     assert not (cluster.shared / "run").exists()
 
 
+def test_nodes_whose_own_names_are_their_loopback_addresses(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
+    """As Debian and Ubuntu write /etc/hosts; on node1 the main rank's address, too, is one that only others know."""
+    for node in repaired.hosts:
+        own = tmp_path / f"hosts-{node.name}"
+        own.write_text(f"127.0.1.1 {node.name}\n" + (repaired.folder / "etc" / "hosts").read_text())
+        node.bind(own, Path("/etc/hosts"))
+    try:
+        recipe = write_recipe(tmp_path / "recipe.yaml", repaired.shared / "run", shards)
+        found = examine(repaired, recipe, "--world-size", "4", "--link", "1Mbps")
+    finally:
+        for node in repaired.hosts:
+            node.unmount(Path("/etc/hosts"))
+    assert {finding.level for finding in found} <= {Level.OK, Level.NOTE}, [finding.describe() for finding in found]
+    assert "gloo over eth0" in {finding.check: finding for finding in found}["all-reduce"].found
+
+
 def test_a_node_that_is_ill_in_many_ways(repaired: Cluster, shards: Path, tmp_path: Path) -> None:
     cluster, node1, node2 = repaired, *repaired.hosts
     run_dir, local = cluster.shared / "run", cluster.local

@@ -22,7 +22,6 @@ from mixmae.trainer.doctor.probes.gpus import read_gpus
 from mixmae.trainer.doctor.probes.host import host_facts, rank_facts
 from mixmae.trainer.doctor.probes.network import (
     Listener,
-    address_towards,
     fabric_rate,
     interface_with,
     is_free,
@@ -34,6 +33,7 @@ from mixmae.trainer.doctor.probes.shards import first_and_last, probe_shards
 from mixmae.trainer.doctor.probes.versions import fingerprint_of, relevant
 from mixmae.trainer.doctor.protocol.link import link_rate
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.interfaces import address_towards
 from tests.helpers import tiny_recipe
 
 

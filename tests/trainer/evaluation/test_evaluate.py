@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,20 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 from torchvision.transforms import v2
 
 from mixmae.base.errors import run_cli
 from mixmae.models import create_encoder
+from mixmae.models.layers.blocks import sincos_positions
 from mixmae.trainer.data.decode import center_resized_crop, inspect_image
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.evaluate import main
-from mixmae.trainer.evaluation.frozen_model import open_model
+from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model
 from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
 from mixmae.trainer.evaluation.predict import main as predict
 from mixmae.trainer.evaluation.score import Score
@@ -60,16 +64,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory_of(tmp_path_factory.mktemp("model") / "model", ("red", "green", "blue"))
 
 
-def test_an_imported_release_gives_its_logits(tmp_path: Path) -> None:
-    reference = load_file(ROOT / "tests" / "data" / "mixmim_finetune_tiny.safetensors")
-    state = {name.removeprefix("state."): value for name, value in reference.items() if name.startswith("state.")}
-    torch.save({"model": state}, tmp_path / "released.pth")
-    assert import_release([str(tmp_path / "released.pth"), str(tmp_path / "imported")]) == 0
-    model = open_model(str(tmp_path / "imported"), CPU)
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Tensor]:
+    return load_file(ROOT / "tests" / "data" / "mixmim_finetune_tiny.safetensors")
+
+
+def imported(state: dict[str, Tensor], folder: Path) -> FrozenModel:
+    torch.save({"model": state}, folder / "released.pth")
+    assert import_release([str(folder / "released.pth"), str(folder / "imported")]) == 0
+    return open_model(str(folder / "imported"), CPU)
+
+
+def released_weights(reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("state."): value for name, value in reference.items() if name.startswith("state.")}
+
+
+def test_an_imported_release_gives_its_logits(reference: dict[str, Tensor], tmp_path: Path) -> None:
+    model = imported(released_weights(reference), tmp_path)
     assert (model.size, model.num_classes, model.crop_ratio, model.class_names) == (224, 10, 0.875, ())
     _, logits = model(reference["images_uint8"])
     assert logits is not None
     torch.testing.assert_close(logits, reference["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_so_does_one_for_384_pixels(reference: dict[str, Tensor], tmp_path: Path) -> None:
+    """Made of one for 224 px as the release does it: windows 16, 16, 24, 12, tables and positions resized."""
+    state = released_weights(reference)
+    for stage, window in enumerate((16, 16, 24, 12)):
+        for name in [name for name in state if re.match(rf"layers\.{stage}\..*relative_position_bias_table", name)]:
+            state[name] = resized(state[name], 2 * window - 1)
+    state["absolute_pos_embed"] = resized(sincos_positions((56, 56), 16).flatten(0, 1), 96)[None]
+    model = imported(state, tmp_path)
+    assert (model.size, model.crop_ratio) == (384, 1.0)
+    _, logits = model(reference["images_uint8"].repeat(1, 1, 2, 2)[..., :384, :384])
+    assert logits is not None
+    expected = load_file(ROOT / "tests" / "data" / "mixmim_finetune_tiny_384.safetensors")["logits"]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def resized(table: Tensor, side: int) -> Tensor:
+    """A square table [l * l, C] for another side, as torch resizes images."""
+    square = table.T.unflatten(1, (int(len(table) ** 0.5), -1))[None]
+    return F.interpolate(square, (side, side), mode="bicubic")[0].flatten(1).T.contiguous()
 
 
 def test_scores_agree_with_scikit_learn() -> None:

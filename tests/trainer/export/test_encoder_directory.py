@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mixmae.base.errors import UsageError
 from mixmae.models import create_encoder
 from mixmae.trainer.export.encoder_directory import CONFIG, ENCODER, load_encoder, write_encoder_directory
-from mixmae.trainer.export.initial_weights import initialise_method
+from mixmae.trainer.export.initial_weights import initialise_classifier, initialise_method
 from mixmae.trainer.recipe.loading import default_recipe
 from mixmae.trainer.tasks.registry import build_model
 
@@ -122,3 +122,19 @@ def test_a_run_does_not_start_from_them(directory: Path, tmp_path: Path) -> None
         change(tmp_path / case)
         with pytest.raises(UsageError, match=f"encoder.init: .*{message}"):
             initialise_method(model, tmp_path / case, "mixmae")
+
+
+def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> None:
+    """Recomputed ones would lie outside of what the weights have seen."""
+    small: Any = create_encoder("mixmae_swin_nano")
+    write_encoder_directory(tmp_path / "small", "mixmae_swin_nano", {}, small.state_dict())
+    sizes: dict[str, Any] = {"img_size": 192}
+    with pytest.raises(UsageError, match=r"encoder\.init: .* of 128x128 px, .* set encoder\.pretrain_img_size=128"):
+        initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small", ())
+    large: Any = create_encoder("mixmae_swin_nano", **sizes, pretrain_img_size=128)
+    initialise_classifier(large, tmp_path / "small", ())
+    opened: Any = load_encoder(tmp_path / "small", **sizes)
+    small.set_input_size(192)
+    assert large.positions.shape == (48, 48, 32)
+    assert torch.equal(large.positions, opened.positions)
+    assert torch.equal(large.positions, small.positions)

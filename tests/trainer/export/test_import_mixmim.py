@@ -73,7 +73,7 @@ def test_sizes_of_the_paper_are_recognised(tmp_path: Path) -> None:
     main([str(tmp_path / "release.pth"), str(tmp_path / "out")])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "mixmae_swin_base_w14"
-    assert config["model_args"] == {"depths": [1, 1, 1, 1]}
+    assert config["model_args"] == {"depths": [1, 1, 1, 1], "pretrain_img_size": [224, 224]}
 
 
 @pytest.mark.parametrize(

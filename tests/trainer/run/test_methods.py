@@ -1,7 +1,8 @@
-"""Runs by every method: interrupted ones end with the same bits, and what is exported opens again."""
+"""Runs by every method on every family: interrupted ones end with the same bits, and what is exported opens again."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,32 +20,44 @@ from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-NANO = {"name": "mixmae_vit_nano", "img_size": 64, "embed_dim": 16, "num_heads": 2}
-METHODS = {
-    "simmim": (None, MethodSection(name="simmim")),
-    "mae": (None, MethodSection(name="mae", **DECODER)),
-    "mae on vit": (EncoderSection(**NANO), MethodSection(name="mae", **DECODER)),
-    "mask tokens": (None, MethodSection(name="mixmae", num_images=2, extra_mask_ratio=0.5, **DECODER)),
-    "mix embedding": (
-        None,
-        MethodSection(name="mixmae", num_images=2, separate_groups=False, mix_embedding=True, **DECODER),
-    ),
+FAMILIES = {
+    "swin": None,  # tiny_recipe's own
+    "vit": {"embed_dim": 16, "num_heads": 2},
+    "pvt": {"embed_dims": [8, 16, 20, 32]},
+    "twins": {"embed_dims": [8, 12, 18, 24]},
+    "resnet": {"channels": [32, 64, 96, 128], "norm_groups": 4},
 }
+METHODS: dict[str, dict[str, Any]] = {
+    "mixmae": {"num_images": 2, **DECODER},
+    "simmim": {},
+    "mae": DECODER,
+    "mask tokens": {"name": "mixmae", "num_images": 2, "extra_mask_ratio": 0.5, **DECODER},
+    "mix embedding": {"name": "mixmae", "num_images": 2, "separate_groups": False, "mix_embedding": True, **DECODER},
+}
+IN_EACH_CI = [
+    *(("swin", method) for method in METHODS if method != "mixmae"),
+    ("vit", "mae"),
+    ("twins", "mixmae"),
+    ("resnet", "simmim"),
+]
+ALL = [*IN_EACH_CI, *((f, m) for f in FAMILIES for m in ("mixmae", "simmim") if (f, m) not in IN_EACH_CI)]
 
 
-def recipe_of(name: str, stage: int, shards: Path, folder: Path) -> Recipe:
+def recipe_of(family: str, method: str, stage: int, shards: Path, folder: Path) -> Recipe:
     changes = {
         "data.shards": str(shards),
-        "run_dir": str(folder / name.replace(" ", "_")),
+        "run_dir": str(folder / f"{family}-{method.replace(' ', '_')}"),
         "train.zero_stage": stage,
         "train.precision": "bf16",
         "train.duration": "4 steps",
         "checkpoint.every": "2 steps",
         "log.pictures": "2 steps",
+        "monitoring.enabled": False,
     }
     recipe = tiny_recipe(**changes)
-    encoder, method = METHODS[name]
-    return recipe.model_copy(update={"method": method, "encoder": encoder or recipe.encoder})
+    sizes, settings = FAMILIES[family], METHODS[method]
+    encoder = EncoderSection(name=f"mixmae_{family}_nano", img_size=64, **sizes) if sizes else recipe.encoder
+    return recipe.model_copy(update={"method": MethodSection(**{"name": method, **settings}), "encoder": encoder})
 
 
 def train(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
@@ -60,24 +73,25 @@ def train(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks"),
+    ("stage", "ranks", "combinations"),
     [
-        pytest.param(1, 1, marks=pytest.mark.distributed),
-        pytest.param(2, 2, marks=pytest.mark.slow),
-        pytest.param(3, 2, marks=pytest.mark.slow),
+        pytest.param(1, 1, IN_EACH_CI, marks=pytest.mark.distributed),
+        *(pytest.param(stage, 2, ALL[part::2], marks=pytest.mark.slow) for stage in (1, 2, 3) for part in (0, 1)),
     ],
 )
-def test_interrupted_runs_end_with_the_same_bits(shards: Path, tmp_path: Path, stage: int, ranks: int) -> None:
-    whole = [recipe_of(name, stage, shards, tmp_path / "whole") for name in METHODS]
-    parts = [recipe_of(name, stage, shards, tmp_path / "part") for name in METHODS]
+def test_interrupted_runs_end_with_the_same_bits(
+    shards: Path, tmp_path: Path, stage: int, ranks: int, combinations: list[tuple[str, str]]
+) -> None:
+    whole = [recipe_of(*names, stage, shards, tmp_path / "whole") for names in combinations]
+    parts = [recipe_of(*names, stage, shards, tmp_path / "part") for names in combinations]
     run_ranks(train, ranks, whole)
     for made, cut in zip(whole, parts, strict=True):
         shutil.copytree(made.run_dir, cut.run_dir, ignore=shutil.ignore_patterns("step-00000004"))
         (cut.run_dir / "checkpoints" / "newest").write_text("step-00000002\n")
-    assert run_ranks(train, ranks, parts)[0] == [2] * len(METHODS)
+    assert run_ranks(train, ranks, parts)[0] == [2] * len(combinations)
     for made, cut in zip(whole, parts, strict=True):
         expected, actual = (master_weights(complete_checkpoints(recipe.run_dir)[-1]) for recipe in (made, cut))
-        assert all(torch.equal(value, actual[name]) for name, value in expected.items()), made.method.name
+        assert all(torch.equal(value, actual[name]) for name, value in expected.items()), made.run_dir.name
         losses = [[event["loss"] for event in read_events(recipe.run_dir, "step")] for recipe in (made, cut)]
         assert losses[0][-2:] == losses[1][-2:]
         out = export(made.run_dir, tmp_path / "exported" / made.run_dir.name)

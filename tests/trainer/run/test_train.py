@@ -35,7 +35,7 @@ from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.provenance import check_run_dir, write_run_dir
 from mixmae.trainer.telemetry.events import Events, past_ends, read_events
 from mixmae.trainer.train import main
-from tests.helpers import ROOT, run_ranks, tiny_recipe
+from tests.helpers import ROOT, needs_onnx, run_ranks, tiny_recipe
 from tests.warm import run_module
 
 LAUNCH = [sys.executable, "-m", "mixmae.launch.cli", "launch"]
@@ -127,6 +127,21 @@ def test_the_encoder_of_a_run_opens_in_timm(finished: Path, tmp_path: Path) -> N
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
     head = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, num_classes=7)
     assert head(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+@pytest.mark.distributed
+def test_the_encoder_of_a_run_computes_the_same_in_onnxruntime(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs_onnx()
+    assert export([str(finished), str(tmp_path / "encoder"), "--format", "onnx"]) == 0
+    assert f"InferenceSession('{tmp_path / 'encoder' / 'model.onnx'}')" in capsys.readouterr().out
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "encoder" / "model.onnx"))
+    model, images = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True), torch.randn(5, 3, 64, 64)
+    (features,) = session.run(["features"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(features), model.eval()(images), atol=1e-4, rtol=0)
 
 
 def test_own_normalisation_travels_with_the_encoder(finished: Path, tmp_path: Path) -> None:

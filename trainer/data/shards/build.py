@@ -12,11 +12,11 @@ import random
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
@@ -28,9 +28,14 @@ from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, publish
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.decode import inspect_image
+from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, EXTENSIONS
+from mixmae.trainer.data.decode import inspect_image, upright_size
+from mixmae.trainer.data.dense.inspection import inspect_annotation
+from mixmae.trainer.data.dense.masks import require_mask_api
+from mixmae.trainer.data.dense.objects import FaultyObject, without_faulty
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.shards.annotated import ShardAnnotations
 from mixmae.trainer.data.shards.files import SKIPPED
 from mixmae.trainer.data.shards.indexing import save_index
 from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
@@ -54,15 +59,29 @@ class SkippedImage(NamedTuple):
     reason: str
 
 
+class SkippedObject(NamedTuple):
+    """An object that went into no shard, although its image did."""
+
+    key: str
+    object: int
+    """The id of its annotation."""
+    reason: str
+
+    @property
+    def source(self) -> str:
+        return f"object {self.object} of {self.key}"
+
+
 @dataclass(frozen=True)
 class BuildResult:
     index: ShardIndex
     skipped: list[SkippedImage]
+    skipped_objects: list[SkippedObject]
     unchanged: int
     """Images that `seekable` left as they are: not JPEGs, or unreadable for jpegtran."""
 
 
-def count_reasons(skipped: list[SkippedImage]) -> str:
+def count_reasons(skipped: Sequence[SkippedImage | SkippedObject]) -> str:
     """`3 damaged, 1 empty`."""
     counts = Counter(one.reason for one in skipped).most_common()
     return ", ".join(f"{count} {reason}" for reason, count in counts)
@@ -75,7 +94,9 @@ class _BuiltShard(NamedTuple):
     """None: none of its images could be used, and there is no tar."""
     table: Table
     skipped: list[SkippedImage]
+    skipped_objects: list[SkippedObject]
     unchanged: int
+    annotations: ShardAnnotations | None
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,8 @@ def build_shards(
     """
     if seekable:
         jpeg.require_jpegtran()
+    if source.annotations == "objects":
+        require_mask_api()
     if out.exists():
         raise UsageError(f"{out} exists already; name a directory that does not, or remove it")
     partial = out.with_name(out.name + ".partial")
@@ -150,7 +173,8 @@ def _tar_bytes(entry: Entry) -> int:
     """Bytes that a sample takes in a tar: a header and whole blocks for each file; long names take two more."""
     name = _BLOCK if len(entry.key) < 95 and entry.key.isascii() else 3 * _BLOCK
     image = name + -(-entry.size // _BLOCK) * _BLOCK
-    return image if entry.label < 0 else image + name + _BLOCK
+    annotation = name + -(-entry.annotation_size // _BLOCK) * _BLOCK if entry.annotation_size else 0
+    return image + annotation if entry.label < 0 else image + annotation + name + _BLOCK
 
 
 def _digest(plan: _BuildPlan) -> str:
@@ -220,19 +244,40 @@ def _read_record(plan: _BuildPlan, number: int) -> _BuiltShard | None:
     if not file.exists():
         return None
     try:
-        content = parse_json(file.read_text())
-        shard = Shard(**content["shard"]) if content["shard"] else None
-        table = np.array([tuple(row) for row in content["table"]], dtype=SAMPLE)
-        skipped, unchanged = [SkippedImage(*one) for one in content["skipped"]], content["unchanged"]
+        found = _parsed(file.read_text())
     except (ValueError, TypeError, KeyError, OverflowError):  # damaged since it was written
         return None
+    shard = found.shard
     if shard is not None and (not (tar := plan.tar(number)).exists() or tar.stat().st_size != shard.bytes):
         return None
-    return _BuiltShard(shard, table, skipped, unchanged)
+    return found
+
+
+def _parsed(record: str) -> _BuiltShard:
+    content = parse_json(record)
+    annotations = content["annotations"]
+    return _BuiltShard(
+        Shard(**content["shard"]) if content["shard"] else None,
+        _table(content["table"], SAMPLE),
+        [SkippedImage(*one) for one in content["skipped"]],
+        [SkippedObject(*one) for one in content["skipped_objects"]],
+        content["unchanged"],
+        None
+        if annotations is None
+        else ShardAnnotations(
+            annotations["kind"], _table(annotations["table"], ANNOTATION), annotations["highest"], []
+        ),
+    )
+
+
+def _table(rows: list[list[int]], dtype: np.dtype[Any]) -> Table:
+    return np.array([tuple(row) for row in rows], dtype=dtype)
 
 
 def _write_record(file: Path, done: _BuiltShard) -> None:
     content = done._asdict() | {"shard": done.shard and done.shard._asdict(), "table": done.table.tolist()}
+    if done.annotations is not None:
+        content["annotations"] = done.annotations._asdict() | {"table": done.annotations.table.tolist(), "faults": []}
     atomic_write(file, json.dumps(content))
 
 
@@ -241,28 +286,32 @@ def _write_shard(plan: _BuildPlan, number: int) -> _BuiltShard:
     file, partial = plan.tar(number), plan.folder / _NOTES / plan.tar(number).name
     states: dict[int, int] = {}
     skipped: list[SkippedImage] = []
+    skipped_objects: list[SkippedObject] = []
     unchanged = 0
     # No times or owners in the tars: the same images give the same bytes.
     with partial.open("wb") as stream, webdataset.TarWriter(stream, mtime=0, user="", group="") as tar:
         for entry in (plan.source.entries[i] for i in plan.assignment[number]):
             try:
                 extension, content, state, is_changed = _prepare(plan, entry)
+                annotation, faulty = _prepare_annotation(plan, entry, content)
             except UnusableError as error:
                 skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label))
             else:
                 states[xxhash.xxh3_64_intdigest(content)] = state
                 unchanged += not is_changed
                 label = {"cls": entry.label} if entry.label >= 0 else {}
-                tar.write({"__key__": entry.key, extension: content, **label})
+                tar.write({"__key__": entry.key, extension: content, **label, **annotation})
+                skipped_objects += [SkippedObject(entry.key, one.id, one.reason.label) for one in faulty]
             advance()
     if not states:
         partial.unlink()
-        done = _BuiltShard(None, np.array([], dtype=SAMPLE), skipped, 0)
+        done = _BuiltShard(None, np.array([], dtype=SAMPLE), skipped, skipped_objects, 0, None)
     else:
         publish(partial, file)
         # The tar is read back, but its images were already decoded above.
         scanned = scan_shard(file, lambda image: states[xxhash.xxh3_64_intdigest(image)], plan.source.classes)
-        done = _BuiltShard(scanned.shard, scanned.table, skipped, unchanged)
+        found = scanned.annotations
+        done = _BuiltShard(scanned.shard, scanned.table, skipped, skipped_objects, unchanged, found)
     _write_record(plan.record(number), done)
     return done
 
@@ -274,17 +323,44 @@ def _prepare(plan: _BuildPlan, entry: Entry) -> tuple[str, bytes, int, bool]:
         UnusableError: it cannot be used.
         UsageError: it cannot be read.
     """
-    try:
+    with _reading(plan, entry):
         extension, content = plan.source.read(entry)
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {plan.source.locate(entry)} ({error}); fix that, and the same command continues"
-        ) from error
     state = inspect_image(content)
     if state >= min(Reason):
         raise UnusableError(Reason(state), "")
     rewritten = _with_restarts(content) if plan.seekable and state == JPEG else None
     return (extension, content, state, False) if rewritten is None else (extension, rewritten, JPEG, True)
+
+
+def _prepare_annotation(
+    plan: _BuildPlan, entry: Entry, image: bytes
+) -> tuple[dict[str, bytes], Sequence[FaultyObject]]:
+    """The file beside an image, by its extension, and the objects that are left out of it.
+
+    Raises:
+        UnusableError: the annotation is missing, or cannot be used.
+        UsageError: it cannot be read.
+    """
+    kind = plan.source.annotations
+    if kind is None:
+        return {}, []
+    with _reading(plan, entry):
+        content = plan.source.annotation(entry)
+    found = inspect_annotation(kind, content, *upright_size(image), len(plan.source.classes))
+    if found.state != ANNOTATED:
+        raise UnusableError(Reason(found.state), found.detail)
+    return {EXTENSIONS[kind]: without_faulty(content, found.faulty) if found.faulty else content}, found.faulty
+
+
+@contextmanager
+def _reading(plan: _BuildPlan, entry: Entry) -> Iterator[None]:
+    """Turns the OSError of a file that cannot be read into UsageError."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {plan.source.locate(entry)} ({error}); fix that, and the same command continues"
+        ) from error
 
 
 def _with_restarts(content: bytes) -> bytes | None:
@@ -299,17 +375,24 @@ def _with_restarts(content: bytes) -> bytes | None:
 def _finish(plan: _BuildPlan, done: list[_BuiltShard], out: Path) -> BuildResult:
     """Writes the index and renames the directory to `out`."""
     skipped = [image for shard in done for image in shard.skipped]
-    scanned = [ScannedShard(built.shard, built.table) for built in done if built.shard is not None]
+    skipped_objects = [one for shard in done for one in shard.skipped_objects]
+    scanned = [
+        ScannedShard(built.shard, built.table, annotations=built.annotations)
+        for built in done
+        if built.shard is not None
+    ]
     if not scanned:
         shutil.rmtree(plan.folder)
         raise UsageError(
             f"none of the {len(skipped)} images in {plan.source.describe()} can be used "
             f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}"
         )
-    save_index(plan.folder, scanned, plan.source.classes)
-    if skipped:
-        jsonl.append(plan.folder / SKIPPED, *(one._asdict() for one in skipped))
+    save_index(plan.folder, scanned, plan.source.classes, plan.source.category_ids)
+    if skipped or skipped_objects:
+        jsonl.append(
+            plan.folder / SKIPPED, *(one._asdict() for one in skipped), *(one._asdict() for one in skipped_objects)
+        )
     publish(plan.folder, out)
     shutil.rmtree(out / _NOTES)
     unchanged = sum(built.unchanged for built in done) if plan.seekable else 0
-    return BuildResult(open_index(out), skipped, unchanged)
+    return BuildResult(open_index(out), skipped, skipped_objects, unchanged)

@@ -4,7 +4,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +15,16 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data import jpeg
+from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import PILLOW, Reason, first_names
 from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.shards.annotated import ShardAnnotations, missing_annotations
 from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
 from mixmae.trainer.data.shards.scan import SampleTable, checksum
-from mixmae.trainer.data.shards.sources import class_names
+from mixmae.trainer.data.shards.sources import category_ids, class_names
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
@@ -40,6 +42,7 @@ class ShardInspection(NamedTuple):
     keys: npt.NDArray[np.uint64]
     """Hashes of the rows' keys."""
     findings: list[Finding]
+    annotations: ShardAnnotations | None = None
 
 
 class CheckResult(NamedTuple):
@@ -57,15 +60,31 @@ class Expected:
     directory: Path
     classes: list[str]
     shards: dict[str, tuple[Shard, Table]]
+    kinds: Sequence[AnnotationKind] = tuple(EXTENSIONS)
+    """Of annotations: that of the index, or any without an index."""
+    annotations: dict[str, Table] = field(default_factory=dict)
+    """By shard; none where the index has none."""
+    category_ids: Sequence[int] = ()
 
     @classmethod
     def of(cls, directory: Path, index: ShardIndex | None) -> "Expected":
         if index is None:
-            return cls(directory, class_names(directory), {})
+            return cls(directory, class_names(directory), {}, category_ids=category_ids(directory))
         ends = np.cumsum([shard.samples for shard in index.shards])
         tables = np.split(index.samples, ends[:-1])
         rows = {shard.name: (shard, table) for shard, table in zip(index.shards, tables, strict=True)}
-        return cls(directory, list(index.classes), rows)
+        if index.annotations is None or index.annotation_table is None:
+            return cls(directory, list(index.classes), rows, ())
+        beside = np.split(index.annotation_table, ends[:-1])
+        annotations = {shard.name: table for shard, table in zip(index.shards, beside, strict=True)}
+        return cls(directory, list(index.classes), rows, (index.annotations,), annotations, index.category_ids)
+
+    def annotations_of(self, shard: str) -> dict[int, Any]:
+        """The index's rows of a shard's usable annotations, by the offsets of their images."""
+        if shard not in self.annotations:
+            return {}
+        offsets, rows = self.shards[shard][1]["offset"].tolist(), self.annotations[shard]
+        return {offset: row for offset, row in zip(offsets, rows, strict=True) if row["state"] == ANNOTATED}
 
     def rows(self, shard: str, content: ShardBytes) -> Table:
         """The index rows of a shard's usable samples; none if the file was replaced by another shard.
@@ -145,7 +164,7 @@ def _inspect_content(expected: Expected, file: Path, content: ShardBytes) -> Sha
         advance(len(image))
         return inspect_image(image)
 
-    samples = SampleTable(found, content, inspect, expected.classes)
+    samples = SampleTable(found, content, inspect, expected.classes, expected.kinds)
     samples.count_unused(unused)
     table = samples.table
     advance(max(0, len(content) - seen))
@@ -159,8 +178,13 @@ def _inspect_content(expected: Expected, file: Path, content: ShardBytes) -> Sha
         findings += _against_index(shard, table, names, expected.rows(file.name, content), content)
     findings += _keys_twice(file.name, found)
     findings += _states(file.name, table, names, content)
+    annotations = samples.annotations
+    if annotations is None and expected.annotations:
+        annotations = missing_annotations(expected.kinds[0], samples.members)
+    if annotations is not None:
+        findings += _annotations(file.name, annotations, table, names, expected.annotations_of(file.name))
     keys = np.array([_hash(member.key) for member in samples.members], np.uint64)
-    return ShardInspection(shard, table, samples.class_names, "\0".join(names), np.unique(keys), findings)
+    return ShardInspection(shard, table, samples.class_names, "\0".join(names), np.unique(keys), findings, annotations)
 
 
 def _unused(where: str, unused: Unused) -> Iterator[Finding]:
@@ -241,6 +265,18 @@ def _states(shard: str, table: Table, names: Sequence[str], content: ShardBytes)
             image = content[row["offset"] : row["offset"] + row["size"]]
             if jpeg.is_jpeg(image) and not _is_cmyk(image):
                 yield Finding(Kind.WARNING, shard, name)
+
+
+def _annotations(
+    shard: str, found: ShardAnnotations, table: Table, names: Sequence[str], indexed: dict[int, Any]
+) -> Iterator[Finding]:
+    """What is wrong with a shard's annotations, and which are not those that were indexed."""
+    for fault in found.faults:
+        yield Finding(kind_of(fault.reason), shard, fault.name, fault.detail)
+    for row, image, name in zip(found.table, table, names, strict=True):
+        before = indexed.get(int(image["offset"]))
+        if before is not None and row["state"] == ANNOTATED and row["hash"] != before["hash"]:
+            yield Finding(Kind.ANNOTATION_CHANGED, shard, name)
 
 
 def _is_cmyk(image: bytes) -> bool:

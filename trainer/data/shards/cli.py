@@ -6,20 +6,25 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from mixmae.base.errors import UsageError
 from mixmae.base.redaction import redact
+from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.faults import Reason, describe, first_names
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, ShardIndex
 from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_reasons
 from mixmae.trainer.data.shards.check import check_shards
+from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
 from mixmae.trainer.data.shards.indexing import write_index
+from mixmae.trainer.data.shards.label_map_folders import open_label_maps
 from mixmae.trainer.data.shards.repair import RepairResult, repair
-from mixmae.trainer.data.shards.sources import class_names, is_url, open_source
+from mixmae.trainer.data.shards.scenes import Scenes
+from mixmae.trainer.data.shards.sources import Source, class_names, is_url, open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.recipe.arguments import at_least
@@ -58,6 +63,15 @@ def main(argv: Sequence[str]) -> int:
     build.add_argument(
         "--seekable", action="store_true", help="rewrite JPEGs, losslessly, with restart markers: crops decode faster"
     )
+    build.add_argument("--coco", type=Path, metavar="FILE", help="objects of the images, as COCO's instances_*.json")
+    build.add_argument("--label-maps", type=Path, metavar="DIR", help="label maps: PNGs with the names of the images")
+    build.add_argument("--class-names", type=Path, metavar="FILE", help="with --label-maps: a class name a line")
+    build.add_argument(
+        "--reduce-zero-label", action="store_true", help="with --label-maps: label 0 is ignored, 1 is the first class"
+    )
+    synth.add_argument(
+        "--scenes", choices=get_args(AnnotationKind), help="scenes of several objects, with masks or label maps"
+    )
     synth.add_argument("--images", type=at_least(1), default=6000)
     synth.add_argument("--img-size", type=at_least(16), default=160)
     index = commands.add_parser("index", help="index shards that another program wrote")
@@ -76,14 +90,33 @@ def _build(args: argparse.Namespace) -> int:
     root = Path(args.source).resolve()
     if args.out.resolve().is_relative_to(root):
         raise UsageError(f"{args.out} lies in {args.source}, where it would be taken for images; write it elsewhere")
-    source = open_source(args.source, args.jobs)
+    source = _source(args)
     built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs, args.seekable)
     print("\n".join(_describe_build(built, args.seekable)))
     return 0
 
 
+def _source(args: argparse.Namespace) -> Source:
+    """
+    Raises:
+        UsageError: options that do not go together, or no such source.
+    """
+    if args.coco is not None and args.label_maps is not None:
+        raise UsageError("--coco and --label-maps are both given; images have objects or label maps, not both")
+    if args.label_maps is None and (args.reduce_zero_label or args.class_names is not None):
+        given = "--reduce-zero-label" if args.reduce_zero_label else "--class-names"
+        raise UsageError(f"{given} goes with --label-maps DIR, which is not given")
+    if args.coco is not None:
+        return open_coco(args.source, args.coco)
+    if args.label_maps is not None:
+        return open_label_maps(args.source, args.label_maps, args.reduce_zero_label, args.class_names)
+    return open_source(args.source, args.jobs)
+
+
 def _synth(args: argparse.Namespace) -> int:
-    source = Synthetic(args.images, args.img_size, args.seed)
+    source: Source = Synthetic(args.images, args.img_size, args.seed)
+    if args.scenes is not None:
+        source = Scenes(args.images, args.img_size, args.seed, args.scenes)
     built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs)
     print("\n".join(_describe_build(built, False)))
     return 0
@@ -98,6 +131,11 @@ def _describe_build(built: BuildResult, is_seekable: bool) -> list[str]:
         names = first_names([one.source for one in built.skipped])
         record = Path(built.index.store.location) / SKIPPED
         lines.append(f"skipped {count_reasons(built.skipped)}: {names}; all of them in {record}")
+    if built.skipped_objects:
+        names = first_names([one.source for one in built.skipped_objects])
+        record = Path(built.index.store.location) / SKIPPED
+        count = len(built.skipped_objects)
+        lines.append(f"left out {count} objects ({count_reasons(built.skipped_objects)}): {names}; all in {record}")
     return lines
 
 

@@ -8,11 +8,12 @@ from typing import BinaryIO
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import open_regular
+from mixmae.trainer.data.annotations import ANNOTATIONS
 from mixmae.trainer.data.index import INDEX, SAMPLES
 from mixmae.trainer.data.shards.unused import Unused
 
 SKIPPED, REPAIRS = "skipped.jsonl", "repair.jsonl"
-_OWN_FILES = (INDEX, SAMPLES, SKIPPED, REPAIRS, "left-out.jsonl")
+_OWN_FILES = (INDEX, SAMPLES, ANNOTATIONS, SKIPPED, REPAIRS, "left-out.jsonl")
 
 
 def shard_files(directory: Path, unused: Unused | None = None) -> list[Path]:

@@ -29,6 +29,14 @@ class Kind(Enum):
     NOT_AN_IMAGE = "not an image", "rewrite"
     TOO_LARGE = "too large image", "rewrite"
     BAD_LABEL = "label that is no class", "rewrite"
+    ANNOTATION_CHANGED = "annotation with other bytes than were indexed", "rewrite"
+    MISSING_ANNOTATION = "missing annotation", "rewrite"
+    DAMAGED_ANNOTATION = "damaged annotation", "rewrite"
+    ANNOTATION_OF_ANOTHER_SIZE = "annotation of another size than its image", "rewrite"
+    EMPTY_BOX = "object with an empty box", "rewrite"
+    OUTSIDE_IMAGE = "object outside of its image", "rewrite"
+    EMPTY_MASK = "object with an empty mask", "rewrite"
+    DAMAGED_MASK = "object with a damaged mask", "rewrite"
     MEMBER_UNREADABLE = "member without content", "rewrite"
     UNUSED = "not used", None
     KEY_IN_SHARDS = "key in several shards", None

@@ -77,14 +77,18 @@ def repair(checked: CheckResult, jobs: int) -> RepairResult:
         scanned = _scanned(checked.inspections, rewritten)
         if not scanned:
             raise UsageError(f"nothing could be saved; what was in {expected.directory} has names that end in .damaged")
-        return RepairResult(save_index(expected.directory, scanned, expected.classes), rewritten)
+        index = save_index(expected.directory, scanned, expected.classes, expected.category_ids)
+        return RepairResult(index, rewritten)
     except OSError as error:
         raise UsageError(f"cannot write in {expected.directory} ({error}); fix that, and repair again") from error
 
 
 def _scanned(inspections: Iterable[ShardInspection], rewritten: Iterable[RewrittenShard]) -> list[ScannedShard]:
     new = {one.name: one.scanned for one in rewritten}
-    now = [new.get(one.shard.name, ScannedShard(one.shard, one.table, one.class_names)) for one in inspections]
+    now = [
+        new.get(one.shard.name, ScannedShard(one.shard, one.table, one.class_names, annotations=one.annotations))
+        for one in inspections
+    ]
     return [scanned for scanned in now if scanned is not None]
 
 
@@ -103,7 +107,9 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     unused = Unused(most_examples=sys.maxsize)
     found, fault = find_members(unpacked, unused)
     with shard_bytes(unpacked) as content:
-        salvaged = Salvage(name, content, expected.classes, expected.rows(name, content))
+        indexed = expected.rows(name, content)
+        annotations = expected.annotations_of(name) if len(indexed) else {}
+        salvaged = Salvage(name, content, expected.classes, indexed, expected.kinds, annotations)
         salvaged.collect(found, is_damaged=fault is not None)
     left_out = [(member, reason) for reason, names in unused.examples.items() for member in names]
     lost = [*salvaged.lost, *(LostSample(name, *other) for other in (*unused.unreadable, *left_out))]
@@ -122,7 +128,9 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
             for key, files in salvaged.samples.items():
                 tar.write({"__key__": key, **files})
         states = salvaged.states
-        scanned = scan_shard(partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], expected.classes)
+        scanned = scan_shard(
+            partial, lambda image: states[xxhash.xxh3_64_intdigest(image)], expected.classes, expected.kinds
+        )
         os.link(file, original)  # at every moment one of the two has the name
     scanned = scanned._replace(shard=scanned.shard._replace(name=name))
     return RewrittenShard(name, scanned, original.name, lost, salvaged.lost_labels)

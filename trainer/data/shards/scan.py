@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from mixmae.trainer.data.annotations import EXTENSIONS, AnnotationKind
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.index import SAMPLE, UNLABELLED, Shard, Table
+from mixmae.trainer.data.shards.annotated import ShardAnnotations, annotation_kind, annotations_of
 from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes
 from mixmae.trainer.data.shards.labels import LabelCodes
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members
@@ -32,14 +34,21 @@ class ScannedShard(NamedTuple):
     class_names: Sequence[str] = ()
     """Those that the table's label codes stand for."""
     unused: Unused | None = None
+    annotations: ShardAnnotations | None = None
 
 
-def scan_shard(file: Path, inspect: Callable[[bytes], int], classes: Sequence[str] = ()) -> ScannedShard:
-    """Counts, checksums and the sample table of one shard.
+def scan_shard(
+    file: Path,
+    inspect: Callable[[bytes], int],
+    classes: Sequence[str] = (),
+    kinds: Sequence[AnnotationKind] = tuple(EXTENSIONS),
+) -> ScannedShard:
+    """Counts, checksums, the sample table and the annotations of one shard.
 
     Args:
         inspect: says how an image's bytes decode (`decode.inspect_image`).
         classes: names of the labels 0, 1, ... as far as they are known.
+        kinds: of annotations that are looked for.
 
     Raises:
         DamagedTarError: not an uncompressed tar, or one whose members cannot all be found.
@@ -49,11 +58,11 @@ def scan_shard(file: Path, inspect: Callable[[bytes], int], classes: Sequence[st
     with shard_bytes(file) as content:
         if not len(content):
             raise DamagedTarError("it is empty")
-        samples = SampleTable(members(file, unused), content, inspect, classes)
+        samples = SampleTable(members(file, unused), content, inspect, classes, kinds)
         samples.count_unused(unused)
         shard = Shard(file.name, len(samples.table), len(content), checksum(content))
         content.require_unchanged()
-        return ScannedShard(shard, samples.table, samples.class_names, unused)
+        return ScannedShard(shard, samples.table, samples.class_names, unused, samples.annotations)
 
 
 def checksum(content: ShardBytes) -> str:
@@ -72,20 +81,28 @@ class SampleTable:
         content: ShardBytes,
         inspect: Callable[[bytes], int] | None,
         classes: Sequence[str],
+        kinds: Sequence[AnnotationKind] = tuple(EXTENSIONS),
     ) -> None:
         """
         Args:
             inspect: says how an image's bytes decode. None: images are not read, and have neither state nor hash.
             classes: names of the labels 0, 1, ... as far as they are known.
+            kinds: of annotations that are looked for.
+
+        Raises:
+            UsageError: samples with annotations of two kinds.
         """
         labels = LabelCodes(classes)
         self._groups = group(found)
+        self._kind = annotation_kind(self._groups.values(), kinds)
         rows: list[tuple[tuple[int, int, int, int, int, int], Member]] = []
+        beside: dict[int, Member | None] = {}
         for files in self._groups.values():
-            images = images_of(files)
+            images = self._images_of(files)
             for image in images:
                 label = encode_label(label_of(files, image), content, labels)
                 rows.append(((0, *_inspect_member(image, label, content, inspect)), image))
+                beside[id(image)] = self._annotation_of(files, image)
             if not images:
                 first = next(iter(files.values()))
                 label = max(UNLABELLED, encode_label(files.get(LABEL), content, labels))
@@ -94,12 +111,27 @@ class SampleTable:
         self.table = np.array([row for row, _ in rows], dtype=SAMPLE)
         self.members = [member for _, member in rows]
         self.class_names = labels.names
+        self.annotations: ShardAnnotations | None = None
+        if self._kind is not None:
+            files_beside = [beside.get(id(member)) for member in self.members]
+            self.annotations = annotations_of(
+                self._kind, self.table, self.members, files_beside, content, len(classes), inspect is not None
+            )
+
+    def _images_of(self, files: dict[str, Member]) -> list[Member]:
+        """A sample's images, among which its label map is none."""
+        label_map = EXTENSIONS["segments"] if self._kind == "segments" else None
+        return images_of({extension: member for extension, member in files.items() if extension != label_map})
+
+    def _annotation_of(self, files: dict[str, Member], image: Member) -> Member | None:
+        return beside_image(files, image, EXTENSIONS[self._kind]) if self._kind is not None else None
 
     def count_unused(self, unused: Unused) -> None:
-        """Counts the members that are neither image nor label."""
+        """Counts the members that are neither image, label nor annotation."""
         for files in self._groups.values():
-            used = images_of(files)
+            used = self._images_of(files)
             labels = [label_of(files, image) for image in used] or [files.get(LABEL)]
+            labels += [self._annotation_of(files, image) for image in used]
             for member in files.values():
                 if member in used or member in labels:
                     continue
@@ -142,9 +174,14 @@ def images_of(files: dict[str, Member]) -> list[Member]:
 
 
 def label_of(files: dict[str, Member], image: Member) -> Member | None:
-    """The file with an image's label: `0001.v2.cls` for `0001.v2.jpg` if there is one, else the sample's `.cls`."""
+    """The file with an image's label."""
+    return beside_image(files, image, LABEL)
+
+
+def beside_image(files: dict[str, Member], image: Member, extension: str) -> Member | None:
+    """What a sample has of an image: `0001.v2.cls` for `0001.v2.jpg` if there is one, else the sample's `.cls`."""
     prefix, dot, _ = image.extension.rpartition(".")
-    return files.get(f"{prefix}{dot}{LABEL}", files.get(LABEL))
+    return files.get(f"{prefix}{dot}{extension}", files.get(extension))
 
 
 def encode_label(member: Member | None, content: ShardBytes, labels: LabelCodes) -> int:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.base.json_text import parse_json
+from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, AnnotationKind, merge_kinds
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import INDEX, INVALID_LABEL, UNLABELLED
 from mixmae.trainer.data.shards.files import shard_bytes, shard_files
@@ -39,6 +40,8 @@ class Entry(NamedTuple):
     """Bytes of the image: exact, except for synthetic images."""
     label: int
     """-1: none."""
+    annotation_size: int = 0
+    """Bytes of the annotation: exact, except for synthetic images."""
 
 
 class Source(Protocol):
@@ -46,6 +49,10 @@ class Source(Protocol):
 
     entries: list[Entry]
     classes: list[str]
+    annotations: AnnotationKind | None = None
+    """What samples have beside their images."""
+    category_ids: Sequence[int] = ()
+    """COCO's numbers of the classes."""
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
         """The image's extension and bytes.
@@ -54,6 +61,15 @@ class Source(Protocol):
             OSError: they cannot be read.
             UnusableError: the sample has no image, or its label is invalid.
         """
+
+    def annotation(self, entry: Entry) -> bytes:
+        """The bytes of the sample's annotation; called where the source has some.
+
+        Raises:
+            OSError: they cannot be read.
+            UnusableError: the sample has none.
+        """
+        raise UnusableError(Reason.MISSING_ANNOTATION, "a source without annotations")
 
     def locate(self, entry: Entry) -> str:
         """Where a user finds the sample, for messages."""
@@ -83,19 +99,34 @@ class Files(Source):
 
 @dataclass(frozen=True)
 class Shards(Source):
-    """Samples of existing shards; references are shard, offset, extension and, where it cannot be used, the reason."""
+    """Samples of existing shards.
+
+    References are shard, offset, extension, the reason why an image cannot be used or None, and the annotation's offset
+    or None.
+    """
 
     root: Path
     entries: list[Entry]
     classes: list[str]
+    annotations: AnnotationKind | None = None
+    category_ids: Sequence[int] = ()
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
-        shard, offset, extension, fault = entry.reference
+        shard, offset, extension, fault, _ = entry.reference
         if fault is not None:
             raise UnusableError(Reason(fault), "found among the shard's members")
+        return extension, self._read(shard, offset, entry.size)
+
+    def annotation(self, entry: Entry) -> bytes:
+        shard, *_, offset = entry.reference
+        if offset is None:
+            raise UnusableError(Reason.MISSING_ANNOTATION, "found among the shard's members")
+        return self._read(shard, offset, entry.annotation_size)
+
+    def _read(self, shard: str, offset: int, size: int) -> bytes:
         with (self.root / shard).open("rb") as file:
             file.seek(offset)
-            return extension, file.read(entry.size)
+            return file.read(size)
 
     def locate(self, entry: Entry) -> str:
         shard, offset, *_ = entry.reference
@@ -217,6 +248,10 @@ def open_shards(root: Path, jobs: int) -> Shards:
     classes = resolve_names(tables, [one.class_names for one in listed], classes)
     labels = [int(label) for table in tables for label in table["label"]]
     entries = [entry for one in listed for entry in one.entries]
+    try:
+        kind = merge_kinds([one.kind for one in listed])
+    except ValueError as error:
+        raise UsageError(f"{root} holds {error} files; expected one kind of annotation") from error
     if invalid := [entry.key for entry, label in zip(entries, labels, strict=True) if label == INVALID_LABEL]:
         print(
             f"unlabelled: {len(invalid)} images with a label that is no class: {first_names(invalid)}", file=sys.stderr
@@ -229,6 +264,8 @@ def open_shards(root: Path, jobs: int) -> Shards:
             for entry, key, label in zip(entries, keys, labels, strict=True)
         ],
         classes,
+        kind,
+        category_ids(root) if kind == "objects" else (),
     )
 
 
@@ -237,6 +274,7 @@ class _ListedShard(NamedTuple):
     """Labels as `LabelCodes` gives them."""
     class_names: list[str]
     unused: Unused
+    kind: AnnotationKind | None
 
 
 def _list_shard(classes: list[str], file: Path) -> _ListedShard:
@@ -254,12 +292,16 @@ def _list_shard(classes: list[str], file: Path) -> _ListedShard:
         raise UsageError(f"cannot read {file}: {error}") from error
     samples.count_unused(unused)
     advance()
+    found = samples.annotations
+    kind, beside = (None, np.zeros(len(samples.table), ANNOTATION)) if found is None else (found.kind, found.table)
     entries = []
-    for row, member in zip(samples.table, samples.members, strict=True):
+    for row, member, annotation in zip(samples.table, samples.members, beside, strict=True):
         unusable = int(row["state"]) if row["state"] >= min(Reason) else None
-        reference = (file.name, int(row["offset"]), member.extension.rpartition(".")[2], unusable)
-        entries.append(Entry(_sample_key(member), reference, int(row["size"]), int(row["label"])))
-    return _ListedShard(entries, samples.class_names, unused)
+        at = int(annotation["offset"]) if kind is not None and annotation["state"] == ANNOTATED else None
+        reference = (file.name, int(row["offset"]), member.extension.rpartition(".")[2], unusable, at)
+        entry = Entry(_sample_key(member), reference, int(row["size"]), int(row["label"]), int(annotation["size"]))
+        entries.append(entry)
+    return _ListedShard(entries, samples.class_names, unused, kind)
 
 
 def _sample_key(member: Member) -> str:
@@ -270,9 +312,21 @@ def _sample_key(member: Member) -> str:
 
 def class_names(directory: Path) -> list[str]:
     """Names of the labels 0, 1, ... in a directory's index; none where it has no index or one that cannot be read."""
+    names = _index_content(directory).get("classes")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def category_ids(directory: Path) -> list[int]:
+    """COCO's numbers of the classes in a directory's index; none where it has none, or none that can be read."""
+    annotations = _index_content(directory).get("annotations")
+    ids = annotations.get("category_ids") if isinstance(annotations, dict) else None
+    return ids if isinstance(ids, list) and all(type(number) is int for number in ids) else []
+
+
+def _index_content(directory: Path) -> dict[str, Any]:
+    """What `index.json` holds; nothing where it cannot be read."""
     try:
         content = parse_json((directory / INDEX).read_bytes())
     except (OSError, ValueError):
-        return []
-    names = content.get("classes") if isinstance(content, dict) else None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+        return {}
+    return content if isinstance(content, dict) else {}

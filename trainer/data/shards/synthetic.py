@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from mixmae.trainer.data.shards.sources import Entry
+from mixmae.trainer.data.shards.sources import Entry, Source
 
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("stripes", "checks", "dots")
@@ -20,7 +20,7 @@ CLASSES = [f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES]
 Floats = npt.NDArray[np.float64]
 
 
-class Synthetic:
+class Synthetic(Source):
     """`count` JPEGs of `size` px, the classes in turn; drawn when they are read."""
 
     def __init__(self, count: int, size: int, seed: int) -> None:
@@ -44,17 +44,17 @@ class Synthetic:
 
 def draw(label: int, size: int, random: np.random.Generator) -> Image.Image:
     """One image of a class."""
-    shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
-    background = _tint(_clouds(size, random), *_colours(0.5, random))
-    pattern = _tint(_texture(texture, size, random), *_colours(0.6, random))
-    mask = _mask(shape, size, random)[..., None]
-    light = 1 + 0.25 * _ramp(size, random)[..., None]
-    pixels = (background * (1 - mask) + pattern * mask) * light + random.normal(0, 0.01, (size, size, 1))
+    shape, texture_name = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
+    background = tint(clouds(size, random), *colours(0.5, random))
+    pattern = tint(texture(texture_name, size, random), *colours(0.6, random))
+    coverage = mask(shape, size, random)[..., None]
+    light = 1 + 0.25 * ramp(size, random)[..., None]
+    pixels = (background * (1 - coverage) + pattern * coverage) * light + random.normal(0, 0.01, (size, size, 1))
     image = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     return image.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.8)))
 
 
-def _colours(contrast: float, random: np.random.Generator) -> tuple[Floats, Floats]:
+def colours(contrast: float, random: np.random.Generator) -> tuple[Floats, Floats]:
     """Two colours that differ in luminance by `contrast` and a little in hue: in photographs channels go together."""
     luminance = random.uniform(0.15, 0.85)
     other = luminance + (contrast if luminance < 0.5 else -contrast)
@@ -62,11 +62,11 @@ def _colours(contrast: float, random: np.random.Generator) -> tuple[Floats, Floa
     return first.clip(0, 1), second.clip(0, 1)
 
 
-def _tint(values: Floats, low: Floats, high: Floats) -> Floats:
+def tint(values: Floats, low: Floats, high: Floats) -> Floats:
     return low + values[..., None] * (high - low)
 
 
-def _clouds(size: int, random: np.random.Generator) -> Floats:
+def clouds(size: int, random: np.random.Generator) -> Floats:
     """Noise with amplitude 1/f^2, scaled to 0..1."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij"))
     frequency[0, 0] = 1.0
@@ -76,7 +76,7 @@ def _clouds(size: int, random: np.random.Generator) -> Floats:
     return ((noise - low) / (high - low)).clip(0, 1)
 
 
-def _texture(name: str, size: int, random: np.random.Generator) -> Floats:
+def texture(name: str, size: int, random: np.random.Generator) -> Floats:
     """A pattern in one of four directions, with five periods to the image."""
     angle = random.integers(4) * math.pi / 4 + random.uniform(-0.06, 0.06)
     y, x = (np.mgrid[:size, :size] - size / 2) * (2 * math.pi * 5 / size)
@@ -90,14 +90,14 @@ def _texture(name: str, size: int, random: np.random.Generator) -> Floats:
     return 1 / (1 + np.exp(-6 * wave))
 
 
-def _ramp(size: int, random: np.random.Generator) -> Floats:
+def ramp(size: int, random: np.random.Generator) -> Floats:
     """Light from one side, -1..1."""
     angle = random.uniform(0, 2 * math.pi)
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     return (x * math.cos(angle) + y * math.sin(angle)) / math.sqrt(2)
 
 
-def _mask(shape: str, size: int, random: np.random.Generator) -> Floats:
+def mask(shape: str, size: int, random: np.random.Generator) -> Floats:
     """The shape's coverage 0..1, drawn at four times the size for smooth edges."""
     scale = 4
     radius = random.uniform(0.38, 0.5) * size

@@ -34,7 +34,6 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Finding]], ...] = (
     storage.writing,
     data.same_shards,
     data.readable,
-    network.own_names,
     network.neighbours,
     network.all_reduce,
 )

@@ -1,32 +1,15 @@
 """Whether hosts reach each other, over which interface, and how fast."""
 
 from collections.abc import Iterator
-from ipaddress import ip_address
 
 from mixmae.trainer.doctor.checks.compare import describe_hosts
 from mixmae.trainer.doctor.cluster import Cluster
 from mixmae.trainer.doctor.facts import HostFacts, Network, Reduction
-from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
+from mixmae.trainer.doctor.protocol.findings import Finding, Level
 
 _CHOSEN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _ENOUGH = 0.5
 """Fraction of the link's bandwidth below which an all-reduce is slow."""
-
-
-def own_names(cluster: Cluster) -> Iterator[Finding]:
-    """A host's own name must not resolve to its loopback interface: other hosts would be given that address."""
-    if len(cluster.hosts) < 2:
-        return
-    for host in cluster.hosts:
-        backend = cluster.network.backend if cluster.network is not None else "gloo"
-        if f"{backend.upper()}_SOCKET_IFNAME" in host.environment:
-            continue
-        loopback = [address for address in host.own_addresses if ip_address(address.partition("%")[0]).is_loopback]
-        if loopback or not host.own_addresses:
-            found = f"its own name resolves to {abbreviate(loopback) or 'nothing'}"
-            name = host.interface.name if host.interface is not None else "its interface"
-            advice = f"give it its real address in /etc/hosts there, or set {_CHOSEN[backend == 'nccl']}={name}"
-            yield Finding(Level.WARNING, "host name", host.host, found, host.listens_at[0], advice)
 
 
 def neighbours(cluster: Cluster) -> Iterator[Finding]:

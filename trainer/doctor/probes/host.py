@@ -12,7 +12,7 @@ import torch
 from mixmae.monitoring.exporter.node import SHARED_MEMORY
 from mixmae.trainer.doctor.facts import Gpu, HostFacts, RankFacts, SharedMemory
 from mixmae.trainer.doctor.probes.gpus import read_gpus
-from mixmae.trainer.doctor.probes.network import fabric_rate, interface_with, is_free, own_addresses
+from mixmae.trainer.doctor.probes.network import fabric_rate, interface_with, is_free
 from mixmae.trainer.doctor.probes.versions import relevant, software
 from mixmae.trainer.engine.distributed import Ranks
 
@@ -58,7 +58,6 @@ def host_facts(ranks: Ranks, exporter_port: int | None, listens_at: tuple[str, i
         open_files_limit=open_files_limit,
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         shm=_shared_memory(),
-        own_addresses=own_addresses(),
         interface=interface_with(listens_at[0]),
         fabric=fabric_rate(),
         gpus=gpus or _gpus_of_torch(),

@@ -73,7 +73,7 @@ def test_tables_hold_one_row_a_sample(tmp_path: Path) -> None:
     }
     file = write(tmp_path, tar_of(files | {"f.png": b"F", "f.cls": b"7", "g.png": b"G", "g.cls": b"w"}))
     states = {b"A": JPEG, b"B": PILLOW, b"C": JPEG, b"": Reason.EMPTY, b"F": JPEG, b"G": PILLOW}
-    shard, table, names, _ = scan_shard(file, states.__getitem__, classes=("x", "y", "z"))
+    shard, table, names, *_ = scan_shard(file, states.__getitem__, classes=("x", "y", "z"))
     content = file.read_bytes()
     assert shard == ("0.tar", 7, len(content), hashlib.sha256(content).hexdigest())
     assert [content[row["offset"] : row["offset"] + row["size"]] for row in table] == [

@@ -130,7 +130,7 @@ def test_compound_extensions_and_other_formats_are_images(
 
 
 def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {"0.jpg": picture(1), "0.seg.png": picture(2, "PNG"), "0.json": b"{}", ".hidden.jpg": b"", "notes": b""}
+    files = {"0.jpg": picture(1), "0.depth.png": picture(2, "PNG"), "0.json": b"{}", ".hidden.jpg": b"", "notes": b""}
     (tmp_path / "0.tar").write_bytes(tar_of(files))
     (tmp_path / "1.TAR").write_bytes(b"")
     (tmp_path / "more").mkdir()
@@ -141,7 +141,7 @@ def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.
         "not used: 1 files of the shard directory that are not called *.tar: 1.TAR",
         "not used: 1 files without an extension: notes",
         "not used: 1 hidden files: .hidden.jpg",
-        "not used: 1 images of samples that have a .jpg already: 0.seg.png",
+        "not used: 1 images of samples that have a .jpg already: 0.depth.png",
         "not used: 1 subdirectories of the shard directory: more",
     ]
     code, checked = run("check", tmp_path, capsys)

@@ -1,0 +1,1 @@
+"""Images whose objects or pixels are labelled: annotations, and the crops that boxes, masks and label maps follow."""

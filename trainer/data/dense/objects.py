@@ -1,0 +1,153 @@
+"""The objects of an image: what `KEY.objects.json` beside it holds, a list in the manner of COCO's annotations.
+
+An object: `category` (number of its class), `bbox` [x, y, width, height] in pixels of the upright image, `segmentation`
+(polygons or RLE), and perhaps `iscrowd`, `area` (of the mask, by which COCO sorts objects into small and large), `id`.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mixmae.trainer.data.dense.masks import Mask, Rle, area, decode, rle_of
+from mixmae.trainer.data.faults import Reason, UnusableError
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The usable objects of an image, N in all."""
+
+    boxes: npt.NDArray[np.float32]
+    """[N, 4]: left, upper, right, lower, as the annotation says; they may reach a little beyond the image."""
+    classes: npt.NDArray[np.int64]
+    """[N]."""
+    crowd: npt.NDArray[np.bool_]
+    """[N]; whether an object stands for a group of them."""
+    areas: npt.NDArray[np.float64]
+    """[N]; pixels of the objects, as the annotation says."""
+    ids: npt.NDArray[np.int64]
+    """[N]; of the annotations, unique in a COCO file."""
+    segmentations: list[Rle]
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def mask(self, i: int) -> Mask:
+        """uint8 [height, width], 1 on the object."""
+        return decode(self.segmentations[i])
+
+
+class FaultyObject(NamedTuple):
+    """An object that cannot be used."""
+
+    id: int
+    reason: Reason
+
+
+class _Object(NamedTuple):
+    item: dict[str, Any]
+    rle: Rle
+
+
+def parse_objects(content: bytes, height: int, width: int) -> Objects:
+    """The usable objects in the bytes of an annotation; those that are not were counted when it was indexed.
+
+    Args:
+        height, width: of the upright image.
+
+    Raises:
+        UnusableError: the bytes are no list of objects.
+    """
+    found = [one for one in _objects(content, height, width) if isinstance(one, _Object)]
+    items = [one.item for one in found]
+    boxes = np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Objects(
+        boxes.astype(np.float32),
+        np.array([item["category"] for item in items], np.int64),
+        np.array([item.get("iscrowd", 0) for item in items], np.bool_),
+        np.array([item.get("area", area(rle)) for item, rle in found], np.float64),
+        np.array([item.get("id", 0) for item in items], np.int64),
+        [one.rle for one in found],
+        height,
+        width,
+    )
+
+
+def faulty_objects(content: bytes, height: int, width: int, num_classes: int) -> list[FaultyObject]:
+    """The objects of an annotation that cannot be used.
+
+    Args:
+        num_classes: 0 where it is not known.
+
+    Raises:
+        UnusableError: the bytes are no list of objects.
+    """
+    return [one for one in _objects(content, height, width, num_classes) if isinstance(one, FaultyObject)]
+
+
+def without_faulty(content: bytes, faulty: Sequence[FaultyObject]) -> bytes:
+    """An annotation's bytes without some of its objects."""
+    ids = {one.id for one in faulty}
+    return dump_objects([item for number, item in enumerate(json.loads(content)) if item.get("id", number) not in ids])
+
+
+def dump_objects(items: list[dict[str, Any]]) -> bytes:
+    return json.dumps(items, separators=(",", ":")).encode()
+
+
+def highest_class(content: bytes) -> int:
+    """The highest class number of an annotation; -1 without objects."""
+    return max((item["category"] for item in json.loads(content)), default=-1)
+
+
+def _objects(content: bytes, height: int, width: int, num_classes: int = 0) -> Iterator[_Object | FaultyObject]:
+    for number, item in enumerate(_items(content)):
+        found = _usable(item, height, width, num_classes)
+        yield FaultyObject(item.get("id", number), found) if isinstance(found, Reason) else _Object(item, found)
+
+
+def _items(content: bytes) -> list[dict[str, Any]]:
+    """The list in an annotation's bytes. Raises UnusableError where it is none, or an object lacks what all have."""
+    try:
+        items = json.loads(content)
+        for item in items:
+            numbers = [item["category"], item.get("id", 0)]
+            if any(type(number) is not int for number in numbers) or item["category"] < 0:
+                raise ValueError(f"category and id are {numbers}; expected whole numbers")
+            box = item["bbox"]
+            if len(box) != 4 or not all(isinstance(value, int | float) for value in [*box, item.get("area", 0)]):
+                raise ValueError(f"bbox is {box!r}; expected x, y, width, height, and area a number")
+            if item.get("iscrowd", 0) not in (0, 1):
+                raise ValueError(f"iscrowd is {item['iscrowd']!r}; expected 0 or 1")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UnusableError(Reason.DAMAGED_ANNOTATION, f"no list of objects: {what}") from error
+    return list(items)
+
+
+def _usable(item: dict[str, Any], height: int, width: int, num_classes: int) -> Rle | Reason:
+    """An object's mask, or why it cannot be used."""
+    x, y, w, h = item["bbox"]
+    if num_classes and item["category"] >= num_classes:
+        return Reason.BAD_LABEL
+    if not all(map(math.isfinite, (x, y, w, h))) or x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        return Reason.OUTSIDE_IMAGE
+    if w <= 0 or h <= 0:
+        return Reason.EMPTY_BOX
+    segmentation = item.get("segmentation")
+    if not segmentation:
+        return Reason.EMPTY_MASK
+    try:
+        rle = rle_of(segmentation, height, width)
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError):
+        size = segmentation.get("size") if isinstance(segmentation, dict) else None
+        other_size = isinstance(size, list) and size != [height, width]
+        return Reason.ANNOTATION_OF_ANOTHER_SIZE if other_size else Reason.DAMAGED_MASK
+    return rle if area(rle) else Reason.EMPTY_MASK

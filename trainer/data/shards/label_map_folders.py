@@ -1,0 +1,76 @@
+"""Images with label maps in a second folder, as ADE20K has them, as a source of shards."""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from mixmae.base.errors import UsageError
+from mixmae.trainer.data.annotations import AnnotationKind
+from mixmae.trainer.data.decode import upright_size
+from mixmae.trainer.data.dense.label_maps import MAX_CLASSES, reduce_zero_label
+from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.index import UNLABELLED
+from mixmae.trainer.data.shards.sources import Entry, Files, open_folder
+
+
+@dataclass(frozen=True)
+class LabelMaps(Files):
+    """Images, and PNGs of the same relative names in `maps`; references are paths relative to `root`."""
+
+    maps: Path
+    reduce_zero_label: bool
+    annotations: AnnotationKind | None = "segments"
+
+    def annotation(self, entry: Entry) -> bytes:
+        try:
+            content = self._map_of(entry).read_bytes()
+        except FileNotFoundError as error:
+            raise UnusableError(Reason.MISSING_ANNOTATION, str(error)) from error
+        if not self.reduce_zero_label:
+            return content
+        return reduce_zero_label(content, *upright_size(self.read(entry)[1]))
+
+    def _map_of(self, entry: Entry) -> Path:
+        return _map_of(self.maps, entry)
+
+    def describe(self) -> str:
+        reduced = " reduced by label 0" if self.reduce_zero_label else ""
+        return f"files of {self.root} with the label maps of {self.maps}{reduced}"
+
+
+def _map_of(maps: Path, entry: Entry) -> Path:
+    return maps / PurePosixPath(entry.reference).with_suffix(".png")
+
+
+def open_label_maps(images: str, maps: Path, reduce_zero_label: bool, class_names: Path | None) -> LabelMaps:
+    """The images of a folder with the label maps of another.
+
+    Args:
+        class_names: a file with a name a line; None: classes have no names but their numbers, of which there are as
+            many as the highest label says.
+
+    Raises:
+        UsageError: no such folder, no images in it, no label map of any of them, or class names that are none.
+    """
+    if not maps.is_dir():
+        raise UsageError(f"{maps} does not exist; expected a folder of PNGs with the names of the images")
+    files, maps = open_folder(Path(images).resolve()), maps.resolve()
+    entries = [
+        entry._replace(
+            label=UNLABELLED, annotation_size=found.stat().st_size if (found := _map_of(maps, entry)).is_file() else 0
+        )
+        for entry in files.entries
+    ]
+    if not any(entry.annotation_size for entry in entries):
+        raise UsageError(f"{maps} has no label map of any image in {images}; expected {_map_of(maps, entries[0])}, ...")
+    classes = [] if class_names is None else _class_names(class_names)
+    return LabelMaps(files.root, entries, classes, maps, reduce_zero_label)
+
+
+def _class_names(file: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}: {error}") from error
+    if not 0 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
+        raise UsageError(f"{file} has {len(names)} lines; expected 1 to {MAX_CLASSES} class names, each once")
+    return names

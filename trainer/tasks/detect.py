@@ -1,0 +1,176 @@
+"""Detection: an encoder under Mask R-CNN learns to find objects, their boxes and masks (COCO's format)."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
+from mixmae.models.heads.backbone import Backbone
+from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
+from mixmae.models.heads.mask_rcnn.targets import pad_objects
+from mixmae.models.methods.contract import Column
+from mixmae.trainer.data.dense.held_out import held_out_scenes
+from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
+from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_annotations
+from mixmae.trainer.data.stream import Batch, ToDevice
+from mixmae.trainer.data.transform import SampleTransform
+from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.layer_decay import layer_decay
+from mixmae.trainer.evaluation.average_precision import require_evaluator
+from mixmae.trainer.evaluation.detection import evaluate_detector, find_in_image
+from mixmae.trainer.evaluation.detection_pictures import draw_columns, draw_found
+from mixmae.trainer.evaluation.held_out import require_readable
+from mixmae.trainer.export.initial_weights import initialise_backbone
+from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.contract import Prediction, Task
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
+from mixmae.trainer.tasks.registry import register_task
+
+_SLOTS, _OBJECTS = 100, 8
+"""Of an image in plans: more objects than any image of COCO has (93), and masks as an average one."""
+
+
+@register_task("detect")
+class Detect(Task):
+    """The recipe's `encoder:` under Mask R-CNN, all of it trained, on shards with objects."""
+
+    unused_sections: ClassVar[tuple[str, ...]] = ("method", "classification", "linear", "augment", "segmentation")
+    exports_whole = True
+
+    def resolve(self, recipe: Recipe) -> Recipe:
+        check_encoder(recipe)
+        return _resolve_classes(recipe)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        names, count = self.recipe.detection.classes, self.recipe.detection.num_classes
+        assert count is not None, "resolved"
+        return names or tuple(f"class {number}" for number in range(count))
+
+    def build(self) -> MaskRCNN:
+        recipe, part = self.recipe, self.recipe.detection
+        torch.manual_seed(recipe.seed)
+        side = recipe.encoder.img_size
+        try:
+            backbone = Backbone(build_encoder(recipe))
+        except ValueError as error:
+            raise UsageError(f"encoder.name={recipe.encoder.name}: {error}") from error
+        return MaskRCNN(backbone, len(self.classes), (side, side), part.channels, part.rois)
+
+    def initialise(self, module: Trainable) -> None:
+        if self.recipe.encoder.init is not None:
+            initialise_backbone(_detector(module).encoder, self.recipe.encoder.init)
+
+    def check_data(self, index: ShardIndex) -> None:
+        self._require_objects(index, "data.shards")
+        if self.recipe.evaluate.shards is not None:
+            require_evaluator()
+            held_out = self._held_out()
+            require_readable(held_out, "evaluate.shards")
+            self._require_objects(held_out, "evaluate.shards")
+            held_out.store.close()
+
+    def _require_objects(self, index: ShardIndex, key: str) -> None:
+        require_annotations(index, "objects", key)
+        where = f"{key}={index.store.location}"
+        if index.classes != self.classes:
+            raise UsageError(
+                f"{where} has {len(index.classes)} classes ({_listed(index.classes)}), and the run {len(self.classes)} "
+                f"({_listed(self.classes)}); build the shards with the same categories, or correct detection.classes"
+            )
+
+    def _held_out(self) -> ShardIndex:
+        assert self.recipe.evaluate.shards is not None
+        return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
+
+    def transform(self, index: ShardIndex) -> SampleTransform:
+        return LargeScaleJitterCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.detection.scale)
+
+    def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
+        optim = self.recipe.optim
+        if optim.layer_decay == 1:
+            return None
+        return layer_decay(_detector(module).encoder, optim.layer_decay, optim.layer_decay_rule, "backbone.encoder.")
+
+    def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
+        found = batch.targets
+        objects = pad_objects(found["boxes"], found["classes"], found["counts"], found["masks"])
+        return *objects, torch.randint(0, 2**32, (len(batch.images),), generator=generator)
+
+    def pictures(self, module: Trainable, images: Tensor, inputs: Sequence[Tensor], rows: int) -> list[Column]:
+        """What is there beside what is found."""
+        return draw_columns(_detector(module), images, inputs, rows, self.classes, self.recipe.data)
+
+    def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
+        """On `evaluate.shards`: see `evaluate_detector`."""
+        if self.recipe.evaluate.shards is None:
+            return {}
+        index, side, data = self._held_out(), self.recipe.encoder.img_size, self.recipe.data
+        scenes = held_out_scenes(index, ranks, side, beat=beat, threads=data.num_workers)
+        to_device = ToDevice(ranks.device, data.mean, data.std)
+        batch = self.recipe.train.micro_batch
+        found = evaluate_detector(_detector(module), scenes, side, batch, self.classes, to_device, ranks)
+        index.store.close()
+        return found
+
+    def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
+        side, data = self.recipe.encoder.img_size, self.recipe.data
+        found = find_in_image(_detector(module), image, side, ToDevice(device, data.mean, data.std))
+        return draw_found(image, found, self.classes)
+
+    def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
+        side = self.recipe.encoder.img_size
+        return (
+            torch.zeros(batch, _SLOTS, 4),
+            torch.zeros(batch, _SLOTS, dtype=torch.int64),
+            torch.full((batch,), _OBJECTS),
+            torch.zeros(batch * _OBJECTS, side, side // 8, dtype=torch.uint8),
+            torch.zeros(batch, dtype=torch.int64),
+        )
+
+    def describe(self) -> str:
+        return f"Mask R-CNN on {self.recipe.encoder.name}, {len(self.classes)} classes"
+
+
+def _resolve_classes(recipe: Recipe) -> Recipe:
+    """The recipe with its classes: those that it names, or those of `data.shards`.
+
+    Where the shards are out of reach (a plan on another machine), the number of classes that it gives will do.
+
+    Raises:
+        UsageError: no classes at all, or another number than the shards name.
+    """
+    given = recipe.detection
+    if given.classes is None:
+        try:
+            index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
+        except UsageError as error:
+            if given.num_classes is not None:
+                return recipe
+            raise UsageError(f"detection.num_classes is not set, and {error}") from error
+        given = given.model_copy(update={"classes": index.classes})
+        index.store.close()
+    if not given.classes:
+        raise UsageError(
+            f"data.shards={recipe.data.shards} names no classes; build the shards with --coco instances.json"
+        )
+    if given.num_classes not in (None, len(given.classes)):
+        raise UsageError(
+            f"detection.num_classes={given.num_classes}, but there are {len(given.classes)} classes "
+            f"({_listed(given.classes)}); set it to {len(given.classes)}, or leave it out"
+        )
+    given = given.model_copy(update={"num_classes": len(given.classes)})
+    return recipe.model_copy(update={"detection": given})
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _detector(module: Trainable) -> MaskRCNN:
+    assert isinstance(module, MaskRCNN)
+    return module
