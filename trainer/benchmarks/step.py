@@ -2,13 +2,15 @@
 
 Forward, backward and AdamW on random pixels that are on the device, with a large matrix product in between; all
 variants share weights and optimizer states. On a CPU, which other processes may use, variants are interleaved step by
-step; on a GPU they are measured one after the other, several steps at a time without synchronization, and each result
-is written at once. Medians are compared. The share of the product is the model's FLOP/s (those of the method, with full
-attention in each window, without recomputation) over those of the matrix product; an MFU is over the data sheet's.
+step, and with one thread (OMP_NUM_THREADS=1) times are processor time; on a GPU they are measured one after the other,
+several steps at a time without synchronization. Each result is written at once. Medians are compared. The share of the
+product is the model's FLOP/s (those of the method, with full attention in each window, without recomputation) over
+those of the matrix product; an MFU is over the data sheet's.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -220,6 +222,7 @@ def _measurement(
         "variant": name,
         "words": VARIANTS[name].words,
         "precision": recipe.train.precision,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "checkpointing": recipe.train.activation_checkpointing.kind,
         "batch": recipe.train.micro_batch,
         "images_per_second": round(rate, 3),
@@ -265,9 +268,11 @@ def _repeat(work: Callable[[], object], times: int) -> None:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    started = synchronized_time(device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else partial(synchronized_time, device)
+    started = now()
     work()
-    return synchronized_time(device) - started
+    return now() - started
 
 
 def _title(found: dict[str, Any]) -> str:

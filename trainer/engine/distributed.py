@@ -24,7 +24,7 @@ from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.engine.affinity import bind_to_gpu
 from mixmae.trainer.engine.interfaces import choose_gloo_interface
 from mixmae.trainer.engine.malloc import keep_freed_memory
-from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
+from mixmae.trainer.engine.rendezvous import choose_interfaces, open_store
 from mixmae.trainer.recipe.sections.launch import Launch
 
 
@@ -85,7 +85,7 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds, determinis
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
     if not dist.is_initialized():
-        keep_to_loopback(ranks)
+        choose_interfaces(ranks)
         store = open_store(ranks, timeout)
         choose_gloo_interface(ranks, store)
         device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does

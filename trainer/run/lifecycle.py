@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError, describe_error
 from mixmae.base.heartbeat import Heartbeat
-from mixmae.base.machine import require_writable
+from mixmae.base.machine import require_shared_memory, require_writable
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.base.software import versions
@@ -164,6 +164,7 @@ def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
+    require_shared_memory(recipe.batch_bytes_ahead)
     if ranks.is_main:
         require_writable(recipe.run_dir, "run_dir")
     changes = check_run_dir(recipe, index, change)

@@ -104,7 +104,7 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     monkeypatch.setattr(distributed, "open_store", lambda ranks, timeout: told.update(store_timeout=timeout) or store)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: told.update(given))
     for library in ("GLOO", "NCCL"):
-        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "eth0")
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=lambda key, one: 1))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: told.update(cudnn=enabled))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
