@@ -1,0 +1,70 @@
+"""Every method on every encoder on a GPU that is not there: torch traces the forward pass on a fake CUDA device.
+
+Whatever reads a value back to the host, or mixes devices, raises. The backward pass asks for a real CUDA context; on
+the meta device it shows that nothing is read back, and not that devices match.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from mixmae.models.methods.contract import Method
+from tests.models.methods.test_contract import BATCH, SIZE, build, drawn, every_combination
+
+
+def move(model: nn.Module, like: Callable[[Tensor], Tensor]) -> None:
+    """Replaces all parameters and buffers."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(like(parameter))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = like(buffer)
+
+
+def on_gpu(tensor: Tensor) -> Tensor:
+    """As a bf16 model has it."""
+    dtype = torch.bfloat16 if isinstance(tensor, nn.Parameter) else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="cuda")
+
+
+def on_meta(family: str, method: str) -> Method:
+    with torch.device("meta"):
+        return build(family, method)
+
+
+@every_combination
+def test_a_forward_pass_reads_nothing_back_and_mixes_no_devices(family: str, method: str) -> None:
+    model = on_meta(family, method)
+    inputs = drawn(model, 0)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        move(model, on_gpu)
+        images = torch.empty(BATCH, 3, SIZE, SIZE, device="cuda")
+        loss = model(images, *(torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in inputs))
+        assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())
+
+
+@every_combination
+def test_a_backward_pass_reads_nothing_back(family: str, method: str) -> None:
+    model = on_meta(family, method)
+    inputs = [part.to("meta") for part in drawn(model, 0)]
+    model(torch.empty(BATCH, 3, SIZE, SIZE, device="meta"), *inputs).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_fake_device_notices() -> None:
+    """A control for the tests above."""
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with pytest.raises(DynamicOutputShapeException):
+            x.nonzero()
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.empty(3)
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.empty((), device="meta").item()
