@@ -1,10 +1,12 @@
 """`mixmae bench mixed-conv`: mixed convolutions beside plain ones, and beside a partial convolution for each group.
 
 Forward and backward pass of single layers of ResNet-50x3 and Twins-SVT-L on random maps of 224 px images, with K = 2
-and 4. Variants take turns, and the least of each one's times counts: what else the machine does only adds to them.
+and 4. Variants take turns, and the least of each one's times counts: what else the machine does only adds to them. On a
+CPU they are processor time of one thread, which other processes hardly change.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,11 +77,14 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
+        torch.set_num_threads(1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else metadata()["cpu"]
     result: dict[str, Any] = {"device": name, "batch": args.batch, "precision": args.precision}
-    result["layers"] = [
-        measure(layer, LAYERS[layer], args.batch, args.precision, args.rounds, device) for layer in LAYERS
-    ]
+    result["clock"] = "processor time of one thread" if device.type == "cpu" else "synchronized"
+    result["layers"] = []
+    for title, layer in LAYERS.items():
+        print(f"{title} ...", flush=True)
+        result["layers"].append(measure(title, layer, args.batch, args.precision, args.rounds, device))
     print(table(result))
     if args.json:
         chip = name.split("(")[0].strip().lower().replace(" ", "-")
@@ -95,15 +100,16 @@ def measure(name: str, layer: Layer, batch: int, precision: str, rounds: int, de
     x = torch.randn(batch, layer.side, layer.side, layer.dim, device=device, dtype=dtype, requires_grad=True)
     leaves = [x, *module.parameters()]
     works = {variant: partial(_pass, forward, leaves) for variant, forward in _variants(module, device).items()}
+    now = time.process_time if device.type == "cpu" else partial(synchronized_time, device)
     times = dict.fromkeys(works, inf)
     names = list(works)
     for turn in range(rounds + 1):
         first = turn % len(names)
         for variant in [*names[first:], *names[:first]]:  # rotated, so that none always follows the same one
-            started = synchronized_time(device)
+            started = now()
             works[variant]()
             if turn:
-                times[variant] = min(times[variant], synchronized_time(device) - started)
+                times[variant] = min(times[variant], now() - started)
     return {
         "layer": name,
         **{

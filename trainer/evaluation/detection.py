@@ -16,9 +16,9 @@ from mixmae.trainer.data.dense.objects import Objects
 from mixmae.trainer.data.dense.resizing import fit
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main, gather_to_main
-from mixmae.trainer.evaluation.average_precision import Region, Result, average_precision
+from mixmae.trainer.evaluation.average_precision import Kind, Region, Result, average_precision
 
-_KINDS = {"box": "bbox", "mask": "segm"}
+_KINDS: dict[str, Kind] = {"box": "bbox", "mask": "segm"}
 
 
 def evaluate_detector(

@@ -74,11 +74,11 @@ class BoxHead(Head):
             matches = match_boxes(objects.boxes[image], objects.there[image], boxes[image], _IOU, _IOU)
             labels = torch.where(there[image], matches.labels, NEITHER)
             most = self.rois // OBJECT_SHARE
-            chosen = sample_boxes(labels, numbers[image], self.rois, most, objects.seeds[image])
-            index = matches.objects[chosen.index]
-            classes = torch.where(chosen.labels == BACKGROUND, self.num_classes, _IGNORED)
-            classes = torch.where(chosen.labels == OBJECT, objects.classes[image, index], classes)
-            return boxes[image, chosen.index], classes, index
+            sampled = sample_boxes(labels, numbers[image], self.rois, most, objects.seeds[image])
+            index = matches.objects[sampled.chosen]
+            classes = torch.where(sampled.labels == BACKGROUND, self.num_classes, _IGNORED)
+            classes = torch.where(sampled.labels == OBJECT, objects.classes[image, index], classes)
+            return boxes[image, sampled.chosen], classes, index
 
         return Regions(*each_image(sample, boxes))
 

@@ -96,7 +96,8 @@ class MaskRCNN(Trainable):
         ]
 
     def detections(self, maps: Sequence[Tensor], sizes: Tensor) -> Detections:
-        proposals = self.proposals.propose(*self.proposals(maps), sizes)
+        objectness, box_deltas = self.proposals(maps)
+        proposals = self.proposals.propose(objectness, box_deltas, sizes)
         logits, deltas = self.box_head(maps, proposals.boxes)
         found = self.box_head.detect(logits, deltas, proposals, sizes)
         rows = torch.stack([fill_slots(part, DETECTIONS) for part in found])

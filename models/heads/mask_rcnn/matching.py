@@ -54,8 +54,8 @@ def each_image(function: Callable[[int], Sequence[Tensor]], images: Tensor) -> l
 class Sample(NamedTuple):
     """The boxes of an image that a step learns from, objects first."""
 
-    index: Tensor
-    """int64 [S]."""
+    chosen: Tensor
+    """int64 [S], which boxes."""
     labels: Tensor
     """int64 [S]: OBJECT, BACKGROUND, or NEITHER in slots for which there was no box."""
 

@@ -16,4 +16,4 @@ class Head(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(self.layers, x, use_reentrant=False, preserve_rng_state=False)
             return out
-        return self.layers(x)  # type: ignore[no-any-return]
+        return self.layers(x)

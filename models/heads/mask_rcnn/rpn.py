@@ -55,8 +55,8 @@ class RegionProposals(nn.Module):
         def sample(image: int) -> tuple[Tensor, Tensor, Tensor]:
             true, there = objects.boxes[image], objects.there[image]
             matches = match_boxes(true, there, anchors, _POSITIVE, _NEGATIVE, keep_best=True)
-            chosen = sample_boxes(matches.labels, numbers, _SAMPLED, _SAMPLED_OBJECTS, objects.seeds[image])
-            return chosen.index, chosen.labels, true[matches.objects[chosen.index]]
+            sampled = sample_boxes(matches.labels, numbers, _SAMPLED, _SAMPLED_OBJECTS, objects.seeds[image])
+            return sampled.chosen, sampled.labels, true[matches.objects[sampled.chosen]]
 
         index, labels, true = each_image(sample, objects.boxes)
         found, total = labels == OBJECT, _SAMPLED * len(labels)

@@ -117,7 +117,8 @@ def test_nothing_found_is_an_ap_of_0_and_no_objects_no_ap() -> None:
     assert missed.figures == {"ap": 0, "ap50": 0, "ap75": 0, "ap_medium": 0}
     assert missed.per_class == {one.category: 0}
     empty = average_precision([Result(7, SIDE, SIDE, [], [one._replace(score=0.9)])], CLASSES, "segm")
-    assert empty.figures == empty.per_class == {}
+    assert empty.figures == {}
+    assert empty.per_class == {}
 
 
 def test_what_is_found_exactly_is_an_ap_of_1() -> None:

@@ -102,6 +102,7 @@ def content(run_dir: Path) -> dict[str, Tensor]:
     return {f"{kind}/{name}": value for kind, values in states.items() for name, value in values.items()}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], stage: int, precision: str) -> None:
     whole, part = runs(stage, precision), Path(f"{runs(stage, precision)} part")
@@ -115,6 +116,7 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
     assert Image.open(picture).size[0] > 2 * 64
 
 
+@pytest.mark.distributed
 def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None:
     losses = {kind: [event["loss"] for event in read_events(runs(*kind), "step")] for kind in KINDS}
     expected = losses[2, "fp32"]
@@ -123,6 +125,7 @@ def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None
     assert losses[1, "bf16"] == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.distributed
 def test_an_export_is_a_detector_that_finds_what_the_run_did(
     runs: Callable[[int, str], Path], sets: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,9 +159,8 @@ def test_runs_and_exports_are_what_others_start_from(
     for source in (run_dir, tmp_path / "model"):
         model = started_from(source, sets, tmp_path)
         assert all(torch.equal(value, average[name]) for name, value in model.named_parameters())
-    larger = started_from(
-        run_dir, sets, tmp_path, **{"encoder": {"img_size": 96, "window_size": [6, 6, 6, 3]}, "classification": {}}
-    )
+    large = {"img_size": 96, "window_size": [6, 6, 6, 3], "pretrain_img_size": 64}
+    larger = started_from(run_dir, sets, tmp_path, encoder=large, classification={})
     assert larger(torch.zeros(2, 3, 96, 96)).shape == (2, len(CLASSES))
     other = started_from(run_dir, sets, tmp_path, **{"classification.classes": [*CLASSES[1:], CLASSES[0]]})
     weights = other.state_dict()

@@ -37,8 +37,8 @@ def test_samples_hold_as_many_objects_as_may_be_and_background_besides(
     expected = min(objects, 16)
     assert kinds[:2] == [expected, min(background, 64 - expected)]
     used = found.labels != NEITHER
-    assert torch.equal(found.labels[used], labels[found.index[used]])
-    assert len(found.index[used].unique()) == used.sum()
+    assert torch.equal(found.labels[used], labels[found.chosen[used]])
+    assert len(found.chosen[used].unique()) == used.sum()
     assert (found.labels[:expected] == OBJECT).all(), "objects come first"
 
 
@@ -46,7 +46,7 @@ def test_each_box_is_sampled_as_often_as_the_others() -> None:
     labels = torch.zeros(100, dtype=torch.int64)
     counts, numbers = torch.zeros(100), torch.arange(100)
     for seed in range(2000):
-        counts[sample_boxes(labels, numbers, 10, 5, torch.tensor(seed * 7919)).index] += 1
+        counts[sample_boxes(labels, numbers, 10, 5, torch.tensor(seed * 7919)).chosen] += 1
     # Binomial: mean 200, standard deviation 13.4.
     assert counts.min() > 140
     assert counts.max() < 260
@@ -56,7 +56,7 @@ def test_what_is_sampled_does_not_depend_on_the_order_of_boxes() -> None:
     labels, numbers = torch.tensor([OBJECT, BACKGROUND] * 50), torch.arange(100)
     found = sample_boxes(labels, numbers, 20, 5, torch.tensor(3))
     other = sample_boxes(labels.flip(0), numbers.flip(0), 20, 5, torch.tensor(3))
-    assert torch.equal(found.index, 99 - other.index)
+    assert torch.equal(found.chosen, 99 - other.chosen)
 
 
 def test_random_numbers_are_uniform_and_of_their_seed_alone() -> None:

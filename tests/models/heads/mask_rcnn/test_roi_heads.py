@@ -38,7 +38,7 @@ def proposed(boxes: Tensor, there: Tensor) -> Proposals:
     return Proposals(boxes, there, torch.arange(boxes.shape[1]).expand(boxes.shape[:2]))
 
 
-class Aligned(MultiScaleRoIAlign):
+class Aligned(MultiScaleRoIAlign):  # type: ignore[misc]
     """torchvision's pooler with the `aligned` that it leaves out, and an adaptive number of samples."""
 
     def forward(self, x: Any, boxes: Any, image_shapes: Any) -> Tensor:
@@ -91,7 +91,8 @@ def test_proposals_are_torchvisions(proposals: tuple[RegionProposals, RegionProp
     ours, theirs = proposals
     sizes = [(SIDE, SIDE), (100, 90)]
     expected, _ = theirs.eval()(ImageList(torch.zeros(IMAGES, 3, SIDE, SIDE), sizes), named(pyramid()))
-    found = ours.propose(*ours(pyramid()), torch.tensor(sizes))
+    objectness, deltas = ours(pyramid())
+    found = ours.propose(objectness, deltas, torch.tensor(sizes))
     assert found.boxes.shape == (IMAGES, 1000, 4)
     for boxes, there, right in zip(found.boxes, found.there, expected, strict=True):
         assert 50 < there.sum() == len(right)
@@ -146,6 +147,7 @@ def heads() -> tuple[BoxHead, MaskHead, RoIHeads]:
     with torch.no_grad():  # a mask of background, which nobody looks at
         last = nn.Conv2d(CHANNELS, CLASSES + 1, 1)
         last.weight[1:].copy_(mask_head.predictor.mask_fcn_logits.weight)
+        assert last.bias is not None
         last.bias[1:].copy_(mask_head.predictor.mask_fcn_logits.bias)
         predictor.mask_fcn_logits = last
     theirs = RoIHeads(
@@ -173,7 +175,8 @@ def test_detections_are_torchvisions(heads: tuple[BoxHead, MaskHead, RoIHeads]) 
     boxes = torch.stack([random_boxes(60, seed) for seed in range(IMAGES)])
     there = torch.tensor([[True] * 60, [True] * 40 + [False] * 20])
     expected, _ = theirs(named(maps), [own[some] for own, some in zip(boxes, there, strict=True)], sizes)
-    found = box_head.detect(*box_head(maps, boxes), proposed(boxes, there), torch.tensor(sizes))
+    logits, deltas = box_head(maps, boxes)
+    found = box_head.detect(logits, deltas, proposed(boxes, there), torch.tensor(sizes))
     for image, (rows, right) in enumerate(zip(found, expected, strict=True)):
         assert 10 < len(rows) == len(right["boxes"])
         torch.testing.assert_close(rows[:, :4], right["boxes"], rtol=1e-4, atol=1e-3)
@@ -193,7 +196,8 @@ def test_heads_learn_what_torchvisions_do(heads: tuple[BoxHead, MaskHead, RoIHea
     boxes = torch.cat([near.flatten(1, 2).clamp(0, SIDE), torch.stack([random_boxes(60, s) for s in (5, 6)])], dim=1)
     boxes[1, 40:60] = random_boxes(20, 7)  # beside the slot that is empty
     regions = box_head.sample(proposed(boxes, torch.ones(boxes.shape[:2], dtype=torch.bool)), objects)
-    losses = box_head.loss(*box_head(maps, regions.boxes), regions, objects)
+    logits, deltas = box_head(maps, regions.boxes)
+    losses = box_head.loss(logits, deltas, regions, objects)
 
     # The same boxes for torchvision, matched by itself. It takes all, and boxes by a loss of its own.
     used = regions.classes >= 0
