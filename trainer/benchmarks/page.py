@@ -20,7 +20,7 @@ _COLUMNS = (
     "images/s",
     "to plain",
     "TFLOP/s",
-    "MFU",
+    "of product",
     "peak GB",
 )
 
@@ -43,17 +43,18 @@ def table(steps: list[dict[str, Any]]) -> str:
             f"{found['device']}, {found['cores']} cores" if found["device"] == found["cpu"] else found["device"],
             found["model"], found["precision"], str(found["num_images"] or found["method"]), str(found["batch"]),
             found["variant"],
-            f"{found['images_per_second']:.2f}", ratio, f"{found['model_tflops']:.3g}", f"{found['mfu']:.1%}", memory,
+            f"{found['images_per_second']:.2f}", ratio, f"{found['model_tflops']:.3g}",
+            f"{found['share_of_product']:.1%}", memory,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def with_table(page: str, new: str) -> str:
+def with_table(page: str, new: str, begin: str = _BEGIN, end: str = _END) -> str:
     """Replaces the table between the markers."""
-    head, rest = page.split(_BEGIN)
-    _, tail = rest.split(_END)
-    return f"{head}{_BEGIN}\n\n{new}\n\n{_END}{tail}"
+    head, rest = page.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n\n{new}\n\n{end}{tail}"
 
 
 def _name(found: dict[str, Any]) -> str:
@@ -75,7 +76,7 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
     axes.barh(rows, [found["peak_tflops"] for found in steps], color="#e4e4e4", label="large matrix product, same run")
     axes.barh(rows, [found["model_tflops"] for found in steps], color="#3b6fb6", label="model")
     for row, found in zip(rows, steps, strict=True):
-        axes.text(found["model_tflops"], row, f" {found['mfu']:.0%}", va="center", fontsize=8)
+        axes.text(found["model_tflops"], row, f" {found['share_of_product']:.0%}", va="center", fontsize=8)
     axes.set_yticks(rows, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")  # CPUs and GPUs differ by three orders of magnitude

@@ -7,7 +7,16 @@ from mixmae.trainer.benchmarks.page import PAGE, draw, table, with_table
 from mixmae.trainer.benchmarks.results import RESULTS
 from tests.helpers import ROOT
 
-FIELDS = ("device", "model", "variant", "batch", "images_per_second", "model_tflops", "mfu", "peak_memory_bytes")
+FIELDS = (
+    "device",
+    "model",
+    "variant",
+    "batch",
+    "images_per_second",
+    "model_tflops",
+    "share_of_product",
+    "peak_memory_bytes",
+)
 
 
 def measurements() -> list[dict[str, object]]:
