@@ -101,7 +101,7 @@ def tiny_recipe(**changes: Any) -> Recipe:
         },
         "method": {"num_images": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
         "data": {"num_workers": 0},
-        "train": {"duration": "8 steps", "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+        "train": {"duration": "8 steps", "global_batch": 8, "micro_batch": 2, "precision": "fp32", "zero_stage": 1},
         "optim": {"base_lr": 3e-2, "warmup": "2 steps"},
         "checkpoint": {"every": "1000 steps"},
         "log": {"every": 1, "pictures": None},

@@ -39,7 +39,9 @@ def add_backend_options(parser: argparse.ArgumentParser, required: bool = True) 
     sizes = job.add_mutually_exclusive_group()
     sizes.add_argument("--gpus-per-node", type=int, metavar="N", help="one rank each")
     sizes.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on CPUs, without GPUs")
-    job.add_argument("--cpus-per-rank", type=int, metavar="N")
+    job.add_argument(
+        "--cpus-per-rank", type=int, metavar="N", help="default with --gpus-per-node: data.num_workers + 1"
+    )
     job.add_argument("--job-name", metavar="NAME", help="default: the run directory's")
     job.add_argument("--time", metavar="LIMIT", help="such as 1-00:00:00")
     for name in ("partition", "account", "qos"):
@@ -96,22 +98,29 @@ def _address(hosts: HostSlots, resolve: bool) -> str:
         return hosts.first
 
 
-def slurm_request(args: argparse.Namespace, name: str, array: str | None = None) -> SlurmRequest:
+def slurm_request(
+    args: argparse.Namespace, name: str, array: str | None = None, num_workers: int | None = None
+) -> SlurmRequest:
     """What to request from Slurm.
 
     Args:
         name: of the job, unless the command line gives one.
+        num_workers: data workers of a rank. One with a GPU gets a core for each and one for itself, unless the command
+            line says how many: Slurm's default is one for all.
 
     Raises:
         UsageError: the number of ranks per node is missing.
     """
     if args.gpus_per_node is None and args.tasks_per_node is None:
         raise UsageError("--slurm needs --gpus-per-node N, or --tasks-per-node N for ranks on CPUs")
+    cores = args.cpus_per_rank
+    if cores is None and num_workers is not None and args.gpus_per_node is not None:
+        cores = num_workers + 1
     return SlurmRequest(
         args.nodes or 1,
         args.gpus_per_node or args.tasks_per_node,
         args.gpus_per_node is not None,
-        args.cpus_per_rank,
+        cores,
         args.job_name or name,
         args.time,
         args.partition,

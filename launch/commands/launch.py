@@ -128,7 +128,7 @@ def _submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
             )
     frozen = freeze(recipes, argv)
     job = _job(frozen, run_dir, args.change)
-    request = slurm_request(args, _plain(run_dir.name), args.array)
+    request = slurm_request(args, _plain(run_dir.name), args.array, recipes[0].data.num_workers)
     for recipe in recipes:
         _require_ranks(recipe, request.ranks)
     site = read_site(find_site(args.site, os.environ))

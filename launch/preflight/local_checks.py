@@ -1,7 +1,12 @@
 """Checks of this machine before `--local` starts ranks on it; those of hosts are the doctor's."""
 
 from mixmae.base.errors import UsageError
-from mixmae.base.machine import require_shared_memory, require_temporary_folder, require_writable
+from mixmae.base.machine import (
+    require_shared_memory,
+    require_temporary_folder,
+    require_working_directory,
+    require_writable,
+)
 from mixmae.trainer.recipe.schema import Recipe
 
 
@@ -12,6 +17,7 @@ def check_this_machine(recipe: Recipe, ranks: int) -> None:
     """
     if recipe.data.directory is not None and not recipe.data.directory.is_dir():
         raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
+    require_working_directory()
     require_temporary_folder()
     require_shared_memory(ranks * recipe.batch_bytes_ahead)
     require_writable(recipe.run_dir, "run_dir")

@@ -183,7 +183,7 @@ class Coordinator:
             await connection.close()
 
     async def _write(self, outcome: Outcome) -> None:
-        """Writes the outcome; a hanging file system must not keep the run from ending."""
-        with contextlib.suppress(TimeoutError):
+        """Writes the outcome; a hanging file system or a full one must not keep the run from telling it, and ending."""
+        with contextlib.suppress(OSError):  # TimeoutError is one
             async with asyncio.timeout(_WRITE_SECONDS):
                 await asyncio.to_thread(write_outcome, self._folder, outcome)

@@ -19,7 +19,7 @@ _INTERRUPTED = 130
 """What a shell reports of a command that SIGINT ended."""
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """What is wrong with a file that no further start gets around."""
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 """What may be better at the next start: somebody made room, or the file system is mounted again."""
 _BROKEN_PIPE = 141
 """What it reports of one that SIGPIPE ended."""

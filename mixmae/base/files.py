@@ -25,14 +25,16 @@ def atomic_write(file: Path, content: bytes | str) -> None:
     Several processes may write the same file: the last one wins.
 
     Raises:
-        OSError: the disk is full or out of reach; `file` is as it was.
+        OSError: the disk is full or out of reach; names `file`, which is as it was.
     """
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         publish(partial, file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # which names what was written beside, or, of a full disk, nothing
+            raise OSError(error.errno, error.strerror, str(file)) from error
         raise
 
 

@@ -55,7 +55,11 @@ class JsonLines:
 
     def _flush(self) -> None:
         while self._waiting:
-            written = self._file.write(self._waiting)
+            try:
+                written = self._file.write(self._waiting)
+            except OSError as error:
+                error.filename = str(self._file.name)
+                raise
             if written:
                 self._torn = self._waiting[written - 1 : written] != b"\n"
             del self._waiting[:written]

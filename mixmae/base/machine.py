@@ -1,5 +1,6 @@
 """What a run needs of the machine it is started on, looked at before anything else is done."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 
 SHARED_MEMORY = Path("/dev/shm")
+_ROOM = 2**18
+"""Bytes that a directory has to have room for: a run's first records."""
 
 
 def require_writable(directory: Path, name: str) -> None:
@@ -21,13 +24,21 @@ def require_writable(directory: Path, name: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=".mixmae-", dir=directory) as file:
-            file.write(b"mixmae")
+            file.write(bytes(_ROOM))
             file.flush()
     except OSError as error:
         raise UsageError(
             f"{name}={directory}: files cannot be written there ({error.strerror or error}); name another directory, "
             "or make this one writable"
         ) from error
+
+
+def require_working_directory() -> None:
+    """Raises UsageError where the working directory was removed, which no process can be started in."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the working directory was removed; change to one that is there") from error
 
 
 def require_temporary_folder() -> None:
@@ -44,6 +55,8 @@ def require_shared_memory(needed: int) -> None:
         return
     if not SHARED_MEMORY.is_dir():
         raise UsageError(f"{SHARED_MEMORY} is not there; mount a tmpfs on it, data workers need it")
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        raise UsageError(f"{SHARED_MEMORY} cannot be written; mount a tmpfs on it that can, data workers need it")
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise UsageError(

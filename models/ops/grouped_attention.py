@@ -179,4 +179,5 @@ def _launch(batch: int, bias: Tensor, triple: int) -> tuple[tuple[int, int], dic
 
 
 def warps(block: int) -> int:
-    return 4 if block <= 64 else 8
+    """So many that a block's matrices are shared among them without being held twice, and lie in registers."""
+    return {16: 1, 32: 2, 64: 4}.get(block, 8)

@@ -40,7 +40,7 @@ def test_the_new_content_takes_the_place_of_the_old(tmp_path: Path, content: str
 def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
-    with full_disk(4), pytest.raises(OSError, match=r"No space|File too large"):
+    with full_disk(4), pytest.raises(OSError, match=rf"(No space.*|File too large): '{file}'$"):
         atomic_write(file, "longer than there is room")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]

@@ -1,3 +1,4 @@
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,6 +29,10 @@ def test_too_little_shared_memory_is_refused(tmp_path: Path, monkeypatch: pytest
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(UsageError, match=r"--shm-size.*lower data.prefetch_factor"):
         require_shared_memory(2 * free + 2**30)
+    with monkeypatch.context() as read_only:
+        read_only.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(UsageError, match="cannot be written; mount a tmpfs"):
+            require_shared_memory(1)
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
     require_shared_memory(0)
     with pytest.raises(UsageError, match="mount a tmpfs"):

@@ -5,11 +5,12 @@ import importlib
 from collections.abc import Sequence
 
 BENCHMARKS = {
-    "step": "images per second, MFU and memory of variants of the training step",
+    "step": "images per second, FLOP/s and memory of variants of the training step",
     "mixed-conv": "time and memory of mixed convolutions beside plain ones",
     "loop": "overhead of the training loop over the bare step",
     "data": "images per second of a recipe's input pipeline",
     "scale": "images per second of several ranks on this machine, and traffic of each ZeRO stage",
+    "communication": "rounding errors of gradients that are summed over ranks, in bf16 and fp32",
     "monitoring": "overhead of metrics per step",
     "checkpoints": "stall of a save, and duration of saving and resuming",
     "scrape": "time to scrape all exporters of a large run",

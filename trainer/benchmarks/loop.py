@@ -110,7 +110,7 @@ def measure(recipe: Recipe, rounds: int) -> dict[str, Any]:
         dist.destroy_process_group()
     if stopped_by is not None:
         raise UsageError(f"{stopped_by} stopped the benchmark after {len(turns.loop)} of {rounds + 1} rounds")
-    return _compared(recipe, turns, ranks.device)
+    return _compared(job.recipe, turns, ranks.device)
 
 
 class Turns(InMemory):
@@ -158,7 +158,7 @@ def _compared(recipe: Recipe, turns: Turns, device: torch.device) -> dict[str, A
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else where["cpu"],
         "model": recipe.encoder.name,
         "precision": recipe.train.precision,
-        "zero_stage": recipe.train.zero_stage,
+        "zero_stage": recipe.train.stage,
         "batch": recipe.train.micro_batch,
         "log_every": recipe.log.every,
         "rounds": len(loop),

@@ -21,7 +21,7 @@ _COLUMNS = (
     "images/s",
     "to plain",
     "TFLOP/s",
-    "MFU",
+    "of product",
     "peak GB",
 )
 
@@ -42,10 +42,15 @@ def measurements(results: Path, kind: str) -> list[dict[str, Any]]:
 def with_tables(page: str, results: Path) -> str:
     """The page with each of its tables made anew."""
     layers = [json.loads(file.read_text()) for file in sorted(results.glob("mixed-conv-*.json"))]
-    page = with_table(page, "table", table(measurements(results, "step")))
     methods = measurements(results, "methods")
-    page = with_table(page, "methods", comparison(methods) if methods else "Not measured yet.")
-    return with_table(page, "mixed convolutions", "\n\n".join(map(mixed_conv.table, layers)))
+    tables = {
+        "table": table(measurements(results, "step")),
+        "methods": comparison(methods) if methods else "Not measured yet.",
+        "mixed convolutions": "\n\n".join(map(mixed_conv.table, layers)),
+    }
+    for name, content in tables.items():
+        page = with_table(page, content, f"<!-- {name}: make performance -->", f"<!-- end of {name} -->")
+    return page
 
 
 def table(steps: list[dict[str, Any]]) -> str:
@@ -58,15 +63,15 @@ def table(steps: list[dict[str, Any]]) -> str:
             f"{found['device']}, {found['cores']} cores" if found["device"] == found["cpu"] else found["device"],
             found["model"], found["precision"], str(found["num_images"] or found["method"]), str(found["batch"]),
             found["variant"],
-            f"{found['images_per_second']:.2f}", ratio, f"{found['model_tflops']:.3g}", f"{found['mfu']:.1%}", memory,
+            f"{found['images_per_second']:.2f}", ratio, f"{found['model_tflops']:.3g}",
+            f"{found['share_of_product']:.1%}", memory,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def with_table(page: str, name: str, new: str) -> str:
-    """Replaces the table between the markers of this name."""
-    begin, end = f"<!-- {name}: make performance -->", f"<!-- end of {name} -->"
+def with_table(page: str, new: str, begin: str, end: str) -> str:
+    """Replaces the table between the markers."""
     head, rest = page.split(begin)
     _, tail = rest.split(end)
     return f"{head}{begin}\n\n{new}\n\n{end}{tail}"
@@ -91,7 +96,7 @@ def draw(steps: list[dict[str, Any]], file: Path) -> None:
     axes.barh(rows, [found["peak_tflops"] for found in steps], color="#e4e4e4", label="large matrix product, same run")
     axes.barh(rows, [found["model_tflops"] for found in steps], color="#3b6fb6", label="model")
     for row, found in zip(rows, steps, strict=True):
-        axes.text(found["model_tflops"], row, f" {found['mfu']:.0%}", va="center", fontsize=8)
+        axes.text(found["model_tflops"], row, f" {found['share_of_product']:.0%}", va="center", fontsize=8)
     axes.set_yticks(rows, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")  # CPUs and GPUs differ by three orders of magnitude

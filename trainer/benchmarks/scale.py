@@ -75,7 +75,7 @@ def measure(recipe: Recipe, world_size: int, steps: int) -> dict[str, Any]:
     return {
         "model": recipe.encoder.name,
         "ranks": world_size,
-        "zero_stage": recipe.train.zero_stage,
+        "zero_stage": recipe.train.stage,
         "precision": recipe.train.precision,
         "batch": recipe.train.micro_batch,
         "images_per_second": round(recipe.train.global_batch * steps / seconds, 2),
@@ -88,7 +88,7 @@ def planned(recipe: Recipe, world_size: int, limits: Limits) -> dict[str, float]
     """Planned bytes of a step by operation, of the unsharded tensors."""
     train = recipe.train
     parameters = count_parameters(on_meta(recipe), limits)
-    parts = traffic(train.zero_stage, train.precision, parameters, recipe.accumulation(world_size), limits)
+    parts = traffic(train.stage, train.precision, parameters, recipe.accumulation(world_size), limits)
     return {part.operation: part.bytes for part in parts}
 
 

@@ -3,9 +3,9 @@
 Forward, backward and AdamW on random pixels that are on the device, with a large matrix product in between; all
 variants share weights and optimizer states. On a CPU, which other processes may use, variants are interleaved step by
 step, and with one thread (OMP_NUM_THREADS=1) times are processor time; on a GPU they are measured one after the other,
-several steps at a time without synchronization. Each result is written at once. Medians are compared. MFU is
-the model's FLOP/s (those of the method, with full attention in each window, without recomputation) over those of the
-matrix product.
+several steps at a time without synchronization. Each result is written at once. Medians are compared. The share of the
+product is the model's FLOP/s (those of the method, with full attention in each window, without recomputation) over
+those of the matrix product; an MFU is over the data sheet's.
 """
 
 import argparse
@@ -110,17 +110,17 @@ def comparison(table: Sequence[dict[str, Any]]) -> str:
     """Encoders and methods side by side, a Markdown table.
 
     They differ in operations for an image; at equal ones they compare by the seconds that a TFLOP of the model's takes
-    or, where the machine was busier with one than with another, by the MFU.
+    or, where the machine was busier with one than with another, by the share of the matrix product's rate.
     """
     lines = [
-        "| encoder | method | GFLOP/image | images/s | step (s) | s/TFLOP | MFU | peak GB |",
+        "| encoder | method | GFLOP/image | images/s | step (s) | s/TFLOP | of product | peak GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for found in table:
         cells = [
             found["model"].removeprefix("mixmae_"), _method(found), f"{found['gflop_per_image']:.1f}",
             f"{found['images_per_second']:.2f}", f"{found['step_seconds']:.3f}", f"{1 / found['model_tflops']:.2f}",
-            f"{found['mfu']:.1%}", f"{found['peak_memory_bytes'] / 1e9:.2f}",
+            f"{found['share_of_product']:.1%}", f"{found['peak_memory_bytes'] / 1e9:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -231,7 +231,7 @@ def _measurement(
         "gflop_per_image": round(flops / 1e9, 1),
         "model_tflops": round(rate * flops / 1e12, 6),
         "peak_tflops": round(peak / 1e12, 4),
-        "mfu": round(rate * flops / peak, 4),
+        "share_of_product": round(rate * flops / peak, 4),
         "peak_memory_bytes": timed.memory,
         "ratio_to_plain": None if reference is None else round(rate / reference, 3),
     }
@@ -289,6 +289,6 @@ def _describe(found: dict[str, Any]) -> str:
     return (
         f"{found['model'].removeprefix('mixmae_')} by {_method(found)}, batch {found['batch']}\n"
         f"{found['variant']:<15} {found['images_per_second']:.2f} images/s{ratio}; step {found['step_seconds']:.3f} s "
-        f"({low:.3f} to {high:.3f}); {found['model_tflops']:.3g} TFLOP/s, MFU {found['mfu']:.1%} of "
+        f"({low:.3f} to {high:.3f}); {found['model_tflops']:.3g} TFLOP/s, {found['share_of_product']:.1%} of "
         f"{found['peak_tflops']:.3g}; {found['peak_memory_bytes'] / 1e9:.2f} GB\n{'':<15} {largest}"
     )

@@ -1,10 +1,14 @@
 """Staging buffers in host memory for asynchronous checkpoints."""
 
 import mmap
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from mixmae.base.errors import UsageError
 
 
 class HostMemory:
@@ -12,6 +16,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unpin: Callable[[], object] = lambda: None
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
         """Allocates memory for copies of these tensors, so that `copy` allocates none; a no-op if the size is the same.
@@ -21,8 +26,11 @@ class HostMemory:
         """
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._memory.numel() != size:
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=_on_gpu(tensors))
+            self._unpin()
+            self._memory = torch.empty(size, dtype=torch.uint8)
             self._memory.numpy()[:: mmap.PAGESIZE] = 0
+            if size and _on_gpu(tensors):
+                self._unpin = weakref.finalize(self, _pin(self._memory))
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the tensors, valid until the next call; returns when they are complete."""
@@ -36,6 +44,24 @@ class HostMemory:
         if _on_gpu(tensors):
             torch.cuda.current_stream().synchronize()
         return copies
+
+
+def _pin(memory: Tensor) -> Callable[[], object]:
+    """Locks these pages, and no more: torch's own pinned memory is rounded up to a power of two.
+
+    Returns:
+        what undoes it.
+
+    Raises:
+        UsageError: the system does not let so much memory be locked.
+    """
+    cudart, size = torch.cuda.cudart(), memory.numel()
+    if error := int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)):
+        raise UsageError(
+            f"cannot pin {size / 1e9:.1f} GB of host memory for checkpoints (CUDA error {error}); raise 'ulimit -l' "
+            "or set checkpoint.asynchronous=false"
+        )
+    return partial(cudart.cudaHostUnregister, memory.data_ptr())
 
 
 def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:

@@ -129,7 +129,7 @@ class Saver:
             Manifest,
             **vars(progress),
             world_size=self._ranks.world_size,
-            zero_stage=self._recipe.train.zero_stage,
+            zero_stage=self._recipe.train.stage,
             recipe=self._recipe.shown(),
             versions=self._versions,
             shapes=slices.shapes,

@@ -42,7 +42,8 @@ _MAX_OUTAGES = 3
 """Samples tried although their shards are unreachable: each may take as long as all its retries."""
 _EXIT_NOTICE_SECONDS = 5.0
 """How long torch may take to notice the exit of a worker whose connection broke."""
-_LOST_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)|Pin memory thread exited unexpectedly")
+"""torch's words. The thread that pins ends where a worker died while it took that worker's batch."""
 
 
 class LostWorkerError(UsageError):
@@ -100,12 +101,24 @@ class ToDevice:
 
     def __init__(self, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> None:
         self.device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
         self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * 255)
 
     def __call__(self, images: Tensor) -> Tensor:
         # A difference of uint8 and fp32 takes CPUs twenty times as long as making them alike first.
-        return images.to(self.device, non_blocking=True).float().sub_(self.mean).mul_(self.inverse_std)
+        return self._copy(images).float().sub_(self.mean).mul_(self.inverse_std)
+
+    def _copy(self, images: Tensor) -> Tensor:
+        """On a GPU beside its computing: the host is ahead, and the copy would wait behind the step before."""
+        if self._copies is None:
+            return images.to(self.device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            copied = images.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        copied.record_stream(computing)
+        return copied
 
 
 class BatchReader(Dataset[Batch]):
@@ -351,9 +364,10 @@ def lost_worker_error(error: BaseException, rank: int) -> LostWorkerError | None
     found = _LOST_WORKER.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None
+    process, words = found[1] or "of a batch", str(error).splitlines()[0]
     return LostWorkerError(
-        f"rank {rank}: data worker process {found[1]} ended ({str(error).splitlines()[0]}); if the machine ran out of "
-        "memory, lower data.num_workers or data.prefetch_factor; the run resumes from its newest checkpoint"
+        f"rank {rank}: data worker process {process} ended ({words}); if the machine ran out of memory, lower "
+        "data.num_workers or data.prefetch_factor; the run resumes from its newest checkpoint"
     )
 
 

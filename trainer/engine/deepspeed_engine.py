@@ -13,32 +13,37 @@ import torch
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
+from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.cpu import Bf16Matmuls, apply_cpu_workarounds
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
+from mixmae.trainer.recipe.hardware import Device, fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
 
 _BUCKET = 100_000_000
 """Elements reduced at once: DeepSpeed's own default is one bucket for a whole model of 500 M parameters."""
 
 
-def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
+def deepspeed_config(recipe: Recipe, world_size: int, device: Device | None = None) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe.
+
+    Args:
+        device: of the ranks, for what the recipe leaves to it; None for this machine's.
 
     Raises:
         UsageError: the batch does not divide.
     """
-    train = recipe.train
+    train = fit_hardware(recipe, device or ("cuda" if torch.cuda.is_available() else "cpu"), world_size).train
     config: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": recipe.accumulation(world_size),
         "steps_per_print": None,
         "zero_optimization": {
-            "stage": train.zero_stage,
+            "stage": train.stage,
             "reduce_bucket_size": _BUCKET,
-            # Overlap together with contiguous gradients and bf16 has given NaN (DeepSpeed #8061).
-            "overlap_comm": False,
+            # With contiguous gradients it gave NaN until DeepSpeed 0.19.8, which waits for all streams (#8061).
+            "overlap_comm": train.overlap_comm,
             "contiguous_gradients": True,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -49,13 +54,16 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         config["wandb"] = {"enabled": True, "project": wandb.project, "group": wandb.group, "team": wandb.entity}
     if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
         config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
-    if train.zero_stage == 0:
+    if train.stage == 0:
         # At this stage the optimizer clips by itself (`non_finite`).
         return config
     config["zero_allow_untested_optimizer"] = True  # the optimizer itself says whether ZeRO may split its parameters
     config["gradient_clipping"] = recipe.optim.clip_grad or 0.0
-    config["bf16"] = {"enabled": train.precision == "bf16"}
-    if train.zero_stage == 3:
+    # Stage 1 adds each gradient to its fp32 sum when it is there, not one by one behind the backward pass.
+    config["bf16"] = {"enabled": train.precision == "bf16", "immediate_grad_update": True}
+    if train.precision == "bf16":
+        config["communication_data_type"] = train.communication_dtype
+    if train.stage == 3:
         # Keeps stage 3 equal to stage 2 to the bit.
         config["zero_optimization"]["memory_efficient_linear"] = False
         config["zero_optimization"]["allgather_bucket_size"] = _BUCKET
@@ -104,6 +112,7 @@ def build_engine(
     import deepspeed
 
     import_muon()
+    recipe = fit_here(recipe, ranks)
     config = deepspeed_config(recipe, ranks.world_size)
     checkpoint_activations(model, recipe.train.activation_checkpointing)
     model.to(ranks.device)

@@ -21,9 +21,10 @@ from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
 from mixmae.base.rank_env import RankEnv, read_rank_env
 from mixmae.models.ops.sdpa import pin_attention
+from mixmae.trainer.engine.affinity import bind_to_gpu
 from mixmae.trainer.engine.interfaces import choose_gloo_interface
 from mixmae.trainer.engine.malloc import keep_freed_memory
-from mixmae.trainer.engine.rendezvous import keep_to_loopback, open_store
+from mixmae.trainer.engine.rendezvous import choose_interfaces, open_store
 from mixmae.trainer.recipe.sections.launch import Launch
 
 
@@ -54,11 +55,12 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     return Ranks(**asdict(read_rank_env(env)))
 
 
-def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
+def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds, deterministic: bool = False) -> None:
     """Joins the process group: NCCL where there are GPUs, gloo elsewhere.
 
     Args:
         stuck_seconds: the recipe's, after which a supervisor takes a run for stuck.
+        deterministic: the recipe's; on GPUs, whose libraries read it when they are first used.
 
     Raises:
         UsageError: this rank has no GPU of its own although there are some, or the environment names another
@@ -68,6 +70,8 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     _choose_accelerator(ranks.device.type)
     if ranks.device.type == "cuda":
         _take_gpu(ranks)
+        if deterministic:
+            compute_deterministically()
     else:
         keep_freed_memory()
     import deepspeed
@@ -81,7 +85,7 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds) -> None:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
     if not dist.is_initialized():
-        keep_to_loopback(ranks)
+        choose_interfaces(ranks)
         store = open_store(ranks, timeout)
         choose_gloo_interface(ranks, store)
         device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does
@@ -109,7 +113,18 @@ def _take_gpu(ranks: Ranks) -> None:
         )
     os.environ["LOCAL_RANK"] = str(index)  # by which DeepSpeed chooses the device
     torch.cuda.set_device(ranks.device)
+    bind_to_gpu(torch.cuda.get_device_properties(ranks.device))
     pin_attention()
+    torch.backends.cudnn.allow_tf32 = False  # as cuBLAS has it: fp32 of convolutions is fp32
+
+
+def compute_deterministically() -> None:
+    """Has GPUs compute and sum over ranks in one order: kernels that add by atomics give way to others, cuBLAS keeps
+    its workspaces, NCCL sums along rings whatever the size."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _refuse_shared_gpu(ranks: Ranks) -> None:

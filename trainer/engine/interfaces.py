@@ -37,10 +37,12 @@ def choose_gloo_interface(ranks: RankEnv, store: Store) -> None:
     Args:
         store: of all ranks, who tell each other their addresses in it.
     """
-    if GLOO_INTERFACE in os.environ or ranks.world_size == 1:
+    if ranks.world_size == 1:
         return
     own = address_towards(ranks.master_addr)
-    store.set(f"mixmae/address/{ranks.rank}", own)
+    store.set(f"mixmae/address/{ranks.rank}", own)  # also where the user has chosen: others may wait for it
+    if GLOO_INTERFACE in os.environ:
+        return
     if is_loopback(own):  # on the main rank's host, whose name other hosts resolve to another address
         addresses = (store.get(f"mixmae/address/{rank}").decode() for rank in range(ranks.world_size))
         elsewhere = next((address for address in addresses if not is_loopback(address)), None)

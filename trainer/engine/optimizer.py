@@ -60,7 +60,7 @@ def build_optimizer(
     Raises:
         UsageError: the optimizer cannot run at the recipe's ZeRO stage.
     """
-    optim, zero_stage = recipe.optim, recipe.train.zero_stage
+    optim, zero_stage = recipe.optim, recipe.train.stage
     choice = choice or adamw(optim)
     choice.check(zero_stage)
     groups = parameter_groups(model, optim.weight_decay, exempt_from_decay(recipe, model), lr_scale_of)

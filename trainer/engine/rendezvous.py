@@ -9,6 +9,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import TCPStore
 
+from mixmae.base.errors import UsageError
 from mixmae.base.ports import PortError, is_loopback, listening_address
 from mixmae.base.rank_env import RankEnv
 
@@ -39,11 +40,21 @@ def open_store(ranks: RankEnv, timeout: timedelta, wait_for_workers: bool = True
     )
 
 
-def keep_to_loopback(ranks: RankEnv) -> None:
-    """Has gloo and NCCL listen on the loopback interface where all ranks are here, unless the user says where."""
+def choose_interfaces(ranks: RankEnv) -> None:
+    """Has gloo and NCCL listen on the loopback interface where all ranks are here, unless the user says where.
+
+    Raises:
+        UsageError: the environment names an interface for gloo that this host does not have.
+    """
     if is_loopback(ranks.master_addr):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={_LOOPBACK_INTERFACE}")  # the very name, and no prefix
+    named, there = os.environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    if missing := [name for name in named.split(",") if name and name not in there]:
+        raise UsageError(
+            f"GLOO_SOCKET_IFNAME={named}: this host has no interface {missing[0]!r}, but {', '.join(there)}; name one "
+            "of those, or unset it"
+        )
 
 
 def _listener(name: str, port: int) -> socket.socket | None:

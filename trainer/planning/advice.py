@@ -74,10 +74,10 @@ def _about_time(plan: Plan) -> Iterator[str]:
         share = chosen.communication_seconds / chosen.step_seconds
         remedy = " or a faster network" if cluster.nodes > 1 else ""
         yield f"Communication takes {share:.0%} of a step; a larger train.global_batch{remedy} lowers it."
-    if "assumed" in plan.speed.source:
-        yield ("The time assumes an MFU: run some hundred steps, read mixmae_mfu_ratio, and pass it with --mfu.")
+    if plan.speed.source.startswith(("assumed", "modelled")):
+        yield "The MFU was not measured: run some hundred steps, read mixmae_mfu_ratio, and pass it with --mfu."
     if plan.recipe.train.compile:
-        yield "Memory is that of eager mode; train.compile=true usually needs less."
+        yield "Memory is that of eager mode; compiled blocks (train.compile) usually need less."
 
 
 def _about_data(plan: Plan) -> Iterator[str]:

@@ -27,6 +27,7 @@ class Gpu:
         fp32: FLOP/s in fp32 without tensor cores.
         peers: bytes per second to the other GPUs of its node, over NVLink, else PCIe.
         host: bytes per second to pinned host memory, over PCIe.
+        memory_rate: bytes per second of its own memory.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Gpu:
     fp32: float
     peers: float
     host: float
+    memory_rate: float
 
     def peak(self, precision: str) -> float:
         """Peak FLOP/s in a recipe's precision."""
@@ -47,35 +49,37 @@ class Gpu:
         return self.memory * (1 - _FRAGMENTED) - _CONTEXT
 
 
+_BYTES_A_FLOP = 2e12 / 312e12
+"""An A100's, for the memory of a GPU that nobody knows."""
 _PCIE4, _PCIE5 = 31.5e9, 63.0e9
 """x16, one direction."""
 
 
-def _gpu(name: str, product: str, gib: float, fp32: float, peers: float, host: float) -> Gpu:
-    return Gpu(name, product, gib * _GIB, PEAKS[product], fp32, peers, host)
+def _gpu(name: str, product: str, gib: float, fp32: float, peers: float, host: float, memory_rate: float) -> Gpu:
+    return Gpu(name, product, gib * _GIB, PEAKS[product], fp32, peers, host, memory_rate)
 
 
 # NVIDIA's data sheets, which give NVLink's bandwidth for both directions together.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("rtx3080", "RTX 3080", 9.7, 29.8e12, _PCIE4, _PCIE4),
-        _gpu("rtx3090", "RTX 3090", 23.6, 35.6e12, _PCIE4, _PCIE4),
-        _gpu("rtx4080", "RTX 4080", 15.6, 48.7e12, _PCIE4, _PCIE4),
-        _gpu("rtx4090", "RTX 4090", 23.6, 82.6e12, _PCIE4, _PCIE4),
-        _gpu("rtx5080", "RTX 5080", 15.5, 56.3e12, _PCIE5, _PCIE5),
-        _gpu("rtx5090", "RTX 5090", 31.4, 104.8e12, _PCIE5, _PCIE5),
-        _gpu("a6000", "RTX A6000", 47.4, 38.7e12, _PCIE4, _PCIE4),
-        _gpu("6000ada", "RTX 6000 Ada", 47.4, 91.1e12, _PCIE4, _PCIE4),
-        _gpu("l4", "L4", 22.0, 30.3e12, _PCIE4, _PCIE4),
-        _gpu("a10", "A10", 22.1, 31.2e12, _PCIE4, _PCIE4),
-        _gpu("a100-40g", "A100", 39.4, 19.5e12, 300e9, _PCIE4),
-        _gpu("a100-80g", "A100", 79.2, 19.5e12, 300e9, _PCIE4),
-        _gpu("l40s", "L40S", 44.4, 91.6e12, _PCIE4, _PCIE4),
-        _gpu("h100-pcie", "H100 PCIe", 79.1, 51e12, _PCIE5, _PCIE5),
-        _gpu("h100", "H100", 79.1, 67e12, 450e9, _PCIE5),
-        _gpu("h200", "H200", 139.7, 67e12, 450e9, _PCIE5),
-        _gpu("b200", "B200", 178.3, 75e12, 900e9, _PCIE5),
+        _gpu("rtx3080", "RTX 3080", 9.7, 29.8e12, _PCIE4, _PCIE4, 760e9),
+        _gpu("rtx3090", "RTX 3090", 23.6, 35.6e12, _PCIE4, _PCIE4, 936e9),
+        _gpu("rtx4080", "RTX 4080", 15.6, 48.7e12, _PCIE4, _PCIE4, 717e9),
+        _gpu("rtx4090", "RTX 4090", 23.6, 82.6e12, _PCIE4, _PCIE4, 1008e9),
+        _gpu("rtx5080", "RTX 5080", 15.5, 56.3e12, _PCIE5, _PCIE5, 960e9),
+        _gpu("rtx5090", "RTX 5090", 31.4, 104.8e12, _PCIE5, _PCIE5, 1792e9),
+        _gpu("a6000", "RTX A6000", 47.4, 38.7e12, _PCIE4, _PCIE4, 768e9),
+        _gpu("6000ada", "RTX 6000 Ada", 47.4, 91.1e12, _PCIE4, _PCIE4, 960e9),
+        _gpu("l4", "L4", 22.0, 30.3e12, _PCIE4, _PCIE4, 300e9),
+        _gpu("a10", "A10", 22.1, 31.2e12, _PCIE4, _PCIE4, 600e9),
+        _gpu("a100-40g", "A100", 39.4, 19.5e12, 300e9, _PCIE4, 1555e9),
+        _gpu("a100-80g", "A100", 79.2, 19.5e12, 300e9, _PCIE4, 2039e9),
+        _gpu("l40s", "L40S", 44.4, 91.6e12, _PCIE4, _PCIE4, 864e9),
+        _gpu("h100-pcie", "H100 PCIe", 79.1, 51e12, _PCIE5, _PCIE5, 2000e9),
+        _gpu("h100", "H100", 79.1, 67e12, 450e9, _PCIE5, 3350e9),
+        _gpu("h200", "H200", 139.7, 67e12, 450e9, _PCIE5, 4800e9),
+        _gpu("b200", "B200", 178.3, 75e12, 900e9, _PCIE5, 8000e9),
     )
 }
 
@@ -118,7 +122,9 @@ def find_gpu(
     known = GPUS.get(name.lower()) if name is not None else None
     if known is None and (memory is None or tflops is None):
         raise UsageError(_unknown(name))
-    gpu = known or Gpu(name or "GPU", name or "GPU", 0.0, 0.0, 0.0, _PCIE4, _PCIE4)
+    gpu = known or Gpu(
+        name or "GPU", name or "GPU", 0.0, 0.0, 0.0, _PCIE4, _PCIE4, _BYTES_A_FLOP * (tflops or 0) * 1e12
+    )
     return replace(
         gpu,
         memory=gpu.memory if memory is None else memory * _GIB,

@@ -10,6 +10,7 @@ from mixmae.trainer.planning.devices import Cluster
 from mixmae.trainer.planning.memory import Memory, largest_micro_batch, peak_memory
 from mixmae.trainer.planning.speed import Speed
 from mixmae.trainer.planning.states import Limits, Parameters, States, ema_bytes, states
+from mixmae.trainer.recipe.hardware import fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 
@@ -37,7 +38,7 @@ class Workload:
         """ZeRO stages that are compatible with the recipe's precision and compilation."""
         train = self.recipe.train
         allowed = (1, 2, 3) if train.precision == "bf16" else (0, 1, 2, 3)
-        return allowed[:-1] if train.compile else allowed
+        return allowed[:-1] if train.compile is True else allowed
 
     def recomputed(self, policy: str) -> float:
         """FLOPs of recomputation as a fraction of those without.
@@ -47,10 +48,17 @@ class Workload:
         return self.footprints[policy].flops / self.footprints[NONE].flops - 1
 
     def held(self, stage: int, gpus: int, accumulates: bool) -> States:
-        held = states(stage, self.recipe.train.precision, self.parameters, gpus, accumulates, self.limits)
+        limits = self.limits_at(stage, gpus)
+        held = states(stage, self.recipe.train.precision, self.parameters, gpus, accumulates, limits)
         if self.recipe.optim.ema_decay is None:
             return held
         return replace(held, optimizer=held.optimizer + ema_bytes(stage, self.parameters, gpus))
+
+    def limits_at(self, stage: int, gpus: int) -> Limits:
+        """The limits, with overlap where the recipe has it at this stage."""
+        staged = self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"zero_stage": stage})})
+        fitted = fit_hardware(staged, "cuda", gpus).train
+        return replace(self.limits, overlaps=stage >= 2 and fitted.overlap_comm is True)
 
     def memory(self, stage: int, policy: str, gpus: int, micro_batch: int, accumulates: bool) -> Memory:
         held = self.held(stage, gpus, accumulates)
@@ -73,7 +81,8 @@ class Option:
     traffic: list[traffic.Traffic]
     compute_seconds: float
     communication_seconds: float | None
-    """None if the network's bandwidth is unknown; then the step time excludes it."""
+    """Of communication that computing waits for; None if the network's bandwidth is unknown; then the step time
+    excludes it."""
 
     @property
     def step_seconds(self) -> float:
@@ -81,10 +90,12 @@ class Option:
 
 
 def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: str, micro_batch: int) -> Option:
-    """Memory and time of a choice of stage, policy and micro-batch; computation and communication do not overlap."""
+    """Memory and time of a choice of stage, policy and micro-batch."""
     per_gpu = work.recipe.train.global_batch // cluster.gpus
     accumulation = per_gpu // micro_batch
-    parts = traffic.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, work.limits)
+    limits = work.limits_at(stage, cluster.gpus)
+    parts = traffic.traffic(stage, work.recipe.train.precision, work.parameters, accumulation, limits)
+    computing = speed.seconds(per_gpu * work.model_flops * (1 + work.recomputed(policy)), accumulation)
     return Option(
         stage,
         policy,
@@ -92,9 +103,18 @@ def option(work: Workload, cluster: Cluster, speed: Speed, stage: int, policy: s
         accumulation,
         work.memory(stage, policy, cluster.gpus, micro_batch, accumulation > 1),
         parts,
-        per_gpu * work.model_flops * (1 + work.recomputed(policy)) / speed.flops,
-        traffic.seconds(parts, cluster),
+        computing,
+        _waiting(work, cluster, stage, parts, computing),
     )
+
+
+def _waiting(
+    work: Workload, cluster: Cluster, stage: int, parts: list[traffic.Traffic], computing: float
+) -> float | None:
+    if not work.limits_at(stage, cluster.gpus).overlaps:
+        return traffic.seconds(parts, cluster)
+    unhidden = min(1.0, work.limits.reduce_bucket / work.parameters.total)
+    return traffic.exposed(parts, cluster, stage, computing, unhidden)
 
 
 def options(work: Workload, cluster: Cluster, speed: Speed) -> Iterator[Option]:

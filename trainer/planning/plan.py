@@ -15,6 +15,7 @@ from mixmae.trainer.planning.memory import Memory
 from mixmae.trainer.planning.options import Option, Workload, best, micro_batches, option, options, policies
 from mixmae.trainer.planning.speed import Speed, speed
 from mixmae.trainer.planning.states import Limits, count_parameters
+from mixmae.trainer.recipe.hardware import fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.flops import model_flops
 
@@ -108,16 +109,16 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
     """
     recipe.streams_of(0, cluster.gpus)
     model = on_meta(recipe)
-    recipe, note = _divided(recipe, cluster.gpus, model.min_batch)
+    recipe, note = _divided(_staged(recipe, cluster.gpus), cluster.gpus, model.min_batch)
     data = corpus(recipe, given.images, given.image_bytes)
     steps = build_schedule(recipe, round(data.images)).total_steps
     work = _measure(recipe, model, cluster.gpus)
-    pace = speed(recipe, cluster.gpu, given.mfu, given.results)
+    pace = speed(recipe, cluster.gpu, given.mfu, given.results, cluster.gpus)
     found = best(work, cluster, pace)
     if found is None:
         raise UsageError(_nothing_fits(work, cluster, pace))
     train, own_policy = recipe.train, describe(recipe.train.activation_checkpointing)
-    own = option(work, cluster, pace, train.zero_stage, own_policy, train.micro_batch)
+    own = option(work, cluster, pace, train.stage, own_policy, train.micro_batch)
     chosen = _run(cluster.gpus, found, recipe, steps)
     rate = worker_rate(recipe, given.results)
     per_node = chosen.images_per_second / cluster.nodes
@@ -143,6 +144,12 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
     )
 
 
+def _staged(recipe: Recipe, gpus: int) -> Recipe:
+    """The recipe with its ZeRO stage chosen, and nothing else: another one may want other switches."""
+    stage = fit_hardware(recipe, "cuda", gpus).train.stage
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"zero_stage": stage})})
+
+
 def _divided(recipe: Recipe, gpus: int, min_batch: int) -> tuple[Recipe, str | None]:
     """The recipe with a micro-batch that divides each GPU's part of the global batch, and a note if it was changed."""
     train, fits = recipe.train, micro_batches(recipe.train.global_batch, gpus, min_batch)
@@ -157,7 +164,7 @@ def _divided(recipe: Recipe, gpus: int, min_batch: int) -> tuple[Recipe, str | N
 
 
 def _measure(recipe: Recipe, model: Trainable, gpus: int) -> Workload:
-    limits = Limits.of(deepspeed_config(recipe, gpus))
+    limits = Limits.of(deepspeed_config(recipe, gpus, "cuda"))
     chosen = policies(recipe)
     footprints = {name: measure(recipe, policy) for name, policy in chosen.items()}
     parameters = count_parameters(model, limits)

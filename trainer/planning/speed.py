@@ -1,4 +1,4 @@
-"""Compute speed of one GPU: measured, if benchmarks/results has this model on this GPU, else by an assumed MFU."""
+"""Compute speed of one GPU: measured, if benchmarks/results has this model on this GPU, else modelled by a roofline."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,9 +8,14 @@ from typing import Any
 from mixmae.base.errors import UsageError
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.planning.devices import Gpu
+from mixmae.trainer.planning.roofline import ERROR, step_model
 from mixmae.trainer.recipe.schema import Recipe
 
 ASSUMED_MFU = 0.4
+"""In fp32, of whose rates the roofline knows nothing."""
+
+_SIZES = (16, 128)
+"""Micro-batches whose steps are modelled."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +23,26 @@ class Speed:
     """Compute speed of one GPU, without communication and recomputation."""
 
     flops: float
-    """Model FLOP/s."""
+    """Model FLOP/s, beside what each pass and step takes anyway."""
     mfu: float
-    """Fraction of the GPU's peak."""
+    """Fraction of the GPU's peak, at the recipe's micro-batch."""
     source: str
+    per_pass: float = 0.0
+    """Seconds of each micro-batch, whatever its size."""
+    per_step: float = 0.0
+    """Seconds of the optimizer."""
+
+    def seconds(self, flops: float, passes: int) -> float:
+        """Of a step of so many model FLOPs, in so many micro-batches."""
+        return flops / self.flops + passes * self.per_pass + self.per_step
 
 
-def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
-    """The given MFU, else the best measured one of this model on this GPU in this precision, else `ASSUMED_MFU`."""
+def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path, ranks: int = 1) -> Speed:
+    """The given MFU, else the best measured one of this model on this GPU in this precision, else the roofline's.
+
+    Args:
+        ranks: that share the optimizer's work.
+    """
     peak = gpu.peak(recipe.train.precision)
     if mfu is not None:
         return Speed(mfu * peak, mfu, "given with --mfu")
@@ -33,7 +50,20 @@ def speed(recipe: Recipe, gpu: Gpu, mfu: float | None, results: Path) -> Speed:
     if found is not None:
         flops, file = found
         return Speed(flops, flops / peak, f"measured: {file}")
-    return Speed(ASSUMED_MFU * peak, ASSUMED_MFU, f"assumed: no measurement of this model on this GPU in {results}")
+    why = f"no measurement of this model on this GPU in {results}"
+    if recipe.train.precision == "fp32":
+        return Speed(ASSUMED_MFU * peak, ASSUMED_MFU, f"assumed: {why}")
+    return _modelled(recipe, gpu, ranks, f"modelled by a roofline, to {ERROR:.0%}: {why}")
+
+
+def _modelled(recipe: Recipe, gpu: Gpu, ranks: int, source: str) -> Speed:
+    """By two steps, between which time is linear in the micro-batch."""
+    small, large = (step_model(recipe, gpu, size, ranks) for size in _SIZES)
+    image = (large.kernels - small.kernels) / (_SIZES[1] - _SIZES[0])
+    per_pass = max(0.0, small.kernels - _SIZES[0] * image) + small.host
+    flops, batch = large.mfu * gpu.bf16 * large.seconds / _SIZES[1], recipe.train.micro_batch
+    seconds = batch * image + per_pass + small.optimizer
+    return Speed(flops / image, batch * flops / seconds / gpu.bf16, source, per_pass, small.optimizer)
 
 
 def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, str]]:

@@ -48,6 +48,10 @@ class Limits:
     max_live_parameters: int = 1_000_000_000
     all_reduce: int = 500_000_000
     """engine.py, MEMORY_OPT_ALLREDUCE_SIZE: the bucket of stage 0 and BF16_Optimizer."""
+    overlaps: bool = False
+    """overlap_comm."""
+    sends_fp32: bool = False
+    """communication_data_type, for gradients of bf16 models."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Limits":
@@ -58,6 +62,8 @@ class Limits:
             zero.get("stage3_prefetch_bucket_size", default.prefetch_bucket),
             zero.get("stage3_param_persistence_threshold", default.persistence_threshold),
             zero.get("stage3_max_live_parameters", default.max_live_parameters),
+            overlaps=zero["overlap_comm"],
+            sends_fp32=config.get("communication_data_type") == "fp32",
         )
 
 
@@ -118,34 +124,36 @@ def _data_parallel(model: Parameters, limits: Limits) -> States:
 
 
 def _bf16_stage1(model: Parameters, ranks: int, limits: Limits) -> States:
-    """bf16_optimizer.py: bf16 gradients stay with the parameters, and are added to unsharded fp32 ones after each pass.
+    """bf16_optimizer.py: each bf16 gradient is added to an unsharded fp32 one as soon as it is there, and dropped.
 
-    Those are flattened into one buffer, rounded to bf16 in another, and reduced in bf16.
+    Those are flattened into one buffer, rounded to bf16 in another unless fp32 is sent, and reduced.
     """
     total = model.total
     return States(
         weights=2 * total + model.buffers,
-        gradients=2 * total,
+        gradients=0,
         accumulation=_FP32 * total,
         optimizer=_MASTER_AND_MOMENTS * total / ranks,
         buckets=0,
-        reduction=(_FP32 + 2) * min(total, limits.all_reduce + model.largest),
-        update=2 * total,  # the bf16 gradients
+        reduction=(_FP32 + (0 if limits.sends_fp32 else 2)) * min(total, limits.all_reduce + model.largest),
+        update=0,
     )
 
 
 def _bf16_stage2(model: Parameters, ranks: int, limits: Limits) -> States:
     """stage_1_and_2.py: bf16 gradients fill a bucket; a full one is flattened again and reduced.
 
-    This rank's shard is added to its fp32 gradients, parameter by parameter.
+    This rank's shard is added to its fp32 gradients, parameter by parameter. With overlap a second bucket fills while
+    the first is reduced.
     """
     total, bucket = model.total, limits.reduce_bucket
+    filled, flattened = 2 * bucket * (2 if limits.overlaps else 1), min(bucket, total)
     return States(
         weights=2 * total + model.buffers,
         gradients=0,
         accumulation=_FP32 * total / ranks,
         optimizer=_MASTER_AND_MOMENTS * total / ranks,
-        buckets=2 * bucket + 2 * min(bucket, total) + _FP32 * model.largest,
+        buckets=filled + (2 + (_FP32 if limits.sends_fp32 else 0)) * flattened + _FP32 * model.largest,
         reduction=0,
         update=_NORM_BYTES * model.largest,
     )
@@ -164,7 +172,7 @@ def _fp32_stages(stage: int, model: Parameters, ranks: int, accumulates: bool, l
         gradients=_FP32 * total if stage == 1 else 0,
         accumulation=0 if stage == 1 else part * (2 if accumulates else 1),
         optimizer=_MASTER_AND_MOMENTS * total / ranks,
-        buckets=_FP32 * bucket + (flattened if stage == 2 else 0),
+        buckets=_FP32 * bucket * (2 if limits.overlaps else 1) + (flattened if stage == 2 else 0),
         reduction=part + flattened if stage == 1 else 0,
         update=(2 if stage == 1 else 1) * part,
     )
@@ -180,7 +188,7 @@ def _stage3(model: Parameters, ranks: int, precision: str, limits: Limits) -> St
     alone = ranks == 1  # nothing to gather
     gathered = 0 if alone else retained(model, limits)
     prefetched = 0 if alone else min(total - model.persistent, limits.prefetch_bucket + model.largest)
-    scattered = size * bucket + _FP32 * bucket / ranks
+    scattered = size * bucket + (_FP32 * bucket if limits.sends_fp32 else _FP32 * bucket / ranks)
     return States(
         weights=size * (total / ranks + (0 if alone else model.persistent) + gathered) + model.buffers,
         gradients=0,

@@ -98,8 +98,6 @@ class Suggestion:
         Args:
             planned: `train.` keys of a plan, in place of this recipe's.
         """
-        one_step = self.micro_batch == self.per_gpu
-        train = {"micro_batch": self.micro_batch, "zero_stage": 1 if one_step else 2}
         fits = "what fits 24 GB; 'mixmae plan' finds more" if not planned else "by 'mixmae plan' for this GPU"
         every = max(1, round(1000 / self.steps_an_epoch))
         gpus = f"{self.gpus} GPU{'s'[: self.gpus != 1]}"
@@ -109,7 +107,7 @@ class Suggestion:
             ("data", f"streams: a whole number for each of {gpus}", {"shards": shards, "streams": self.streams}),
             ("train", self.length, {"duration": f"{self.epochs} epochs"}),
             ("", f"{self.steps_an_epoch:.0f} steps an epoch", {"global_batch": self.global_batch}),
-            ("", fits, nested([*(f"train.{key}={value}" for key, value in train.items()), *planned])["train"]),
+            ("", fits, nested([f"train.micro_batch={self.micro_batch}", *planned])["train"]),
             ("optim", f"{PAPER_LR:g} at a batch of {MOST_BATCH}, below that by the root of the batch",
              {"base_lr": float(f"{self.base_lr:.2e}"), "warmup": f"{min(40, self.epochs // 10)} epochs"}),
             ("checkpoint", "about every 1,000 steps", {"every": f"{every} epoch{'s'[: every != 1]}"}),

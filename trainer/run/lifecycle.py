@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError, describe_error
 from mixmae.base.heartbeat import Heartbeat
-from mixmae.base.machine import require_writable
+from mixmae.base.machine import require_shared_memory, require_writable
 from mixmae.base.run_directory import newest_checkpoint
 from mixmae.base.signals import StopRequest
 from mixmae.base.software import versions
@@ -20,6 +20,7 @@ from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_usable
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
+from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.cpu import Bf16Matmuls, faster_matmuls, matmuls_of
 from mixmae.trainer.engine.deepspeed_engine import build_engine, deepspeed_config
 from mixmae.trainer.engine.distributed import Ranks, from_main
@@ -91,7 +92,7 @@ def train(
             process group is joined and a GPU touched.
     """
     job = check(recipe, ranks, change)
-    distributed.join(ranks, recipe.launch.stuck_seconds)
+    distributed.join(ranks, recipe.launch.stuck_seconds, recipe.train.deterministic)
     run = prepare(job, ranks, stop, heartbeat)
     try:
         begun = run.state.step
@@ -155,7 +156,7 @@ def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
     Args:
         change: whether the recipe may change what a run that has begun computes.
     """
-    task = task_of(recipe)
+    task = task_of(fit_here(recipe, ranks))
     recipe = task.recipe
     deepspeed_config(recipe, ranks.world_size)
     recipe.streams_of(ranks.rank, ranks.world_size)
@@ -163,6 +164,7 @@ def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
     schedule = build_schedule(recipe, len(index))
+    require_shared_memory(recipe.batch_bytes_ahead)
     if ranks.is_main:
         require_writable(recipe.run_dir, "run_dir")
     changes = check_run_dir(recipe, index, change)
@@ -299,8 +301,8 @@ def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> 
         "resumed" if resumed else "start",
         f"{job.task.describe()}, {job.parameters / 1e6:.1f} M parameters, {len(run.index)} images, "
         f"steps {step} to {total_steps} of {recipe.train.global_batch} images on {run.ranks.world_size} "
-        f"{run.ranks.device.type} ranks, ZeRO {recipe.train.zero_stage}, {recipe.train.precision}, "
-        f"optimizer {type(run.engine.optimizer).__name__}",
+        f"{run.ranks.device.type} ranks, ZeRO {recipe.train.stage}, {recipe.train.precision}, "
+        f"{'compiled, ' if recipe.train.compile else ''}optimizer {type(run.engine.optimizer).__name__}",
         step=step,
         world_size=run.ranks.world_size,
         parameters=job.parameters,

@@ -10,12 +10,18 @@ from mixmae.trainer.tasks.registry import task_of
 
 PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "A10G": 70e12,
     "A10": 125e12,
     "V100": 112e12,
     "RTX A6000": 154.8e12,

@@ -52,7 +52,8 @@ class Linear(Task):
             raise UsageError("classification.multi_label=true: task=linear takes one class an image; set it to false")
         if recipe.optim.layer_decay != 1:
             raise UsageError(f"optim.layer_decay={recipe.optim.layer_decay}: the encoder is frozen; leave it out")
-        lars().check(recipe.train.zero_stage)
+        if recipe.train.zero_stage != "auto":  # a run's is fitted
+            lars().check(recipe.train.zero_stage)
         stages = max(recipe.linear.stages)
         if stages > family.num_stages:
             raise UsageError(

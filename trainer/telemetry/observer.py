@@ -105,7 +105,7 @@ class Observer:
             self.recipe.encoder.name,
             f"{parameters / 1e6:.1f}M",
             str(self.ranks.world_size),
-            str(train.zero_stage),
+            str(train.stage),
             train.precision,
             found["torch"],
             found["deepspeed"],

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.job_spec import JobSpec
+from mixmae.launch.backends.options import slurm_request
 from mixmae.launch.backends.site import Container, Site, find_site, read_site
 from mixmae.launch.backends.slurm_array import load_array, parse_array
 from mixmae.launch.backends.slurm_script import SlurmRequest, slurm_script
+from mixmae.launch.commands import launch
 from mixmae.launch.supervision.outcome import ENDED
 from mixmae.trainer.recipe.sections.launch import Launch
 from tests.helpers import ROOT
@@ -79,6 +81,19 @@ def test_a_task_per_node_gets_the_cores_of_all_its_ranks() -> None:
     assert not any(option.startswith("--gpus") for option in asked)
     assert "sed 's/$/ slots=8/'" in script
     assert "deepspeed.launcher.runner" in script
+
+
+@pytest.mark.parametrize(
+    ("options", "cores"),
+    [
+        (["--gpus-per-node", "8"], 9),
+        (["--gpus-per-node", "8", "--cpus-per-rank", "4"], 4),
+        (["--tasks-per-node", "8"], None),
+    ],
+)
+def test_a_rank_with_a_gpu_gets_cores_for_its_data_workers(options: list[str], cores: int | None) -> None:
+    """Slurm's default is one core for a rank and all its workers."""
+    assert slurm_request(launch.parse(["recipe.yaml", "--slurm", *options]), "x", num_workers=8).cpus_per_rank == cores
 
 
 @pytest.mark.parametrize("kind", ["per_gpu", "per_node"])

@@ -22,6 +22,12 @@ def test_this_machine_is_looked_at_before_ranks_start(
     ):
         with pytest.raises(UsageError, match=message):
             check_this_machine(recipe.model_copy(update=changed), 2)
+    (tmp_path / "gone").mkdir()
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(UsageError, match="the working directory was removed"):
+            check_this_machine(recipe, 2)
     monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
     with pytest.raises(UsageError, match="mount a tmpfs"):
         check_this_machine(recipe, 2)

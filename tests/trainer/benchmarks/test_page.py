@@ -6,7 +6,16 @@ from mixmae.trainer.benchmarks.page import PAGE, draw, measurements, with_tables
 from mixmae.trainer.benchmarks.results import RESULTS
 from tests.helpers import ROOT
 
-FIELDS = ("device", "model", "variant", "batch", "images_per_second", "model_tflops", "mfu", "peak_memory_bytes")
+FIELDS = (
+    "device",
+    "model",
+    "variant",
+    "batch",
+    "images_per_second",
+    "model_tflops",
+    "share_of_product",
+    "peak_memory_bytes",
+)
 
 
 def test_the_page_shows_the_results() -> None:

@@ -7,7 +7,8 @@ import signal
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -25,7 +26,14 @@ from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.stores.remote import RemoteStore
-from mixmae.trainer.data.stream import LostWorkerError, Position, Stream, ToDevice, sample_order
+from mixmae.trainer.data.stream import (
+    LostWorkerError,
+    Position,
+    Stream,
+    ToDevice,
+    lost_worker_error,
+    sample_order,
+)
 from mixmae.trainer.data.transform import (
     BatchBuffers,
     RandomResizedCropFlip,
@@ -335,3 +343,32 @@ def test_pinned_batches_that_nobody_took_are_ready(shards: Path) -> None:
         while not stream.ready and time.monotonic() < deadline:
             time.sleep(0.1)
         assert stream.ready
+
+
+def test_a_pinning_thread_that_ends_is_a_lost_worker() -> None:
+    """It dies with the worker whose batch it takes, and torch then names no worker."""
+    lost = lost_worker_error(RuntimeError("Pin memory thread exited unexpectedly"), 3)
+    assert lost is not None
+    assert str(lost).startswith("rank 3: data worker process of a batch ended (Pin memory thread")
+
+
+def test_a_gpu_copies_beside_its_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for its streams: which of them is current when images are copied, and who waits for whom."""
+    told: list[object] = []
+    computing = SimpleNamespace(wait_stream=lambda stream: told.append(("waits for", stream)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+
+    @contextmanager
+    def stream(copies: object) -> Iterator[None]:
+        told.append("copies begin")
+        yield
+        told.append("copies end")
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: told.append(("used by", stream)))
+    to_device = ToDevice(torch.device("cpu"), [0.5] * 3, [0.5] * 3)
+    to_device._copies = "copies"  # type: ignore[assignment]
+    images = torch.arange(12, dtype=torch.uint8).view(1, 3, 2, 2)
+    plain = ToDevice(torch.device("cpu"), [0.5] * 3, [0.5] * 3)(images)
+    assert torch.equal(to_device(images), plain)
+    assert told == ["copies begin", "copies end", ("waits for", "copies"), ("used by", computing)]

@@ -3,13 +3,15 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed  # noqa: F401  # which looks for an accelerator, by variables that tests set
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.engine import distributed
-from mixmae.trainer.engine.distributed import Ranks, background_group, join, read_ranks
+from mixmae.trainer.engine.distributed import Ranks, background_group, compute_deterministically, join, read_ranks
 from tests.helpers import run_ranks
 
 LAUNCHER = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -85,7 +87,8 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, uuid: str = "GPU-1") -> None:
     """Stand-ins for a host that shows this task so many GPUs."""
     shown = {"is_available": lambda: True, "device_count": lambda: count, "set_device": lambda device: None}
-    for name, stand_in in {**shown, "get_device_properties": lambda device: SimpleNamespace(uuid=uuid)}.items():
+    properties = SimpleNamespace(uuid=uuid, pci_domain_id=0xFFFF, pci_bus_id=0, pci_device_id=0)  # on no NUMA node here
+    for name, stand_in in {**shown, "get_device_properties": lambda device: properties}.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
@@ -96,17 +99,20 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     told: dict[str, Any] = {}
+    store = HashStore()
     monkeypatch.setattr("deepspeed.init_distributed", lambda **given: told.update(given))
-    monkeypatch.setattr(distributed, "open_store", lambda ranks, timeout: told.update(store_timeout=timeout))
+    monkeypatch.setattr(distributed, "open_store", lambda ranks, timeout: told.update(store_timeout=timeout) or store)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: told.update(given))
     for library in ("GLOO", "NCCL"):
-        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "eth0")
+        monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=lambda key, one: 1))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: told.update(cudnn=enabled))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(distributed, "compute_deterministically", lambda: told.update(deterministic=True))
     ranks = Ranks(rank=11, world_size=16, local_rank=3)
-    join(ranks, stuck_seconds=100)
+    join(ranks, stuck_seconds=100, deterministic=True)
     assert ranks.device == torch.device("cuda", index)
     assert os.environ["LOCAL_RANK"] == str(index)  # which DeepSpeed reads
     assert told["dist_backend"] == "nccl"
@@ -114,6 +120,20 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     assert told["store_timeout"] == told["timeout"]
     assert (told["rank"], told["world_size"], told["device_id"]) == (11, 16, torch.device("cuda", index))
     assert told["cudnn"] is False
+    assert told["deterministic"]
+    assert not torch.backends.cudnn.allow_tf32  # a run in fp32 computes its convolutions in it too
+
+
+def test_what_makes_a_gpu_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("NCCL_ALGO", "Tree")  # what the user says counts
+    try:
+        compute_deterministically()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # which cuBLAS asks for
+        assert os.environ["NCCL_ALGO"] == "Tree"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_another_accelerator_than_torch_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,13 @@ def test_ranks_of_one_host_stay_on_its_loopback_interface(monkeypatch: pytest.Mo
 
 def test_what_the_user_says_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GLOO_INTERFACE, "bond0")
-    choose_gloo_interface(RankEnv(0, 2, 0, "node1", 29500), HashStore())
+    monkeypatch.setattr(interfaces, "address_towards", lambda destination: ROUTES["node2", destination])
+    store = HashStore()
+    choose_gloo_interface(RankEnv(2, 4, 0, "node1", 29500), store)
     assert os.environ[GLOO_INTERFACE] == "bond0"
+    store.set("mixmae/address/0", "127.0.0.1")
+    store.set("mixmae/address/1", "127.0.0.1")
+    assert choose(monkeypatch, 0, "node1", store) == "eth0"  # others learn where this host is
 
 
 def outer_address() -> str:

@@ -1,5 +1,6 @@
 """Where ranks listen for each other, and how values travel between them."""
 
+import os
 import socket
 from collections import Counter
 from datetime import timedelta
@@ -10,11 +11,12 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from mixmae.base.errors import UsageError
 from mixmae.base.ports import free_port, reserve_port
 from mixmae.base.rank_env import RankEnv
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.engine.distributed import Ranks, all_gather, from_main
-from mixmae.trainer.engine.rendezvous import open_store
+from mixmae.trainer.engine.rendezvous import choose_interfaces, open_store
 from tests.helpers import run_ranks
 
 SHORT = timedelta(seconds=10)
@@ -41,6 +43,17 @@ def test_the_store_listens_where_the_others_look_for_it(address: str) -> None:
 def test_a_port_that_another_program_has_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(dist.DistError):
         open_store(RankEnv(0, 1, 0, "127.0.0.1", other.getsockname()[1]), SHORT, wait_for_workers=False)
+
+
+def test_an_interface_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,no0")
+    with pytest.raises(UsageError, match=r"GLOO_SOCKET_IFNAME=lo,no0: this host has no interface 'no0', but .*lo"):
+        choose_interfaces(RankEnv(0, 2, 0, "node1", 20_000))
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    choose_interfaces(RankEnv(0, 2, 0, "node1", 20_000))
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    choose_interfaces(RankEnv())
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def exchange(ranks: Ranks) -> tuple[set[str], Any, Any]:

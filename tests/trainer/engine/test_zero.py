@@ -14,6 +14,7 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.stream import Position, Stream, ToDevice
+from mixmae.trainer.engine import deepspeed_engine
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_groups, parameter_groups
 from mixmae.trainer.engine.schedule import build_schedule
@@ -234,6 +235,24 @@ def test_too_many_of_them_end_the_run_naming_step_and_samples(shards: Path, tmp_
         assert "8 samples" not in facts[0]["message"]  # rank 0's were finite
         assert "4 samples" in facts[0]["message"]
         assert ".tar: 00000" in facts[0]["message"]
+
+
+def test_overlap_changes_no_bit(folder: Path, shards: Path, tmp_path: Path) -> None:
+    """A second bucket fills while the first is reduced; in NCCL's case on a stream of its own."""
+    recipes = []
+    for stage in (2, 3):
+        whole = recipe_for(shards, folder, stage, "bf16")
+        train_section = whole.train.model_copy(update={"overlap_comm": True})
+        recipes.append(whole.model_copy(update={"train": train_section, "run_dir": tmp_path / str(stage)}))
+    run_ranks(train_in_small_buckets, WORLD_SIZE, recipes)
+    for recipe in recipes:
+        expected = weights(folder / name(recipe.train.stage, "bf16"))
+        assert all(torch.equal(value, weights(recipe.run_dir)[key]) for key, value in expected.items())
+
+
+def train_in_small_buckets(ranks: Ranks, recipes: list[Recipe]) -> None:
+    deepspeed_engine._BUCKET = 20_000
+    train(ranks, recipes)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -38,7 +38,7 @@ def test_the_text_fits_a_terminal(recipe: str, capsys: pytest.CaptureFixture[str
     assert max(len(line) for line in lines if "train." not in line) <= 80
     typed = next(line for line in lines if line.startswith("    train."))
     assert typed.split() == [
-        "train.zero_stage=1",
+        "train.zero_stage=2",
         "train.micro_batch=16",
         "train.activation_checkpointing.kind=none",
     ]
@@ -91,7 +91,8 @@ def test_one_gpu_of_any_kind(recipe: str, capsys: pytest.CaptureFixture[str]) ->
     plan = planned(capsys, recipe, *gpu)
     run = plan["chosen_run"]
     assert run["cost"] == pytest.approx(0.5 * 24 * run["days"])
-    assert plan["speed"]["flops"] == pytest.approx(0.4 * 120e12)
+    assert plan["speed"]["source"].startswith("modelled by a roofline")
+    assert 0 < plan["speed"]["flops"] < 120e12
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_devices_are_found_by_the_same_parts_of_their_names() -> None:
     }
     for name, device in names.items():
         assert known_peak(device) == GPUS[name].peak("bf16")
-    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A10G", "Teapot"):
+    for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "Teapot"):
         assert known_peak(other) is None
 
 
@@ -77,3 +77,10 @@ def test_part_of_a_cluster() -> None:
     cluster = build_cluster("h100", 64, 8, "200gbps")
     assert (cluster.of(4).nodes, cluster.of(4).gpus_per_node) == (1, 4)
     assert (cluster.of(16).nodes, cluster.of(16).link) == (2, cluster.link)
+
+
+def test_products_of_one_chip_have_peaks_of_their_own() -> None:
+    """Data sheets, dense: NVL cards of Hopper 1,671 TFLOP/s with sparsity; A10G by AWS."""
+    assert known_peak("NVIDIA H100 NVL") == known_peak("NVIDIA H200 NVL") == 835e12
+    assert known_peak("NVIDIA H100 80GB HBM3") == known_peak("NVIDIA GH200 480GB") == 989e12
+    assert (known_peak("NVIDIA A10G"), known_peak("NVIDIA A10"), known_peak("NVIDIA H20")) == (70e12, 125e12, 148e12)

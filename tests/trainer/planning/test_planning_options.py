@@ -99,13 +99,26 @@ def test_less_memory_means_more_recomputation_and_then_zero_3() -> None:
 
 
 def test_accumulation_sends_more_at_stage_2_and_not_at_stage_1() -> None:
-    work, cluster = workload(), build_cluster("a100-80g", 16, 8, "100gbps")
+    alone = replace(workload(), recipe=recipe_of(**{"train.overlap_comm": False}))
+    work, cluster = alone, build_cluster("a100-80g", 16, 8, "100gbps")
     once, often = (option(work, cluster, PACE, 1, "none", size).communication_seconds for size in (16, 2))
     assert once == often
     once, often = (option(work, cluster, PACE, 2, "none", size).communication_seconds for size in (16, 2))
     assert once is not None
     assert often is not None
     assert often == pytest.approx(17 / 3 * once)  # 8 all-reduces and a gather to one of each
+
+
+def test_overlap_hides_what_the_backward_pass_has_time_for() -> None:
+    work, cluster = workload(), build_cluster("a100-80g", 16, 8, "100gbps")
+    alone = replace(work, recipe=recipe_of(**{"train.overlap_comm": False}))
+    hidden, plain = (option(each, cluster, PACE, 2, "none", 16) for each in (work, alone))
+    assert hidden.communication_seconds is not None
+    assert plain.communication_seconds is not None
+    assert hidden.communication_seconds < plain.communication_seconds
+    assert hidden.memory.buckets == plain.memory.buckets + 2 * work.limits.reduce_bucket  # one more, in bf16
+    assert not work.limits_at(1, 16).overlaps
+    assert not work.limits_at(2, 1).overlaps
 
 
 def test_time_is_work_over_speed() -> None:

@@ -6,8 +6,10 @@ import pytest
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.planning.devices import find_gpu
+from mixmae.trainer.planning.roofline import step_model
 from mixmae.trainer.planning.speed import ASSUMED_MFU, speed
 from mixmae.trainer.recipe.loading import default_recipe
+from mixmae.trainer.tasks.flops import model_flops
 from tests.helpers import tiny_recipe
 
 RECIPE = tiny_recipe(**{"train.precision": "bf16", "train.zero_stage": 1})
@@ -19,7 +21,6 @@ RESULT = {
     "batch": 64,
     "images_per_second": 1000.0,
     "model_tflops": 78.0,
-    "mfu": 0.3,
 }
 
 
@@ -50,12 +51,27 @@ def test_the_best_measurement_of_this_model_on_this_gpu(tmp_path: Path) -> None:
 )
 def test_other_measurements_are_left_aside(change: dict[str, Any], tmp_path: Path) -> None:
     found = speed(RECIPE, A100, None, results(tmp_path, {**RESULT, **change}))
-    assert found.mfu == ASSUMED_MFU
-    assert found.source.startswith("assumed: no measurement of this model on this GPU")
+    assert found.mfu == pytest.approx(step_model(RECIPE, A100, RECIPE.train.micro_batch).mfu, rel=0.1)
+    assert found.source.startswith("modelled by a roofline, to 15%: no measurement of this model on this GPU")
+
+
+def test_small_micro_batches_are_slower_by_what_each_pass_takes(tmp_path: Path) -> None:
+    found = speed(RECIPE, A100, None, tmp_path, ranks=8)
+    flops = model_flops(RECIPE)
+    for batch in (16, 64, 128):
+        expected = step_model(RECIPE, A100, batch, ranks=8).seconds
+        assert found.seconds(batch * flops, 1) == pytest.approx(expected, rel=0.05)
+    assert found.seconds(128 * flops, 8) > 4 * found.seconds(128 * flops, 1)  # of a model that computes next to nothing
+
+
+def test_in_fp32_an_mfu_is_assumed(tmp_path: Path) -> None:
+    found = speed(tiny_recipe(), A100, None, tmp_path)
+    assert (found.mfu, found.flops) == (ASSUMED_MFU, ASSUMED_MFU * 19.5e12)
+    assert found.source.startswith("assumed")
 
 
 def test_results_of_other_benchmarks_are_no_measurement_of_steps() -> None:
-    assert "assumed" in speed(RECIPE, A100, None, Path("benchmarks/results")).source
+    assert "modelled" in speed(RECIPE, A100, None, Path("benchmarks/results")).source
 
 
 def test_a_list_of_measurements(tmp_path: Path) -> None:

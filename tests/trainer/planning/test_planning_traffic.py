@@ -1,5 +1,6 @@
 """Planned traffic against what real engines send, as DeepSpeed's logger of communication counts it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.planning.activation_memory import on_meta
 from mixmae.trainer.planning.devices import build_cluster
 from mixmae.trainer.planning.states import Limits, count_parameters
-from mixmae.trainer.planning.traffic import Traffic, seconds
+from mixmae.trainer.planning.traffic import Traffic, exposed, seconds, traffic
+from mixmae.trainer.recipe.hardware import Device
 from mixmae.trainer.recipe.schema import Recipe
 from tests.helpers import run_ranks
 from tests.trainer.planning.test_planning_states import BUCKET, LIMITS, Case, recipe_for
@@ -38,8 +40,8 @@ def count(ranks: Ranks, recipes: list[Recipe], zero: dict[str, int]) -> list[dic
     """Bytes by operation of a step of each recipe."""
     made = deepspeed_engine.deepspeed_config
 
-    def configured(recipe: Recipe, world_size: int) -> dict[str, Any]:
-        config = made(recipe, world_size)
+    def configured(recipe: Recipe, world_size: int, device: Device | None = None) -> dict[str, Any]:
+        config = made(recipe, world_size, device)
         config["zero_optimization"].update(zero)
         return config
 
@@ -122,3 +124,19 @@ def test_the_slowest_link_decides() -> None:
     assert seconds(parts, build_cluster("a100-80g", 16, 8, "8x400gbps")) == pytest.approx(7.5e9 / 300e9)
     assert seconds(parts, build_cluster("a100-80g", 16, 8, None)) is None
     assert seconds(parts, build_cluster("a100-80g", 1, 8, None)) == 0
+
+
+def test_what_overlap_leaves_to_wait_for() -> None:
+    """In a node of eight, reducing takes 47 ms, gathering 23; the backward pass is two thirds of computing."""
+    parts, node = [Traffic("all-reduce", 8e9), Traffic("all-gather", 8e9)], build_cluster("a100-80g", 8, 8, None)
+    reducing, gathering = 14e9 / 300e9, 7e9 / 300e9
+    assert exposed(parts, node, 2, 0.3, unhidden=0.1) == pytest.approx(0.1 * reducing + gathering)
+    assert exposed(parts, node, 2, 0.03, unhidden=0.1) == pytest.approx(reducing - 0.02 + gathering)
+    assert exposed(parts, node, 3, 0.3, unhidden=0.1) == pytest.approx(0.1 * reducing)
+    assert exposed(parts, build_cluster("a100-80g", 16, 8, None), 2, 0.3, unhidden=0.1) is None
+
+
+def test_gradients_that_travel_in_fp32_are_twice_the_bytes() -> None:
+    model = count_parameters(on_meta(recipe_for((2, "bf16", 1), WORLD_SIZE)), LIMITS)
+    narrow, wide = (traffic(2, "bf16", model, 1, replace(LIMITS, sends_fp32=fp32)) for fp32 in (False, True))
+    assert [part.bytes for part in wide] == [2 * narrow[0].bytes, narrow[1].bytes]

@@ -21,8 +21,8 @@ def test_any_suggestion_can_be_started(images: int, gpus: int, affordable: float
     recipe = found.recipe("a: b")
     recipe.streams_of(gpus - 1, gpus)
     assert recipe.data.shards == "a: b"
-    accumulation = recipe.accumulation(gpus)
-    assert (accumulation > 1) == (recipe.train.zero_stage == 2)
+    assert recipe.accumulation(gpus) >= 1
+    assert recipe.train.zero_stage == "auto"
     assert recipe.train.global_batch <= max(MOST_BATCH, 8 * gpus)
     assert recipe.train.global_batch <= max(images / STEPS_AN_EPOCH, 8 * gpus)
     assert recipe.train.duration.amount <= min(MOST_EPOCHS, affordable)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
+from mixmae.models import create_encoder
 from mixmae.models.heads import upernet
 from mixmae.models.heads.upernet import Segmenter
 from mixmae.trainer.checkpoints.weights import master_weights, model_weights, optimizer_states, saved_buffers
@@ -24,6 +25,7 @@ from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.predict import main as predict
 from mixmae.trainer.evaluation.segmentation import class_names, segment_image
+from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.export.export import export
 from mixmae.trainer.export.task_directory import open_task_directory
 from mixmae.trainer.recipe.schema import Recipe
@@ -67,7 +69,6 @@ def recipe_for(sets: Shards, run_dir: Path, **changes: Any) -> Recipe:
         "optim.eps": 1e-4,  # below it are gradients that are rounding errors, which AdamW would make steps of
         "evaluate": {"shards": str(sets.held_out), "every": "2 steps"},
         "checkpoint": {"every": "1 step", "keep": 10},
-        "log.pictures": "4 steps",
         "monitoring.enabled": False,
     }
     return tiny_recipe(**{**settings, **changes})
@@ -80,6 +81,15 @@ def train_and_resume(ranks: Ranks, wholes: list[Recipe]) -> None:
     for whole, part in zip(wholes, parts, strict=True):
         shutil.copytree(whole.run_dir / "checkpoints" / "step-00000002", part.run_dir / "checkpoints" / "step-00000002")
     train(ranks, [(recipe, 99) for recipe in parts])
+
+
+@pytest.fixture(scope="module")
+def run(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of two steps."""
+    run_dir = tmp_path_factory.mktemp("segmented") / "run"
+    changes = {"train.duration": "2 steps", "optim.warmup": "1 step", "train.zero_stage": 2, "log.pictures": "2 steps"}
+    run_ranks(train, 1, [(recipe_for(sets, run_dir, **changes), 99)])
+    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +116,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
     return [event["metrics"] for event in read_events(run_dir, "evaluation")]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], stage: int, precision: str) -> None:
     whole, part = runs(stage, precision), Path(f"{runs(stage, precision)} part")
@@ -116,6 +127,7 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
     assert metrics(part) == metrics(whole)[1:]
 
 
+@pytest.mark.distributed
 def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None:
     losses = {kind: [event["loss"] for event in read_events(runs(*kind), "step")] for kind in KINDS}
     expected = losses[0, "fp32"]
@@ -124,13 +136,11 @@ def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None
         assert found == pytest.approx(expected, abs=1e-3 if kind[1] == "fp32" else 3e-2)
 
 
-def test_an_exported_segmenter_scores_as_the_run_said(
-    runs: Callable[[int, str], Path], sets: Shards, tmp_path: Path
-) -> None:
-    export(runs(2, "fp32"), tmp_path / "segmenter")
+def test_an_exported_segmenter_scores_as_the_run_said(run: Path, sets: Shards, tmp_path: Path) -> None:
+    export(run, tmp_path / "segmenter")
     task, module = open_task_directory(tmp_path / "segmenter", torch.device("cpu"))
     assert isinstance(module, Segmenter)
-    weights = model_weights(complete_checkpoints(runs(2, "fp32"))[-1])
+    weights = model_weights(complete_checkpoints(run)[-1])
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
     index, pairs = open_index(sets.held_out), []
     for scene in held_out_scenes(index, Ranks(), 4 * 64, 64):
@@ -141,16 +151,14 @@ def test_an_exported_segmenter_scores_as_the_run_said(
     right = {name: sum(((a == n) & (b == n)).sum() for a, b in pairs) for n, name in enumerate(names)}
     either = {name: sum(((a == n) | (b == n)).sum() for a, b in pairs) for n, name in enumerate(names)}
     expected = {f"iou/{name}": right[name] / either[name] for name in names if either[name]}
-    said = metrics(runs(2, "fp32"))[-1]
+    said = metrics(run)[-1]
     assert {name: value for name, value in said.items() if "/" in name} == pytest.approx(expected, abs=1e-3)
     assert said["miou"] == pytest.approx(np.mean(list(expected.values())), abs=1e-3)
     assert said["pixel_accuracy"] == pytest.approx(sum(right.values()) / sum(a.size for a, _ in pairs), abs=1e-3)
 
 
-def test_predictions_are_drawn_and_told(
-    runs: Callable[[int, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    export(runs(2, "fp32"), tmp_path / "segmenter")
+def test_predictions_are_drawn_and_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(run, tmp_path / "segmenter")
     pixels = np.random.default_rng(0).integers(0, 256, (50, 130, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     assert predict([str(tmp_path / "segmenter"), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
@@ -160,8 +168,8 @@ def test_predictions_are_drawn_and_told(
     assert "%" in capsys.readouterr().out
 
 
-def test_pictures_have_what_is_there_beside_what_is_found(runs: Callable[[int, str], Path]) -> None:
-    picture = Image.open(runs(1, "bf16") / "pictures" / "step-00000004.png")
+def test_pictures_have_what_is_there_beside_what_is_found(run: Path) -> None:
+    picture = Image.open(run / "pictures" / "step-00000002.png")
     assert picture.width == 3 * 64 + 2 * 4
     columns = np.asarray(picture)[14:]
     assert (columns[:64, :64] != columns[:64, 68:132]).any()
@@ -169,17 +177,14 @@ def test_pictures_have_what_is_there_beside_what_is_found(runs: Callable[[int, s
 
 def test_a_run_starts_from_a_pretrained_encoder_of_another_size(sets: Shards, tmp_path: Path) -> None:
     sizes = tiny_recipe().encoder.settings
-    pretraining = tiny_recipe(**{"data.shards": str(sets.training), "run_dir": str(tmp_path / "pretrained"),
-                                 "train.duration": "1 step", "optim.warmup": "0 steps"})  # fmt: skip
-    run_ranks(train, 1, [(pretraining, 99)])
+    pretrained = create_encoder("mixmae_swin_nano", img_size=64, **sizes).state_dict()
+    write_encoder_directory(tmp_path / "pretrained", "mixmae_swin_nano", {"img_size": 64, **sizes}, pretrained)
     larger = {**sizes, "img_size": 128, "window_size": [8, 8, 4, 4], "wide_window": 8, "wide_blocks": [1]}
     encoder = {"name": "mixmae_swin_nano", **larger, "pretrain_img_size": 64, "init": str(tmp_path / "pretrained")}
     recipe = recipe_for(sets, tmp_path / "run", encoder=encoder)
     model = check(recipe, Ranks()).model
-    expected = master_weights(complete_checkpoints(tmp_path / "pretrained")[-1])
-    found = model.state_dict()
-    name = "encoder.stages.1.blocks.0.mlp.fc1.weight"
-    assert torch.equal(found[f"backbone.{name}"], expected[name])
+    found, name = model.state_dict(), "stages.1.blocks.0.mlp.fc1.weight"
+    assert torch.equal(found[f"backbone.encoder.{name}"], pretrained[name])
     assert found["backbone.encoder.stages.2.blocks.0.attn.relative_position_bias_table"].shape == (15**2, 2)
 
 
