@@ -1,5 +1,6 @@
 import os
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,9 +100,13 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     told: dict[str, Any] = {}
-    store = HashStore()
     monkeypatch.setattr("deepspeed.init_distributed", lambda **given: told.update(given))
-    monkeypatch.setattr(distributed, "open_store", lambda ranks, timeout: told.update(store_timeout=timeout) or store)
+
+    def open_store(ranks: Ranks, timeout: timedelta) -> HashStore:
+        told.update(store_timeout=timeout)
+        return HashStore()
+
+    monkeypatch.setattr(distributed, "open_store", open_store)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: told.update(given))
     for library in ("GLOO", "NCCL"):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")

@@ -38,7 +38,7 @@ def test_the_text_fits_a_terminal(recipe: str, capsys: pytest.CaptureFixture[str
     assert max(len(line) for line in lines if "train." not in line) <= 80
     typed = next(line for line in lines if line.startswith("    train."))
     assert typed.split() == [
-        "train.zero_stage=2",
+        "train.zero_stage=1",
         "train.micro_batch=16",
         "train.activation_checkpointing.kind=none",
     ]
