@@ -1,15 +1,16 @@
-"""`python -m mixmae.trainer.benchmarks.page`: writes the table and roofline of docs/performance.md."""
+"""`python -m mixmae.trainer.benchmarks.page`: writes the tables and roofline of docs/performance.md."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from mixmae.trainer.benchmarks import mixed_conv
 from mixmae.trainer.benchmarks.results import RESULTS
+from mixmae.trainer.benchmarks.step import comparison
 
 PAGE = Path("docs/performance.md")
 PICTURE = Path("docs/roofline.png")
-_BEGIN, _END = "<!-- table: make performance -->", "<!-- end of table -->"
 _COLUMNS = (
     "device",
     "model",
@@ -26,11 +27,30 @@ _COLUMNS = (
 
 
 def main() -> int:
-    steps = [found for file in sorted(RESULTS.glob("step-*.json")) for found in json.loads(file.read_text())]
-    PAGE.write_text(with_table(PAGE.read_text(), table(steps)))
+    PAGE.write_text(with_tables(PAGE.read_text(), RESULTS))
+    steps = measurements(RESULTS, "step")
     draw(steps, PICTURE)
-    print(f"{PAGE} and {PICTURE} hold {len(steps)} measurements")
+    print(f"{PAGE} and {PICTURE} hold {len(steps)} measurements of steps")
     return 0
+
+
+def measurements(results: Path, kind: str) -> list[dict[str, Any]]:
+    """Of all files of a kind, `step` or `methods`."""
+    return [found for file in sorted(results.glob(f"{kind}-*.json")) for found in json.loads(file.read_text())]
+
+
+def with_tables(page: str, results: Path) -> str:
+    """The page with each of its tables made anew."""
+    layers = [json.loads(file.read_text()) for file in sorted(results.glob("mixed-conv-*.json"))]
+    methods = measurements(results, "methods")
+    tables = {
+        "table": table(measurements(results, "step")),
+        "methods": comparison(methods) if methods else "Not measured yet.",
+        "mixed convolutions": "\n\n".join(map(mixed_conv.table, layers)),
+    }
+    for name, content in tables.items():
+        page = with_table(page, content, f"<!-- {name}: make performance -->", f"<!-- end of {name} -->")
+    return page
 
 
 def table(steps: list[dict[str, Any]]) -> str:
@@ -50,7 +70,7 @@ def table(steps: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, new: str, begin: str = _BEGIN, end: str = _END) -> str:
+def with_table(page: str, new: str, begin: str, end: str) -> str:
     """Replaces the table between the markers."""
     head, rest = page.split(begin)
     _, tail = rest.split(end)

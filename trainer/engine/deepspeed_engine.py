@@ -55,7 +55,8 @@ def deepspeed_config(recipe: Recipe, world_size: int, device: Device | None = No
     if recipe.monitoring.comms_logger:  # DeepSpeed turns it on wherever the section stands, whatever it says
         config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
     if train.stage == 0:
-        # At this stage the optimizer clips by itself (`non_finite`).
+        # At this stage the optimizer clips by itself (`non_finite`); DeepSpeed's own default is to clip to a norm of 1.
+        config["gradient_clipping"] = 0.0
         return config
     config["zero_allow_untested_optimizer"] = True  # the optimizer itself says whether ZeRO may split its parameters
     config["gradient_clipping"] = recipe.optim.clip_grad or 0.0

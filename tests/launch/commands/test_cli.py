@@ -52,6 +52,18 @@ def test_unknown_commands(
     assert message in capsys.readouterr().err
 
 
+def test_a_working_directory_may_hold_folders_of_any_name(tmp_path: Path) -> None:
+    """As this checkout has them; Python looks there first."""
+    for name in ("models", "trainer", "launch", "monitoring", "configs", "tests"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "mixmae").mkdir()
+    command = [sys.executable, "-m", "mixmae.launch.cli", "recipes", "show", "pretrain/demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mixmae_swin_nano" in done.stdout
+
+
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["mixmae", "--version"])
     assert main() == 0

@@ -104,7 +104,8 @@ def test_forward_intermediates(model: Any) -> None:
     assert torch.equal(normed[0], final)
     model.set_grad_checkpointing()
     with torch.enable_grad():
-        torch.testing.assert_close(model.forward_intermediates(images)[0], final)
+        # Convolutions may round otherwise where gradients are wanted, which adds up over 50 of them.
+        torch.testing.assert_close(model.forward_intermediates(images)[0], final, rtol=1e-5, atol=1e-4)
     model.set_grad_checkpointing(False)
     with pytest.raises(ValueError, match="expected NCHW or NHWC"):
         model.forward_intermediates(images, output_fmt="NLC")

@@ -31,11 +31,15 @@ def inspect_annotation(
         num_classes: 0 where it is not known.
     """
     try:
+        faulty: Sequence[FaultyObject] = ()
         if kind == "objects":
-            return Inspection(ANNOTATED, faulty_objects(content, height, width, num_classes), highest_class(content))
-        highest = highest_label(parse_label_map(content, height, width))
+            faulty = faulty_objects(content, height, width)
+            highest, number = highest_class(content)
+            where = f"object {number} has category"
+        else:
+            highest, where = highest_label(parse_label_map(content, height, width)), "there is label"
     except UnusableError as error:
         return Inspection(error.reason, detail=str(error))
     if num_classes and highest >= num_classes:
-        return Inspection(Reason.BAD_LABEL, detail=f"label {highest}; expected at most {num_classes - 1}, or 255")
-    return Inspection(ANNOTATED, highest=highest)
+        return Inspection(Reason.BAD_LABEL, detail=f"{where} {highest}; expected at most {num_classes - 1}")
+    return Inspection(ANNOTATED, faulty, highest)

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.dense.masks import Mask, Rle, area, decode, rle_of
 from mixmae.trainer.data.faults import Reason, UnusableError
+
+_MOST = 2**31
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,13 @@ def parse_objects(content: bytes, height: int, width: int) -> Objects:
     )
 
 
-def faulty_objects(content: bytes, height: int, width: int, num_classes: int) -> list[FaultyObject]:
+def faulty_objects(content: bytes, height: int, width: int) -> list[FaultyObject]:
     """The objects of an annotation that cannot be used.
-
-    Args:
-        num_classes: 0 where it is not known.
 
     Raises:
         UnusableError: the bytes are no list of objects.
     """
-    return [one for one in _objects(content, height, width, num_classes) if isinstance(one, FaultyObject)]
+    return [one for one in _objects(content, height, width) if isinstance(one, FaultyObject)]
 
 
 def without_faulty(content: bytes, faulty: Sequence[FaultyObject]) -> bytes:
@@ -102,41 +102,45 @@ def dump_objects(items: list[dict[str, Any]]) -> bytes:
     return json.dumps(items, separators=(",", ":")).encode()
 
 
-def highest_class(content: bytes) -> int:
-    """The highest class number of an annotation; -1 without objects."""
-    return max((item["category"] for item in json.loads(content)), default=-1)
+def highest_class(content: bytes) -> tuple[int, int]:
+    """The highest class number of an annotation and the id of an object that has it; -1 and 0 without objects."""
+    items = enumerate(json.loads(content))
+    return max(((item["category"], item.get("id", number)) for number, item in items), default=(-1, 0))
 
 
-def _objects(content: bytes, height: int, width: int, num_classes: int = 0) -> Iterator[_Object | FaultyObject]:
+def _objects(content: bytes, height: int, width: int) -> Iterator[_Object | FaultyObject]:
     for number, item in enumerate(_items(content)):
-        found = _usable(item, height, width, num_classes)
+        found = _usable(item, height, width)
         yield FaultyObject(item.get("id", number), found) if isinstance(found, Reason) else _Object(item, found)
 
 
 def _items(content: bytes) -> list[dict[str, Any]]:
     """The list in an annotation's bytes. Raises UnusableError where it is none, or an object lacks what all have."""
     try:
-        items = json.loads(content)
+        items = parse_json(content)
         for item in items:
-            numbers = [item["category"], item.get("id", 0)]
-            if any(type(number) is not int for number in numbers) or item["category"] < 0:
-                raise ValueError(f"category and id are {numbers}; expected whole numbers")
-            box = item["bbox"]
-            if len(box) != 4 or not all(isinstance(value, int | float) for value in [*box, item.get("area", 0)]):
-                raise ValueError(f"bbox is {box!r}; expected x, y, width, height, and area a number")
-            if item.get("iscrowd", 0) not in (0, 1):
-                raise ValueError(f"iscrowd is {item['iscrowd']!r}; expected 0 or 1")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            _require_fields(item)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UnusableError(Reason.DAMAGED_ANNOTATION, f"no list of objects: {what}") from error
     return list(items)
 
 
-def _usable(item: dict[str, Any], height: int, width: int, num_classes: int) -> Rle | Reason:
+def _require_fields(item: dict[str, Any]) -> None:
+    """Raises ValueError, or what comes of other types, where an object lacks what all have."""
+    category, number = item["category"], item.get("id", 0)
+    if type(category) is not int or type(number) is not int or not 0 <= category < _MOST or abs(number) >= _MOST:
+        raise ValueError(f"category and id are {category!r} and {number!r}; expected whole numbers")
+    box, size = item["bbox"], item.get("area", 0)
+    if len(box) != 4 or any(isinstance(value, str) or math.isnan(value) for value in (*box, size)):
+        raise ValueError(f"bbox and area are {box!r} and {size!r}; expected x, y, width, height, and a number")
+    if item.get("iscrowd", 0) not in (0, 1):
+        raise ValueError(f"iscrowd is {item['iscrowd']!r}; expected 0 or 1")
+
+
+def _usable(item: dict[str, Any], height: int, width: int) -> Rle | Reason:
     """An object's mask, or why it cannot be used."""
     x, y, w, h = item["bbox"]
-    if num_classes and item["category"] >= num_classes:
-        return Reason.BAD_LABEL
     if not all(map(math.isfinite, (x, y, w, h))) or x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return Reason.OUTSIDE_IMAGE
     if w <= 0 or h <= 0:
@@ -146,7 +150,7 @@ def _usable(item: dict[str, Any], height: int, width: int, num_classes: int) -> 
         return Reason.EMPTY_MASK
     try:
         rle = rle_of(segmentation, height, width)
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError):
         size = segmentation.get("size") if isinstance(segmentation, dict) else None
         other_size = isinstance(size, list) and size != [height, width]
         return Reason.ANNOTATION_OF_ANOTHER_SIZE if other_size else Reason.DAMAGED_MASK

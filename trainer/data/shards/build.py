@@ -345,7 +345,7 @@ def _prepare_annotation(
     if kind is None:
         return {}, []
     with _reading(plan, entry):
-        content = plan.source.annotation(entry)
+        content = plan.source.annotation(entry, image)
     found = inspect_annotation(kind, content, *upright_size(image), len(plan.source.classes))
     if found.state != ANNOTATED:
         raise UnusableError(Reason(found.state), found.detail)

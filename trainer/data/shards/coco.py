@@ -1,6 +1,5 @@
 """Images with the objects that a COCO file (`instances_*.json`) lists, as a source of shards."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,9 +10,11 @@ from typing import Any
 import xxhash
 
 from mixmae.base.errors import UsageError
+from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import AnnotationKind
+from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.objects import dump_objects
-from mixmae.trainer.data.faults import first_names
+from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.image_folders import extension_of, find_images
 from mixmae.trainer.data.shards.scan import ALL_IMAGE_EXTENSIONS
@@ -30,10 +31,18 @@ class Coco(Files):
     category_ids: Sequence[int]
     objects: dict[str, bytes]
     """Annotations by key."""
+    sizes: dict[str, tuple[int, int]]
+    """Height and width of the images by key, where the file has them."""
     description: str
     annotations: AnnotationKind | None = "objects"
 
-    def annotation(self, entry: Entry) -> bytes:
+    def annotation(self, entry: Entry, image: bytes) -> bytes:
+        found = upright_size(image)
+        if (said := self.sizes.get(entry.key, found)) != found:
+            raise UnusableError(
+                Reason.ANNOTATION_OF_ANOTHER_SIZE,
+                f"{said[0]} x {said[1]} pixels by the COCO file, {found[0]} x {found[1]} as a viewer shows the image",
+            )
         return self.objects[entry.key]
 
     def describe(self) -> str:
@@ -51,7 +60,7 @@ def open_coco(images: str, file: Path) -> Coco:
         raise UsageError(f"{images} does not exist; expected the folder with the images that {file} lists")
     try:
         encoded = file.read_bytes()
-        content = json.loads(encoded)
+        content = parse_json(encoded)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot read {file}: {error}; expected a COCO file such as instances_train2017.json"
@@ -60,13 +69,14 @@ def open_coco(images: str, file: Path) -> Coco:
     categories = sorted(_section(file, content, "categories", {"id": int, "name": str}), key=lambda one: int(one["id"]))
     objects = _objects_by_image(file, content, [one["id"] for one in listed], [one["id"] for one in categories])
     entries = _entries(root, file, listed, objects)
-    by_key = {entry.key: objects[image["id"]] for entry, image in zip(entries, listed, strict=True)}
+    by_key = {entry.key: image for entry, image in zip(entries, listed, strict=True)}
     return Coco(
         root,
         entries,
         list(unique(one["name"] for one in categories)),
         category_ids=[one["id"] for one in categories],
-        objects=by_key,
+        objects={key: objects[image["id"]] for key, image in by_key.items()},
+        sizes={key: (one["height"], one["width"]) for key, one in by_key.items() if {"height", "width"} <= one.keys()},
         description=f"files of {root} with the objects of {file} ({xxhash.xxh3_64_hexdigest(encoded)})",
     )
 

@@ -9,7 +9,7 @@ from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.label_maps import MAX_CLASSES, reduce_zero_label
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.data.index import UNLABELLED
-from mixmae.trainer.data.shards.sources import Entry, Files, open_folder
+from mixmae.trainer.data.shards.sources import Entry, Files, list_folder
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,12 @@ class LabelMaps(Files):
     reduce_zero_label: bool
     annotations: AnnotationKind | None = "segments"
 
-    def annotation(self, entry: Entry) -> bytes:
+    def annotation(self, entry: Entry, image: bytes) -> bytes:
         try:
-            content = self._map_of(entry).read_bytes()
+            content = _map_of(self.maps, entry).read_bytes()
         except FileNotFoundError as error:
             raise UnusableError(Reason.MISSING_ANNOTATION, str(error)) from error
-        if not self.reduce_zero_label:
-            return content
-        return reduce_zero_label(content, *upright_size(self.read(entry)[1]))
-
-    def _map_of(self, entry: Entry) -> Path:
-        return _map_of(self.maps, entry)
+        return reduce_zero_label(content, *upright_size(image)) if self.reduce_zero_label else content
 
     def describe(self) -> str:
         reduced = " reduced by label 0" if self.reduce_zero_label else ""
@@ -39,6 +34,12 @@ class LabelMaps(Files):
 
 def _map_of(maps: Path, entry: Entry) -> Path:
     return maps / PurePosixPath(entry.reference).with_suffix(".png")
+
+
+def _with_size(entry: Entry, label_map: Path) -> Entry:
+    """An image without a label of its own, with the size of its label map: 0 without one."""
+    size = label_map.stat().st_size if label_map.is_file() else 0
+    return entry._replace(label=UNLABELLED, annotation_size=size)
 
 
 def open_label_maps(images: str, maps: Path, reduce_zero_label: bool, class_names: Path | None) -> LabelMaps:
@@ -53,17 +54,12 @@ def open_label_maps(images: str, maps: Path, reduce_zero_label: bool, class_name
     """
     if not maps.is_dir():
         raise UsageError(f"{maps} does not exist; expected a folder of PNGs with the names of the images")
-    files, maps = open_folder(Path(images).resolve()), maps.resolve()
-    entries = [
-        entry._replace(
-            label=UNLABELLED, annotation_size=found.stat().st_size if (found := _map_of(maps, entry)).is_file() else 0
-        )
-        for entry in files.entries
-    ]
+    root, maps = Path(images).resolve(), maps.resolve()
+    entries = [_with_size(entry, _map_of(maps, entry)) for entry in list_folder(root)[0]]
     if not any(entry.annotation_size for entry in entries):
         raise UsageError(f"{maps} has no label map of any image in {images}; expected {_map_of(maps, entries[0])}, ...")
     classes = [] if class_names is None else _class_names(class_names)
-    return LabelMaps(files.root, entries, classes, maps, reduce_zero_label)
+    return LabelMaps(root, entries, classes, maps, reduce_zero_label)
 
 
 def _class_names(file: Path) -> list[str]:

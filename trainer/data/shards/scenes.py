@@ -56,7 +56,7 @@ class Scenes(Source):
         self._scene(entry.reference).image.save(buffer, "JPEG", quality=90)
         return "jpg", buffer.getvalue()
 
-    def annotation(self, entry: Entry) -> bytes:
+    def annotation(self, entry: Entry, image: bytes) -> bytes:
         scene = self._scene(entry.reference)
         return dump_label_map(scene.labels) if self.annotations == "segments" else objects(scene, entry.reference)
 

@@ -62,12 +62,15 @@ class Source(Protocol):
             UnusableError: the sample has no image, or its label is invalid.
         """
 
-    def annotation(self, entry: Entry) -> bytes:
+    def annotation(self, entry: Entry, image: bytes) -> bytes:
         """The bytes of the sample's annotation; called where the source has some.
+
+        Args:
+            image: what `read` gave.
 
         Raises:
             OSError: they cannot be read.
-            UnusableError: the sample has none.
+            UnusableError: the sample has none, or it does not fit the image.
         """
         raise UnusableError(Reason.MISSING_ANNOTATION, "a source without annotations")
 
@@ -117,7 +120,7 @@ class Shards(Source):
             raise UnusableError(Reason(fault), "found among the shard's members")
         return extension, self._read(shard, offset, entry.size)
 
-    def annotation(self, entry: Entry) -> bytes:
+    def annotation(self, entry: Entry, image: bytes) -> bytes:
         shard, *_, offset = entry.reference
         if offset is None:
             raise UnusableError(Reason.MISSING_ANNOTATION, "found among the shard's members")
@@ -167,18 +170,22 @@ def open_folder(root: Path) -> Files:
     Raises:
         UsageError: as `find_images`.
     """
+    entries, classes = list_folder(root)
+    beside = [entry.reference for entry in entries if entry.label == UNLABELLED]
+    if classes and beside:
+        print(f"unlabelled: {len(beside)} images beside class folders: {first_names(beside)}", file=sys.stderr)
+    return Files(root, entries, classes)
+
+
+def list_folder(root: Path) -> tuple[list[Entry], list[str]]:
+    """A folder's images, labelled by the folders that they lie in, and the names of these. Raises as `find_images`."""
     found = find_images(root)
     paths = [str(file.relative_to(root)) for file, _ in found.images]
-    keys = unique(map(key_of, paths))
-    entries = [
-        Entry(key, path, file.stat().st_size, label)
-        for key, path, (file, label) in zip(keys, paths, found.images, strict=True)
-    ]
     _report(found.unused)
-    beside = [path for path, (_, label) in zip(paths, found.images, strict=True) if label == UNLABELLED]
-    if found.classes and beside:
-        print(f"unlabelled: {len(beside)} images beside class folders: {first_names(beside)}", file=sys.stderr)
-    return Files(root, entries, found.classes)
+    return [
+        Entry(key, path, file.stat().st_size, label)
+        for key, path, (file, label) in zip(unique(map(key_of, paths)), paths, found.images, strict=True)
+    ], found.classes
 
 
 def _report(unused: Unused) -> None:

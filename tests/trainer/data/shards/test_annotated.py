@@ -121,6 +121,18 @@ def test_objects_are_those_that_pycocotools_reads(coco: Path, capsys: pytest.Cap
     assert main(["check", str(coco / "out"), "--jobs", "1"]) == 0
 
 
+def test_images_of_another_size_than_their_file_says_are_left_out(coco: Path) -> None:
+    """As are those whose objects were drawn before they were turned upright."""
+    content = json.loads((coco / "instances.json").read_text())
+    content["images"][1].update(height=32, width=48)
+    del content["images"][2]["height"]
+    (coco / "instances.json").write_text(json.dumps(content))
+    index = build(coco, "out", "--coco", str(coco / "instances.json"))
+    assert sorted(keys(index)) == ["a.jpg", "c.jpg", "d.png"]
+    lines = [json.loads(line) for line in (coco / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines if line["reason"] == "annotation of another size"] == ["sub/b", "a"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -221,25 +233,30 @@ class Breaking(Scenes):
     at = 0
 
 
-@pytest.mark.parametrize("kind", ["objects", "segments"])
-def test_scenes_are_built_resumed_sharded_again_and_indexed_alike(kind: Any, tmp_path: Path) -> None:
-    source = Scenes(20, 48, 0, kind)
+def test_a_build_with_annotations_continues(tmp_path: Path) -> None:
+    source = Scenes(12, 48, 0, "objects")
     with pytest.raises(UsageError, match="the same command continues"):
-        build_shards(Breaking(20, 48, 0, kind), tmp_path / "out", 12_000, 0, 1)
+        build_shards(Breaking(12, 48, 0, "objects"), tmp_path / "out", 15_000, 0, 1)
     assert list((tmp_path / "out.partial").glob("*.tar"))
-    index = build_shards(source, tmp_path / "out", 12_000, 0, 1).index
-    at_once = build_shards(source, tmp_path / "at once", 12_000, 0, 1).index
-    assert index.fingerprint == at_once.fingerprint
-    assert len(index.shards) > 2
-    annotations = {index.read(sample): index.read_annotation(sample) for sample in range(20)}
-    assert annotations == {source.read(entry)[1]: source.annotation(entry) for entry in source.entries}
+    index = build_shards(source, tmp_path / "out", 15_000, 0, 1).index
+    assert index.fingerprint == build_shards(source, tmp_path / "at once", 15_000, 0, 1).index.fingerprint
+    assert len(index.shards) > 1
+
+
+@pytest.mark.parametrize("kind", ["objects", "segments"])
+def test_annotations_stay_with_their_images(kind: Any, tmp_path: Path) -> None:
+    """When scenes are built, sharded again, and indexed anew."""
+    source = Scenes(12, 48, 0, kind)
+    index = build_shards(source, tmp_path / "out", 15_000, 0, 1).index
+    annotations = {index.read(sample): index.read_annotation(sample) for sample in range(12)}
+    expected = {source.read(entry)[1]: source.annotation(entry, b"") for entry in source.entries}
+    assert annotations == expected
     assert main(["build", str(tmp_path / "out"), str(tmp_path / "again"), "--jobs", "1"]) == 0
     again = open_index(tmp_path / "again")
-    assert {again.read(sample): again.read_annotation(sample) for sample in range(20)} == annotations
+    assert {again.read(sample): again.read_annotation(sample) for sample in range(12)} == annotations
     assert (again.classes, again.annotations) == (index.classes, kind)
-    fingerprint = again.fingerprint
     assert main(["index", str(tmp_path / "again"), "--jobs", "1"]) == 0
-    assert open_index(tmp_path / "again").fingerprint == fingerprint
+    assert open_index(tmp_path / "again").fingerprint == again.fingerprint
 
 
 def test_masks_of_scenes_do_not_overlap_and_fit_their_boxes(tmp_path: Path) -> None:
