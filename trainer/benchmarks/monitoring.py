@@ -25,6 +25,7 @@ from mixmae.monitoring.exporter.recorder import NullRecorder, Recorder
 from mixmae.trainer.benchmarks.in_memory import InMemory
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
 from mixmae.trainer.data.stream import Stream
+from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run.state import TrainState
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 def measure(folder: Path, seconds: float, steps: int) -> dict[str, Any]:
     """Step times with and without an observer, interleaved."""
     torch.set_num_threads(1)
-    recipe = Recipe.model_validate({"run_dir": str(folder / "run"), "monitoring": {"port": 0}})
+    recipe = fit_here(Recipe.model_validate({"run_dir": str(folder / "run"), "monitoring": {"port": 0}}), Ranks())
     recipe.run_dir.mkdir()
     shared = folder / "shared"
     observed = Observer(Recorder(shared, 0), recipe, Ranks(), shared)

@@ -96,7 +96,10 @@ def _finding(detail: Any, schema: type[BaseModel], section: str) -> tuple[str, s
         most_or_least = f"at most {bounds['max_length']}" if kind == "too_long" else f"{bounds['min_length']} or more"
         expected = f"expected {most_or_least} values, got {bounds['actual_length']}"
     else:
-        expected = _EXPECTED.get(kind) or f"expected {detail['msg'].removeprefix('Input should be ')}"
+        expected = (
+            _EXPECTED.get(kind)
+            or f"expected {detail['msg'].removeprefix('Input should be ').replace('True or False', 'true or false')}"
+        )
     value = f"={shown(given)}" if not isinstance(given, BaseModel | Mapping) and kind != "missing" else ""
     return (f"{path}{value}: " if path else ""), expected
 
