@@ -81,4 +81,4 @@ def test_saturation_and_hue_are_those_of_colorsys(saturation: float, hue: float,
     for before, after in zip(pixels.reshape(-1, 3), found.reshape(-1, 3), strict=True):
         h, s, v = colorsys.rgb_to_hsv(*(before / 255))
         expected = np.array(colorsys.hsv_to_rgb((h + hue) % 1, min(1, s * saturation), v)) * 255
-        assert np.abs(expected - after).max() < 10  # hues of 8 bits
+        assert np.abs(expected - after).max() < 16  # a step of a hue of 8 bits is 6 levels, and it is rounded twice
