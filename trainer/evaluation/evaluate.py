@@ -1,4 +1,5 @@
-"""`mixmae evaluate MODEL SHARDS`: a classifier on labelled images, every one counted exactly once, on any ranks.
+"""`mixmae evaluate MODEL SHARDS`: a classifier on labelled images, every one counted exactly once, on any ranks; or
+an exported detector or segmenter on annotated ones.
 
 Images are resized to 256 px and cropped to 224 up to 224 px, and not cropped above, unless the model's configuration
 says another `crop_pct`. On several ranks: `--local N`, or started by srun or torchrun.
@@ -27,9 +28,12 @@ from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model
 from mixmae.trainer.evaluation.held_out import HeldOut, gather_rows, held_out_batches, require_readable
 from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
 from mixmae.trainer.evaluation.score import Score, draw_confusion, require_plots
+from mixmae.trainer.evaluation.whole_model import measure, open_for, table
+from mixmae.trainer.export.task_directory import is_task_directory
 
 NEIGHBOURS = (10, 20, 100, 200)
 _WORST = 10
+_BATCH, _WHOLE_BATCH = 64, 4
 
 
 @dataclass(frozen=True)
@@ -159,15 +163,34 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--knn", metavar="SHARDS", help="also: k nearest neighbours among the features of these images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each class too")
     parser.add_argument("--confusion", type=Path, metavar="FILE", help="draw the confusion matrix (.png, .svg, .pdf)")
-    parser.add_argument("--batch", type=int, default=64, help="images at once on each rank (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, help="images at once on each rank (default 64; of detectors, segmenters 4)"
+    )
     parser.add_argument("--threads", type=int, help="that decode on each rank; default: its share of the cores")
     parser.add_argument("--local", type=int, metavar="N", help="N ranks on this machine, one per accelerator")
     parser.add_argument("--world-size", type=int, metavar="N", help="refuse to run with another number of ranks")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.batch < 1:
+    if args.batch is not None and args.batch < 1:
         raise UsageError(f"--batch {args.batch}: expected 1 or more")
     return args
+
+
+def evaluate_whole(args: argparse.Namespace, threads: int, heartbeat: Heartbeat, ranks: Ranks) -> None:
+    """Measures a detector or segmenter, and reports it."""
+    for given, option in ((args.knn, "--knn"), (args.confusion, "--confusion")):
+        if given is not None:
+            raise UsageError(f"{option} is for classifiers, and {args.model} is none; leave it out")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UsageError(f"--json {args.json}: {args.json.parent} is no directory")
+    task, module = open_for(Path(args.model), args.shards, args.batch or _WHOLE_BATCH, threads, ranks)
+    if ranks.world_size > 1:
+        join(ranks)
+    found = measure(task, module, ranks, lambda: heartbeat.set_phase("evaluation"))
+    if ranks.is_main:
+        print("\n".join([f"{task.describe()}, on {redact(args.shards)}", *table(found)]))
+        if args.json is not None:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -176,14 +199,18 @@ def main(argv: Sequence[str]) -> int:
     if args.world_size not in (None, ranks.world_size):
         raise UsageError(f"expected world size {args.world_size}, got {ranks.world_size}; refusing to start")
     heartbeat = begin_heartbeat(os.environ)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = args.threads or max(1, cores)
+    if is_task_directory(Path(args.model)):
+        evaluate_whole(args, threads, heartbeat, ranks)
+        return _leave(heartbeat, ranks)
     model = open_model(args.model, ranks.device)
     index = open_index(args.shards)
     bank_index = None if args.knn is None else open_index(args.knn)
     check(args, model, index, bank_index)
     if ranks.world_size > 1:
         join(ranks)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    settings = Settings(args.batch, args.threads or max(1, cores), heartbeat)
+    settings = Settings(args.batch or _BATCH, threads, heartbeat)
     score, neighbours = evaluate(model, index, bank_index, settings, ranks)
     if ranks.is_main:
         found = figures(model, index, score, neighbours)
@@ -192,6 +219,10 @@ def main(argv: Sequence[str]) -> int:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
         if args.confusion is not None and score is not None:
             draw_confusion(score, model.describe, args.confusion)
+    return _leave(heartbeat, ranks)
+
+
+def _leave(heartbeat: Heartbeat, ranks: Ranks) -> int:
     heartbeat.close()
     if ranks.world_size > 1:
         leave(0)
