@@ -259,9 +259,8 @@ def test_unmixed_images_can_be_exported(encoders: dict[str, Encoder], name: str)
     encoder.train()
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "mixmae_twins_nano" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_compile_whole_and_once(encoders: dict[str, Encoder], name: str) -> None:
     torch._dynamo.reset()
     counters.clear()

@@ -87,26 +87,23 @@ def train(ranks: Ranks, recipes: list[Any]) -> None:
         run.engine.destroy()
 
 
-@pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same training with and without evaluations, at ZeRO stages 1 and 3 (bf16, drop path)."""
+@pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["1", "3"])
+def runs(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same training with and without evaluations, at a ZeRO stage (bf16, drop path)."""
     folder = tmp_path_factory.mktemp("evaluated")
     probe = {"shards": str(coloured_shards(folder / "coloured")), "every": "4 steps"}
     asked = {"evaluate": {"shards": str(shards), "every": "2 steps", "probe": probe}, "train.precision": "bf16"}
     recipes = {}
-    for stage in (1, 3):
-        for name, settings in (("plain", {"train.precision": "bf16"}), ("evaluated", asked)):
-            run_dir = folder / f"{name}-{stage}"
-            own = {"data.shards": str(shards), "run_dir": str(run_dir), "train.zero_stage": stage}
-            saved = {"checkpoint.every": "4 steps", "encoder.drop_path_rate": 0.2, "monitoring.enabled": False}
-            recipes[run_dir.name] = tiny_recipe(**own, **saved, **settings)
+    for name, settings in (("plain", {"train.precision": "bf16"}), ("evaluated", asked)):
+        own = {"data.shards": str(shards), "run_dir": str(folder / name), "train.zero_stage": request.param}
+        saved = {"checkpoint.every": "4 steps", "encoder.drop_path_rate": 0.2, "monitoring.enabled": False}
+        recipes[name] = tiny_recipe(**own, **saved, **settings)
     run_ranks(train, 1, list(recipes.values()))
     return {name: recipe.run_dir for name, recipe in recipes.items()}
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_run_does_not_notice_that_it_is_evaluated(runs: dict[str, Path], stage: int) -> None:
-    plain, evaluated = (complete_checkpoints(runs[f"{name}-{stage}"])[-1] for name in ("plain", "evaluated"))
+def test_a_run_does_not_notice_that_it_is_evaluated(runs: dict[str, Path]) -> None:
+    plain, evaluated = (complete_checkpoints(runs[name])[-1] for name in ("plain", "evaluated"))
     for expected, found in (
         (master_weights(plain), master_weights(evaluated)),
         *zip(optimizer_states(plain).values(), optimizer_states(evaluated).values(), strict=True),
@@ -116,16 +113,15 @@ def test_a_run_does_not_notice_that_it_is_evaluated(runs: dict[str, Path], stage
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_figures_are_reported_and_kept(runs: dict[str, Path], stage: int) -> None:
-    events = {event["step"]: event["metrics"] for event in read_events(runs[f"evaluated-{stage}"], "evaluation")}
+def test_figures_are_reported_and_kept(runs: dict[str, Path]) -> None:
+    events = {event["step"]: event["metrics"] for event in read_events(runs["evaluated"], "evaluation")}
     probed = {"probe_knn", "probe_linear", "probe_effective_rank", "probe_mean_cosine"}
     assert [step for step, figures in events.items() if probed <= figures.keys()] == [4, 8]
     assert [step for step, figures in events.items() if "val_loss" in figures] == [2, 4, 6, 8]
     assert all(0.5 < figures["val_loss"] < 2 for figures in events.values())
     assert all(events[step]["probe_knn"] == events[step]["probe_linear"] == 1.0 for step in (4, 8))
     assert all(1.0 < events[step]["probe_effective_rank"] < 24 for step in (4, 8))
-    manifests = [Manifest.read(folder) for folder in complete_checkpoints(runs[f"evaluated-{stage}"])]
+    manifests = [Manifest.read(folder) for folder in complete_checkpoints(runs["evaluated"])]
     assert [manifest.metrics for manifest in manifests] == [events[4], events[8]]
 
 

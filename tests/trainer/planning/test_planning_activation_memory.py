@@ -98,8 +98,7 @@ def allocated(recipe: Recipe, policy: ActivationCheckpointing, micro_batch: int,
     [
         ("none", "bf16"),
         ("selective", "bf16"),
-        ("torch", "bf16"),
-        *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ("torch 1-2", "fairscale")),
+        *(pytest.param(name, "bf16", marks=pytest.mark.slow) for name in ("torch", "torch 1-2", "fairscale")),
         *(pytest.param(name, "fp32", marks=pytest.mark.slow) for name in ("none", "selective")),
     ],
 )
@@ -117,8 +116,8 @@ def test_a_pass_takes_what_was_planned(name: str, precision: str) -> None:
     [
         {"method.group_map": "sample"},
         {"method.num_images": 4, "train.micro_batch": 4, "method.dual": False},
-        {"method.separate_groups": False, "method.norm_pix_loss": False},
-        {"encoder.drop_path_rate": 0.3},
+        pytest.param({"method.separate_groups": False, "method.norm_pix_loss": False}, marks=pytest.mark.slow),
+        pytest.param({"encoder.drop_path_rate": 0.3}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -181,7 +180,13 @@ def test_offloading_counts_the_inputs_of_blocks_on_the_host() -> None:
     assert footprint.kept[1] < measure(recipe, POLICIES["fairscale"]).kept[1] - 0.9 * footprint.on_host
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, id=name, marks=() if name in ("none", "selective", "torch") else pytest.mark.slow)
+        for name, policy in POLICIES.items()
+    ],
+)
 def test_operations_are_those_of_a_real_pass(policy: ActivationCheckpointing) -> None:
     """Recomputed ones included. The real pass is one without fused attention, of which torch counts all products."""
     recipe, cpu = small_swin(), torch.device("cpu")

@@ -139,6 +139,7 @@ def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None
         assert found == pytest.approx(expected, abs=1e-4 if kind[1] == "fp32" else 5e-3)
 
 
+@pytest.mark.distributed
 def test_an_exported_segmenter_scores_as_the_run_said(run: Path, sets: Shards, tmp_path: Path) -> None:
     export(run, tmp_path / "segmenter")
     task, module = open_task_directory(tmp_path / "segmenter", torch.device("cpu"))
@@ -160,6 +161,7 @@ def test_an_exported_segmenter_scores_as_the_run_said(run: Path, sets: Shards, t
     assert said["pixel_accuracy"] == pytest.approx(sum(right.values()) / sum(a.size for a, _ in pairs), abs=1e-3)
 
 
+@pytest.mark.distributed
 def test_predictions_are_drawn_and_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(run, tmp_path / "segmenter")
     pixels = np.random.default_rng(0).integers(0, 256, (50, 130, 3), dtype=np.uint8)
@@ -171,6 +173,7 @@ def test_predictions_are_drawn_and_told(run: Path, tmp_path: Path, capsys: pytes
     assert "%" in capsys.readouterr().out
 
 
+@pytest.mark.distributed
 def test_pictures_have_what_is_there_beside_what_is_found(run: Path) -> None:
     picture = Image.open(run / "pictures" / "step-00000002.png")
     assert picture.width == 3 * 64 + 2 * 4
