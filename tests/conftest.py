@@ -19,7 +19,9 @@ pytest_plugins = ["tests.cluster.fixtures"]
 
 # More threads than idle cores wait for each other, and a machine may be busy.
 torch.set_num_threads(1)
-settings.register_profile("tests", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "tests", max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("tests")
 # A shell's background job ignores Ctrl-C, and so would every command that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
