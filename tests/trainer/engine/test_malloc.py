@@ -38,4 +38,4 @@ def test_a_step_finds_the_memory_of_the_last_one(tmp_path: Path) -> None:
         assert out, err
         return int(out)
 
-    assert faults("kept") < faults("given back") / 4
+    assert faults("kept") < faults("given back") / 2
