@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -45,24 +45,25 @@ class Trainable(nn.Module):
 
 
 class TrainableEncoder(Trainable):
-    """A module around an encoder, whose blocks, kernels and exemptions from weight decay are the encoder's.
+    """A module around an encoder, whose blocks, kernels and exemptions from weight decay are the encoder's."""
 
-    Args:
-        encoder: a checkpoint holds its weights under `encoder.`.
-    """
+    encoder_path: ClassVar[str] = "encoder"
+    """Where the encoder is; a checkpoint holds its weights under this name."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
+    def _encoder(self) -> Encoder:
+        encoder = self.get_submodule(self.encoder_path)
+        assert isinstance(encoder, Encoder)
+        return encoder
 
     def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
+        encoder = self._encoder()
+        return {str(stage): encoder.stage_blocks(stage) for stage in range(1, encoder.num_stages + 1)}
 
     def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
+        self._encoder().set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
 
     def set_fused_attention(self) -> None:
-        self.encoder.set_fused_attention()
+        self._encoder().set_fused_attention()
 
     def no_weight_decay(self) -> Collection[str]:
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {f"{self.encoder_path}.{name}" for name in self._encoder().no_weight_decay()}

@@ -3,12 +3,11 @@
 Maps are [B, C, H, W] of stride 4, 8, 16 and 32, which lie in memory channels last, as the encoder computes them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from mixmae.models.contract import Trainable
+from mixmae.models.contract import TrainableEncoder
 from mixmae.models.encoders.contract import Encoder
 
 _STRIDES = (4, 8, 16, 32)
@@ -48,25 +47,15 @@ class Backbone(nn.Module):
         maps = model.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
         return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, maps, strict=True)]
 
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
 
-    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
-
-    def set_fused_attention(self) -> None:
-        self.encoder.set_fused_attention()
-
-    def no_weight_decay(self) -> Collection[str]:
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-
-
-class TrainableBackbone(Trainable):
-    """A module on a backbone: its blocks, kernels and exemptions from weight decay are those of the encoder.
+class TrainableBackbone(TrainableEncoder):
+    """A module on a backbone.
 
     Args:
         backbone: a checkpoint holds its weights under `backbone.`.
     """
+
+    encoder_path = "backbone.encoder"
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -75,15 +64,3 @@ class TrainableBackbone(Trainable):
     @property
     def encoder(self) -> Encoder:
         return self.backbone.encoder
-
-    def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {str(stage): self.encoder.stage_blocks(stage) for stage in range(1, self.encoder.num_stages + 1)}
-
-    def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        self.encoder.set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
-
-    def set_fused_attention(self) -> None:
-        self.encoder.set_fused_attention()
-
-    def no_weight_decay(self) -> Collection[str]:
-        return {f"backbone.encoder.{name}" for name in self.encoder.no_weight_decay()}

@@ -34,7 +34,8 @@ class Classifier(TrainableEncoder):
         label_smoothing: float = 0.0,
         mixes: bool = False,
     ) -> None:
-        super().__init__(encoder)
+        super().__init__()
+        self.encoder = encoder
         self.num_classes, self.multi_label, self.label_smoothing = num_classes, multi_label, label_smoothing
         self.min_batch = 2 if mixes else 1
         add_linear_head(encoder, num_classes)

@@ -102,7 +102,8 @@ class LinearProbe(TrainableEncoder):
     def __init__(
         self, encoder: Encoder, num_classes: int, variants: Sequence[Variant], label_smoothing: float = 0.0
     ) -> None:
-        super().__init__(encoder.requires_grad_(False).eval())
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
         self.num_classes, self.variants, self.label_smoothing = num_classes, tuple(variants), label_smoothing
         widths = [info["num_chs"] for info in encoder.feature_info]
         self.widths = [sum(widths[-variant.stages :]) for variant in variants]

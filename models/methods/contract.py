@@ -24,7 +24,15 @@ class Column(NamedTuple):
 
 
 class Method(TrainableEncoder):
-    """`method(images, *inputs) -> loss`, where `inputs = method.draw(len(images), generator)`."""
+    """`method(images, *inputs) -> loss`, where `inputs = method.draw(len(images), generator)`.
+
+    Args:
+        encoder: what is pretrained; a checkpoint holds its weights under `encoder.`.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
 
     @classmethod
     def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:

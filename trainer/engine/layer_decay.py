@@ -6,12 +6,23 @@ from typing import Literal
 
 from timm.models import group_parameters
 
+from mixmae.models.contract import TrainableEncoder
 from mixmae.models.encoders.contract import Encoder
+from mixmae.trainer.recipe.sections.optim import Optim
 
 Rule = Literal["standard", "mixmim", "simmim"]
 _TOP = re.compile(r"(?:norm|head)\.")
 _BETWEEN_BLOCKS = re.compile(r"stages\.[1-9]\d*\.(?!blocks\.)")
 """Patch merging and the like, which open a stage."""
+
+
+def lr_scales(module: TrainableEncoder, optim: Optim) -> Callable[[str], float] | None:
+    """The scale of each of a module's parameters by the recipe's layer decay; None where all have one rate."""
+    if optim.layer_decay == 1:
+        return None
+    encoder = module.get_submodule(module.encoder_path)
+    assert isinstance(encoder, Encoder)
+    return layer_decay(encoder, optim.layer_decay, optim.layer_decay_rule, f"{module.encoder_path}.")
 
 
 def layer_decay(encoder: Encoder, decay: float, rule: Rule, prefix: str) -> Callable[[str], float]:

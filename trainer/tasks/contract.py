@@ -16,7 +16,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
-from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
@@ -91,6 +91,14 @@ class Task(ABC):
         Raises:
             UsageError: what is missing.
         """
+
+    def open_shards(self, shards: str) -> ShardIndex:
+        """The index of shards beside `data.shards`, such as held-out ones, which are read as those are.
+
+        Raises:
+            UsageError: as `open_index`.
+        """
+        return open_index(shards, self.recipe.data.network, self.recipe.data.cache)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         """What data workers make of a sample of `data.shards`."""

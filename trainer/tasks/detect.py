@@ -14,18 +14,19 @@ from mixmae.models.heads.mask_rcnn.targets import pad_objects
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.layer_decay import layer_decay
+from mixmae.trainer.engine.layer_decay import lr_scales
 from mixmae.trainer.evaluation.average_precision import require_evaluator
 from mixmae.trainer.evaluation.detection import evaluate_detector, find_in_image
 from mixmae.trainer.evaluation.detection_pictures import draw_columns, draw_found
 from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
 from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
 from mixmae.trainer.tasks.registry import register_task
@@ -69,7 +70,7 @@ class Detect(Task):
         self._require_objects(index, "data.shards")
         if self.recipe.evaluate.shards is not None:
             require_evaluator()
-            held_out = self._held_out()
+            held_out = self.open_shards(self.recipe.evaluate.shards)
             require_readable(held_out, "evaluate.shards")
             self._require_objects(held_out, "evaluate.shards")
             held_out.store.close()
@@ -79,22 +80,15 @@ class Detect(Task):
         where = f"{key}={index.store.location}"
         if index.classes != self.classes:
             raise UsageError(
-                f"{where} has {len(index.classes)} classes ({_listed(index.classes)}), and the run {len(self.classes)} "
-                f"({_listed(self.classes)}); build the shards with the same categories, or correct detection.classes"
+                f"{where} has {len(index.classes)} classes ({listed(index.classes)}), and the run {len(self.classes)} "
+                f"({listed(self.classes)}); build the shards with the same categories, or correct detection.classes"
             )
-
-    def _held_out(self) -> ShardIndex:
-        assert self.recipe.evaluate.shards is not None
-        return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return LargeScaleJitterCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.detection.scale)
 
     def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
-        optim = self.recipe.optim
-        if optim.layer_decay == 1:
-            return None
-        return layer_decay(_detector(module).encoder, optim.layer_decay, optim.layer_decay_rule, "backbone.encoder.")
+        return lr_scales(_detector(module), self.recipe.optim)
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         found = batch.targets
@@ -109,7 +103,8 @@ class Detect(Task):
         """On `evaluate.shards`: see `evaluate_detector`."""
         if self.recipe.evaluate.shards is None:
             return {}
-        index, side, data = self._held_out(), self.recipe.encoder.img_size, self.recipe.data
+        side, data = self.recipe.encoder.img_size, self.recipe.data
+        index = self.open_shards(self.recipe.evaluate.shards)
         scenes = held_out_scenes(index, ranks, side, beat=beat, threads=data.num_workers)
         to_device = ToDevice(ranks.device, data.mean, data.std)
         batch = self.recipe.train.micro_batch
@@ -146,12 +141,8 @@ def _resolve_classes(recipe: Recipe) -> Recipe:
     """
     given = recipe.detection
     if given.classes is None:
-        try:
-            index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
-        except UsageError as error:
-            if given.num_classes is not None:
-                return recipe
-            raise UsageError(f"detection.num_classes is not set, and {error}") from error
+        if (index := shards_with_classes(recipe, "detection", given.num_classes)) is None:
+            return recipe
         given = given.model_copy(update={"classes": index.classes})
         index.store.close()
     if not given.classes:
@@ -161,14 +152,10 @@ def _resolve_classes(recipe: Recipe) -> Recipe:
     if given.num_classes not in (None, len(given.classes)):
         raise UsageError(
             f"detection.num_classes={given.num_classes}, but there are {len(given.classes)} classes "
-            f"({_listed(given.classes)}); set it to {len(given.classes)}, or leave it out"
+            f"({listed(given.classes)}); set it to {len(given.classes)}, or leave it out"
         )
     given = given.model_copy(update={"num_classes": len(given.classes)})
     return recipe.model_copy(update={"detection": given})
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _detector(module: Trainable) -> MaskRCNN:

@@ -11,11 +11,11 @@ from mixmae.models.heads.classification import Classifier
 from mixmae.models.heads.mixup import MixSettings, draw_mix
 from mixmae.trainer.data.augmentation.labelled import labelled_crop
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.layer_decay import layer_decay
+from mixmae.trainer.engine.layer_decay import lr_scales
 from mixmae.trainer.evaluation.classification import evaluate_classifier
 from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_classifier
@@ -60,23 +60,16 @@ class Finetune(Task):
     def check_data(self, index: ShardIndex) -> None:
         targets_of(index, self.recipe.classification, "data.shards")
         if self.recipe.evaluate.shards is not None:
-            held_out = self._held_out()
+            held_out = self.open_shards(self.recipe.evaluate.shards)
             require_readable(held_out, "evaluate.shards")
             targets_of(held_out, self.recipe.classification, "evaluate.shards")
             held_out.store.close()
-
-    def _held_out(self) -> ShardIndex:
-        assert self.recipe.evaluate.shards is not None
-        return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return labelled_crop(self.recipe, targets_of(index, self.recipe.classification, "data.shards").table)
 
     def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
-        optim = self.recipe.optim
-        if optim.layer_decay == 1:
-            return None
-        return layer_decay(_classifier(module).encoder, optim.layer_decay, optim.layer_decay_rule, "encoder.")
+        return lr_scales(_classifier(module), self.recipe.optim)
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         labels = batch.targets["label"]
@@ -88,7 +81,7 @@ class Finetune(Task):
         """On `evaluate.shards`: `val_loss`, and `top1` and `top5`, or `f1` where labels are several."""
         if self.recipe.evaluate.shards is None:
             return {}
-        index = self._held_out()
+        index = self.open_shards(self.recipe.evaluate.shards)
         targets = targets_of(index, self.recipe.classification, "evaluate.shards")
         found = evaluate_classifier(_classifier(module), index, targets, self.recipe, ranks, beat)
         index.store.close()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex, Table, open_index
+from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex, Table
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.labelled import Classification
+from mixmae.trainer.tasks.classes import listed, shards_with_classes
 
 _SEPARATOR = ","
 
@@ -44,12 +45,8 @@ def resolve_classes(recipe: Recipe) -> Recipe:
     """
     given = recipe.classification
     if given.classes is None:
-        try:
-            index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
-        except UsageError as error:
-            if given.num_classes is not None:
-                return recipe
-            raise UsageError(f"classification.num_classes is not set, and {error}") from error
+        if (index := shards_with_classes(recipe, "classification", given.num_classes)) is None:
+            return recipe
         given = given.model_copy(update={"classes": _names(index, given.multi_label)})
         if given.num_classes is None and not given.classes:
             labels = index.samples["label"]
@@ -59,7 +56,7 @@ def resolve_classes(recipe: Recipe) -> Recipe:
         if given.num_classes not in (None, len(given.classes)):
             raise UsageError(
                 f"classification.num_classes={given.num_classes}, but there are {len(given.classes)} classes by name "
-                f"({_listed(given.classes)}); set it to {len(given.classes)}, or leave it out"
+                f"({listed(given.classes)}); set it to {len(given.classes)}, or leave it out"
             )
         given = given.model_copy(update={"num_classes": len(given.classes)})
     if given.num_classes is None:
@@ -129,8 +126,8 @@ def _numbers(index: ShardIndex, classes: Classification, where: str) -> Table:
         present = set(np.unique(index.samples["label"]).tolist())
         if foreign := [name for number, name in enumerate(index.classes) if number in present and name not in known]:
             raise UsageError(
-                f"{where} has {len(foreign)} classes that the run does not ({_listed(foreign)}); its classes are "
-                f"{_listed(classes.classes)}"
+                f"{where} has {len(foreign)} classes that the run does not ({listed(foreign)}); its classes are "
+                f"{listed(classes.classes)}"
             )
         return np.array([known.get(name, -1) for name in index.classes], dtype=np.int64)
     largest = int(index.samples["label"].max())
@@ -156,7 +153,7 @@ def _flags(index: ShardIndex, classes: Classification, where: str) -> Tensor:
             if name not in known:
                 raise UsageError(
                     f"{where} has the class {name!r}, which the run does not; its classes are "
-                    f"{_listed(classes.classes or ())}"
+                    f"{listed(classes.classes or ())}"
                 )
             table[label, known[name]] = 1
     return table
@@ -164,7 +161,3 @@ def _flags(index: ShardIndex, classes: Classification, where: str) -> Tensor:
 
 def _name(classes: Classification, number: int) -> str:
     return repr(classes.classes[number]) if classes.classes else str(number)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.linear_probe import LinearProbe, Variant, variants_of
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, SampleTransform, shared_empty
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
@@ -89,7 +89,7 @@ class Linear(Task):
         if self.recipe.linear.cache_features:
             require_readable(index, "linear.cache_features")
         if self.recipe.evaluate.shards is not None:
-            held_out = self._open_held_out()
+            held_out = self.open_shards(self.recipe.evaluate.shards)
             require_readable(held_out, "evaluate.shards")
             targets_of(held_out, self.recipe.classification, "evaluate.shards")
             held_out.store.close()
@@ -143,7 +143,7 @@ class Linear(Task):
         """On `evaluate.shards`: `top1`, `top5` and `val_loss` of the best classifier, and each one's `top1_NAME`."""
         if self.recipe.evaluate.shards is None:
             return {}
-        probe, index = _probe(module), self._open_held_out()
+        probe, index = _probe(module), self.open_shards(self.recipe.evaluate.shards)
         if self._held_out is None:
             self._held_out = self._features(probe, index, ranks, beat)
         targets = targets_of(index, self.recipe.classification, "evaluate.shards")
@@ -157,10 +157,6 @@ class Linear(Task):
         best = max(shares, key=lambda of_one: of_one[0])
         each = {f"top1_{variant.name}": of_one[0] for variant, of_one in zip(self.variants, shares, strict=True)}
         return {**dict(zip(("top1", "top5", "val_loss"), best, strict=True)), **each}
-
-    def _open_held_out(self) -> ShardIndex:
-        assert self.recipe.evaluate.shards is not None
-        return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
         labels = torch.zeros(batch, dtype=torch.int64)

@@ -10,7 +10,7 @@ from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.rng import Purpose, torch_at
 from mixmae.trainer.data.stream import Batch, ToDevice
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
@@ -63,9 +63,9 @@ class Pretrain(Task):
         """Looks at the shards that are evaluated on: hours later it would be too late."""
         evaluate = self.recipe.evaluate
         if evaluate.shards is not None:
-            require_readable(self._open(evaluate.shards), "evaluate.shards")
+            require_readable(self.open_shards(evaluate.shards), "evaluate.shards")
         if evaluate.probe is not None:
-            check_probe_shards(self._open(evaluate.probe.shards), "evaluate.probe")
+            check_probe_shards(self.open_shards(evaluate.probe.shards), "evaluate.probe")
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         return _method(module).draw(len(batch.images), generator)
@@ -78,7 +78,7 @@ class Pretrain(Task):
         recipe = self.recipe
         if recipe.evaluate.shards is None:
             return {}
-        index = self._open(recipe.evaluate.shards)
+        index = self.open_shards(recipe.evaluate.shards)
         to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
         total = torch.zeros(2, device=ranks.device)
         batches = held_out_batches(
@@ -98,7 +98,7 @@ class Pretrain(Task):
         recipe = self.recipe
         if recipe.evaluate.probe is None:
             return {}
-        index = self._open(recipe.evaluate.probe.shards)
+        index = self.open_shards(recipe.evaluate.probe.shards)
         figures = probe_shards(
             pooled(_method(module).encoder),
             index,
@@ -111,9 +111,6 @@ class Pretrain(Task):
         )
         index.store.close()
         return {f"probe_{name}": value for name, value in figures.items()}
-
-    def _open(self, shards: str) -> ShardIndex:
-        return open_index(shards, self.recipe.data.network, self.recipe.data.cache)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
         return _method(module).draw(batch, torch.Generator().manual_seed(0))

@@ -12,17 +12,18 @@ from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.upernet import Segmenter
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.dense.segmentation import SegmentationCrop
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
 from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
-from mixmae.trainer.engine.layer_decay import layer_decay
+from mixmae.trainer.engine.layer_decay import lr_scales
 from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.evaluation.label_colors import paint_normalised, picture
 from mixmae.trainer.evaluation.segmentation import class_names, evaluate_segmenter, segment_image
 from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
 from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
 from mixmae.trainer.tasks.registry import register_task
@@ -56,7 +57,7 @@ class Segment(Task):
     def check_data(self, index: ShardIndex) -> None:
         self._require_label_maps(index, "data.shards")
         if self.recipe.evaluate.shards is not None:
-            held_out = self._held_out()
+            held_out = self.open_shards(self.recipe.evaluate.shards)
             require_readable(held_out, "evaluate.shards")
             self._require_label_maps(held_out, "evaluate.shards")
             held_out.store.close()
@@ -66,23 +67,15 @@ class Segment(Task):
         where, classes = f"{key}={index.store.location}", self.recipe.segmentation.classes
         if classes and index.classes and index.classes != classes:
             raise UsageError(
-                f"{where} has the classes {_listed(index.classes)}, and the run {_listed(classes)}; build both sets of "
+                f"{where} has the classes {listed(index.classes)}, and the run {listed(classes)}; build both sets of "
                 "shards with the same list of classes"
             )
-
-    def _held_out(self) -> ShardIndex:
-        assert self.recipe.evaluate.shards is not None
-        return open_index(self.recipe.evaluate.shards, self.recipe.data.network, self.recipe.data.cache)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return SegmentationCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.segmentation.scale)
 
     def lr_scale_of(self, module: Trainable) -> Callable[[str], float] | None:
-        optim = self.recipe.optim
-        if optim.layer_decay == 1:
-            return None
-        encoder = _segmenter(module).encoder
-        return layer_decay(encoder, optim.layer_decay, optim.layer_decay_rule, "backbone.encoder.")
+        return lr_scales(_segmenter(module), self.recipe.optim)
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (batch.targets["segmentation"],)
@@ -98,7 +91,7 @@ class Segment(Task):
         """On `evaluate.shards`: `miou`, `pixel_accuracy`, `mean_accuracy` and each class's `iou/NAME`."""
         if self.recipe.evaluate.shards is None:
             return {}
-        index = self._held_out()
+        index = self.open_shards(self.recipe.evaluate.shards)
         found = evaluate_segmenter(_segmenter(module), index, self.recipe, ranks, beat)
         index.store.close()
         return found
@@ -130,18 +123,14 @@ def _with_classes(recipe: Recipe) -> Recipe:
     """
     given = recipe.segmentation
     if given.classes is None:
-        try:
-            index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
-        except UsageError as error:
-            if given.num_classes is not None:
-                return recipe
-            raise UsageError(f"segmentation.num_classes is not set, and {error}") from error
+        if (index := shards_with_classes(recipe, "segmentation", given.num_classes)) is None:
+            return recipe
         given = given.model_copy(update={"classes": index.classes})
         index.store.close()
     if given.num_classes not in (None, len(given.classes or ()) or given.num_classes):
         raise UsageError(
             f"segmentation.num_classes={given.num_classes}, but there are {len(given.classes or ())} classes by name "
-            f"({_listed(given.classes or ())}); set it to their number, or leave it out"
+            f"({listed(given.classes or ())}); set it to their number, or leave it out"
         )
     number = given.num_classes or len(given.classes or ())
     if number < 2:
@@ -150,10 +139,6 @@ def _with_classes(recipe: Recipe) -> Recipe:
             "it, or build the shards with their names"
         )
     return recipe.model_copy(update={"segmentation": given.model_copy(update={"num_classes": number})})
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _segmenter(module: Trainable) -> Segmenter:

@@ -8,9 +8,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from mixmae.models.contract import Trainable
-from mixmae.models.encoders.contract import Encoder
-from mixmae.models.heads.backbone import Backbone
+from mixmae.models.heads.backbone import Backbone, TrainableBackbone
 from mixmae.models.heads.mask_rcnn.box_head import DETECTIONS, BoxHead
 from mixmae.models.heads.mask_rcnn.mask_head import MaskHead
 from mixmae.models.heads.mask_rcnn.proposals import fill_slots
@@ -37,7 +35,7 @@ class Detections(NamedTuple):
         return Detections(*(part[number, :count] for part in self))
 
 
-class MaskRCNN(Trainable):
+class MaskRCNN(TrainableBackbone):
     """`detector(images, boxes, classes, counts, masks, seeds) -> loss`; with nothing, or sizes, beside images what it
     finds in them (`Detections`).
 
@@ -56,8 +54,7 @@ class MaskRCNN(Trainable):
     def __init__(
         self, backbone: Backbone, num_classes: int, image: tuple[int, int], channels: int = 256, rois: int = 512
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         self.num_classes = num_classes
         self.pyramid = FeaturePyramidNetwork(
             list(backbone.channels), channels, extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d
@@ -107,26 +104,16 @@ class MaskRCNN(Trainable):
         return Detections(rows[..., :4], rows[..., 4], classes, masks.gather(2, index)[:, :, 0])
 
     @property
-    def encoder(self) -> Encoder:
-        return self.backbone.encoder
-
-    @property
     def _heads(self) -> Mapping[str, Head]:
         return {"box_head": self.box_head, "mask_head": self.mask_head}
 
     def block_groups(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {**self.backbone.block_groups(), **{name: [head.layers] for name, head in self._heads.items()}}
+        return {**super().block_groups(), **{name: [head.layers] for name, head in self._heads.items()}}
 
     def set_grad_checkpointing(self, groups: Collection[str]) -> None:
-        self.backbone.set_grad_checkpointing(groups)
+        super().set_grad_checkpointing(groups)
         for name, head in self._heads.items():
             head.grad_checkpointing = name in groups
-
-    def set_fused_attention(self) -> None:
-        self.backbone.set_fused_attention()
-
-    def no_weight_decay(self) -> Collection[str]:
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     @staticmethod
     def _sizes(images: Tensor) -> Tensor:
