@@ -98,18 +98,23 @@ def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: boo
     transpose, mirror, upside_down = _ORIENTATIONS[orientation]
     if transpose:
         width, height = height, width
-    left, upper, right, lower = upright
-    if mirror:
-        left, right = width - right, width - left
-    if upside_down:
-        upper, lower = height - lower, height - upper
-    if transpose:
-        left, upper, right, lower = upper, left, lower, right
+    left, upper, right, lower = _stored_box(upright, width, height, orientation)
     reduction = next((r for r in (8, 4, 2) if min(right - left, lower - upper) // r >= size), 1)
     # A reduced pixel covers a whole block: a box off the block grid would be shifted by a fraction of a pixel.
     left, upper = left // reduction * reduction, upper // reduction * reduction
     right, lower = (right - left) // reduction * reduction + left, (lower - upper) // reduction * reduction + upper
     return CropPlan((left, upper, right, lower), reduction, transpose, mirror != flip, upside_down)
+
+
+def _stored_box(upright: Box, width: int, height: int, orientation: int) -> Box:
+    """Where a box of an upright image of `width` x `height` is in the image as it is stored."""
+    transpose, mirror, upside_down = _ORIENTATIONS[orientation]
+    left, upper, right, lower = upright
+    if mirror:
+        left, right = width - right, width - left
+    if upside_down:
+        upper, lower = height - lower, height - upper
+    return (upper, left, lower, right) if transpose else (left, upper, right, lower)
 
 
 class EncodedImage(Protocol):
@@ -288,13 +293,7 @@ def decode_upright(source: EncodedImage, box: Box, reduction: int = 1) -> Pixels
     transpose, mirror, upside_down = _ORIENTATIONS[source.orientation]
     assert reduction == 1 or source.orientation == 1, "a reduced pixel at the end may stand for fewer of the image"
     height, width = upright_size_of(source)
-    left, upper, right, lower = box
-    if mirror:
-        left, right = width - right, width - left
-    if upside_down:
-        upper, lower = height - lower, height - upper
-    if transpose:
-        left, upper, right, lower = upper, left, lower, right
+    left, upper, right, lower = _stored_box(box, width, height, source.orientation)
     with _decoding():
         found = source.pixels((left * reduction, upper * reduction, right * reduction, lower * reduction), reduction)
     upright = found.transpose(1, 0, 2) if transpose else found
