@@ -1,21 +1,19 @@
 """Detection: resumed bit for bit at every ZeRO stage, evaluated, exported, drawn; and that it learns."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
-from mixmae.trainer.checkpoints.weights import master_weights, model_weights, optimizer_states
+from mixmae.trainer.checkpoints.weights import model_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
@@ -30,14 +28,10 @@ from mixmae.trainer.tasks.registry import task_of
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
+from tests.trainer.tasks.resumed import Shards, content, runs_of
 
 KINDS = [(1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision."""
-
-
-class Shards(NamedTuple):
-    training: Path
-    held_out: Path
 
 
 def scenes(out: Path, count: int, seed: int, size: int = 96) -> Path:
@@ -74,33 +68,9 @@ def recipe_for(sets: Shards, run_dir: Path, **changes: Any) -> Recipe:
     return tiny_recipe(**{**settings, **changes})
 
 
-def train_and_resume(ranks: Ranks, wholes: list[Recipe]) -> None:
-    """Each recipe to its end, and again, in the folder beside, from its second step."""
-    train(ranks, [(recipe, 99) for recipe in wholes])
-    parts = [recipe.model_copy(update={"run_dir": Path(f"{recipe.run_dir} part")}) for recipe in wholes]
-    for whole, part in zip(wholes, parts, strict=True):
-        shutil.copytree(whole.run_dir / "checkpoints" / "step-00000002", part.run_dir / "checkpoints" / "step-00000002")
-    train(ranks, [(recipe, 99) for recipe in parts])
-
-
 @pytest.fixture(scope="module")
 def runs(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """Run directories of one rank, by stage and precision."""
-    folder = tmp_path_factory.mktemp("detectors")
-    recipes = [
-        recipe_for(sets, folder / f"{precision} {stage}", **{"train.zero_stage": stage, "train.precision": precision})
-        for stage, precision in KINDS
-    ]
-    run_ranks(train_and_resume, 1, recipes)
-    return lambda stage, precision: folder / f"{precision} {stage}"
-
-
-def content(run_dir: Path) -> dict[str, Tensor]:
-    """Weights and optimizer states of the last checkpoint."""
-    last = complete_checkpoints(run_dir)[-1]
-    assert last.name == "step-00000004"
-    states = {"weight": master_weights(last), **optimizer_states(last)}
-    return {f"{kind}/{name}": value for kind, values in states.items() for name, value in values.items()}
+    return runs_of(tmp_path_factory.mktemp("detectors"), recipe_for, sets, KINDS)
 
 
 @pytest.mark.distributed

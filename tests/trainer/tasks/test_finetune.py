@@ -1,9 +1,8 @@
 """Fine-tuning: resumed bit for bit at every ZeRO stage, evaluated, averaged, exported, and started from runs."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +12,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models.heads.classification import Classifier
-from mixmae.trainer.checkpoints.weights import averaged_weights, master_weights, model_weights, optimizer_states
+from mixmae.trainer.checkpoints.weights import averaged_weights, master_weights, model_weights
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import CLASSES, Synthetic
@@ -27,14 +26,11 @@ from mixmae.trainer.tasks.registry import build_model, task_of
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
+from tests.trainer.tasks import resumed
+from tests.trainer.tasks.resumed import Shards, runs_of
 
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision: each of DeepSpeed's optimizers once."""
-
-
-class Shards(NamedTuple):
-    training: Path
-    held_out: Path
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +62,14 @@ def recipe_for(sets: Shards, run_dir: Path, **changes: Any) -> Recipe:
     return tiny_recipe(**{**settings, **changes})
 
 
-def train_and_resume(ranks: Ranks, wholes: list[Recipe]) -> None:
-    """Each recipe to its end, and again, in the folder beside, from its second step."""
-    train(ranks, [(recipe, 99) for recipe in wholes])
-    parts = [recipe.model_copy(update={"run_dir": Path(f"{recipe.run_dir} part")}) for recipe in wholes]
-    for whole, part in zip(wholes, parts, strict=True):
-        shutil.copytree(whole.run_dir / "checkpoints" / "step-00000002", part.run_dir / "checkpoints" / "step-00000002")
-    train(ranks, [(recipe, 99) for recipe in parts])
-
-
 @pytest.fixture(scope="module")
 def runs(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """Run directories of one rank, by stage and precision."""
-    folder = tmp_path_factory.mktemp("finetuned")
-    recipes = [
-        recipe_for(sets, folder / f"{precision} {stage}", **{"train.zero_stage": stage, "train.precision": precision})
-        for stage, precision in KINDS
-    ]
-    run_ranks(train_and_resume, 1, recipes)
-    return lambda stage, precision: folder / f"{precision} {stage}"
+    return runs_of(tmp_path_factory.mktemp("finetuned"), recipe_for, sets, KINDS)
 
 
 def content(run_dir: Path) -> dict[str, Tensor]:
     """Weights, their average and optimizer states of the last checkpoint."""
-    last = complete_checkpoints(run_dir)[-1]
-    assert last.name == "step-00000004"
-    states = {"weight": master_weights(last), "ema": averaged_weights(last), **optimizer_states(last)}
-    return {f"{kind}/{name}": value for kind, values in states.items() for name, value in values.items()}
+    return resumed.content(run_dir, lambda checkpoint: {"ema": averaged_weights(checkpoint)})
 
 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)

@@ -1,10 +1,9 @@
 """Segmentation: resumed bit for bit at every ZeRO stage, evaluated as by hand, exported, drawn, started from runs."""
 
 import io
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models import create_encoder
 from mixmae.models.heads import upernet
 from mixmae.models.heads.upernet import Segmenter
-from mixmae.trainer.checkpoints.weights import master_weights, model_weights, optimizer_states, saved_buffers
+from mixmae.trainer.checkpoints.weights import model_weights, saved_buffers
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
@@ -34,14 +33,11 @@ from mixmae.trainer.run.lifecycle import check
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
+from tests.trainer.tasks import resumed
+from tests.trainer.tasks.resumed import Shards, runs_of
 
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision: each of DeepSpeed's optimizers once."""
-
-
-class Shards(NamedTuple):
-    training: Path
-    held_out: Path
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +70,6 @@ def recipe_for(sets: Shards, run_dir: Path, **changes: Any) -> Recipe:
     return tiny_recipe(**{**settings, **changes})
 
 
-def train_and_resume(ranks: Ranks, wholes: list[Recipe]) -> None:
-    """Each recipe to its end, and again, in the folder beside, from its second step."""
-    train(ranks, [(recipe, 99) for recipe in wholes])
-    parts = [recipe.model_copy(update={"run_dir": Path(f"{recipe.run_dir} part")}) for recipe in wholes]
-    for whole, part in zip(wholes, parts, strict=True):
-        shutil.copytree(whole.run_dir / "checkpoints" / "step-00000002", part.run_dir / "checkpoints" / "step-00000002")
-    train(ranks, [(recipe, 99) for recipe in parts])
-
-
 @pytest.fixture(scope="module")
 def run(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory of two steps."""
@@ -94,22 +81,12 @@ def run(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
-    """Run directories of one rank, by stage and precision."""
-    folder = tmp_path_factory.mktemp("segmented")
-    recipes = [
-        recipe_for(sets, folder / f"{precision} {stage}", **{"train.zero_stage": stage, "train.precision": precision})
-        for stage, precision in KINDS
-    ]
-    run_ranks(train_and_resume, 1, recipes)
-    return lambda stage, precision: folder / f"{precision} {stage}"
+    return runs_of(tmp_path_factory.mktemp("segmented"), recipe_for, sets, KINDS)
 
 
 def content(run_dir: Path) -> dict[str, Tensor]:
     """Weights, buffers and optimizer states of the last checkpoint."""
-    last = complete_checkpoints(run_dir)[-1]
-    assert last.name == "step-00000004"
-    states = {"weight": master_weights(last), "buffer": saved_buffers(last), **optimizer_states(last)}
-    return {f"{kind}/{name}": value for kind, values in states.items() for name, value in values.items()}
+    return resumed.content(run_dir, lambda checkpoint: {"buffer": saved_buffers(checkpoint)})
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
