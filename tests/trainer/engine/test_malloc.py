@@ -19,12 +19,14 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 net = nn.Sequential(*(nn.GELU() for _ in range(12)))
 x = torch.ones(2048, 1024, requires_grad=True)
-for step in range(20):
-    if step == 10:  # the first ones' memory is new to the process either way
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = []
+for step in range(41):
+    if step % 10 == 0:
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     net(x).sum().backward()
     x.grad = None
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+# The first ones' memory is new to the process either way, and a machine short of memory takes some of it back.
+print(min(later - earlier for earlier, later in zip(faults[1:], faults[2:])))
 """
 
 
@@ -38,4 +40,4 @@ def test_a_step_finds_the_memory_of_the_last_one(tmp_path: Path) -> None:
         assert out, err
         return int(out)
 
-    assert faults("kept") < faults("given back") / 2
+    assert faults("kept") < faults("given back") / 4
