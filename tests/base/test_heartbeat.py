@@ -65,6 +65,7 @@ def test_a_stopped_process_does_not_tick(tmp_path: Path) -> None:
     assert (stopped.step, stopped.phase) == (7, "backward")
 
 
+@pytest.mark.distributed
 def test_a_run_tells_where_it_is_to_its_end(shards: Path, tmp_path: Path) -> None:
     recipe, beat = tmp_path / "recipe.yaml", tmp_path / "beat"
     recipe.write_text(tiny_recipe(**{"data.shards": str(shards), "run_dir": str(tmp_path / "run")}).to_yaml())

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ def test_the_choice_can_be_limited_to_some_faults() -> None:
     assert Counter(fault.name for fault, _ in drawn) == {"killed_rank": 2, "flipped_bit": 2}
 
 
+@pytest.mark.distributed
 def test_runs_of_a_drill_under_nohup_receive_sighup(tmp_path: Path) -> None:
     child = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)"
     drill = tmp_path / "drill.py"

@@ -108,8 +108,12 @@ def planned(case: Case, world_size: int) -> tuple[States, float]:
     return held, peak_memory(held, footprint, 2, accumulation > 1).total
 
 
+RANKS = pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+"""One rank is the simpler case, and takes as long to measure."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
+@RANKS
 def test_what_stays_is_what_was_planned(world_size: int) -> None:
     """Between steps: weights and optimizer states, and what is never given back."""
     for case, found in real(world_size).items():
@@ -131,7 +135,7 @@ def small_and_own_weights(case: Case, world_size: int) -> float:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
+@RANKS
 def test_gradients_are_what_was_planned(world_size: int) -> None:
     """After the last backward pass of the first step, with activations gone; AdamW has no moments yet."""
     for case, found in real(world_size).items():
@@ -143,7 +147,7 @@ def test_gradients_are_what_was_planned(world_size: int) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
+@RANKS
 def test_a_step_takes_what_was_planned_at_its_peak(world_size: int) -> None:
     """At most 2 % below what torch allocated, and 10 % above: buckets and activations do not peak together."""
     for case, found in real(world_size).items():

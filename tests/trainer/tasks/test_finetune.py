@@ -72,6 +72,7 @@ def content(run_dir: Path) -> dict[str, Tensor]:
     return resumed.content(run_dir, lambda checkpoint: {"ema": averaged_weights(checkpoint)})
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], stage: int, precision: str) -> None:
     whole, part = runs(stage, precision), Path(f"{runs(stage, precision)} part")
@@ -82,6 +83,7 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
     assert events[1] == events[0][1:]
 
 
+@pytest.mark.distributed
 def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None:
     losses = {kind: [event["loss"] for event in read_events(runs(*kind), "step")] for kind in KINDS}
     expected = losses[0, "fp32"]
@@ -90,6 +92,7 @@ def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None
         assert found == pytest.approx(expected, abs=1e-4 if kind[1] == "fp32" else 5e-3)
 
 
+@pytest.mark.distributed
 def test_the_average_is_of_the_fp32_weights(runs: Callable[[int, str], Path], sets: Shards) -> None:
     for stage, precision in KINDS:
         run_dir = runs(stage, precision)
@@ -104,6 +107,7 @@ def test_the_average_is_of_the_fp32_weights(runs: Callable[[int, str], Path], se
                 torch.testing.assert_close(value, average[name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.distributed
 def test_an_export_is_a_timm_model_that_scores_as_the_run_said(
     runs: Callable[[int, str], Path], sets: Shards, tmp_path: Path
 ) -> None:
@@ -126,6 +130,7 @@ def test_an_export_is_a_timm_model_that_scores_as_the_run_said(
     assert metrics["top5"] == pytest.approx(float((scores.topk(5).indices == true[:, None]).any(1).float().mean()))
 
 
+@pytest.mark.distributed
 def test_runs_and_exports_are_what_others_start_from(
     runs: Callable[[int, str], Path], sets: Shards, tmp_path: Path
 ) -> None:
