@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"write the figures to a file, or to {RESULTS}/data-*.json"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
         result = measure(recipe, Path(folder), args.images, args.photos, args.seconds, args.rounds)
