@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
@@ -98,7 +99,7 @@ def initialise_method(model: Method, path: Path, method: str) -> None:
     with _naming_the_key():
         found = read_initial_weights(path)
         _load_encoder(model.encoder, found)
-        if found.method == method:
+        if found.method == method and _has_channels(model.encoder, found.encoder):
             own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
             _require_fit(found.rest, own, found.source)
             model.load_state_dict(found.rest, strict=False)
@@ -140,7 +141,7 @@ def _naming_the_key() -> Iterator[None]:
 def _load_encoder(encoder: Encoder, found: InitialWeights, left_out: tuple[str, ...] = (_HEAD,)) -> None:
     weights = {name: value for name, value in found.encoder.items() if not name.startswith(left_out)}
     try:
-        fitted = encoder.fit_state_dict(weights)
+        fitted = fit_channels(encoder, encoder.fit_state_dict(weights))
     except MISFIT as error:
         raise UsageError(f"{found.source} does not fit the model: {first_line(error)}") from error
     own = {
@@ -151,6 +152,35 @@ def _load_encoder(encoder: Encoder, found: InitialWeights, left_out: tuple[str, 
     _require_fit(fitted, own, found.source)
     _require_positions(encoder, found)
     encoder.load_state_dict(fitted, strict=False)
+
+
+def _has_channels(encoder: Encoder, weights: dict[str, Tensor]) -> bool:
+    """Whether weights are of as many channels; a decoder of others has to begin anew."""
+    first = weights.get(f"{encoder.first_conv}.weight")
+    if first is None or first.shape[1] == encoder.in_chans:
+        return True
+    _logger.warning("the weights are of %d channels: the method's own part begins anew", first.shape[1])
+    return False
+
+
+def fit_channels(encoder: Encoder, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of RGB images for an encoder of another number of channels, as timm makes them: their sum for one
+    channel, else repeated, and scaled so that outputs keep their size. Other weights stay.
+
+    Raises:
+        ValueError: weights of other channels than 3 and the encoder's.
+    """
+    name = f"{encoder.first_conv}.weight"
+    first = weights.get(name)
+    if first is None or first.dim() != 4 or first.shape[1] == encoder.in_chans:
+        return weights
+    if first.shape[1] != 3:
+        raise ValueError(
+            f"weights are of images of {first.shape[1]} channels, and data.channels={encoder.in_chans}; expected "
+            f"{first.shape[1]}, or weights of RGB images"
+        )
+    _logger.warning("the first convolution's weights are of RGB images: made into %d channels", encoder.in_chans)
+    return {**weights, name: adapt_input_conv(encoder.in_chans, first)}
 
 
 def _require_positions(encoder: Encoder, found: InitialWeights) -> None:

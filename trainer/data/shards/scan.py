@@ -19,7 +19,7 @@ from mixmae.trainer.data.shards.unused import Unused
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """A sample's images. Where it has none of these, `images_of` also takes other formats and compound extensions."""
-ALL_IMAGE_EXTENSIONS = (*IMAGE_EXTENSIONS, "jfif", "jpe", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+ALL_IMAGE_EXTENSIONS = (*IMAGE_EXTENSIONS, "jfif", "jpe", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "npy")
 LABEL = "cls"
 MAX_FILE_BYTES = 2**31 - 1
 """What the index can say of an image's size."""
