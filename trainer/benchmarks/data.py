@@ -288,7 +288,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
     samples = [number % len(index) for number in range(count)]
     transform = _transform(recipe, variant, index)
     reader = BatchReader(index, transform, recipe.seed)
-    request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
+    request = BatchSlice([SampleRef(0, sample, 0) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     reader.__getitems__(request)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from mixmae.trainer.data import jpeg
@@ -49,8 +49,8 @@ _ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside 
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
 """Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What may be decoded: among Pillow's further formats are some that start programs."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+"""What may be decoded, of animations the first frame: among Pillow's further formats are some that start programs."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
@@ -188,7 +188,13 @@ def _orientation(content: bytes, image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it."""
+    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it.
+
+    Raises:
+        UnusableError: floating-point pixels, of which nothing says what is black and what white.
+    """
+    if image.mode == "F":
+        raise UnusableError(Reason.FLOATING_POINT, "floating-point pixels; expected 8 or 16 bits")
     if image.mode.startswith("I"):
         high = np.asarray(image) >> 8  # uint16, or int32 of mode I
         return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -251,6 +257,8 @@ def _decoding() -> Iterator[None]:
     """Turns whatever decoders raise into UnusableError, but for want of memory, which says nothing of the image."""
     try:
         yield
+    except UnusableError:
+        raise
     except Image.DecompressionBombError as error:
         raise UnusableError(Reason.TOO_LARGE, str(error)) from error
     except Exception as error:
@@ -388,4 +396,6 @@ def _inspect_with_pillow(content: bytes) -> int:
         return Reason.DAMAGED if jpeg.is_jpeg(content) else Reason.NOT_AN_IMAGE
     except Image.DecompressionBombError:
         return Reason.TOO_LARGE
+    except UnusableError as error:
+        return error.reason
     return PILLOW
