@@ -34,14 +34,15 @@ ON_ALL = [(family, method) for method in ("mixmae", "simmim", "learnable", "mask
 ON_SOME = [("vit", "mae"), ("swin", "mae"), ("swin", "zero"), ("swin", "shuffle"), ("swin", "zoomin")]
 COMBINATIONS = [*ON_ALL, *ON_SOME, ("swin", "mix_embedding"), ("resnet", "mix_embedding")]
 BATCH, SIZE = 3, 128
+RECTANGLE = (64, 192)
 
 every_combination = pytest.mark.parametrize(("family", "method"), COMBINATIONS)
 
 
-def build(family: str, method: str, **changes: Any) -> Method:
+def build(family: str, method: str, **sizes: Any) -> Method:
     torch.manual_seed(0)
     name, settings = METHODS[method]
-    return method_class(name)(create_encoder(f"mixmae_{family}_nano"), **settings | changes)
+    return method_class(name)(create_encoder(f"mixmae_{family}_nano", **sizes), **settings)
 
 
 def drawn(model: Method, seed: int) -> tuple[Tensor, ...]:
@@ -91,6 +92,24 @@ def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     source, painted = columns[1].images, columns[2].images
     same = (source == painted).unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).all(-1).all(-2).all(1)
     assert 0.1 < same.float().mean() < 0.7, "visible patches are the image's own, and others are predicted"
+
+
+@every_combination
+def test_images_are_rectangles_too(family: str, method: str) -> None:
+    """All of an image is learned from: no side is taken for the other."""
+    model = build(family, method, img_size=RECTANGLE)
+    images, inputs = torch.randn(BATCH, 3, *RECTANGLE), drawn(model, 0)
+    assert model.encoder.grid == tuple(side // model.encoder.stride for side in RECTANGLE)
+    loss = model(images.requires_grad_(), *inputs)
+    assert 0.3 < loss.item() < 2
+    (gradient,) = torch.autograd.grad(loss, images)
+    cells = gradient.abs().sum((0, 1)).unflatten(1, (-1, 32)).unflatten(0, (-1, 32)).sum((1, 3))
+    assert (cells > 0).all()
+    with torch.no_grad():
+        columns = model.reconstruct(images, *inputs, rows=2)
+    assert all(column.images.shape == (2, 3, *RECTANGLE) for column in columns)
+    same = (columns[1].images == columns[2].images).unflatten(3, (-1, 16)).unflatten(2, (-1, 16))
+    assert 0.1 < same.all(-1).all(-2).all(1).float().mean() < 0.7, "visible patches are the image's own"
 
 
 @pytest.mark.parametrize(
