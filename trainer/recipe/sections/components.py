@@ -1,11 +1,10 @@
 """`encoder:` and `method:`: parts of the model by name, with keys of their own."""
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from mixmae.trainer.recipe.sections.section import Section
+from mixmae.trainer.recipe.sections.section import Section, Weights
 
 
 class Component(Section):
@@ -25,9 +24,9 @@ class EncoderSection(Component):
 
     name: str = "mixmae_swin_base_w14"
     img_size: int = Field(224, gt=0, le=4096)
-    init: Path | None = None
-    """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
-    weights."""
+    init: Weights | None = None
+    """What to start from: an encoder directory (`mixmae import`, `mixmae export`), a run directory, `timm:NAME`, or the
+    file or directory of others' weights (docs/encoders.md); None starts from random weights."""
 
 
 class MethodSection(Component):
