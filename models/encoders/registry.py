@@ -46,16 +46,18 @@ def register_encoder(name: str, family: type[Encoder], **sizes: Any) -> None:
     register_model(create)
 
 
-def default_cfg(name: str, img_size: int | None = None, **facts: Any) -> dict[str, Any]:
+def default_cfg(name: str, img_size: int | tuple[int, int] | None = None, **facts: Any) -> dict[str, Any]:
     """timm's pretrained_cfg of an encoder: how its input is made, what its parts are called; `facts` come last."""
-    side = img_size or default_img_size(name)
+    size = img_size or default_img_size(name)
+    height, width = (size, size) if isinstance(size, int) else size
     stride = ENCODERS[name][0].stride
     return {
-        "input_size": (3, side, side),
+        "input_size": (3, height, width),
         "fixed_input_size": True,
         "num_classes": 0,
-        "pool_size": (side // stride, side // stride),
-        "crop_pct": 0.875 if side <= 224 else 1.0,  # as the papers evaluate: 224 px of 256, or all of the image
+        "pool_size": (height // stride, width // stride),
+        # As the papers evaluate: 224 px of 256, or all of the image.
+        "crop_pct": 0.875 if max(height, width) <= 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,

@@ -27,17 +27,23 @@ class LearnedPositions(nn.Module):
             self.grid = grid
 
     def fit(self, weight: Tensor) -> Tensor:
-        """The positions of another square grid resized to this one.
+        """The positions of another grid resized to this one: of a square, or else of one of this one's proportions.
 
         Raises:
-            ValueError: they are not of a square.
+            ValueError: they are of neither.
         """
         if weight.shape == self.weight.shape:
             return weight
-        side = round(weight.shape[1] ** 0.5)
-        if side**2 != weight.shape[1]:
-            raise ValueError(f"positions of {weight.shape[1]} tokens are of no square: cannot resize them")
-        return resize_positions(weight, (side, side), self.grid)
+        count = weight.shape[1]
+        side = round(count**0.5)
+        rows = side if side**2 == count else round((count * self.grid[0] / self.grid[1]) ** 0.5)
+        cols = count // max(rows, 1)
+        if rows * cols != count or (rows != cols and rows * self.grid[1] != cols * self.grid[0]):
+            raise ValueError(
+                f"positions of {count} tokens are neither of a square nor of the proportions of "
+                f"{self.grid[0]}x{self.grid[1]}: cannot resize them"
+            )
+        return resize_positions(weight, (rows, cols), self.grid)
 
 
 def resize_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

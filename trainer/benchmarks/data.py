@@ -27,6 +27,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides, shown_size
 from mixmae.trainer.benchmarks import photos
 from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"write the figures to a file, or to {RESULTS}/data-*.json"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
         result = measure(recipe, Path(folder), args.images, args.photos, args.seconds, args.rounds)
@@ -128,7 +129,7 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
-        f"{result['images']} images of {result['mean_bytes'] / 1000:.0f} KB, {result['img_size']} px, "
+        f"{result['images']} images of {result['mean_bytes'] / 1000:.0f} KB, {shown_size(result['img_size'])} px, "
         f"{result['num_workers']} workers; fast differs from pillow by "
         f"{result['mean_abs_difference_to_pillow']:.2f} of 255",
         f"{'':<16}{'images/s':>9}{'ratio':>7}   microseconds of one core per image",
@@ -232,7 +233,7 @@ def _reference_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                recipe.encoder.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+                both_sides(recipe.encoder.img_size), data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
             ),
             transforms.RandomHorizontalFlip(data.hflip),
             transforms.ToTensor(),

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as encoder.img_size=128")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     worlds, stages = (_numbers(name, getattr(args, name)) for name in ("ranks", "stages"))
     found = []
     for world_size in worlds:
@@ -126,8 +126,8 @@ def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
     """A function that does an optimizer step on random pixels, and one that destroys the engine."""
     task = task_of(recipe)
     engine = build_engine(task.build(), recipe, ranks)
-    batch, side = recipe.train.micro_batch, recipe.encoder.img_size
-    images = torch.randn(batch, 3, side, side, device=ranks.device)
+    batch = recipe.train.micro_batch
+    images = torch.randn(batch, *recipe.image_shape, device=ranks.device)
 
     def step() -> None:
         for _ in range(recipe.accumulation(ranks.world_size)):

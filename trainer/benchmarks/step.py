@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
     parser.add_argument("--kernels", type=Path, help="append a table of each variant's kernels to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as method.num_images=2")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models, methods = args.model.split(","), args.method.split(",")
     chosen = [(model, method, _variants(args.variant, model, method, device)) for model in models for method in methods]
@@ -146,8 +146,8 @@ def measure(
     """One result per variant, in order, with a table of its kernels; variants that do not fit are skipped."""
     torch.manual_seed(0)
     task = task_of(recipe)
-    recipe, batch, side = task.recipe, recipe.train.micro_batch, recipe.encoder.img_size
-    images = torch.randn(batch, 3, side, side, device=device)
+    recipe, batch = task.recipe, recipe.train.micro_batch
+    images = torch.randn(batch, *recipe.image_shape, device=device)
     weights = Weights(recipe, device)
     inputs = [part.to(device) for part in task.example_inputs(weights.model, batch)]
     product, flops = _product(recipe.train.precision, device), model_flops(recipe)

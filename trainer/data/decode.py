@@ -19,6 +19,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.recipe.sections.data import Data
@@ -55,16 +56,23 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
 
-def sample_crop_box(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
-    """A crop of `scale` of the area and an aspect of 3/4 to 4/3 (Inception's, as torchvision's RandomResizedCrop)."""
+def sample_crop_box(
+    width: int, height: int, scale: tuple[float, float], random: Random, aspect_of_view: float = 1.0
+) -> Box:
+    """A crop of `scale` of the area, and of an aspect from 3/4 to 4/3 of the view's (Inception's, as torchvision's
+    RandomResizedCrop, which takes the aspect of squares whatever the crop is resized to).
+
+    Args:
+        aspect_of_view: width over height of what the crop is resized to: distortion stays within a third.
+    """
     for _ in range(10):
         area = width * height * random.uniform(*scale)
-        aspect = math.exp(random.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+        aspect = aspect_of_view * math.exp(random.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             return left, upper, left + w, upper + h
-    return center_crop_box(width, height, _ASPECT)
+    return center_crop_box(width, height, (_ASPECT[0] * aspect_of_view, _ASPECT[1] * aspect_of_view))
 
 
 def center_crop_box(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0)) -> Box:
@@ -86,20 +94,21 @@ class CropPlan(NamedTuple):
     upside_down: bool
 
 
-def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: bool, size: int) -> CropPlan:
+def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: bool, size: ImageSize) -> CropPlan:
     """The plan for a box of the upright image.
 
     Args:
         width, height: of the stored image, before it is turned upright.
         orientation: Exif's, 1 to 8.
         flip: whether the crop is mirrored.
-        size: side of the resized crop in pixels.
+        size: of the resized crop, upright.
     """
     transpose, mirror, upside_down = _ORIENTATIONS[orientation]
     if transpose:
         width, height = height, width
     left, upper, right, lower = _stored_box(upright, width, height, orientation)
-    reduction = next((r for r in (8, 4, 2) if min(right - left, lower - upper) // r >= size), 1)
+    rows, columns = both_sides(size)[::-1] if transpose else both_sides(size)
+    reduction = next((r for r in (8, 4, 2) if (right - left) // r >= columns and (lower - upper) // r >= rows), 1)
     # A reduced pixel covers a whole block: a box off the block grid would be shifted by a fraction of a pixel.
     left, upper = left // reduction * reduction, upper // reduction * reduction
     right, lower = (right - left) // reduction * reduction + left, (lower - upper) // reduction * reduction + upper
@@ -201,7 +210,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def random_resized_crop(
     content: bytes,
     state: int,
-    size: int,
+    size: ImageSize,
     settings: Data,
     random: Random,
     out: Tensor | None = None,
@@ -210,7 +219,7 @@ def random_resized_crop(
 
     Args:
         state: the content's, as `inspect_image` gave it.
-        out: where the crop is written, uint8 [3, size, size] in channels-last memory; None allocates.
+        out: where the crop is written, uint8 [3, H, W] in channels-last memory; None allocates.
 
     Raises:
         UnusableError: the content cannot be decoded after all, or has more than `settings.max_pixels`.
@@ -221,13 +230,15 @@ def random_resized_crop(
     return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
 
 
-def center_resized_crop(content: bytes, state: int, size: int, ratio: float = 1.0) -> Tensor:
-    """A centred square of `ratio` of the shorter side, resized; uint8 [3, size, size]."""
+def center_resized_crop(content: bytes, state: int, size: ImageSize, ratio: float = 1.0) -> Tensor:
+    """The largest box around the middle with the size's aspect, its sides `ratio` times as long, resized; uint8
+    [3, H, W]. It keeps the image's proportions, but for rounding."""
     source = open_encoded(content, state)
     width, height = _upright_size(source)
-    left, upper, right, lower = center_crop_box(width, height)
-    margin = round((right - left) * (1 - ratio) / 2)
-    box = left + margin, upper + margin, right - margin, lower - margin
+    aspect = _aspect(size)
+    left, upper, right, lower = center_crop_box(width, height, (aspect, aspect))
+    x, y = (round(side * (1 - ratio) / 2) for side in (right - left, lower - upper))
+    box = left + x, upper + y, right - x, lower - y
     plan = plan_crop(box, source.width, source.height, source.orientation, False, size)
     return resize_crop(decode_crop(source, plan), plan, size)
 
@@ -267,9 +278,9 @@ def _raise_if_out_of_memory(error: BaseException) -> None:
         ) from error
 
 
-def plan_random_crop(source: EncodedImage, size: int, settings: Data, random: Random) -> CropPlan:
+def plan_random_crop(source: EncodedImage, size: ImageSize, settings: Data, random: Random) -> CropPlan:
     """A random crop of the upright image, and whether it is mirrored."""
-    box = sample_crop_box(*_upright_size(source), settings.crop_scale, random)
+    box = sample_crop_box(*_upright_size(source), settings.crop_scale, random, _aspect(size))
     flip = random.random() < settings.hflip
     return plan_crop(box, source.width, source.height, source.orientation, flip, size)
 
@@ -300,6 +311,12 @@ def decode_upright(source: EncodedImage, box: Box, reduction: int = 1) -> Pixels
     return np.ascontiguousarray(upright[:: -1 if upside_down else 1, :: -1 if mirror else 1])
 
 
+def _aspect(size: ImageSize) -> float:
+    """Width over height."""
+    height, width = both_sides(size)
+    return width / height
+
+
 def _upright_size(source: EncodedImage) -> tuple[int, int]:
     sideways = _ORIENTATIONS[source.orientation][0]
     return (source.height, source.width) if sideways else (source.width, source.height)
@@ -324,21 +341,34 @@ def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:
 
 
 def resize_crop(
-    pixels: Pixels, plan: CropPlan, size: int, decoder: Decoder = "fast", out: Tensor | None = None
+    pixels: Pixels, plan: CropPlan, size: ImageSize, decoder: Decoder = "fast", out: Tensor | None = None
 ) -> Tensor:
-    """Resizes a crop's pixels and turns them upright; uint8 [3, size, size], into `out` if it is given."""
-    out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
+    """Resizes a crop's pixels and turns them upright; uint8 [3, H, W], into `out` if it is given."""
+    height, width = both_sides(size)
+    out = _empty(height, width) if out is None else out
+    stored = _empty(width, height) if plan.transpose else out
+    _resize(pixels, stored, decoder)
+    if plan.transpose:
+        out.copy_(stored.transpose(1, 2))
+    turned = [dim for dim, turn in ((1, plan.upside_down), (2, plan.mirror)) if turn]
+    return out.copy_(out.flip(turned)) if turned else out
+
+
+def _empty(height: int, width: int) -> Tensor:
+    """uint8 [3, H, W], channels last in memory."""
+    return torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+
+
+def _resize(pixels: Pixels, out: Tensor, decoder: Decoder) -> None:
+    """Bicubic, with a filter as wide as a pixel of the smaller of both."""
+    height, width = out.shape[1:]
     if decoder == "pillow":
-        small = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+        small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
         out.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
     else:
         # F.interpolate would unpack its result to channels first; this is the operator that it calls.
         whole = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
-        torch.ops.aten._upsample_bicubic2d_aa.out(whole, [size, size], False, out=out[None])
-    if plan.transpose:
-        out.copy_(out.transpose(1, 2).clone())
-    turned = [dim for dim, turn in ((1, plan.upside_down), (2, plan.mirror)) if turn]
-    return out.copy_(out.flip(turned)) if turned else out
+        torch.ops.aten._upsample_bicubic2d_aa.out(whole, [height, width], False, out=out[None])
 
 
 def inspect_image(content: bytes) -> int:

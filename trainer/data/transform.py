@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.decode import random_resized_crop
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.recipe.sections.data import Data
@@ -102,9 +103,9 @@ class AnnotatedTransform(SampleTransform):
 
 @dataclass(frozen=True)
 class RandomResizedCropFlip(SampleTransform):
-    """A random crop, resized to `size` pixels and perhaps flipped, with target `label`: int64 [B], -1: unlabelled."""
+    """A random crop, resized to `size` and perhaps flipped, with target `label`: int64 [B], -1: unlabelled."""
 
-    size: int
+    size: ImageSize
     settings: Data
 
     def new_batch(self, count: int) -> BatchBuffers:
@@ -125,6 +126,6 @@ def shared_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def shared_images(count: int, size: int) -> Tensor:
-    """uint8 [count, 3, size, size], channels last in memory; allocated as `shared_empty` does."""
-    return shared_empty((count, size, size, 3), torch.uint8).permute(0, 3, 1, 2)
+def shared_images(count: int, size: ImageSize) -> Tensor:
+    """uint8 [count, 3, H, W], channels last in memory; allocated as `shared_empty` does."""
+    return shared_empty((count, *both_sides(size), 3), torch.uint8).permute(0, 3, 1, 2)

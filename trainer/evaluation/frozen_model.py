@@ -24,8 +24,8 @@ class FrozenModel:
     """A model in eval mode, with what its configuration says of images and classes.
 
     Attributes:
-        size: side of its input in pixels.
-        crop_ratio: side of the centre crop over the image's shorter side.
+        size: height and width of its input in pixels.
+        crop_ratio: side of the centre crop over that of the largest that fits the image.
         num_classes: 0 where it has no head.
         class_names: as shards name them; empty where classes have numbers alone.
         descriptions: for people; empty or one for each class.
@@ -34,7 +34,7 @@ class FrozenModel:
 
     name: str
     module: Any
-    size: int
+    size: tuple[int, int]
     crop_ratio: float
     to_device: ToDevice
     num_classes: int
@@ -77,14 +77,12 @@ def open_model(name: str, device: torch.device) -> FrozenModel:
     module = _open_directory(directory) if local else _open_by_name(name)
     config = resolve_model_data_config(module)
     _, height, width = config["input_size"]
-    if height != width:
-        raise UsageError(f"{name} takes images of {height}x{width} px; expected a square")
     facts = getattr(module, "pretrained_cfg", {})
     names, descriptions = _class_names(module, facts, local)
     return FrozenModel(
         name,
         module.eval().to(device),
-        height,
+        (height, width),
         config["crop_pct"],
         ToDevice(device, config["mean"], config["std"]),
         int(getattr(module, "num_classes", 0)),

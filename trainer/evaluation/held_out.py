@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import ShardIndex
@@ -21,10 +22,10 @@ from mixmae.trainer.recipe.schema import Recipe
 def evaluation_crop(recipe: Recipe) -> float:
     """Side of the crop that classifiers are judged on, over the image's shorter side.
 
-    As the papers do: 224 px of 256 up to 224 px, all of it above.
+    As the papers do: 224 px of 256 up to 224 px, all of it above; of a rectangle the longer side says.
     """
     given = recipe.evaluate.crop_ratio
-    return given if given is not None else 0.875 if recipe.encoder.img_size <= 224 else 1.0
+    return given if given is not None else 0.875 if max(both_sides(recipe.encoder.img_size)) <= 224 else 1.0
 
 
 def require_readable(index: ShardIndex, purpose: str) -> None:
@@ -42,14 +43,14 @@ class HeldOut(NamedTuple):
     """A batch of held-out images."""
 
     images: Tensor
-    """Centre crops, uint8 [batch, 3, size, size]."""
+    """Centre crops, uint8 [batch, 3, H, W]."""
     samples: Sequence[int]
     """Index numbers of the first images, which count; those behind them fill up the batch, and were shown before."""
 
 
 def held_out_batches(
     index: ShardIndex,
-    size: int,
+    size: ImageSize,
     batch: int,
     ranks: Ranks,
     crop_ratio: float = 1.0,
@@ -95,7 +96,7 @@ def _read(index: ShardIndex, sample: int) -> bytes:
         raise _refusal(index, sample, error) from error
 
 
-def _view(index: ShardIndex, sample: int, content: bytes, size: int, crop_ratio: float) -> Tensor:
+def _view(index: ShardIndex, sample: int, content: bytes, size: ImageSize, crop_ratio: float) -> Tensor:
     try:
         return center_resized_crop(content, int(index.samples[sample]["state"]), size, crop_ratio)
     except UnusableError as error:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import ImageSize
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.index import UNLABELLED, ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_labels
@@ -90,7 +91,7 @@ def _share(predicted: Tensor, true: Tensor) -> float:
 def probe_shards(
     pool: Callable[[Tensor], Tensor],
     index: ShardIndex,
-    size: int,
+    size: ImageSize,
     to_device: ToDevice,
     ranks: Ranks,
     batch: int = 64,
@@ -100,7 +101,7 @@ def probe_shards(
     """`probe` of all images of a shard directory, whose features all ranks compute together; the same on every rank.
 
     Args:
-        pool: images [B, 3, size, size] to features [B, C], without gradients.
+        pool: images [B, 3, H, W] to features [B, C], without gradients.
         batch: images at once on each rank.
         threads: that decode on each rank.
 
@@ -135,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
         encoder, facts = _open(args.encoder, pretrained, ranks.device)
         to_device = ToDevice(ranks.device, facts["mean"], facts["std"])
         threads = len(os.sched_getaffinity(0))
-        found[name] = probe_shards(encoder, index, facts["input_size"][1], to_device, ranks, threads=threads)
+        found[name] = probe_shards(encoder, index, facts["input_size"][1:], to_device, ranks, threads=threads)
         print(f"{name:<12} {describe(found[name])}", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

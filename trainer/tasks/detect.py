@@ -1,12 +1,14 @@
 """Detection: an encoder under Mask R-CNN learns to find objects, their boxes and masks (COCO's format)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
@@ -14,6 +16,7 @@ from mixmae.models.heads.mask_rcnn.targets import pad_objects
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
+from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
 from mixmae.trainer.data.stream import Batch, ToDevice
@@ -55,12 +58,11 @@ class Detect(Task):
     def build(self) -> MaskRCNN:
         recipe, part = self.recipe, self.recipe.detection
         torch.manual_seed(recipe.seed)
-        side = recipe.encoder.img_size
         try:
             backbone = Backbone(build_encoder(recipe))
         except ValueError as error:
             raise UsageError(f"encoder.name={recipe.encoder.name}: {error}") from error
-        return MaskRCNN(backbone, len(self.classes), (side, side), part.channels, part.rois)
+        return MaskRCNN(backbone, len(self.classes), both_sides(recipe.encoder.img_size), part.channels, part.rois)
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
@@ -103,27 +105,27 @@ class Detect(Task):
         """On `evaluate.shards`: see `evaluate_detector`."""
         if self.recipe.evaluate.shards is None:
             return {}
-        side, data = self.recipe.encoder.img_size, self.recipe.data
+        size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
         index = self.open_shards(self.recipe.evaluate.shards)
-        scenes = held_out_scenes(index, ranks, side, beat=beat, threads=data.num_workers)
+        scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat=beat, threads=data.num_workers)
         to_device = ToDevice(ranks.device, data.mean, data.std)
         batch = self.recipe.train.micro_batch
-        found = evaluate_detector(_detector(module), scenes, side, batch, self.classes, to_device, ranks)
+        found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks)
         index.store.close()
         return found
 
     def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
-        side, data = self.recipe.encoder.img_size, self.recipe.data
-        found = find_in_image(_detector(module), image, side, ToDevice(device, data.mean, data.std))
+        size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
+        found = find_in_image(_detector(module), image, size, ToDevice(device, data.mean, data.std))
         return draw_found(image, found, self.classes)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        side = self.recipe.encoder.img_size
+        height, width = both_sides(self.recipe.encoder.img_size)
         return (
             torch.zeros(batch, _SLOTS, 4),
             torch.zeros(batch, _SLOTS, dtype=torch.int64),
             torch.full((batch,), _OBJECTS),
-            torch.zeros(batch * _OBJECTS, side, side // 8, dtype=torch.uint8),
+            torch.zeros(batch * _OBJECTS, height, width // 8, dtype=torch.uint8),
             torch.zeros(batch, dtype=torch.int64),
         )
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.classification import Classifier
 from mixmae.models.heads.mixup import MixSettings, draw_mix
@@ -88,12 +89,12 @@ class Finetune(Task):
         return found
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        classifier, size = _classifier(module), self.recipe.encoder.img_size
+        classifier = _classifier(module)
         shape = (batch, classifier.num_classes) if classifier.multi_label else (batch,)
         labels = torch.zeros(shape, dtype=torch.uint8 if classifier.multi_label else torch.int64)
         if not self.mixing.mixes:
             return (labels,)
-        return labels, draw_mix(self.mixing, (size, size), torch.Generator().manual_seed(0))
+        return labels, draw_mix(self.mixing, both_sides(self.recipe.encoder.img_size), torch.Generator().manual_seed(0))
 
     def describe(self) -> str:
         return f"{self.recipe.encoder.name} fine-tuned on {self.recipe.classification.num_classes} classes"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.upernet import Segmenter
@@ -105,8 +106,7 @@ class Segment(Task):
         return Prediction(picture(image, found), {"classes": classes}, [f"{v:6.1%}  {k}" for k, v in classes.items()])
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        size = self.recipe.encoder.img_size
-        return (torch.zeros(batch, size, size, dtype=torch.uint8),)
+        return (torch.zeros(batch, *both_sides(self.recipe.encoder.img_size), dtype=torch.uint8),)
 
     def describe(self) -> str:
         part = self.recipe.segmentation

@@ -38,16 +38,20 @@ ON_SOME = [("vit", "mae"), ("swin", "mae"), ("swin", "zero"), ("swin", "shuffle"
 ON_SOME += [("swin", "distill"), ("swin", "refine"), ("vit", "refine")]
 COMBINATIONS = [*ON_ALL, *ON_SOME, ("swin", "mix_embedding"), ("resnet", "mix_embedding")]
 BATCH, SIZE = 3, 128
+RECTANGLE = (64, 192)
 
 every_combination = pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+every_reconstruction = pytest.mark.parametrize(
+    ("family", "method"), [pair for pair in COMBINATIONS if pair[1] != "refine"]
+)
 
 
-def build(family: str, method: str, **changes: Any) -> Method:
+def build(family: str, method: str, **sizes: Any) -> Method:
     torch.manual_seed(0)
     name, settings = METHODS[method]
     if method == "distill":
-        changes["teacher"] = small_teacher()
-    model = method_class(name)(create_encoder(f"mixmae_{family}_nano"), **settings | changes)
+        settings = {**settings, "teacher": small_teacher()}
+    model = method_class(name)(create_encoder(f"mixmae_{family}_nano", **sizes), **settings)
     return model.eval() if method == "refine" else model  # whose queue each step of training changes
 
 
@@ -85,7 +89,7 @@ def test_all_that_is_random_is_drawn_on_the_cpu_in_shapes_that_stay(family: str,
     assert [(x.shape, x.dtype, x.device.type) for x in first] == [(x.shape, x.dtype, "cpu") for x in other]
 
 
-@pytest.mark.parametrize(("family", "method"), [pair for pair in COMBINATIONS if pair[1] != "refine"])
+@every_reconstruction
 def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     model = build(family, method)
     images, inputs = torch.randn(BATCH, 3, SIZE, SIZE), drawn(model, 0)
@@ -98,6 +102,24 @@ def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     source, painted = columns[1].images, columns[2].images
     same = (source == painted).unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).all(-1).all(-2).all(1)
     assert 0.1 < same.float().mean() < 0.7, "visible patches are the image's own, and others are predicted"
+
+
+@every_reconstruction
+def test_images_are_rectangles_too(family: str, method: str) -> None:
+    """All of an image is learned from: no side is taken for the other."""
+    model = build(family, method, img_size=RECTANGLE)
+    images, inputs = torch.randn(BATCH, 3, *RECTANGLE), drawn(model, 0)
+    assert model.encoder.grid == tuple(side // model.encoder.stride for side in RECTANGLE)
+    loss = model(images.requires_grad_(), *inputs)
+    assert 0.3 < loss.item() < 2
+    (gradient,) = torch.autograd.grad(loss, images)
+    cells = gradient.abs().sum((0, 1)).unflatten(1, (-1, 32)).unflatten(0, (-1, 32)).sum((1, 3))
+    assert (cells > 0).all()
+    with torch.no_grad():
+        columns = model.reconstruct(images, *inputs, rows=2)
+    assert all(column.images.shape == (2, 3, *RECTANGLE) for column in columns)
+    same = (columns[1].images == columns[2].images).unflatten(3, (-1, 16)).unflatten(2, (-1, 16))
+    assert 0.1 < same.all(-1).all(-2).all(1).float().mean() < 0.7, "visible patches are the image's own"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def released_weights(reference: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_an_imported_release_gives_its_logits(reference: dict[str, Tensor], tmp_path: Path) -> None:
     model = imported(released_weights(reference), tmp_path)
-    assert (model.size, model.num_classes, model.crop_ratio, model.class_names) == (224, 10, 0.875, ())
+    assert (model.size, model.num_classes, model.crop_ratio, model.class_names) == ((224, 224), 10, 0.875, ())
     _, logits = model(reference["images_uint8"])
     assert logits is not None
     torch.testing.assert_close(logits, reference["logits"], atol=1e-4, rtol=1e-4)
@@ -95,7 +95,7 @@ def test_so_does_one_for_384_pixels(reference: dict[str, Tensor], tmp_path: Path
             state[name] = resized(state[name], 2 * window - 1)
     state["absolute_pos_embed"] = resized(sincos_positions((56, 56), 16).flatten(0, 1), 96)[None]
     model = imported(state, tmp_path)
-    assert (model.size, model.crop_ratio) == (384, 1.0)
+    assert (model.size, model.crop_ratio) == ((384, 384), 1.0)
     _, logits = model(reference["images_uint8"].repeat(1, 1, 2, 2)[..., :384, :384])
     assert logits is not None
     expected = load_file(ROOT / "tests" / "data" / "mixmim_finetune_tiny_384.safetensors")["logits"]

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from mixmae.base.image_size import ImageSize
 from mixmae.trainer.data.augmentation.erasing import RandomErasing
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
 from mixmae.trainer.data.decode import Pixels, random_resized_crop
@@ -18,7 +19,7 @@ from mixmae.trainer.recipe.sections.data import Data
 
 @dataclass(frozen=True)
 class LabelledCrop(SampleTransform):
-    """A random crop, resized to `size` pixels and perhaps flipped, then augmented; with the target `label`.
+    """A random crop, resized to `size` and perhaps flipped, then augmented; with the target `label`.
 
     All in 8 bits, in the batch's own memory: no more of a JPEG is decoded than the crop needs, and normalising is left
     to the device.
@@ -27,7 +28,7 @@ class LabelledCrop(SampleTransform):
         targets: by the label's number in the index, [labels] or [labels, classes].
     """
 
-    size: int
+    size: ImageSize
     settings: Data
     targets: Tensor
     rand_augment: RandAugment | None = None
