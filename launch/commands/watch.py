@@ -283,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
         "--prometheus", metavar="URL", help="also show this run's firing alerts, as this server has them"
     )
     add_access_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if not 0.1 <= args.interval < math.inf:
         raise UsageError(f"--interval {args.interval:g}: expected 0.1 seconds or more")
     console = Console(highlight=False)

@@ -74,9 +74,10 @@ class Launcher:
         following = asyncio.create_task(self._follow())
         await self._wait_for_end(child, following)
         following.cancel()
+        # Now: ranks that this process is about to end would record that they were stopped, not why.
+        outcome = self._outcome or read_outcome(self._folder) or self._without_record(child)
         await self._end_child(child)
         guard.release()
-        outcome = self._outcome or read_outcome(self._folder) or self._without_record(child)
         if outcome.code not in (FINISHED, PREEMPTED) or self._outcome is None:
             await asyncio.to_thread(self._backend.kill_leftovers, self._attempt)
         if console is not None:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS, help=f"write the figures to a file, or to {RESULTS}/data-*.json"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     recipe = load_recipe(args.recipe, args.overrides)
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:
         result = measure(recipe, Path(folder), args.images, args.photos, args.seconds, args.rounds)
@@ -289,7 +289,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
     samples = [number % len(index) for number in range(count)]
     transform = _transform(recipe, variant, index)
     reader = BatchReader(index, transform, recipe.seed)
-    request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
+    request = BatchSlice([SampleRef(0, sample, 0) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     reader.__getitems__(request)

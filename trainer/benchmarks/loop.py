@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=8, help="micro-batch (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="timed, after a warm-up round (default %(default)s)")
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "loop.json", help="write the figures")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.rounds < 1:
         raise UsageError(f"--rounds {args.rounds}: expected 1 or more")
     with tempfile.TemporaryDirectory(prefix="mixmae-bench-") as folder:

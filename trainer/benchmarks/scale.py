@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as encoder.img_size=128")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     worlds, stages = (_numbers(name, getattr(args, name)) for name in ("ranks", "stages"))
     found = []
     for world_size in worlds:

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
     parser.add_argument("--kernels", type=Path, help="append a table of each variant's kernels to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, as method.num_images=2")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models, methods = args.model.split(","), args.method.split(",")
     chosen = [(model, method, _variants(args.variant, model, method, device)) for model in models for method in methods]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from mixmae.base.image_size import ImageSize, both_sides
@@ -53,8 +53,8 @@ _ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside 
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
 """Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What may be decoded: among Pillow's further formats are some that start programs."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+"""What may be decoded, of animations the first frame: among Pillow's further formats are some that start programs."""
 _PNG = b"\x89PNG"
 _PLAIN_MODES = {"1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B"}
 """Of Pillow, whose values are the file's own: a palette's are not."""
@@ -232,7 +232,13 @@ def _orientation(content: bytes, image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it."""
+    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it.
+
+    Raises:
+        UnusableError: floating-point pixels, of which nothing says what is black and what white.
+    """
+    if image.mode == "F":
+        raise UnusableError(Reason.FLOATING_POINT, "floating-point pixels; expected 8 or 16 bits")
     if image.mode.startswith("I"):
         high = np.asarray(image) >> 8  # uint16, or int32 of mode I
         return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -528,6 +534,8 @@ def _inspect_with_pillow(content: bytes) -> int:
         return Reason.DAMAGED if jpeg.is_jpeg(content) else Reason.NOT_AN_IMAGE
     except Image.DecompressionBombError:
         return Reason.TOO_LARGE
+    except UnusableError as error:
+        return error.reason
     return PILLOW
 
 

@@ -29,6 +29,8 @@ class Reason(IntEnum):
     NOT_AN_IMAGE = 13
     TOO_LARGE = 14
     BAD_LABEL = 15
+    FLOATING_POINT = 18
+    """Pixels of no known range."""
     SHARD_GONE = 20
     SHARD_CUT = 21
     CHANGED = 22

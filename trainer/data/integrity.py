@@ -25,14 +25,11 @@ def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None
     """
     rows = index.samples
     unusable = rows["state"] >= min(Reason)
-    missing = np.zeros(len(rows), dtype=bool)
-    parts = []
-    if index.store.directory is not None:
-        sizes = index.shard_sizes()
-        missing = rows["offset"] + rows["size"] > sizes[rows["shard"]]
-        for number in np.unique(rows["shard"][missing]):
-            shard, size = index.shards[number], sizes[number]
-            parts.append(f"{shard.name} ({'missing' if size < 0 else f'{size} bytes, {shard.bytes} when indexed'})")
+    sizes, parts = index.shard_sizes(), []
+    missing = rows["offset"] + rows["size"] > sizes[rows["shard"]]
+    for number in np.unique(rows["shard"][missing]):
+        shard, size = index.shards[number], sizes[number]
+        parts.append(f"{shard.name} ({'missing' if size < 0 else f'{size} bytes, {shard.bytes} when indexed'})")
     total = int((unusable | missing).sum())
     if not total:
         return None

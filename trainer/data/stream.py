@@ -171,7 +171,7 @@ class BatchReader(Dataset[Batch]):
         """Reads a sample, or the first usable one of its substitutes, into row `i`; returns which, or -1."""
         outages = 0
         for sample in self._candidates(ref):
-            random = random_at(Purpose.AUGMENTATION, self.seed, ref.epoch, sample)
+            random = random_at(Purpose.AUGMENTATION, self.seed, ref.visit, sample)
             try:
                 self._fill(sample, random, buffers, i)
             except UnusableError as error:
@@ -203,9 +203,9 @@ class BatchReader(Dataset[Batch]):
         return read
 
     def _candidates(self, ref: SampleRef) -> Iterator[int]:
-        """The sample itself, then substitutes, which are a function of (seed, epoch, sample)."""
+        """The sample itself, then substitutes, which are a function of (seed, visit, sample)."""
         yield ref.sample
-        generator = numpy_at(Purpose.REPLACEMENT, self.seed, ref.epoch, ref.sample)
+        generator = numpy_at(Purpose.REPLACEMENT, self.seed, ref.visit, ref.sample)
         substitutes: list[int] = generator.integers(len(self.index), size=_MAX_SUBSTITUTES).tolist()
         yield from (sample for sample in substitutes if sample != ref.sample)
 
@@ -368,7 +368,15 @@ def sample_order(recipe: Recipe, index: ShardIndex) -> Order:
         )
     counts = [shard.samples for shard in index.shards]
     data = recipe.data
-    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.shuffle_window, data.drop_last)
+    return Order(
+        recipe.seed,
+        counts,
+        recipe.streams,
+        recipe.train.global_batch,
+        data.shuffle_window,
+        data.drop_last,
+        index.quotas,
+    )
 
 
 def lost_worker_error(error: BaseException, rank: int) -> LostWorkerError | None:

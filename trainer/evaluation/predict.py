@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="classes to name (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pictures of what detectors and segmenters find")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.top < 1:
         raise UsageError(f"--top {args.top}: expected 1 or more")
     if is_task_directory(Path(args.model)):

@@ -18,6 +18,7 @@ from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_pixels, require_usable
+from mixmae.trainer.data.joined_index import describe_shares
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.auto import fit_here
@@ -310,6 +311,8 @@ def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> 
         total_steps=total_steps,
         **restarted(ends, os.environ),
     )
+    for share in describe_shares(run.index):
+        run.reporter.event("data", share, step=step)
     for note in resumed.notes if resumed is not None else ():
         run.reporter.event("fallback", f"{note}; going on from step {step}", step=step)
     if job.data_note is not None:

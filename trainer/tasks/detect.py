@@ -150,7 +150,7 @@ def _resolve_classes(recipe: Recipe) -> Recipe:
         index.store.close()
     if not given.classes:
         raise UsageError(
-            f"data.shards={recipe.data.shards} names no classes; build the shards with --coco instances.json"
+            f"data.shards={recipe.data.where} names no classes; build the shards with --coco instances.json"
         )
     if given.num_classes not in (None, len(given.classes)):
         raise UsageError(

@@ -53,15 +53,16 @@ class Pretrain(Task):
         torch.manual_seed(recipe.seed)
         encoder, method = build_encoder(recipe), method_class(recipe.method.name)
         try:
-            built = method(encoder, **recipe.method.settings)
+            module = method(encoder, **recipe.method.settings)
         except (ValueError, ZeroDivisionError) as error:
             raise UsageError(in_keys("method", method, error)) from error
+        module.set_normalisation(recipe.data.mean, recipe.data.std)
         if recipe.data.nodata is not None:
             try:
-                built.mask_invalid_pixels()
+                module.mask_invalid_pixels()
             except ValueError as error:
                 raise UsageError(f"data.nodata={recipe.data.nodata}: {error}; leave it out") from error
-        return built
+        return module
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:

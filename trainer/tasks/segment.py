@@ -136,7 +136,7 @@ def _with_classes(recipe: Recipe) -> Recipe:
     number = given.num_classes or len(given.classes or ())
     if number < 2:
         raise UsageError(
-            f"segmentation.num_classes is not set, and data.shards={recipe.data.shards} names {number} classes; set "
+            f"segmentation.num_classes is not set, and data.shards={recipe.data.where} names {number} classes; set "
             "it, or build the shards with their names"
         )
     return recipe.model_copy(update={"segmentation": given.model_copy(update={"num_classes": number})})

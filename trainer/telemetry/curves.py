@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mixmae curves", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory, or a folder of them")
     parser.add_argument("out", type=Path, metavar="OUT", help="picture to write (.png, .svg, .pdf)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.out.is_dir():
         raise UsageError(f"{args.out} is a directory; name the picture to write last, such as curves.png")
     draw(_runs(args.runs), args.out)

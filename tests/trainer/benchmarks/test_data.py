@@ -28,7 +28,7 @@ def test_variants_are_measured_beside_the_reference(own: bool, shards: Path, tmp
         str(out),
         *(["--photos"] if own else []),
     ]
-    assert main(["data", str(recipe), *options]) == 0
+    assert main(["data", str(recipe), *options, "train.micro_batch=2"]) == 0
     result = json.loads(out.read_text())
     variants = result["variants"]
     assert {reference, "pillow", "fast"} <= set(variants)

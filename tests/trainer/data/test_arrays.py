@@ -131,7 +131,7 @@ def palette() -> bytes:
         (npy(noise(4, 8, 8)), 4, "uint16", "channels come last"),
         (npy(np.zeros((8, 8, 4), np.float64)), 4, "float32", "4 channels of float64"),
         (rgb_png_of_16_bits(), 3, "uint16", "PNG of mode RGB, 16 bits"),
-        (palette(), 1, "uint8", "PNG of mode P, 8 bits"),
+        (palette(), 1, "uint8", "PNG of mode P"),
     ],
 )
 def test_nothing_is_converted_that_would_be_lost(content: bytes, channels: int, dtype: str, words: str) -> None:

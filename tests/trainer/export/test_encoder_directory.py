@@ -44,6 +44,9 @@ def test_an_encoder_of_rectangles_opens_as_it_was(tmp_path: Path) -> None:
     encoder.set_input_size((32, 256))
     torch.testing.assert_close(wide.pos_embed.weight, encoder.pos_embed.weight)
     assert not torch.equal(wide.pos_embed.weight, opened.pos_embed.weight)
+    started: Any = create_encoder("mixmae_vit_nano", img_size=(32, 256))
+    initialise_classifier(started, tmp_path / "out", ())
+    torch.testing.assert_close(started.pos_embed.weight, encoder.pos_embed.weight)
 
 
 def test_all_files_follow_the_umask(directory: Path) -> None:
@@ -147,6 +150,8 @@ def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> 
     sizes: dict[str, Any] = {"img_size": 192}
     with pytest.raises(UsageError, match=r"encoder\.init: .* of 128x128 px, .* set encoder\.pretrain_img_size=128"):
         initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small", ())
+    with pytest.raises(UsageError, match=r"set encoder\.pretrain_img_size=128"):
+        initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small" / ENCODER, ())
     large: Any = create_encoder("mixmae_swin_nano", **sizes, pretrain_img_size=128)
     initialise_classifier(large, tmp_path / "small", ())
     opened: Any = load_encoder(tmp_path / "small", **sizes)

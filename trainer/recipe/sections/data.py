@@ -6,7 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mixmae.trainer.recipe.sections.pixels import FULL_SCALE, DType, PixelFormat
-from mixmae.trainer.recipe.sections.section import Deviation, Seconds, Section, Shards, is_elsewhere
+from mixmae.trainer.recipe.sections.places import ShardPlaces, describe_places, places_of, require_weights
+from mixmae.trainer.recipe.sections.section import Deviation, Seconds, Section, is_elsewhere
 from mixmae.trainer.recipe.units import Size
 
 
@@ -30,8 +31,9 @@ class Cache(Section):
 
 
 class Data(Section):
-    shards: Shards = "shards"
-    """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens."""
+    shards: ShardPlaces = "shards"
+    """A directory, or the URL of one: http(s)://, s3://, or anything that fsspec opens; braces as a shell expands them
+    (`s3://b/train-{000000..001281}.tar`). Or a list of these, perhaps with weights: `{shards: DIR, weight: 2}`."""
     num_workers: int = Field(4, ge=0, le=1024)
     prefetch_factor: int = Field(4, ge=1, le=1024)
     decoder: Literal["fast", "pillow"] = "fast"
@@ -80,9 +82,20 @@ class Data(Section):
         return self
 
     @property
-    def directory(self) -> Path | None:
-        """The shards' directory; None if they are behind a URL or a command."""
-        return None if is_elsewhere(self.shards) else Path(self.shards)
+    def directories(self) -> list[Path] | None:
+        """The shards' directories; None if some are behind a URL or a command."""
+        locations = [place.location for place in places_of(self.shards)]
+        return None if any(map(is_elsewhere, locations)) else [Path(location) for location in locations]
+
+    @property
+    def where(self) -> str:
+        """The places of the shards, for messages."""
+        return describe_places(self.shards)
+
+    @model_validator(mode="after")
+    def _all_places_have_weights_or_none(self) -> Self:
+        require_weights(self.shards)
+        return self
 
     @model_validator(mode="after")
     def _crops_are_shares_of_the_image(self) -> Self:
