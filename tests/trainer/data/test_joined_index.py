@@ -79,7 +79,9 @@ def test_a_weighted_run_goes_on_anywhere_with_other_ranks(places: tuple[Path, Pa
 
 def test_workers_change_nothing(places: tuple[Path, Path]) -> None:
     recipe = recipe_for(places)
-    assert global_batches(recipe_for(places, **{"data.num_workers": 2}), 1, 0, 6) == global_batches(recipe, 1, 0, 6)
+    assert global_batches(recipe_for(places, (1, 1), **{"data.num_workers": 2}), 1, 0, 6) == global_batches(
+        recipe, 1, 0, 6
+    )
 
 
 def test_shares_and_repeats_are_as_stated(places: tuple[Path, Path]) -> None:
