@@ -114,6 +114,8 @@ def test_the_fingerprint_covers_places_and_weights(places: tuple[Path, Path], tm
     different = [fingerprint(one), fingerprint(one, two), fingerprint(two, one), fingerprint(*weighted)]
     assert len(set(different)) == 4
     assert fingerprint(*({**entry, "weight": 5} for entry in weighted)) == fingerprint(*weighted)
+    before, now = (open_index(Data(shards=entries).shards) for entries in ((one, two), weighted))
+    assert now.first_difference(before.listing()) == "an epoch took [54, 24] images of its places then, [39, 39] now"
     shutil.copytree(two, tmp_path / "moved")
     assert fingerprint(one, str(tmp_path / "moved")) == fingerprint(one, two)
 
