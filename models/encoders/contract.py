@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor, fx, nn
 
+from mixmae.models.encoders.conversion import Converted
+
 _Given = TypeVar("_Given")
 
 
@@ -106,6 +108,11 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError(type(self).__name__)
 
+    def forward_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        """Features behind each of the last `count` blocks, pooled by their mean, [B, C]; the last ones behind the final
+        norm."""
+        raise NotImplementedError(type(self).__name__)
+
     @abstractmethod
     def stage_blocks(self, stage: int) -> Sequence[nn.Module]:
         """The blocks of a stage, counted from 1."""
@@ -127,9 +134,18 @@ class Encoder(nn.Module):
             ValueError: the size does not divide into cells or windows.
         """
 
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        """Weights of another implementation of this architecture under this encoder's names; its own stay."""
+        return Converted(dict(state), ())
+
     def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the same encoder at another image or window size, resized to this one's."""
-        return state
+        """Weights of the same encoder at another image or window size, resized to this one's, or those of another
+        implementation (`convert`).
+
+        Raises:
+            ValueError: what is to be resized is not of a square image.
+        """
+        return self.convert(state).state
 
     def no_weight_decay(self) -> Collection[str]:
         """timm's: names of parameters that weight decay leaves alone, beside all 1-D ones."""

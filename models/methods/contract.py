@@ -6,7 +6,7 @@ keys of the recipe's `method:` section, with their types and defaults.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,9 @@ class Method(TrainableEncoder):
     def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
         """The settings, with what is None chosen to fit the encoder: a run's recipe says what was chosen."""
         return dict(settings)
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Says how the images that it will see are normalised, channel by channel (`data.mean`, `data.std`)."""
 
     @abstractmethod
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -181,10 +181,15 @@ class MixMAE(DecodedMethod):
 
     def _predict(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         visible = self._visible(groups, *drawn)
+        return self.decoder(self._encode(images, groups, partners, *drawn).flatten(1, 2), visible), visible
+
+    def _encode(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> Tensor:
+        """Features of the mixed inputs, [B, Gh, Gw, C]."""
         inputs = self._input(images, groups, partners, *drawn).to(self.decoder.mask_token.dtype)
         given = (groups, self.num_images) if self.separate_groups else ()
         edited = {"edit": self._edit(groups, *drawn)} if self._edits else {}
-        return self.decoder(self.encoder(inputs, *given, **edited).flatten(1, 2), visible), visible
+        features: Tensor = self.encoder(inputs, *given, **edited)
+        return features
 
     def _input(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> Tensor:
         """What the encoder sees, in pixels; blank where tokens are replaced behind the patch embedding."""

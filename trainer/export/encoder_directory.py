@@ -132,19 +132,28 @@ def read_config(directory: str | Path) -> EncoderConfig:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The weights in a safetensors file.
 
     Raises:
         UsageError: it cannot be read, is cut or damaged, or holds anything but finite floating point numbers.
     """
+    state = read_tensors(file)
+    require_finite(state, str(file))
+    return state
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file.
+
+    Raises:
+        UsageError: it cannot be read, is cut or damaged.
+    """
     if not file.is_file():
         raise UsageError(f"{file} does not exist; give a directory made by 'mixmae export' or 'mixmae import'")
     try:
-        state = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{file} cannot be read ({error}); copy or export it again") from error
-    require_finite(state, str(file))
-    return state
 
 
 def require_finite(state: dict[str, Tensor], source: str) -> None:

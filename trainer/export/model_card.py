@@ -92,7 +92,7 @@ def _licence(recipe: Recipe) -> Iterator[str]:
     yield "The weights belong to whoever trained them: mixmae, which is under Apache-2.0, makes no claim on them."
     yield "Whoever publishes them writes here under which licence, and sees what the licences of the images allow."
     if recipe.encoder.init is not None:
-        yield f"They began as those of `{recipe.encoder.init.name}`, whose licence goes with them."
+        yield f"They began as those of `{Path(recipe.encoder.init).name}`, whose licence goes with them."
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

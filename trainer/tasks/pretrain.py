@@ -51,9 +51,11 @@ class Pretrain(Task):
         torch.manual_seed(recipe.seed)
         encoder, method = build_encoder(recipe), method_class(recipe.method.name)
         try:
-            return method(encoder, **recipe.method.settings)
+            module = method(encoder, **recipe.method.settings)
         except (ValueError, ZeroDivisionError) as error:
             raise UsageError(in_keys("method", method, error)) from error
+        module.set_normalisation(recipe.data.mean, recipe.data.std)
+        return module
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:

@@ -15,6 +15,7 @@ from mixmae.models.methods.registry import method_class
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.deepspeed_engine import compile_parts
 from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
+from tests.models.methods.teachers import small_teacher
 
 FAMILIES = ["swin", "vit", "pvt", "twins", "resnet"]
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -29,20 +30,29 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zoomin": ("mixmae", {"fill": "zoomin", **ONE_IMAGE}),
     "mask_tokens": ("mixmae", {"num_images": 2, "extra_mask_ratio": 0.5, **DECODER}),
     "mix_embedding": ("mixmae", {"num_images": 2, "separate_groups": False, "mix_embedding": True, **DECODER}),
+    "distill": ("mixmae_distill", {"num_images": 3, "teacher_weight": 0.25, **DECODER}),
+    "refine": ("refine", {"num_blocks": 2, "hidden_dim": 32, "embed_dim": 16, "queue_size": 64, "temperature": 1.0}),
 }
 ON_ALL = [(family, method) for method in ("mixmae", "simmim", "learnable", "mask_tokens") for family in FAMILIES]
 ON_SOME = [("vit", "mae"), ("swin", "mae"), ("swin", "zero"), ("swin", "shuffle"), ("swin", "zoomin")]
+ON_SOME += [("swin", "distill"), ("swin", "refine"), ("vit", "refine")]
 COMBINATIONS = [*ON_ALL, *ON_SOME, ("swin", "mix_embedding"), ("resnet", "mix_embedding")]
 BATCH, SIZE = 3, 128
 RECTANGLE = (64, 192)
 
 every_combination = pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+every_reconstruction = pytest.mark.parametrize(
+    ("family", "method"), [pair for pair in COMBINATIONS if pair[1] != "refine"]
+)
 
 
 def build(family: str, method: str, **sizes: Any) -> Method:
     torch.manual_seed(0)
     name, settings = METHODS[method]
-    return method_class(name)(create_encoder(f"mixmae_{family}_nano", **sizes), **settings)
+    if method == "distill":
+        settings = {**settings, "teacher": small_teacher()}
+    model = method_class(name)(create_encoder(f"mixmae_{family}_nano", **sizes), **settings)
+    return model.eval() if method == "refine" else model  # whose queue each step of training changes
 
 
 def drawn(model: Method, seed: int) -> tuple[Tensor, ...]:
@@ -79,7 +89,7 @@ def test_all_that_is_random_is_drawn_on_the_cpu_in_shapes_that_stay(family: str,
     assert [(x.shape, x.dtype, x.device.type) for x in first] == [(x.shape, x.dtype, "cpu") for x in other]
 
 
-@every_combination
+@every_reconstruction
 def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     model = build(family, method)
     images, inputs = torch.randn(BATCH, 3, SIZE, SIZE), drawn(model, 0)
@@ -94,7 +104,7 @@ def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     assert 0.1 < same.float().mean() < 0.7, "visible patches are the image's own, and others are predicted"
 
 
-@every_combination
+@every_reconstruction
 def test_images_are_rectangles_too(family: str, method: str) -> None:
     """All of an image is learned from: no side is taken for the other."""
     model = build(family, method, img_size=RECTANGLE)

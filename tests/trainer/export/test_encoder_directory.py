@@ -144,6 +144,8 @@ def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> 
     sizes: dict[str, Any] = {"img_size": 192}
     with pytest.raises(UsageError, match=r"encoder\.init: .* of 128x128 px, .* set encoder\.pretrain_img_size=128"):
         initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small", ())
+    with pytest.raises(UsageError, match=r"set encoder\.pretrain_img_size=128"):
+        initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small" / ENCODER, ())
     large: Any = create_encoder("mixmae_swin_nano", **sizes, pretrain_img_size=128)
     initialise_classifier(large, tmp_path / "small", ())
     opened: Any = load_encoder(tmp_path / "small", **sizes)

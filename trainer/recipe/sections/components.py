@@ -1,12 +1,11 @@
 """`encoder:` and `method:`: parts of the model by name, with keys of their own."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
 from mixmae.base.image_size import ImageSize, both_sides
-from mixmae.trainer.recipe.sections.section import Section
+from mixmae.trainer.recipe.sections.section import Section, Weights
 
 
 class Component(Section):
@@ -30,9 +29,9 @@ class EncoderSection(Component):
     name: str = "mixmae_swin_base_w14"
     img_size: _Side | tuple[_Side, _Side] = 224
     """Pixels: the side of a square, or [height, width]."""
-    init: Path | None = None
-    """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
-    weights."""
+    init: Weights | None = None
+    """What to start from: an encoder directory (`mixmae import`, `mixmae export`), a run directory, `timm:NAME`, or the
+    file or directory of others' weights (docs/encoders.md); None starts from random weights."""
 
     @field_validator("img_size")
     @classmethod
