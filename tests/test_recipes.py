@@ -32,7 +32,8 @@ def test_recipe(name: str) -> None:
     if found.task == "pretrain" and found.method.name != "simmim":
         assert {"decoder_dim", "decoder_depth", "decoder_num_heads"} <= found.method.settings.keys()
     assert isinstance(model.encoder, Encoder)
-    assert model.encoder.grid == (found.encoder.img_size // family_of(found.encoder.name)[0].stride,) * 2
+    stride = family_of(found.encoder.name)[0].stride * found.encoder.settings.get("patch_size", 4) // 4
+    assert model.encoder.grid == (found.encoder.img_size // stride,) * 2
     assert build_schedule(found, 1_281_167).total_steps > 0
     command = recipe.head[0]
     assert command.startswith(("mixmae launch ", "make "))
