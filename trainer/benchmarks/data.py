@@ -180,7 +180,7 @@ def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
     position, transform = Position(recipe.seed, 0, index.fingerprint), _transform(recipe, variant, index)
     with Stream(_with(recipe, variant), Ranks(), index, position, transform=transform) as stream:
-        to_device = ToDevice(_device(), recipe.data.mean, recipe.data.std)
+        to_device = ToDevice.of(_device(), recipe.data)
         for batch in stream:
             if to_device.device.type == "cuda":
                 to_device(batch.images)
@@ -289,7 +289,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
     samples = [number % len(index) for number in range(count)]
     transform = _transform(recipe, variant, index)
     reader = BatchReader(index, transform, recipe.seed)
-    request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
+    request = BatchSlice([SampleRef(0, sample, 0) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     reader.__getitems__(request)

@@ -51,10 +51,10 @@ def corpus(recipe: Recipe, images: int | None, mean_bytes: int | None) -> Corpus
     Raises:
         UsageError: the directory exists, but its index is missing or damaged.
     """
-    directory = recipe.data.directory
-    if directory is not None and directory.is_dir():
+    directories = recipe.data.directories
+    if directories is not None and all(directory.is_dir() for directory in directories):
         index = open_index(recipe.data.shards)
-        return Corpus(images or len(index), mean_bytes or float(index.samples["size"].mean()), str(directory))
+        return Corpus(images or len(index), mean_bytes or float(index.samples["size"].mean()), recipe.data.where)
     given = [name for name, value in (("--images", images), ("--image-bytes", mean_bytes)) if value is not None]
     source = f"{' and '.join(given)}, else ImageNet-1K" if len(given) == 1 else " and ".join(given) or "ImageNet-1K"
     return Corpus(images or IMAGENET_IMAGES, mean_bytes or IMAGENET_BYTES, source)

@@ -120,7 +120,7 @@ def test_an_export_is_a_timm_model_that_scores_as_the_run_said(
     to_device = ToDevice(torch.device("cpu"), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     crop = model.pretrained_cfg["crop_pct"]
     with torch.inference_mode():
-        for images, samples in held_out_batches(index, 64, 2, Ranks(), crop):
+        for images, samples, _ in held_out_batches(index, 64, 2, Ranks(), crop):
             logits.append(model(to_device(images))[: len(samples)])
             labels += index.samples["label"][list(samples)].tolist()
     scores, true = torch.cat(logits), torch.tensor(labels, dtype=torch.int64)

@@ -12,7 +12,7 @@ from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.sources import Entry, Files, list_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelMaps(Files):
     """Images, and PNGs of the same relative names in `maps`; references are paths relative to `root`."""
 
@@ -55,11 +55,12 @@ def open_label_maps(images: str, maps: Path, reduce_zero_label: bool, class_name
     if not maps.is_dir():
         raise UsageError(f"{maps} does not exist; expected a folder of PNGs with the names of the images")
     root, maps = Path(images).resolve(), maps.resolve()
-    entries = [_with_size(entry, _map_of(maps, entry)) for entry in list_folder(root)[0]]
+    listed = list_folder(root)
+    entries = [_with_size(entry, _map_of(maps, entry)) for entry in listed.entries]
     if not any(entry.annotation_size for entry in entries):
         raise UsageError(f"{maps} has no label map of any image in {images}; expected {_map_of(maps, entries[0])}, ...")
     classes = [] if class_names is None else _class_names(class_names)
-    return LabelMaps(root, entries, classes, maps, reduce_zero_label)
+    return LabelMaps(root, entries, classes, listed.left_out, maps=maps, reduce_zero_label=reduce_zero_label)
 
 
 def _class_names(file: Path) -> list[str]:
