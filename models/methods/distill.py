@@ -93,6 +93,6 @@ class MixMAEDistill(MixMAE):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The teacher goes where the method goes, and has its dtype."""
-        self.teacher.model._apply(fn)  # type: ignore[no-untyped-call]
-        module: Any = super()._apply(fn, recurse)
+        self.teacher.model._apply(fn)
+        module: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return module

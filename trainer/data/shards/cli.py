@@ -22,6 +22,7 @@ from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.label_map_folders import open_label_maps
+from mixmae.trainer.data.shards.parquet import open_parquet, parquet_files
 from mixmae.trainer.data.shards.repair import RepairResult, repair
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.data.shards.sources import Source, class_names, is_url, location_of_shards, open_source
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     build.add_argument(
         "source",
         help="a folder of images, or of one folder for each class; a .csv (header 'path,label' or 'path') or .jsonl "
-        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken',
+        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken; a '
+        "Parquet file, a folder of them, or a quoted pattern",
     )
     synth = commands.add_parser("synth", help="a procedural, labelled corpus")
     for writing in (build, synth):
@@ -96,7 +98,14 @@ def _build(args: argparse.Namespace) -> int:
     root = Path(args.source).resolve()
     if args.out.resolve().is_relative_to(root):
         raise UsageError(f"{args.out} lies in {args.source}, where it would be taken for images; write it elsewhere")
-    source = _source(args)
+    copy = args.out.with_name(f"{args.out.name}.images")
+    try:
+        return _build_from(_source(args, copy), args)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _build_from(source: Source, args: argparse.Namespace) -> int:
     built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs, args.seekable, args.append)
     lines = _describe_build(built, args.seekable)
     print("\n".join([*lines, *_describe_addition(built)] if args.append else lines))
@@ -112,8 +121,11 @@ def _describe_addition(built: BuildResult) -> list[str]:
     ]
 
 
-def _source(args: argparse.Namespace) -> Source:
+def _source(args: argparse.Namespace, copy: Path) -> Source:
     """
+    Args:
+        copy: a file for the images of Parquet files.
+
     Raises:
         UsageError: options that do not go together, or no such source.
     """
@@ -126,6 +138,9 @@ def _source(args: argparse.Namespace) -> Source:
         return open_coco(args.source, args.coco)
     if args.label_maps is not None:
         return open_label_maps(args.source, args.label_maps, args.reduce_zero_label, args.class_names)
+    if files := parquet_files(args.source):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        return open_parquet(files, copy)
     return open_source(args.source, args.jobs)
 
 
