@@ -77,6 +77,13 @@ class Encoder(nn.Module):
     """Whether `forward_kept` is there: where attention is global throughout, each sample may keep cells of its own, and
     a class token may stand before them; else a micro-batch keeps the same ones."""
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images: 3, unless it was built for others."""
+        weight = self.get_submodule(self.first_conv).weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[1]
+
     @classmethod
     def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """The constructor's arguments: a name's sizes, those given in their place, and what follows from these."""
@@ -90,7 +97,7 @@ class Encoder(nn.Module):
         num_groups: int | None = None,
         edit: MapEdit | None = None,
     ) -> Tensor:
-        """Images [B, 3, H, W], normalised. A position's features depend on positions of its own group only.
+        """Images [B, in_chans, H, W], normalised. A position's features depend on positions of its own group only.
 
         Args:
             groups: [Gh, Gw] or [B, Gh, Gw] when the images are mixed; None for unmixed ones.

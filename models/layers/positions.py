@@ -1,7 +1,7 @@
 """Learned positions of a token grid."""
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed_nhwc
 from torch import Tensor, nn
 
 from mixmae.models.layers.blocks import sincos_positions
@@ -47,6 +47,23 @@ class LearnedPositions(nn.Module):
 
 
 def resize_positions(weight: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """[1, L, C] from one token grid to another (bicubic)."""
-    resized: Tensor = resample_abs_pos_embed(weight, list(new), list(old), num_prefix_tokens=0)
-    return resized
+    """[1, L, C] from one token grid to another (bicubic), which may have as many tokens."""
+    resized: Tensor = resample_abs_pos_embed_nhwc(weight.unflatten(1, old), list(new))
+    return resized.flatten(1, 2)
+
+
+def resize_all_positions(
+    encoder: nn.Module, state: dict[str, Tensor], cells: tuple[int, int], own_cells: tuple[int, int]
+) -> dict[str, Tensor]:
+    """An encoder's state for images of `cells`, with learned positions resized (bicubic) to those of its own.
+
+    Weights alone do not say how many rows their positions have. Those of as many tokens as `cells` make are resized.
+    """
+    state = dict(state)
+    for name, module in encoder.named_modules():
+        weight = state.get(f"{name}.weight")
+        if isinstance(module, LearnedPositions) and weight is not None and weight.dim() == 3:
+            rows, cols = (side * theirs // own for side, theirs, own in zip(module.grid, cells, own_cells, strict=True))
+            if rows * cols == weight.shape[1]:
+                state[f"{name}.weight"] = resize_positions(weight, (rows, cols), module.grid)
+    return state

@@ -30,9 +30,20 @@ class Method(TrainableEncoder):
         encoder: what is pretrained; a checkpoint holds its weights under `encoder.`.
     """
 
+    masks_invalid = False
+    """Whether the last of `inputs` says which pixels hold something, bool [B, H, W]: only these are judged."""
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+
+    def mask_invalid_pixels(self) -> None:
+        """From now on `forward` is given which pixels hold something, behind what `draw` gives.
+
+        Raises:
+            ValueError: a method that cannot leave pixels out.
+        """
+        raise ValueError(f"{type(self).__name__} judges all pixels")
 
     @classmethod
     def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class MixMAEDistill(MixMAE):
         decoder_depth: int | None = None,
         decoder_num_heads: int | None = None,
     ) -> None:
+        if encoder.in_chans != 3:
+            raise ValueError(
+                f"the teacher sees RGB images, and the encoder's have {encoder.in_chans} channels; set "
+                "data.channels=3, or take method.name=mixmae"
+            )
         super().__init__(
             encoder,
             num_images,
@@ -67,11 +72,11 @@ class MixMAEDistill(MixMAE):
         self.teacher.set_normalisation(mean, std)
 
     def forward(  # type: ignore[override]
-        self, images: Tensor, groups: Tensor, partners: Tensor
+        self, images: Tensor, groups: Tensor, partners: Tensor, valid: Tensor | None = None
     ) -> Tensor:
         """The loss, an fp32 scalar, for normalised fp32 images [B, 3, H, W]."""
         features, visible = self._encode(images, groups, partners), self._visible(groups)
-        pixels: Tensor = self.loss(self.decoder(features.flatten(1, 2), visible), images, partners, visible)
+        pixels: Tensor = self.loss(self.decoder(features.flatten(1, 2), visible), images, partners, visible, valid)
         if not self.teacher_weight:
             return pixels
         # A cell of one value: what mixes images by their cells mixes features.
@@ -88,6 +93,6 @@ class MixMAEDistill(MixMAE):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The teacher goes where the method goes, and has its dtype."""
-        self.teacher.model._apply(fn)  # type: ignore[no-untyped-call]
-        module: Any = super()._apply(fn, recurse)
+        self.teacher.model._apply(fn)
+        module: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return module

@@ -59,7 +59,7 @@ class NeighbourHead(nn.Module):
     @torch.no_grad()
     def _put(self, embeddings: Tensor) -> None:
         """In the place of the oldest ones."""
-        newest = embeddings[-len(self.queue) :]
+        newest = embeddings[-len(self.queue) :].nan_to_num()  # a step that is skipped leaves nothing that stays
         places = (self.begin + torch.arange(len(newest), device=newest.device)) % len(self.queue)
         self.queue.index_copy_(0, places, newest.to(self.queue.dtype))
         self.begin.add_(len(newest)).remainder_(len(self.queue))

@@ -180,7 +180,7 @@ def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
     position, transform = Position(recipe.seed, 0, index.fingerprint), _transform(recipe, variant, index)
     with Stream(_with(recipe, variant), Ranks(), index, position, transform=transform) as stream:
-        to_device = ToDevice(_device(), recipe.data.mean, recipe.data.std)
+        to_device = ToDevice.of(_device(), recipe.data)
         for batch in stream:
             if to_device.device.type == "cuda":
                 to_device(batch.images)

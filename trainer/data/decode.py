@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from random import Random
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,14 @@ from torch import Tensor
 
 from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
+from mixmae.trainer.data.arrays import ArrayImage, is_array, require_format
+from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
+from mixmae.trainer.data.nodata import fill_invalid, find_valid, resize_valid
 from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
-Pixels = npt.NDArray[np.uint8]
-"""uint8 [H, W, 3]."""
+Pixels = npt.NDArray[Any]
+"""uint8 [H, W, 3], or of a recipe's channels and type."""
 Box = tuple[int, int, int, int]
 """left, upper, right, lower, in pixels of the image."""
 Decoder = Literal["fast", "pillow"]
@@ -52,6 +55,9 @@ _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported mar
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
 """What may be decoded, of animations the first frame: among Pillow's further formats are some that start programs."""
+_PNG = b"\x89PNG"
+_PLAIN_MODES = {"1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B"}
+"""Of Pillow, whose values are the file's own: a palette's are not."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
@@ -177,6 +183,35 @@ class WholeImage:
         return np.array(to_rgb(self.image.crop(box)))
 
 
+class UnconvertedImage(WholeImage):
+    """An image that Pillow decodes, whose values are kept as they are stored.
+
+    Raises:
+        UnusableError: it has other channels, another type, or colours that are not the pixels' own values.
+    """
+
+    def __init__(self, content: bytes, max_pixels: int, fmt: PixelFormat) -> None:
+        super().__init__(content, max_pixels)
+        mode, bits = self.image.mode, content[24] if content.startswith(_PNG) else 8
+        if mode not in _PLAIN_MODES or (bits == 16 and not mode.startswith("I;16")):
+            raise UnusableError(
+                Reason.OTHER_PIXELS,
+                f"{self.image.format} of mode {mode}, {bits} bits, of which Pillow does not give the values; store it "
+                "as TIFF or .npy",
+            )
+        self.dtype = np.dtype(fmt.dtype)
+        one = self._values((0, 0, 1, 1))
+        require_format((self.height, self.width, one.shape[2]), one.dtype, fmt)
+
+    def pixels(self, box: Box, reduction: int) -> Pixels:
+        return np.ascontiguousarray(self._values(box), self.dtype)
+
+    def _values(self, box: Box) -> Pixels:
+        part = self.image.crop(box)
+        values = np.asarray(part.convert("L") if part.mode == "1" else part)
+        return values[..., None] if values.ndim == 2 else values
+
+
 def _require_affordable(content: bytes, pixels: int, max_pixels: int, one_scan: bool = False) -> None:
     """Raises DecompressionBombError for what takes more memory, or time, than an image of its size should."""
     if pixels > max_pixels:
@@ -220,43 +255,91 @@ def random_resized_crop(
     settings: Data,
     random: Random,
     out: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """A random crop, resized (bicubic) and perhaps flipped.
 
     Args:
         state: the content's, as `inspect_image` gave it.
-        out: where the crop is written, uint8 [3, H, W] in channels-last memory; None allocates.
+        out: where the crop is written, uint8 [3, H, W] in channels-last memory, or of the settings' channels and type;
+            None allocates.
+        valid: bool [H, W], where it is written which of its pixels hold something.
 
     Raises:
         UnusableError: the content cannot be decoded after all, or has more than `settings.max_pixels`.
         OutOfMemoryError: the machine's memory does not suffice.
     """
-    source = open_encoded(content, state, settings.decoder, settings.max_pixels)
+    source = open_encoded(content, state, settings.decoder, settings.max_pixels, settings.pixels)
     plan = plan_random_crop(source, size, settings, random)
-    return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
+    return _crop(source, plan, size, settings.decoder, settings.pixels, out, valid)
 
 
-def center_resized_crop(content: bytes, state: int, size: ImageSize, ratio: float = 1.0) -> Tensor:
+def center_resized_crop(
+    content: bytes,
+    state: int,
+    size: ImageSize,
+    ratio: float = 1.0,
+    pixels: PixelFormat = RGB,
+    valid: Tensor | None = None,
+) -> Tensor:
     """The largest box around the middle with the size's aspect, its sides `ratio` times as long, resized; uint8
-    [3, H, W]. It keeps the image's proportions, but for rounding."""
-    source = open_encoded(content, state)
+    [3, H, W], or of other pixels. It keeps the image's proportions, but for rounding.
+
+    Args:
+        valid: as of `random_resized_crop`.
+    """
+    source = open_encoded(content, state, pixels=pixels)
     width, height = _upright_size(source)
     aspect = _aspect(size)
     left, upper, right, lower = center_crop_box(width, height, (aspect, aspect))
     x, y = (round(side * (1 - ratio) / 2) for side in (right - left, lower - upper))
     box = left + x, upper + y, right - x, lower - y
     plan = plan_crop(box, source.width, source.height, source.orientation, False, size)
-    return resize_crop(decode_crop(source, plan), plan, size)
+    return _crop(source, plan, size, "fast", pixels, None, valid)
 
 
-def open_encoded(content: bytes, state: int, decoder: Decoder = "fast", max_pixels: int = MAX_PIXELS) -> EncodedImage:
+def _crop(
+    source: EncodedImage,
+    plan: CropPlan,
+    size: ImageSize,
+    decoder: Decoder,
+    pixels: PixelFormat,
+    out: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    found = decode_crop(source, plan)
+    if pixels.nodata is not None:
+        there = find_valid(found, pixels.nodata)
+        found = fill_invalid(found, there, pixels)
+        if valid is not None:
+            rows, columns = both_sides(size)[::-1] if plan.transpose else both_sides(size)
+            small = resize_valid(there, rows, columns)
+            valid.numpy()[:] = _upright(small.T if plan.transpose else small, plan)
+    if found.dtype == np.float32 and not np.isfinite(found).all():
+        raise UnusableError(Reason.DAMAGED, "values that are not finite; data.nodata=nan would leave out those of NaN")
+    return resize_crop(found, plan, size, decoder, out)
+
+
+def open_encoded(
+    content: bytes,
+    state: int,
+    decoder: Decoder = "fast",
+    max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat = RGB,
+) -> EncodedImage:
     """Opens an image for decoding.
 
+    Args:
+        pixels: RGB, which any image becomes but arrays, or those that it has to have.
+
     Raises:
-        UnusableError: bytes that do not decode as their state says, or too many pixels.
+        UnusableError: bytes that do not decode as their state says, too many pixels, or other ones.
         OutOfMemoryError: the machine's memory does not suffice.
     """
     with _decoding():
+        if state == ARRAY or not pixels.is_rgb:
+            whole = ArrayImage if is_array(content) else UnconvertedImage
+            return whole(content, max_pixels, pixels)
         if state == JPEG and decoder == "fast" and (header := jpeg.read_header(content)).fast:
             _require_affordable(content, header.width * header.height, max_pixels, header.one_scan)
             return PartialJpeg(content, header)
@@ -351,10 +434,10 @@ def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:
 def resize_crop(
     pixels: Pixels, plan: CropPlan, size: ImageSize, decoder: Decoder = "fast", out: Tensor | None = None
 ) -> Tensor:
-    """Resizes a crop's pixels and turns them upright; uint8 [3, H, W], into `out` if it is given."""
+    """Resizes a crop's pixels and turns them upright; [C, H, W] of their type, into `out` if it is given."""
     height, width = both_sides(size)
-    out = _empty(height, width) if out is None else out
-    stored = _empty(width, height) if plan.transpose else out
+    out = _empty(height, width, pixels) if out is None else out
+    stored = _empty(width, height, pixels) if plan.transpose else out
     _resize(pixels, stored, decoder)
     if plan.transpose:
         out.copy_(stored.transpose(1, 2))
@@ -362,15 +445,23 @@ def resize_crop(
     return out.copy_(out.flip(turned)) if turned else out
 
 
-def _empty(height: int, width: int) -> Tensor:
-    """uint8 [3, H, W], channels last in memory."""
-    return torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
+def _upright(values: npt.NDArray[Any], plan: CropPlan) -> npt.NDArray[Any]:
+    """[H, W] after the plan's flips."""
+    return values[:: -1 if plan.upside_down else 1, :: -1 if plan.mirror else 1]
+
+
+def _empty(height: int, width: int, like: Pixels) -> Tensor:
+    """[C, H, W] of some pixels' channels and type, channels last in memory."""
+    dtype = getattr(torch, like.dtype.name)
+    return torch.empty(height, width, like.shape[2], dtype=dtype).permute(2, 0, 1)
 
 
 def _resize(pixels: Pixels, out: Tensor, decoder: Decoder) -> None:
     """Bicubic, with a filter as wide as a pixel of the smaller of both."""
     height, width = out.shape[1:]
-    if decoder == "pillow":
+    if pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        out.copy_(_resized_values(pixels, height, width, decoder))
+    elif decoder == "pillow":
         small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
         out.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
     else:
@@ -379,8 +470,24 @@ def _resize(pixels: Pixels, out: Tensor, decoder: Decoder) -> None:
         torch.ops.aten._upsample_bicubic2d_aa.out(whole, [height, width], False, out=out[None])
 
 
+def _resized_values(pixels: Pixels, height: int, width: int, decoder: Decoder) -> Tensor:
+    """[C, H, W] in fp32, channel by channel, rounded to whole numbers where pixels are: torch's filter in 8 bits is off
+    by some levels for other numbers of channels than 3."""
+    values = pixels.astype(np.float32)
+    if decoder == "pillow":
+        planes = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(values.shape[2])]
+        small = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
+        resized = torch.from_numpy(np.stack(small))
+    else:
+        whole = torch.from_numpy(values)[None].permute(0, 3, 1, 2)
+        resized = torch.ops.aten._upsample_bicubic2d_aa(whole, [height, width], False)[0]
+    if pixels.dtype == np.float32:
+        return resized
+    return resized.round_().clamp_(0, np.iinfo(pixels.dtype).max)
+
+
 def inspect_image(content: bytes) -> int:
-    """How an image's bytes decode: `JPEG`, `PILLOW`, or the `Reason` why they do not. Decodes the whole image.
+    """How an image's bytes decode: `JPEG`, `PILLOW`, `ARRAY`, or the `Reason` why they do not. Decodes all of it.
 
     Raises:
         OutOfMemoryError: the machine's memory does not suffice.
@@ -390,7 +497,8 @@ def inspect_image(content: bytes) -> int:
     try:
         if jpeg.is_jpeg(content) and (state := _inspect_jpeg(content)) is not None:
             return state
-        return _inspect_with_pillow(content)
+        state = _inspect_with_pillow(content)
+        return _inspect_array(content) if state >= min(Reason) and is_array(content) else state
     except Exception as error:  # decoders raise all kinds of errors
         _raise_if_out_of_memory(error)
         return Reason.DAMAGED
@@ -429,3 +537,11 @@ def _inspect_with_pillow(content: bytes) -> int:
     except UnusableError as error:
         return error.reason
     return PILLOW
+
+
+def _inspect_array(content: bytes) -> int:
+    try:
+        ArrayImage(content, MAX_PIXELS)
+    except UnusableError as error:
+        return error.reason
+    return ARRAY

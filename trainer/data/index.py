@@ -21,7 +21,7 @@ import xxhash
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import ANNOTATION, ANNOTATIONS, AnnotationKind, Annotations
-from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError, has_control_characters
+from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, Reason, UnusableError, has_control_characters
 from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.order import Quota
 from mixmae.trainer.data.stores.open_store import open_store
@@ -37,15 +37,15 @@ SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("hash", "<u8"), ("state", "u1")]
 )
 """One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class (or
-`UNLABELLED`, `INVALID_LABEL`), their XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a
-`faults.Reason`."""
+`UNLABELLED`, `INVALID_LABEL`), their XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW`,
+`faults.ARRAY` or a `faults.Reason`."""
 UNLABELLED = -1
 INVALID_LABEL = -2
 """There is a label, but it is neither a class number nor a class name."""
 Table = npt.NDArray[Any]
 _ROWS = 2**20
 """Rows that are checked at once: a table may be larger than memory."""
-_STATES = np.array([JPEG, PILLOW, *Reason])
+_STATES = np.array([JPEG, PILLOW, ARRAY, *Reason])
 _MAPPED = 64 * 2**20
 """Bytes of a sample table from which on the processes of a node share its pages. A smaller one is read into memory,
 where another program that truncates the file does not reach it."""

@@ -35,6 +35,8 @@ from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, S
 from mixmae.trainer.data.workers import HandOverError, hand_over_words, init_worker
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.pixels import RGB
 
 _MAX_SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
@@ -78,7 +80,7 @@ class Batch(NamedTuple):
     """A micro-batch."""
 
     images: Tensor
-    """uint8 [B, 3, H, W], channels last in memory, pinned where there is a GPU."""
+    """uint8 [B, 3, H, W], or of the recipe's channels and type; channels last in memory, pinned for a GPU."""
     targets: dict[str, Tensor]
     """What the run's `SampleTransform` gives beside the images: "label", int64 [B], -1 where unlabelled; pinned too.
     Where samples have any number of a target, all of them one behind the other, and "counts", int64 [B]."""
@@ -97,13 +99,23 @@ class Batch(NamedTuple):
 
 
 class ToDevice:
-    """uint8 [B, 3, H, W] on the host to normalised fp32 on the device, without blocking the host."""
+    """uint8 [B, 3, H, W] on the host to normalised fp32 on the device, without blocking the host.
 
-    def __init__(self, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> None:
+    Args:
+        scale: what values are divided by before mean and deviation; images may have any channels and type.
+    """
+
+    def __init__(
+        self, device: torch.device, mean: Sequence[float], std: Sequence[float], scale: float = RGB.scale
+    ) -> None:
         self.device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
-        self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * 255)
+        self.mean = torch.tensor(mean, device=device)[:, None, None] * scale
+        self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * scale)
+
+    @classmethod
+    def of(cls, device: torch.device, data: Data) -> Self:
+        return cls(device, data.mean, data.std, data.pixels.scale)
 
     def __call__(self, images: Tensor) -> Tensor:
         # A difference of uint8 and fp32 takes CPUs twenty times as long as making them alike first.

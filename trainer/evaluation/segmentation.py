@@ -47,7 +47,7 @@ def evaluate_segmenter(
     Raises:
         UsageError: an image or its label map cannot be read.
     """
-    to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
+    to_device = ToDevice.of(ranks.device, recipe.data)
     size, stride = both_sides(recipe.encoder.img_size), window_stride(recipe)
     batch, threads = recipe.train.micro_batch, recipe.data.num_workers
     counts = torch.zeros(3, segmenter.num_classes, dtype=torch.int64, device=ranks.device)
@@ -68,7 +68,7 @@ def evaluate_segmenter(
 def segment_image(segmenter: Segmenter, image: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
     """The class of each pixel, uint8 [H, W] on the CPU, of an image uint8 [3, H, W]; as in an evaluation."""
     height, width = image.shape[1:]
-    size, to_device = both_sides(recipe.encoder.img_size), ToDevice(device, recipe.data.mean, recipe.data.std)
+    size, to_device = both_sides(recipe.encoder.img_size), ToDevice.of(device, recipe.data)
     rows, columns = fit_over(height, width, size)
     pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((columns, rows), Image.Resampling.BILINEAR)
     resized = to_device(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None])[0]

@@ -14,6 +14,7 @@ from mixmae.base.rank_env import read_rank_env
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import ENCODERS, create_encoder
 from mixmae.trainer.export.encoder_directory import MISFIT, first_line, misfits
+from mixmae.trainer.export.fit_channels import fit_channels
 from mixmae.trainer.export.foreign_weights import ForeignWeights
 
 _logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def describe(found: ForeignWeights, result: Loaded) -> Iterator[str]:
 
 def _fit(encoder: Encoder, found: ForeignWeights, not_wanted: tuple[str, ...]) -> dict[str, Tensor]:
     try:
-        fitted = encoder.fit_state_dict(found.state)
+        fitted = fit_channels(encoder, encoder.fit_state_dict(found.state))
     except MISFIT as error:
         raise UsageError(f"{found.source} does not fit {type(encoder).__name__}: {first_line(error)}") from error
     return {name: value for name, value in fitted.items() if not name.startswith(not_wanted)}

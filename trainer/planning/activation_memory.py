@@ -95,8 +95,8 @@ def _run(task: Task, policy: ActivationCheckpointing, device: Device, micro_batc
     model = on_meta(task.recipe)
     checkpoint_activations(model, policy)
     data, meta = task.recipe.data, torch.device("meta")
-    to_device = ToDevice(meta, data.mean, data.std)
-    pixels = torch.empty(micro_batch, *task.recipe.image_shape, dtype=torch.uint8, device=meta)
+    to_device = ToDevice.of(meta, data)
+    pixels = torch.empty(micro_batch, *task.recipe.image_shape, dtype=getattr(torch, data.dtype), device=meta)
     inputs = [tensor.to(meta) for tensor in task.example_inputs(model, micro_batch)]
     known = [*model.parameters(), *model.buffers(), to_device.mean, to_device.inverse_std, *inputs]
     live = Tracker(known, WORKSPACES[device])

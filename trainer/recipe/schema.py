@@ -27,6 +27,7 @@ from mixmae.trainer.recipe.sections.section import Section
 from mixmae.trainer.recipe.sections.segmentation import Segmentation
 from mixmae.trainer.recipe.sections.train import Train
 
+_BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _STREAMS = 512
 """The most that a recipe which does not say how many gets."""
 _SHOWN = 20
@@ -90,12 +91,12 @@ class Recipe(Section):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the model is given."""
-        return (3, *both_sides(self.encoder.img_size))
+        return (self.data.channels, *both_sides(self.encoder.img_size))
 
     @property
     def image_bytes(self) -> int:
         """Of one image as data workers hand it over."""
-        return prod(self.image_shape)
+        return prod(self.image_shape) * _BYTES[self.data.dtype]
 
     @property
     def streams(self) -> int:

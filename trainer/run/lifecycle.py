@@ -17,7 +17,7 @@ from mixmae.trainer.checkpoints.resume import Resumed, resume, stored_state
 from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
-from mixmae.trainer.data.integrity import require_usable
+from mixmae.trainer.data.integrity import require_pixels, require_usable
 from mixmae.trainer.data.joined_index import describe_shares
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
@@ -164,6 +164,7 @@ def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
     index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
+    require_pixels(index, recipe.data)
     schedule = build_schedule(recipe, len(index))
     require_shared_memory(recipe.batch_bytes_ahead)
     if ranks.is_main:
@@ -246,7 +247,7 @@ def _build(
         schedule=schedule,
         state=state,
         batches=batches,
-        to_device=ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+        to_device=ToDevice.of(ranks.device, recipe.data),
         reporter=reporter,
         observer=observer,
         saver=saver,

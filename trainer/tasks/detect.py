@@ -31,7 +31,7 @@ from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
-from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder, require_rgb
 from mixmae.trainer.tasks.registry import register_task
 
 _SLOTS, _OBJECTS = 100, 8
@@ -47,6 +47,7 @@ class Detect(Task):
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
+        require_rgb(recipe)
         return _resolve_classes(recipe)
 
     @property
@@ -108,7 +109,7 @@ class Detect(Task):
         size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
         index = self.open_shards(self.recipe.evaluate.shards)
         scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat=beat, threads=data.num_workers)
-        to_device = ToDevice(ranks.device, data.mean, data.std)
+        to_device = ToDevice.of(ranks.device, data)
         batch = self.recipe.train.micro_batch
         found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks)
         index.store.close()
@@ -116,7 +117,7 @@ class Detect(Task):
 
     def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
         size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
-        found = find_in_image(_detector(module), image, size, ToDevice(device, data.mean, data.std))
+        found = find_in_image(_detector(module), image, size, ToDevice.of(device, data))
         return draw_found(image, found, self.classes)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:

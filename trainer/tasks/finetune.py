@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mixmae.base.errors import UsageError
 from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.classification import Classifier
@@ -36,6 +37,11 @@ class Finetune(Task):
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
         if recipe.augment.rand_augment is not None:
+            if not recipe.data.pixels.is_rgb:
+                raise UsageError(
+                    f"augment.rand_augment={recipe.augment.rand_augment}: its operations are for 8-bit RGB, and the "
+                    f"images have {recipe.data.pixels}; leave it out"
+                )
             RandAugment.parse(recipe.augment.rand_augment, recipe.data.mean)
         return resolve_classes(recipe)
 

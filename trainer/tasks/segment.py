@@ -26,7 +26,7 @@ from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
-from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder, require_rgb
 from mixmae.trainer.tasks.registry import register_task
 
 
@@ -39,6 +39,7 @@ class Segment(Task):
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
+        require_rgb(recipe)
         return _with_classes(recipe)
 
     def build(self) -> Segmenter:

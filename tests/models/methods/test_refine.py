@@ -79,6 +79,8 @@ def test_the_queue_holds_the_newest_first_views_and_changes_in_training_alone() 
     newest = torch.cat(embedded)[-5:]
     assert sorted(head.queue[:, 0].tolist()) == pytest.approx(sorted(newest[:, 0].tolist()), abs=1e-6)
     assert head.begin.item() == 8 % 5
+    assert head(torch.full((4, 6), torch.nan)).isnan()
+    assert head(batches[0]).isfinite()
 
 
 def test_views_show_crops_of_the_image() -> None:

@@ -33,14 +33,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_encoder_of_rectangles_opens_as_it_was(tmp_path: Path) -> None:
-    encoder = create_encoder("mixmae_vit_nano", img_size=(64, 128))
+    encoder: Any = create_encoder("mixmae_vit_nano", img_size=(64, 128))
     write_encoder_directory(tmp_path / "out", "mixmae_vit_nano", {"img_size": (64, 128)}, encoder.state_dict())
     opened: Any = load_encoder(tmp_path / "out")
     assert opened.pretrained_cfg["input_size"] == (3, 64, 128)
     images = torch.randn(2, 3, 64, 128)
     torch.testing.assert_close(opened(images), encoder(images).mean((1, 2)))
-    larger = load_encoder(tmp_path / "out", img_size=(128, 256))
+    larger: Any = load_encoder(tmp_path / "out", img_size=(128, 256))
     assert larger(torch.randn(1, 3, 128, 256)).shape == (1, 64)
+    # As many tokens in another shape.
+    wide: Any = load_encoder(tmp_path / "out", img_size=(32, 256))
+    encoder.set_input_size((32, 256))
+    torch.testing.assert_close(wide.pos_embed.weight, encoder.pos_embed.weight)
+    assert not torch.equal(wide.pos_embed.weight, opened.pos_embed.weight)
+    started: Any = create_encoder("mixmae_vit_nano", img_size=(32, 256))
+    initialise_classifier(started, tmp_path / "out", ())
+    torch.testing.assert_close(started.pos_embed.weight, encoder.pos_embed.weight)
 
 
 def test_all_files_follow_the_umask(directory: Path) -> None:

@@ -28,6 +28,8 @@ class Kind(Enum):
     DAMAGED = "damaged image", "rewrite"
     NOT_AN_IMAGE = "not an image", "rewrite"
     TOO_LARGE = "too large image", "rewrite"
+    OTHER_PIXELS = "image of other channels or type", "rewrite"
+    CODEC_MISSING = "image whose codec is not installed", "rewrite"
     FLOATING_POINT = "image with floating-point pixels", "rewrite"
     BAD_LABEL = "label that is no class", "rewrite"
     ANNOTATION_CHANGED = "annotation with other bytes than were indexed", "rewrite"

@@ -305,17 +305,17 @@ def test_parts_of_a_data_set_are_no_classes(names: tuple[str, ...], tmp_path: Pa
 
 def test_every_file_that_is_left_out_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_image(tmp_path / "set" / "cat" / "1.png")
-    Image.new("F", (20, 10)).save(tmp_path / "set" / "cat" / "heights.tif")
+    (tmp_path / "set" / "cat" / "text.png").write_text("no image")
     for number in range(5):
         (tmp_path / "set" / "cat" / f"{number}.xmp").write_text("")
     assert main(["build", str(tmp_path / "set"), str(tmp_path / "out"), "--jobs", "1"]) == 0
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert {(Path(one["source"]).name, one["reason"]) for one in listed} == {
         *((f"{number}.xmp", ".xmp files") for number in range(5)),
-        ("heights.tif", "floating point"),
+        ("text.png", "not an image"),
     }
     assert capsys.readouterr().out.splitlines()[1:] == [
-        f"skipped 1 floating point: {tmp_path}/set/cat/heights.tif; all of them in {tmp_path}/out/skipped.jsonl",
+        f"skipped 1 not an image: {tmp_path}/set/cat/text.png; all of them in {tmp_path}/out/skipped.jsonl",
         f"5 files of the source are no samples; each with its reason in {tmp_path}/out/skipped.jsonl",
     ]
 
