@@ -64,7 +64,7 @@ def test_methods_get_equal_time_and_no_run_is_done_twice(tmp_path: Path, monkeyp
         "mae": "100 steps",
     }
     finetuned = [recipe for recipe in done if recipe.task == "finetune"]
-    assert {recipe.encoder.init for recipe in finetuned} == {None, *(one.run_dir for one in pretrained.values())}
+    assert {recipe.encoder.init for recipe in finetuned} == {None, *(str(one.run_dir) for one in pretrained.values())}
     assert {recipe.seed for recipe in done} == {3}
     found = json.loads((tmp_path / "out" / "claim.json").read_text())
     assert {"cpu", "versions", "commit", "command"} <= found.keys()

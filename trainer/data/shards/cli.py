@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import get_args
 
 import numpy as np
@@ -98,11 +99,11 @@ def _build(args: argparse.Namespace) -> int:
     root = Path(args.source).resolve()
     if args.out.resolve().is_relative_to(root):
         raise UsageError(f"{args.out} lies in {args.source}, where it would be taken for images; write it elsewhere")
-    copy = args.out.with_name(f"{args.out.name}.images")
-    try:
-        return _build_from(_source(args, copy), args)
-    finally:
-        copy.unlink(missing_ok=True)
+    if args.coco is None and args.label_maps is None and (files := parquet_files(args.source)):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=args.out.parent, prefix=f".{args.out.name}.images-") as copy:
+            return _build_from(open_parquet(files, Path(copy.name)), args)
+    return _build_from(_source(args), args)
 
 
 def _build_from(source: Source, args: argparse.Namespace) -> int:
@@ -121,11 +122,8 @@ def _describe_addition(built: BuildResult) -> list[str]:
     ]
 
 
-def _source(args: argparse.Namespace, copy: Path) -> Source:
+def _source(args: argparse.Namespace) -> Source:
     """
-    Args:
-        copy: a file for the images of Parquet files.
-
     Raises:
         UsageError: options that do not go together, or no such source.
     """
@@ -138,9 +136,6 @@ def _source(args: argparse.Namespace, copy: Path) -> Source:
         return open_coco(args.source, args.coco)
     if args.label_maps is not None:
         return open_label_maps(args.source, args.label_maps, args.reduce_zero_label, args.class_names)
-    if files := parquet_files(args.source):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        return open_parquet(files, copy)
     return open_source(args.source, args.jobs)
 
 
