@@ -156,7 +156,13 @@ class ShardIndex:
 
     def listing(self) -> dict[str, Any]:
         """What identifies the data, for a run to record."""
-        return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards]}
+        shares = {"shares": self._shares} if self.quotas else {}
+        return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards], **shares}
+
+    @property
+    def _shares(self) -> list[int]:
+        """Samples that an epoch takes of each of several directories."""
+        return [quota.samples for quota in self.quotas]
 
     def first_difference(self, earlier: dict[str, Any]) -> str:
         """How this directory first differs from an earlier `listing`."""
@@ -172,6 +178,8 @@ class ShardIndex:
                     )
         if len(before) != len(self.shards):
             return f"{len(before)} shards then, {len(self.shards)} now"
+        if (shares := earlier.get("shares", [])) != self._shares:
+            return f"an epoch took {shares} images of its places then, {self._shares} now"
         return "equal shards, indexed with other class names or other versions of the decoders"
 
 

@@ -321,8 +321,8 @@ def test_an_index_apart_from_its_shards(shards: Path, tmp_path: Path, capsys: py
     assert [index.read(sample) for sample in (0, 53)] == [open_index(shards).read(sample) for sample in (0, 53)]
     assert index.fingerprint == write_index(shutil.copytree(stored, tmp_path / "copy")).fingerprint
     assert main(["check", str(apart), "--jobs", "1"]) == 0
-    with next(iter(stored.glob("*.tar"))).open("r+b") as tar:
-        tar.truncate(5000)
+    with next(iter(stored.glob("*.tar"))).open("r+b") as file:
+        file.truncate(5000)
     assert main(["check", str(apart), "--jobs", "1"]) == 1
     with pytest.raises(UsageError, match=f"--repair rewrites shards, and those of {apart} are in {stored}"):
         main(["check", str(apart), "--jobs", "1", "--repair"])

@@ -79,7 +79,9 @@ def test_a_weighted_run_goes_on_anywhere_with_other_ranks(places: tuple[Path, Pa
 
 def test_workers_change_nothing(places: tuple[Path, Path]) -> None:
     recipe = recipe_for(places)
-    assert global_batches(recipe_for(places, **{"data.num_workers": 2}), 1, 0, 6) == global_batches(recipe, 1, 0, 6)
+    assert global_batches(recipe_for(places, (1, 1), **{"data.num_workers": 2}), 1, 0, 6) == global_batches(
+        recipe, 1, 0, 6
+    )
 
 
 def test_shares_and_repeats_are_as_stated(places: tuple[Path, Path]) -> None:
@@ -112,6 +114,8 @@ def test_the_fingerprint_covers_places_and_weights(places: tuple[Path, Path], tm
     different = [fingerprint(one), fingerprint(one, two), fingerprint(two, one), fingerprint(*weighted)]
     assert len(set(different)) == 4
     assert fingerprint(*({**entry, "weight": 5} for entry in weighted)) == fingerprint(*weighted)
+    before, now = (open_index(Data(shards=entries).shards) for entries in ((one, two), weighted))
+    assert now.first_difference(before.listing()) == "an epoch took [54, 24] images of its places then, [39, 39] now"
     shutil.copytree(two, tmp_path / "moved")
     assert fingerprint(one, str(tmp_path / "moved")) == fingerprint(one, two)
 

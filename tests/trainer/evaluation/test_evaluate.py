@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -123,15 +124,29 @@ def test_scores_agree_with_scikit_learn() -> None:
     assert score.per_class()[6].isnan()
 
 
-def test_crops_are_those_of_resizing_to_256_and_cropping_224() -> None:
+def smooth_png() -> tuple[Image.Image, bytes]:
+    """300 x 400 px."""
     y, x = np.mgrid[:300, :400] / 40
     pixels = np.stack([np.sin(x) + np.cos(y), np.cos(x - y), np.sin(2 * y)], -1)
     image = Image.fromarray(((pixels / pixels.max() + 1) * 127).clip(0, 255).astype(np.uint8))
     content = io.BytesIO()
     image.save(content, "PNG")
-    ours = center_resized_crop(content.getvalue(), inspect_image(content.getvalue()), 224, 224 / 256)
+    return image, content.getvalue()
+
+
+def test_crops_are_those_of_resizing_to_256_and_cropping_224() -> None:
+    image, content = smooth_png()
+    ours = center_resized_crop(content, inspect_image(content), 224, 224 / 256)
     resized = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()])
     assert (ours.float() - resized(image).float()).abs().mean() < 1.5
+
+
+@pytest.mark.parametrize("size", [(96, 192), (160, 96)])
+def test_crops_of_a_rectangle_are_timms(size: tuple[int, int]) -> None:
+    image, content = smooth_png()
+    theirs = create_transform((3, *size), interpolation="bicubic", crop_pct=0.875, mean=(0, 0, 0), std=(1, 1, 1))
+    ours = center_resized_crop(content, inspect_image(content), size, 0.875)
+    assert (ours.float() - 255 * theirs(image)).abs().mean() < 1.5
 
 
 def test_evaluate_finds_what_the_model_says(model: Path, coloured: Path, tmp_path: Path) -> None:

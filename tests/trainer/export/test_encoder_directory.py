@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
 
 from mixmae.base.errors import UsageError
@@ -159,3 +161,20 @@ def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> 
     assert large.positions.shape == (48, 48, 32)
     assert torch.equal(large.positions, opened.positions)
     assert torch.equal(large.positions, small.positions)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_timm_pushes_to_the_hub_what_timm_opens_again(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_classes: int
+) -> None:
+    def upload(api: HfApi, *, folder_path: str, **_: Any) -> None:
+        shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(HfApi, "file_exists", lambda api, **_: False)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    pushed: Any = load_encoder(directory, num_classes=num_classes, img_size=96).eval()
+    timm.models.push_to_hf_hub(pushed, "me/photos")
+    opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(opened(images), pushed(images))

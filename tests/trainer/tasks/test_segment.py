@@ -36,7 +36,7 @@ from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
 from tests.trainer.tasks import resumed
-from tests.trainer.tasks.resumed import Shards, runs_of
+from tests.trainer.tasks.resumed import Shards, require_same_end, runs_of
 
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision: each of DeepSpeed's optimizers once."""
@@ -104,6 +104,11 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert metrics(part) == metrics(whole)[1:]
+
+
+@pytest.mark.distributed
+def test_a_preempted_run_goes_on_as_if_nothing_had_happened(runs: Callable[[int, str], Path]) -> None:
+    require_same_end(runs(*KINDS[-1]), content)
 
 
 @pytest.mark.distributed

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.label_map_folders import open_label_maps
+from mixmae.trainer.data.shards.parquet import open_parquet, parquet_files
 from mixmae.trainer.data.shards.repair import RepairResult, repair
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.data.shards.sources import Source, class_names, is_url, location_of_shards, open_source
@@ -53,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     build.add_argument(
         "source",
         help="a folder of images, or of one folder for each class; a .csv (header 'path,label' or 'path') or .jsonl "
-        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken',
+        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken; a '
+        "Parquet file, a folder of them, or a quoted pattern",
     )
     synth = commands.add_parser("synth", help="a procedural, labelled corpus")
     for writing in (build, synth):
@@ -96,7 +99,14 @@ def _build(args: argparse.Namespace) -> int:
     root = Path(args.source).resolve()
     if args.out.resolve().is_relative_to(root):
         raise UsageError(f"{args.out} lies in {args.source}, where it would be taken for images; write it elsewhere")
-    source = _source(args)
+    if args.coco is None and args.label_maps is None and (files := parquet_files(args.source)):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=args.out.parent, prefix=f".{args.out.name}.images-") as copy:
+            return _build_from(open_parquet(files, Path(copy.name)), args)
+    return _build_from(_source(args), args)
+
+
+def _build_from(source: Source, args: argparse.Namespace) -> int:
     built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs, args.seekable, args.append)
     lines = _describe_build(built, args.seekable)
     print("\n".join([*lines, *_describe_addition(built)] if args.append else lines))

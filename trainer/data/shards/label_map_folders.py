@@ -1,5 +1,6 @@
 """Images with label maps in a second folder, as ADE20K has them, as a source of shards."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -7,7 +8,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.label_maps import MAX_CLASSES, reduce_zero_label
-from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.sources import Entry, Files, list_folder
 
@@ -68,6 +69,8 @@ def _class_names(file: Path) -> list[str]:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {file}: {error}") from error
-    if not 0 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
-        raise UsageError(f"{file} has {len(names)} lines; expected 1 to {MAX_CLASSES} class names, each once")
+    if not 0 < len(names) <= MAX_CLASSES:
+        raise UsageError(f"{file} has {len(names)} class names; label maps hold 1 to {MAX_CLASSES} classes")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"{file} names {first_names(twice)} more than once; expected each class once")
     return names

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mixmae.base import files
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards import build
@@ -91,7 +92,7 @@ def test_an_interrupted_addition_is_continued(
     add_images(tmp_path / "more" / "dog", *range(40, 60))
     shutil.copytree(shards_of_dogs, tmp_path / "whole")
     run(tmp_path / "more", tmp_path / "whole", "--append")
-    publish, before = build.publish, open_index(shards_of_dogs).fingerprint
+    publish, before = files.publish, open_index(shards_of_dogs).fingerprint
 
     def fail(partial: Path, final: Path) -> None:
         if final.parent == shards_of_dogs and len(list(shards_of_dogs.glob("*.tar"))) > 2:
