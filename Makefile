@@ -62,9 +62,11 @@ check: $(VENV)/.installed-test
 dashboards: $(VENV)/.installed-test
 	$(BIN)/python -m mixmae.monitoring.generate
 
-# Table and picture of docs/performance.md, from benchmarks/results, and of weak scaling in docs/planning.md.
+# Tables and pictures of docs/performance.md and docs/claim.md, from benchmarks/results, and of weak scaling in
+# docs/planning.md.
 performance: $(VENV)/.installed-test
 	$(BIN)/python -m mixmae.trainer.benchmarks.page
+	$(BIN)/python -m mixmae.trainer.benchmarks.claim_page
 	$(BIN)/python -m mixmae.trainer.planning.weak_scaling
 
 # What `make bench-gpu` needs beside torch, torchvision, timm and pytest, and what those need themselves, on a machine

@@ -39,6 +39,11 @@ class Trainable(nn.Module):
         """Names of parameters that weight decay leaves alone, beside all 1-D ones."""
         return set()
 
+    def frozen_models(self) -> Sequence[nn.Module]:
+        """What it computes with and does not train, such as a teacher: no module of it, so that neither optimizer nor
+        checkpoint nor export has it; in memory all the same."""
+        return []
+
     def as_counted(self) -> Self:
         """The module whose operations published figures count; one that is made for counting may be changed."""
         return self

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -116,3 +117,8 @@ def tiny_recipe(**changes: Any) -> Recipe:
         before = here.get(key)
         here[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     return parse_recipe(content, "tiny")
+
+
+def idx_file(array: npt.NDArray[np.uint8]) -> bytes:
+    """An IDX file of an array of bytes."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()

@@ -29,10 +29,11 @@ def test_recipe(name: str) -> None:
     found = load_recipe(recipe.file, ["encoder.init=pretrained-encoder"] if name.startswith("probe/") else [])
     with torch.device("meta"):
         model = build_model(found)
-    if found.task == "pretrain" and found.method.name != "simmim":
+    if found.task == "pretrain" and found.method.name not in ("simmim", "refine"):
         assert {"decoder_dim", "decoder_depth", "decoder_num_heads"} <= found.method.settings.keys()
     assert isinstance(model.encoder, Encoder)
-    assert model.encoder.grid == (found.encoder.img_size // family_of(found.encoder.name)[0].stride,) * 2
+    stride = family_of(found.encoder.name)[0].stride * found.encoder.settings.get("patch_size", 4) // 4
+    assert model.encoder.grid == tuple(side // stride for side in found.image_shape[1:])
     assert build_schedule(found, 1_281_167).total_steps > 0
     command = recipe.head[0]
     assert command.startswith(("mixmae launch ", "make "))

@@ -15,8 +15,9 @@ def check_this_machine(recipe: Recipe, ranks: int) -> None:
     Raises:
         UsageError: no shards, a run directory that cannot be written, or too little shared memory.
     """
-    if recipe.data.directory is not None and not recipe.data.directory.is_dir():
-        raise UsageError(f"shard directory {recipe.data.shards} does not exist; make one with 'mixmae shards build'")
+    for directory in recipe.data.directories or ():
+        if not directory.is_dir():
+            raise UsageError(f"shard directory {directory} does not exist; make one with 'mixmae shards build'")
     require_working_directory()
     require_temporary_folder()
     require_shared_memory(ranks * recipe.batch_bytes_ahead)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor, fx, nn
 
+from mixmae.models.encoders.conversion import Converted
+
 _Given = TypeVar("_Given")
 
 
@@ -75,6 +77,13 @@ class Encoder(nn.Module):
     """Whether `forward_kept` is there: where attention is global throughout, each sample may keep cells of its own, and
     a class token may stand before them; else a micro-batch keeps the same ones."""
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images: 3, unless it was built for others."""
+        weight = self.get_submodule(self.first_conv).weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[1]
+
     @classmethod
     def fit_sizes(cls, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """The constructor's arguments: a name's sizes, those given in their place, and what follows from these."""
@@ -88,7 +97,7 @@ class Encoder(nn.Module):
         num_groups: int | None = None,
         edit: MapEdit | None = None,
     ) -> Tensor:
-        """Images [B, 3, H, W], normalised. A position's features depend on positions of its own group only.
+        """Images [B, in_chans, H, W], normalised. A position's features depend on positions of its own group only.
 
         Args:
             groups: [Gh, Gw] or [B, Gh, Gw] when the images are mixed; None for unmixed ones.
@@ -104,6 +113,11 @@ class Encoder(nn.Module):
             kept: int64 [B, n], or [1, n] for all samples (`keep_map`), cells counted row by row.
             class_token: [1, 1, C], which goes before the cells, and comes back there.
         """
+        raise NotImplementedError(type(self).__name__)
+
+    def forward_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        """Features behind each of the last `count` blocks, pooled by their mean, [B, C]; the last ones behind the final
+        norm."""
         raise NotImplementedError(type(self).__name__)
 
     @abstractmethod
@@ -127,9 +141,18 @@ class Encoder(nn.Module):
             ValueError: the size does not divide into cells or windows.
         """
 
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        """Weights of another implementation of this architecture under this encoder's names; its own stay."""
+        return Converted(dict(state), ())
+
     def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the same encoder at another image or window size, resized to this one's."""
-        return state
+        """Weights of the same encoder at another image or window size, resized to this one's, or those of another
+        implementation (`convert`).
+
+        Raises:
+            ValueError: what is to be resized is not of a square image.
+        """
+        return self.convert(state).state
 
     def no_weight_decay(self) -> Collection[str]:
         """timm's: names of parameters that weight decay leaves alone, beside all 1-D ones."""

@@ -4,13 +4,14 @@ In every stage the spatial reduction makes one key and value of a cell of 32 px,
 is no class token, which in stage 4 would see all groups; features are pooled by their mean.
 """
 
-import re
 from collections.abc import Callable, Sequence
 
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders import conversion
 from mixmae.models.encoders.contract import unchanged
+from mixmae.models.encoders.conversion import Converted
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
@@ -121,21 +122,8 @@ class PVT(StagedEncoder):
             assert isinstance(stage, PVTStage)
             stage.set_cells(self.grid)
 
-    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' names, and ours; their class token is left out."""
-        if "patch_embed1.proj.weight" not in state:
-            return dict(state)
-        state = dict(state)
-        if state.pop("cls_token", None) is not None:
-            state["pos_embed4"] = state["pos_embed4"][:, 1:]
-        return {_own_name(name): value for name, value in state.items()}
-
-
-def _own_name(name: str) -> str:
-    name = re.sub(r"^pos_embed(\d)$", r"pos_embed\1.weight", name)
-    name = re.sub(r"^block(\d)", r"blocks\1", name)
-    name = re.sub(r"^(patch_embed|pos_embed|blocks)(\d)", lambda match: f"stages.{int(match[2]) - 1}.{match[1]}", name)
-    return re.sub(r"^head\.", "head.fc.", name)
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        return conversion.pvt(state)
 
 
 register_encoder(

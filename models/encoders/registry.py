@@ -10,6 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder
+from mixmae.models.layers.positions import resize_all_positions
 
 _FIXED_SIZE = {"strict_img_size": True, "dynamic_img_size": False, "dynamic_img_pad": False}
 ENCODERS: dict[str, tuple[type[Encoder], dict[str, Any]]] = {}
@@ -46,20 +47,25 @@ def register_encoder(name: str, family: type[Encoder], **sizes: Any) -> None:
     register_model(create)
 
 
-def default_cfg(name: str, img_size: int | None = None, **facts: Any) -> dict[str, Any]:
+def default_cfg(
+    name: str, img_size: int | tuple[int, int] | None = None, in_chans: int = 3, **facts: Any
+) -> dict[str, Any]:
     """timm's pretrained_cfg of an encoder: how its input is made, what its parts are called; `facts` come last."""
-    side = img_size or default_img_size(name)
+    size = img_size or default_img_size(name)
+    height, width = (size, size) if isinstance(size, int) else size
     stride = ENCODERS[name][0].stride
     return {
-        "input_size": (3, side, side),
+        "input_size": (in_chans, height, width),
         "fixed_input_size": True,
         "num_classes": 0,
-        "pool_size": (side // stride, side // stride),
-        "crop_pct": 0.875 if side <= 224 else 1.0,  # as the papers evaluate: 224 px of 256, or all of the image
+        "pool_size": (height // stride, width // stride),
+        # As the papers evaluate: 224 px of 256, or all of the image.
+        "crop_pct": 0.875 if max(height, width) <= 224 else 1.0,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": ENCODERS[name][0].first_conv,
+        # timm takes weights for those of 3 channels, and would begin the first convolution of others anew.
+        "first_conv": ENCODERS[name][0].first_conv if in_chans == 3 else None,
         "classifier": "head.fc",
         **facts,
     }
@@ -112,4 +118,7 @@ def create_encoder(name: str, **kwargs: Any) -> Encoder:
 
 def _fit_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     assert isinstance(model, Encoder)
-    return model.fit_state_dict(state)
+    cfg: Any = model.pretrained_cfg
+    height, width = cfg["input_size"][1:]  # of the images that the weights are for
+    cells = height // model.stride, width // model.stride
+    return model.fit_state_dict(resize_all_positions(model, state, cells, model.grid))

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders import conversion
 from mixmae.models.encoders.contract import MapEdit, unchanged
+from mixmae.models.encoders.conversion import Converted
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.mixed_conv import Mix, MixedGroupNormReLU, StandardisedConv2d, mixed_max_pool2d
@@ -135,9 +137,8 @@ class ResNet(StagedEncoder):
     def _normalise(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         return self.norm(x, None if groups is None else Mix.of(groups))
 
-    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's names, and ours: but for a classifier that is a convolution there, they are the same."""
-        return {name: value.flatten(1) if name == "head.fc.weight" else value for name, value in state.items()}
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        return conversion.resnet(state)
 
 
 register_encoder(

@@ -30,13 +30,19 @@ class Stage(nn.Module):
 
     blocks: nn.ModuleList
     grad_checkpointing = False
+    outputs: list[Tensor] | None = None
+    """Where blocks' outputs go while somebody asks for them."""
 
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:
         """A block's output, which is recomputed in the backward pass where that is asked for."""
+        out: Tensor
         if self.grad_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training)
-            return out
-        return block(*inputs)
+            out = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.training)
+        else:
+            out = block(*inputs)
+        if self.outputs is not None:
+            self.outputs.append(out)
+        return out
 
 
 class StagedEncoder(Encoder):
@@ -149,6 +155,20 @@ class StagedEncoder(Encoder):
             return maps
         return x if stop_early and last < NUM_STAGES - 1 else self._normalise(x), maps
 
+    def forward_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        kept = [stage for stage in self.stages if isinstance(stage, Stage)]
+        for stage in kept:
+            stage.outputs = outputs
+        try:
+            features = self.forward_features(images)
+        finally:
+            for stage in kept:
+                stage.outputs = None
+        # Tokens may be sorted, which their mean does not depend on.
+        inner = [out.flatten(1, -2).mean(1) for out in outputs[len(outputs) - count : -1]]
+        return [*inner, features.flatten(1, -2).mean(1)]
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -182,20 +202,11 @@ class StagedEncoder(Encoder):
         return {"stem": stem, "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of this encoder, or timm's of the same architecture; learned positions are resized (bicubic).
-
-        Raises:
-            ValueError: positions to be resized are not of a square image.
-        """
-        state = self.own_names(state)
+        state = super().fit_state_dict(state)
         for name, module in self.named_modules():
             if isinstance(module, LearnedPositions) and f"{name}.weight" in state:
                 state[f"{name}.weight"] = module.fit(state[f"{name}.weight"])
         return state
-
-    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state of timm's model of the same architecture under this encoder's names, which stay as they are."""
-        return dict(state)
 
     def no_weight_decay(self) -> Collection[str]:
         """Learned positions."""

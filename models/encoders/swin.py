@@ -12,8 +12,9 @@ import torch
 from timm.layers import PatchEmbed, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from mixmae.models.encoders import contract
+from mixmae.models.encoders import contract, conversion
 from mixmae.models.encoders.contract import MapEdit, edit_of, unchanged
+from mixmae.models.encoders.conversion import Converted
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, PatchMerging, init_weights, resized_positions, sincos_positions
@@ -259,11 +260,15 @@ class Swin(StagedEncoder):
             assert isinstance(stage, SwinStage)
             stage.set_grid(grid, window, None if stage.wide_window is None else self.wide_window)
 
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        """Blocks are not shifted here, and fixed positions are added: what shifted ones without positions have learned
+        is a start, and not the same function."""
+        return conversion.swin(state)
+
     def fit_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Relative-position tables are resized (bicubic) to the model's windows."""
-        own = self.state_dict()
-        fitted = dict(state)
-        for key, table in state.items():
+        own, fitted = self.state_dict(), super().fit_state_dict(state)
+        for key, table in fitted.items():
             if key.endswith("relative_position_bias_table") and key in own and table.shape != own[key].shape:
                 fitted[key] = resize_table(table, (int(own[key].shape[0] ** 0.5) + 1) // 2)
         return fitted

@@ -5,13 +5,14 @@ key and value of each 32 px cell, which is sorted by group. The position encodin
 stage's first block, is a mixed one.
 """
 
-import re
 from collections.abc import Callable, Collection, Sequence
 
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders import conversion
 from mixmae.models.encoders.contract import unchanged
+from mixmae.models.encoders.conversion import Converted
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
@@ -137,16 +138,8 @@ class Twins(StagedEncoder):
         """Position encodings."""
         return {name for name, _ in self.named_parameters() if ".pos_conv." in name}
 
-    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's names, and ours."""
-        return {_own_name(name): value for name, value in state.items()}
-
-
-def _own_name(name: str) -> str:
-    name = re.sub(r"^pos_block\.(\d)\.proj\.0\.", r"stages.\1.pos_conv.", name)
-    name = re.sub(r"^patch_embeds\.(\d)", r"stages.\1.patch_embed", name)
-    name = re.sub(r"^blocks\.(\d)\.(\d+)", r"stages.\1.blocks.\2", name)
-    return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        return conversion.twins(state)
 
 
 register_encoder(

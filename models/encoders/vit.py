@@ -4,14 +4,15 @@ There is no class token, which would see all groups; features are pooled by thei
 of one quarter of the depth each, all at stride 16, so that stages can be named here as in every encoder.
 """
 
-import re
 from collections.abc import Callable
 
 import torch
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
+from mixmae.models.encoders import conversion
 from mixmae.models.encoders.contract import MapEdit, edit_of, unchanged
+from mixmae.models.encoders.conversion import Converted
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
@@ -124,20 +125,8 @@ class ViT(StagedEncoder):
                 x = stage.run(block, x, layout)
         return self.norm(x)
 
-    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's names, and ours; a class token is left out."""
-        depth = len(self.stage_blocks(1))
-
-        def own(name: str) -> str:
-            name = re.sub(r"^blocks\.(\d+)", lambda m: "stages.{}.blocks.{}".format(*divmod(int(m[1]), depth)), name)
-            return re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name.replace("pos_embed", "pos_embed.weight"))
-
-        if "blocks.0.attn.qkv.weight" not in state:
-            return dict(state)
-        state = dict(state)
-        if state.pop("cls_token", None) is not None:
-            state["pos_embed"] = state["pos_embed"][:, 1:]
-        return {own(name): value for name, value in state.items()}
+    def convert(self, state: dict[str, Tensor]) -> Converted:
+        return conversion.vit(state, len(self.stage_blocks(1)))
 
 
 register_encoder("mixmae_vit_nano", ViT, img_size=128, embed_dim=64, depth=4, num_heads=2)

@@ -6,7 +6,7 @@ keys of the recipe's `method:` section, with their types and defaults.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,14 +30,28 @@ class Method(TrainableEncoder):
         encoder: what is pretrained; a checkpoint holds its weights under `encoder.`.
     """
 
+    masks_invalid = False
+    """Whether the last of `inputs` says which pixels hold something, bool [B, H, W]: only these are judged."""
+
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+
+    def mask_invalid_pixels(self) -> None:
+        """From now on `forward` is given which pixels hold something, behind what `draw` gives.
+
+        Raises:
+            ValueError: a method that cannot leave pixels out.
+        """
+        raise ValueError(f"{type(self).__name__} judges all pixels")
 
     @classmethod
     def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
         """The settings, with what is None chosen to fit the encoder: a run's recipe says what was chosen."""
         return dict(settings)
+
+    def set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Says how the images that it will see are normalised, channel by channel (`data.mean`, `data.std`)."""
 
     @abstractmethod
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:

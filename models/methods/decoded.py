@@ -17,6 +17,9 @@ class DecodedMethod(Method):
     decoder: Decoder
     loss: ReconstructionLoss
 
+    def mask_invalid_pixels(self) -> None:
+        self.masks_invalid = True
+
     @classmethod
     def fitted(cls, settings: Mapping[str, Any], encoder: Encoder) -> dict[str, Any]:
         return fit_decoder(settings, encoder)

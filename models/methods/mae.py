@@ -17,7 +17,13 @@ from mixmae.models.methods.contract import Column
 from mixmae.models.methods.decoded import DecodedMethod
 from mixmae.models.methods.decoder import KeptDecoder, decoder_sizes
 from mixmae.models.methods.masking import blank, check_ratio, draw_order, first_of
-from mixmae.models.methods.reconstruction_loss import ReconstructionLoss, denormalize_patches, patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import (
+    ReconstructionLoss,
+    denormalize_patches,
+    patchify,
+    patchify_valid,
+    unpatchify,
+)
 from mixmae.models.methods.registry import register_method
 
 _EPS = 1e-6
@@ -64,30 +70,35 @@ class MAE(DecodedMethod):
             self.class_token = nn.Parameter(torch.zeros(1, 1, encoder.num_features))
             nn.init.normal_(self.class_token, std=0.02)
         self.loss = ReconstructionLoss(self.patch_size, norm_pix_loss)
-        values = 3 * self.patch_size**2
+        values = encoder.in_chans * self.patch_size**2
         sizes = decoder_sizes(encoder, decoder_dim, decoder_depth, decoder_num_heads)
         self.decoder = KeptDecoder(encoder.num_features, encoder.grid, values, *sizes, norm_eps=_EPS)
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor]:
         return (draw_order(batch if self.encoder.keep_map == "sample" else 1, self.num_cells, generator),)
 
-    def forward(self, images: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, images: Tensor, order: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
         """The loss, an fp32 scalar, for normalised fp32 images [B, 3, H, W]."""
-        loss: Tensor = self.loss(self._predict(images, order)[None], images, None, self._kept(order)[None])
+        loss: Tensor = self.loss(self._predict(images, order)[None], images, None, self._kept(order)[None], valid)
         return loss
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
         """Predicted patches, fp32 [B, L, P]."""
         return self._predict(images, order).float()
 
-    def reconstruct(self, images: Tensor, order: Tensor, rows: int = 4) -> list[Column]:  # type: ignore[override]
+    def reconstruct(  # type: ignore[override]
+        self, images: Tensor, order: Tensor, valid: Tensor | None = None, rows: int = 4
+    ) -> list[Column]:
         """The kept patches, the image, and the image with dropped patches as predicted."""
         images, order = images[:rows], order[:rows]
         kept, targets = self._kept(order), patchify(images, self.patch_size)
         predictions = self.predict(images, order)
         if self.loss.norm_pix_loss:
-            predictions = denormalize_patches(predictions, targets)
-        painted = unpatchify(torch.where(kept[..., None], targets, predictions), self.grid)
+            counted = patchify_valid(None if valid is None else valid[:rows], images, self.patch_size)
+            predictions = denormalize_patches(predictions, targets, counted)
+        painted = unpatchify(torch.where(kept[..., None], targets, predictions), self.grid, images.shape[1])
         dropped = ~kept.unflatten(1, self.grid)
         return [Column("kept", blank(images, dropped)), Column("image", images), Column("reconstructed", painted)]
 

@@ -24,7 +24,13 @@ from mixmae.models.methods.mixing import (
     mix_images,
     upsample_groups,
 )
-from mixmae.models.methods.reconstruction_loss import ReconstructionLoss, denormalize_patches, patchify, unpatchify
+from mixmae.models.methods.reconstruction_loss import (
+    ReconstructionLoss,
+    denormalize_patches,
+    patchify,
+    patchify_valid,
+    unpatchify,
+)
 from mixmae.models.methods.registry import register_method
 
 Fill = Literal["mix", "zero", "learnable", "shuffle", "zoomin"]
@@ -92,7 +98,7 @@ class MixMAE(DecodedMethod):
         )
         self.loss = ReconstructionLoss(self.patch_size, norm_pix_loss)
         sizes = decoder_sizes(encoder, decoder_dim, decoder_depth, decoder_num_heads)
-        self.decoder = Decoder(encoder.num_features, encoder.grid, 3 * self.patch_size**2, *sizes)
+        self.decoder = Decoder(encoder.num_features, encoder.grid, encoder.in_chans * self.patch_size**2, *sizes)
 
     def _check_fill(self) -> None:
         if self.fill == "mix":
@@ -144,8 +150,9 @@ class MixMAE(DecodedMethod):
         self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor
     ) -> Tensor:
         """The loss, an fp32 scalar, for normalised fp32 images [B, 3, H, W]."""
+        drawn, valid = self._split(drawn)
         predictions, visible = self._predict(images, groups, partners, *drawn)
-        loss: Tensor = self.loss(predictions, images, partners, visible)
+        loss: Tensor = self.loss(predictions, images, partners, visible, valid)
         return loss
 
     def predict(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,17 +164,19 @@ class MixMAE(DecodedMethod):
         self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor, rows: int = 4
     ) -> list[Column]:
         """The mixed input, then each source image and its reconstruction; visible patches are the image's own."""
+        drawn, valid = self._split(drawn)
         predictions, visible = self.predict(images, groups, partners, *drawn)
         predictions, visible = predictions[:, :rows], visible[:, :rows]
-        sources = images[partners[: len(predictions), :rows]]
-        targets = torch.stack([patchify(source, self.patch_size) for source in sources])
+        shown = partners[: len(predictions), :rows]
+        sources, targets = images[shown], patchify(images, self.patch_size)[shown]
         if self.loss.norm_pix_loss:
-            predictions = denormalize_patches(predictions, targets)
+            counted = patchify_valid(valid, images, self.patch_size)
+            predictions = denormalize_patches(predictions, targets, None if counted is None else counted[shown])
         painted = torch.where(visible[..., None], targets, predictions)
         columns = [Column("mixed input", self._input(images, groups, partners, *drawn)[:rows])]
         for number, (source, patches) in enumerate(zip(sources, painted, strict=True), start=1):
             columns.append(Column(f"image {number}", source))
-            columns.append(Column(f"reconstructed {number}", unpatchify(patches, self.grid)))
+            columns.append(Column(f"reconstructed {number}", unpatchify(patches, self.grid, images.shape[1])))
         return columns
 
     def no_weight_decay(self) -> Collection[str]:
@@ -179,12 +188,21 @@ class MixMAE(DecodedMethod):
         self.separate_groups = False
         return self
 
+    def _split(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What was drawn beside groups and partners, and which pixels count."""
+        return (inputs[:-1], inputs[-1]) if self.masks_invalid else (inputs, None)
+
     def _predict(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         visible = self._visible(groups, *drawn)
+        return self.decoder(self._encode(images, groups, partners, *drawn).flatten(1, 2), visible), visible
+
+    def _encode(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> Tensor:
+        """Features of the mixed inputs, [B, Gh, Gw, C]."""
         inputs = self._input(images, groups, partners, *drawn).to(self.decoder.mask_token.dtype)
         given = (groups, self.num_images) if self.separate_groups else ()
         edited = {"edit": self._edit(groups, *drawn)} if self._edits else {}
-        return self.decoder(self.encoder(inputs, *given, **edited).flatten(1, 2), visible), visible
+        features: Tensor = self.encoder(inputs, *given, **edited)
+        return features
 
     def _input(self, images: Tensor, groups: Tensor, partners: Tensor, *drawn: Tensor) -> Tensor:
         """What the encoder sees, in pixels; blank where tokens are replaced behind the patch embedding."""

@@ -23,10 +23,18 @@ from mixmae.models.methods.registry import register_method
 class MaskedPixelLoss(nn.Module):
     """Mean absolute error of masked pixels, an fp32 scalar; targets are the images as they are, not per patch."""
 
-    def forward(self, predictions: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-        """Predictions and images [B, 3, H, W]."""
+    def forward(self, predictions: Tensor, images: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Predictions and images [B, 3, H, W].
+
+        Args:
+            valid: bool [B, H, W], pixels that count; None: all do, and where all are True the numbers are the same.
+        """
         masked = upsample_groups(mask, (images.shape[2], images.shape[3]))[:, None].float()
-        return ((predictions.float() - images).abs() * masked).sum() / (masked.sum() * images.shape[1])
+        count = masked.sum()
+        if valid is not None:
+            masked = masked * valid[:, None]
+            count = masked.sum().clamp(min=1)  # none at all make a loss of 0
+        return ((predictions.float() - images).abs() * masked).sum() / (count * images.shape[1])
 
 
 @register_method("simmim")
@@ -63,7 +71,7 @@ class SimMIM(Method):
         check_ratio(mask_ratio, self.num_masked, self.mask_grid[0] * self.mask_grid[1])
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.edit_dims[0]))
         trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = nn.Linear(encoder.num_features, 3 * encoder.stride**2)
+        self.decoder = nn.Linear(encoder.num_features, encoder.in_chans * encoder.stride**2)
         self.decoder.apply(init_weights)
         self.loss = MaskedPixelLoss()
 
@@ -71,16 +79,23 @@ class SimMIM(Method):
         order = draw_order(batch, self.mask_grid[0] * self.mask_grid[1], generator)
         return (first_of(order, self.num_masked).view(batch, *self.mask_grid),)
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def mask_invalid_pixels(self) -> None:
+        self.masks_invalid = True
+
+    def forward(  # type: ignore[override]
+        self, images: Tensor, mask: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
         """The loss, an fp32 scalar, for normalised fp32 images [B, 3, H, W]."""
-        loss: Tensor = self.loss(self._predict(images, mask), images, mask)
+        loss: Tensor = self.loss(self._predict(images, mask), images, mask, valid)
         return loss
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predicted images, fp32 [B, 3, H, W]."""
         return self._predict(images, mask).float()
 
-    def reconstruct(self, images: Tensor, mask: Tensor, rows: int = 4) -> list[Column]:  # type: ignore[override]
+    def reconstruct(  # type: ignore[override]
+        self, images: Tensor, mask: Tensor, valid: Tensor | None = None, rows: int = 4
+    ) -> list[Column]:
         """The masked input, the image, and the image with masked squares as predicted."""
         images, mask = images[:rows], mask[:rows]
         masked = upsample_groups(mask, (images.shape[2], images.shape[3]))[:, None]

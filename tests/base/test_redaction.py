@@ -78,7 +78,7 @@ def recipe(**changes: object) -> Recipe:
 def test_every_way_to_show_something_hides_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = recipe().data.shards
+    url = recipe().data.where
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     set_up_logging({"MIXMAE_LOG_FILE": str(tmp_path / "log")})
     try:

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "communication": "rounding errors of gradients that are summed over ranks, in bf16 and fp32",
     "monitoring": "overhead of metrics per step",
     "checkpoints": "stall of a save, and duration of saving and resuming",
+    "claim": "what pretraining is worth to fine-tuning with few labels, by method, at equal time",
     "scrape": "time to scrape all exporters of a large run",
 }
 

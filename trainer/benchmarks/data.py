@@ -27,6 +27,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides, shown_size
 from mixmae.trainer.benchmarks import photos
 from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
@@ -128,7 +129,7 @@ def measure(recipe: Recipe, folder: Path, images: int, own: bool, seconds: float
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
-        f"{result['images']} images of {result['mean_bytes'] / 1000:.0f} KB, {result['img_size']} px, "
+        f"{result['images']} images of {result['mean_bytes'] / 1000:.0f} KB, {shown_size(result['img_size'])} px, "
         f"{result['num_workers']} workers; fast differs from pillow by "
         f"{result['mean_abs_difference_to_pillow']:.2f} of 255",
         f"{'':<16}{'images/s':>9}{'ratio':>7}   microseconds of one core per image",
@@ -179,7 +180,7 @@ def _ours(recipe: Recipe, variant: Variant) -> Generator[int, None, None]:
     index = open_index(variant.shards)
     position, transform = Position(recipe.seed, 0, index.fingerprint), _transform(recipe, variant, index)
     with Stream(_with(recipe, variant), Ranks(), index, position, transform=transform) as stream:
-        to_device = ToDevice(_device(), recipe.data.mean, recipe.data.std)
+        to_device = ToDevice.of(_device(), recipe.data)
         for batch in stream:
             if to_device.device.type == "cuda":
                 to_device(batch.images)
@@ -232,7 +233,7 @@ def _reference_transform(recipe: Recipe) -> Callable[[Image.Image], torch.Tensor
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                recipe.encoder.img_size, data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
+                both_sides(recipe.encoder.img_size), data.crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
             ),
             transforms.RandomHorizontalFlip(data.hflip),
             transforms.ToTensor(),
@@ -288,7 +289,7 @@ def _parts(recipe: Recipe, variant: Variant, count: int = 300) -> dict[str, floa
     samples = [number % len(index) for number in range(count)]
     transform = _transform(recipe, variant, index)
     reader = BatchReader(index, transform, recipe.seed)
-    request = BatchSlice([SampleRef(0, sample) for sample in samples], [])
+    request = BatchSlice([SampleRef(0, sample, 0) for sample in samples], [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     reader.__getitems__(request)

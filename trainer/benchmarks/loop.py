@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
 from mixmae.base.heartbeat import Heartbeat
+from mixmae.base.image_size import both_sides
 from mixmae.base.ports import free_port
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.benchmarks.in_memory import InMemory
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 def _recipe(model: str, batch: int, overrides: Sequence[str], folder: Path, rounds: int) -> Recipe:
     """A recipe that saves no checkpoint and draws no picture before all rounds are over, on a few synthetic images."""
     recipe = recipe_of(model, batch, overrides)
-    images = Synthetic(_KEPT * recipe.train.global_batch, recipe.encoder.img_size, seed=0)
+    images = Synthetic(_KEPT * recipe.train.global_batch, max(both_sides(recipe.encoder.img_size)), seed=0)
     build_shards(images, folder / "shards", shard_bytes=10**9, seed=0, jobs=1)
     steps = recipe.log.every * (rounds + 1) + 1  # a run saves after its last step
     own = [

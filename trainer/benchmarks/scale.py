@@ -126,8 +126,8 @@ def _step_of(recipe: Recipe, ranks: Ranks) -> tuple[Any, Any]:
     """A function that does an optimizer step on random pixels, and one that destroys the engine."""
     task = task_of(recipe)
     engine = build_engine(task.build(), recipe, ranks)
-    batch, side = recipe.train.micro_batch, recipe.encoder.img_size
-    images = torch.randn(batch, 3, side, side, device=ranks.device)
+    batch = recipe.train.micro_batch
+    images = torch.randn(batch, *recipe.image_shape, device=ranks.device)
 
     def step() -> None:
         for _ in range(recipe.accumulation(ranks.world_size)):

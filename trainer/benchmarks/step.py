@@ -146,8 +146,8 @@ def measure(
     """One result per variant, in order, with a table of its kernels; variants that do not fit are skipped."""
     torch.manual_seed(0)
     task = task_of(recipe)
-    recipe, batch, side = task.recipe, recipe.train.micro_batch, recipe.encoder.img_size
-    images = torch.randn(batch, 3, side, side, device=device)
+    recipe, batch = task.recipe, recipe.train.micro_batch
+    images = torch.randn(batch, *recipe.image_shape, device=device)
     weights = Weights(recipe, device)
     inputs = [part.to(device) for part in task.example_inputs(weights.model, batch)]
     product, flops = _product(recipe.train.precision, device), model_flops(recipe)

@@ -10,21 +10,25 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from random import Random
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torch import Tensor
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
+from mixmae.trainer.data.arrays import ArrayImage, is_array, require_format
+from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
+from mixmae.trainer.data.nodata import fill_invalid, find_valid, resize_valid
 from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
-Pixels = npt.NDArray[np.uint8]
-"""uint8 [H, W, 3]."""
+Pixels = npt.NDArray[Any]
+"""uint8 [H, W, 3], or of a recipe's channels and type."""
 Box = tuple[int, int, int, int]
 """left, upper, right, lower, in pixels of the image."""
 Decoder = Literal["fast", "pillow"]
@@ -49,22 +53,32 @@ _ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside 
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
 """Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What may be decoded: among Pillow's further formats are some that start programs."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+"""What may be decoded, of animations the first frame: among Pillow's further formats are some that start programs."""
+_PNG = b"\x89PNG"
+_PLAIN_MODES = {"1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B"}
+"""Of Pillow, whose values are the file's own: a palette's are not."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
 
 
-def sample_crop_box(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
-    """A crop of `scale` of the area and an aspect of 3/4 to 4/3 (Inception's, as torchvision's RandomResizedCrop)."""
+def sample_crop_box(
+    width: int, height: int, scale: tuple[float, float], random: Random, aspect_of_view: float = 1.0
+) -> Box:
+    """A crop of `scale` of the area, and of an aspect from 3/4 to 4/3 of the view's (Inception's, as torchvision's
+    RandomResizedCrop, which takes the aspect of squares whatever the crop is resized to).
+
+    Args:
+        aspect_of_view: width over height of what the crop is resized to: distortion stays within a third.
+    """
     for _ in range(10):
         area = width * height * random.uniform(*scale)
-        aspect = math.exp(random.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+        aspect = aspect_of_view * math.exp(random.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
             return left, upper, left + w, upper + h
-    return center_crop_box(width, height, _ASPECT)
+    return center_crop_box(width, height, (_ASPECT[0] * aspect_of_view, _ASPECT[1] * aspect_of_view))
 
 
 def center_crop_box(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0)) -> Box:
@@ -86,20 +100,21 @@ class CropPlan(NamedTuple):
     upside_down: bool
 
 
-def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: bool, size: int) -> CropPlan:
+def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: bool, size: ImageSize) -> CropPlan:
     """The plan for a box of the upright image.
 
     Args:
         width, height: of the stored image, before it is turned upright.
         orientation: Exif's, 1 to 8.
         flip: whether the crop is mirrored.
-        size: side of the resized crop in pixels.
+        size: of the resized crop, upright.
     """
     transpose, mirror, upside_down = _ORIENTATIONS[orientation]
     if transpose:
         width, height = height, width
     left, upper, right, lower = _stored_box(upright, width, height, orientation)
-    reduction = next((r for r in (8, 4, 2) if min(right - left, lower - upper) // r >= size), 1)
+    rows, columns = both_sides(size)[::-1] if transpose else both_sides(size)
+    reduction = next((r for r in (8, 4, 2) if (right - left) // r >= columns and (lower - upper) // r >= rows), 1)
     # A reduced pixel covers a whole block: a box off the block grid would be shifted by a fraction of a pixel.
     left, upper = left // reduction * reduction, upper // reduction * reduction
     right, lower = (right - left) // reduction * reduction + left, (lower - upper) // reduction * reduction + upper
@@ -168,6 +183,35 @@ class WholeImage:
         return np.array(to_rgb(self.image.crop(box)))
 
 
+class UnconvertedImage(WholeImage):
+    """An image that Pillow decodes, whose values are kept as they are stored.
+
+    Raises:
+        UnusableError: it has other channels, another type, or colours that are not the pixels' own values.
+    """
+
+    def __init__(self, content: bytes, max_pixels: int, fmt: PixelFormat) -> None:
+        super().__init__(content, max_pixels)
+        mode, bits = self.image.mode, content[24] if content.startswith(_PNG) else 8
+        if mode not in _PLAIN_MODES or (bits == 16 and not mode.startswith("I;16")):
+            raise UnusableError(
+                Reason.OTHER_PIXELS,
+                f"{self.image.format} of mode {mode}, {bits} bits, of which Pillow does not give the values; store it "
+                "as TIFF or .npy",
+            )
+        self.dtype = np.dtype(fmt.dtype)
+        one = self._values((0, 0, 1, 1))
+        require_format((self.height, self.width, one.shape[2]), one.dtype, fmt)
+
+    def pixels(self, box: Box, reduction: int) -> Pixels:
+        return np.ascontiguousarray(self._values(box), self.dtype)
+
+    def _values(self, box: Box) -> Pixels:
+        part = self.image.crop(box)
+        values = np.asarray(part.convert("L") if part.mode == "1" else part)
+        return values[..., None] if values.ndim == 2 else values
+
+
 def _require_affordable(content: bytes, pixels: int, max_pixels: int, one_scan: bool = False) -> None:
     """Raises DecompressionBombError for what takes more memory, or time, than an image of its size should."""
     if pixels > max_pixels:
@@ -188,7 +232,13 @@ def _orientation(content: bytes, image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it."""
+    """8-bit RGB: 16-bit grey by its high byte, transparency over white, everything else as Pillow converts it.
+
+    Raises:
+        UnusableError: floating-point pixels, of which nothing says what is black and what white.
+    """
+    if image.mode == "F":
+        raise UnusableError(Reason.FLOATING_POINT, "floating-point pixels; expected 8 or 16 bits")
     if image.mode.startswith("I"):
         high = np.asarray(image) >> 8  # uint16, or int32 of mode I
         return Image.fromarray(high.clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -201,45 +251,95 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def random_resized_crop(
     content: bytes,
     state: int,
-    size: int,
+    size: ImageSize,
     settings: Data,
     random: Random,
     out: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """A random crop, resized (bicubic) and perhaps flipped.
 
     Args:
         state: the content's, as `inspect_image` gave it.
-        out: where the crop is written, uint8 [3, size, size] in channels-last memory; None allocates.
+        out: where the crop is written, uint8 [3, H, W] in channels-last memory, or of the settings' channels and type;
+            None allocates.
+        valid: bool [H, W], where it is written which of its pixels hold something.
 
     Raises:
         UnusableError: the content cannot be decoded after all, or has more than `settings.max_pixels`.
         OutOfMemoryError: the machine's memory does not suffice.
     """
-    source = open_encoded(content, state, settings.decoder, settings.max_pixels)
+    source = open_encoded(content, state, settings.decoder, settings.max_pixels, settings.pixels)
     plan = plan_random_crop(source, size, settings, random)
-    return resize_crop(decode_crop(source, plan), plan, size, settings.decoder, out)
+    return _crop(source, plan, size, settings.decoder, settings.pixels, out, valid)
 
 
-def center_resized_crop(content: bytes, state: int, size: int, ratio: float = 1.0) -> Tensor:
-    """A centred square of `ratio` of the shorter side, resized; uint8 [3, size, size]."""
-    source = open_encoded(content, state)
+def center_resized_crop(
+    content: bytes,
+    state: int,
+    size: ImageSize,
+    ratio: float = 1.0,
+    pixels: PixelFormat = RGB,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The largest box around the middle with the size's aspect, its sides `ratio` times as long, resized; uint8
+    [3, H, W], or of other pixels. It keeps the image's proportions, but for rounding.
+
+    Args:
+        valid: as of `random_resized_crop`.
+    """
+    source = open_encoded(content, state, pixels=pixels)
     width, height = _upright_size(source)
-    left, upper, right, lower = center_crop_box(width, height)
-    margin = round((right - left) * (1 - ratio) / 2)
-    box = left + margin, upper + margin, right - margin, lower - margin
+    aspect = _aspect(size)
+    left, upper, right, lower = center_crop_box(width, height, (aspect, aspect))
+    x, y = (round(side * (1 - ratio) / 2) for side in (right - left, lower - upper))
+    box = left + x, upper + y, right - x, lower - y
     plan = plan_crop(box, source.width, source.height, source.orientation, False, size)
-    return resize_crop(decode_crop(source, plan), plan, size)
+    return _crop(source, plan, size, "fast", pixels, None, valid)
 
 
-def open_encoded(content: bytes, state: int, decoder: Decoder = "fast", max_pixels: int = MAX_PIXELS) -> EncodedImage:
+def _crop(
+    source: EncodedImage,
+    plan: CropPlan,
+    size: ImageSize,
+    decoder: Decoder,
+    pixels: PixelFormat,
+    out: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor:
+    found = decode_crop(source, plan)
+    if pixels.nodata is not None:
+        there = find_valid(found, pixels.nodata)
+        found = fill_invalid(found, there, pixels)
+        if valid is not None:
+            rows, columns = both_sides(size)[::-1] if plan.transpose else both_sides(size)
+            small = resize_valid(there, rows, columns)
+            valid.numpy()[:] = _upright(small.T if plan.transpose else small, plan)
+    if found.dtype == np.float32 and not np.isfinite(found).all():
+        raise UnusableError(Reason.DAMAGED, "values that are not finite; data.nodata=nan would leave out those of NaN")
+    return resize_crop(found, plan, size, decoder, out)
+
+
+def open_encoded(
+    content: bytes,
+    state: int,
+    decoder: Decoder = "fast",
+    max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat = RGB,
+) -> EncodedImage:
     """Opens an image for decoding.
 
+    Args:
+        pixels: RGB, which any image becomes but arrays, or those that it has to have.
+
     Raises:
-        UnusableError: bytes that do not decode as their state says, or too many pixels.
+        UnusableError: bytes that do not decode as their state says, too many pixels, or other ones.
         OutOfMemoryError: the machine's memory does not suffice.
     """
     with _decoding():
+        if state == ARRAY or not pixels.is_rgb:
+            whole = ArrayImage if is_array(content) else UnconvertedImage
+            return whole(content, max_pixels, pixels)
         if state == JPEG and decoder == "fast" and (header := jpeg.read_header(content)).fast:
             _require_affordable(content, header.width * header.height, max_pixels, header.one_scan)
             return PartialJpeg(content, header)
@@ -251,6 +351,8 @@ def _decoding() -> Iterator[None]:
     """Turns whatever decoders raise into UnusableError, but for want of memory, which says nothing of the image."""
     try:
         yield
+    except UnusableError:
+        raise
     except Image.DecompressionBombError as error:
         raise UnusableError(Reason.TOO_LARGE, str(error)) from error
     except Exception as error:
@@ -267,9 +369,9 @@ def _raise_if_out_of_memory(error: BaseException) -> None:
         ) from error
 
 
-def plan_random_crop(source: EncodedImage, size: int, settings: Data, random: Random) -> CropPlan:
+def plan_random_crop(source: EncodedImage, size: ImageSize, settings: Data, random: Random) -> CropPlan:
     """A random crop of the upright image, and whether it is mirrored."""
-    box = sample_crop_box(*_upright_size(source), settings.crop_scale, random)
+    box = sample_crop_box(*_upright_size(source), settings.crop_scale, random, _aspect(size))
     flip = random.random() < settings.hflip
     return plan_crop(box, source.width, source.height, source.orientation, flip, size)
 
@@ -300,6 +402,12 @@ def decode_upright(source: EncodedImage, box: Box, reduction: int = 1) -> Pixels
     return np.ascontiguousarray(upright[:: -1 if upside_down else 1, :: -1 if mirror else 1])
 
 
+def _aspect(size: ImageSize) -> float:
+    """Width over height."""
+    height, width = both_sides(size)
+    return width / height
+
+
 def _upright_size(source: EncodedImage) -> tuple[int, int]:
     sideways = _ORIENTATIONS[source.orientation][0]
     return (source.height, source.width) if sideways else (source.width, source.height)
@@ -324,25 +432,62 @@ def decode_crop(source: EncodedImage, plan: CropPlan) -> Pixels:
 
 
 def resize_crop(
-    pixels: Pixels, plan: CropPlan, size: int, decoder: Decoder = "fast", out: Tensor | None = None
+    pixels: Pixels, plan: CropPlan, size: ImageSize, decoder: Decoder = "fast", out: Tensor | None = None
 ) -> Tensor:
-    """Resizes a crop's pixels and turns them upright; uint8 [3, size, size], into `out` if it is given."""
-    out = torch.empty(size, size, 3, dtype=torch.uint8).permute(2, 0, 1) if out is None else out
-    if decoder == "pillow":
-        small = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-        out.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
-    else:
-        # F.interpolate would unpack its result to channels first; this is the operator that it calls.
-        whole = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
-        torch.ops.aten._upsample_bicubic2d_aa.out(whole, [size, size], False, out=out[None])
+    """Resizes a crop's pixels and turns them upright; [C, H, W] of their type, into `out` if it is given."""
+    height, width = both_sides(size)
+    out = _empty(height, width, pixels) if out is None else out
+    stored = _empty(width, height, pixels) if plan.transpose else out
+    _resize(pixels, stored, decoder)
     if plan.transpose:
-        out.copy_(out.transpose(1, 2).clone())
+        out.copy_(stored.transpose(1, 2))
     turned = [dim for dim, turn in ((1, plan.upside_down), (2, plan.mirror)) if turn]
     return out.copy_(out.flip(turned)) if turned else out
 
 
+def _upright(values: npt.NDArray[Any], plan: CropPlan) -> npt.NDArray[Any]:
+    """[H, W] after the plan's flips."""
+    return values[:: -1 if plan.upside_down else 1, :: -1 if plan.mirror else 1]
+
+
+def _empty(height: int, width: int, like: Pixels) -> Tensor:
+    """[C, H, W] of some pixels' channels and type, channels last in memory."""
+    dtype = getattr(torch, like.dtype.name)
+    return torch.empty(height, width, like.shape[2], dtype=dtype).permute(2, 0, 1)
+
+
+def _resize(pixels: Pixels, out: Tensor, decoder: Decoder) -> None:
+    """Bicubic, with a filter as wide as a pixel of the smaller of both."""
+    height, width = out.shape[1:]
+    if pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        out.copy_(_resized_values(pixels, height, width, decoder))
+    elif decoder == "pillow":
+        small = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        out.copy_(torch.from_numpy(np.array(small)).permute(2, 0, 1))
+    else:
+        # F.interpolate would unpack its result to channels first; this is the operator that it calls.
+        whole = torch.from_numpy(np.ascontiguousarray(pixels)[None]).permute(0, 3, 1, 2)
+        torch.ops.aten._upsample_bicubic2d_aa.out(whole, [height, width], False, out=out[None])
+
+
+def _resized_values(pixels: Pixels, height: int, width: int, decoder: Decoder) -> Tensor:
+    """[C, H, W] in fp32, channel by channel, rounded to whole numbers where pixels are: torch's filter in 8 bits is off
+    by some levels for other numbers of channels than 3."""
+    values = pixels.astype(np.float32)
+    if decoder == "pillow":
+        planes = [Image.fromarray(np.ascontiguousarray(values[..., channel])) for channel in range(values.shape[2])]
+        small = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
+        resized = torch.from_numpy(np.stack(small))
+    else:
+        whole = torch.from_numpy(values)[None].permute(0, 3, 1, 2)
+        resized = torch.ops.aten._upsample_bicubic2d_aa(whole, [height, width], False)[0]
+    if pixels.dtype == np.float32:
+        return resized
+    return resized.round_().clamp_(0, np.iinfo(pixels.dtype).max)
+
+
 def inspect_image(content: bytes) -> int:
-    """How an image's bytes decode: `JPEG`, `PILLOW`, or the `Reason` why they do not. Decodes the whole image.
+    """How an image's bytes decode: `JPEG`, `PILLOW`, `ARRAY`, or the `Reason` why they do not. Decodes all of it.
 
     Raises:
         OutOfMemoryError: the machine's memory does not suffice.
@@ -352,7 +497,8 @@ def inspect_image(content: bytes) -> int:
     try:
         if jpeg.is_jpeg(content) and (state := _inspect_jpeg(content)) is not None:
             return state
-        return _inspect_with_pillow(content)
+        state = _inspect_with_pillow(content)
+        return _inspect_array(content) if state >= min(Reason) and is_array(content) else state
     except Exception as error:  # decoders raise all kinds of errors
         _raise_if_out_of_memory(error)
         return Reason.DAMAGED
@@ -388,4 +534,14 @@ def _inspect_with_pillow(content: bytes) -> int:
         return Reason.DAMAGED if jpeg.is_jpeg(content) else Reason.NOT_AN_IMAGE
     except Image.DecompressionBombError:
         return Reason.TOO_LARGE
+    except UnusableError as error:
+        return error.reason
     return PILLOW
+
+
+def _inspect_array(content: bytes) -> int:
+    try:
+        ArrayImage(content, MAX_PIXELS)
+    except UnusableError as error:
+        return error.reason
+    return ARRAY

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 
-JPEG, PILLOW = 0, 1
-"""States of a usable sample: a JPEG that libjpeg decodes without a warning, or anything else that Pillow decodes."""
+JPEG, PILLOW, ARRAY = 0, 1, 2
+"""States of a usable sample: a JPEG that libjpeg decodes without a warning, anything else that Pillow decodes, or an
+array that Pillow does not: .npy, and TIFF of more channels or types (`arrays`)."""
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -28,6 +29,8 @@ class Reason(IntEnum):
     NOT_AN_IMAGE = 13
     TOO_LARGE = 14
     BAD_LABEL = 15
+    FLOATING_POINT = 18
+    """Pixels of no known range."""
     SHARD_GONE = 20
     SHARD_CUT = 21
     CHANGED = 22
@@ -42,6 +45,10 @@ class Reason(IntEnum):
     OUTSIDE_IMAGE = 34
     EMPTY_MASK = 35
     DAMAGED_MASK = 36
+    OTHER_PIXELS = 40
+    """Other channels, or another type, than the recipe says."""
+    CODEC_MISSING = 41
+    """A TIFF whose compression needs a package that is not installed."""
 
     @property
     def label(self) -> str:

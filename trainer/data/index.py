@@ -21,26 +21,31 @@ import xxhash
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import ANNOTATION, ANNOTATIONS, AnnotationKind, Annotations
-from mixmae.trainer.data.faults import JPEG, PILLOW, Reason, UnusableError, has_control_characters
+from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, Reason, UnusableError, has_control_characters
+from mixmae.trainer.data.no_shards import why_no_shards
+from mixmae.trainer.data.order import Quota
 from mixmae.trainer.data.stores.open_store import open_store
 from mixmae.trainer.data.stores.store import Store, is_plain
 from mixmae.trainer.recipe.sections.data import Cache, Network
+from mixmae.trainer.recipe.sections.places import WeightedShards, places_of
 
 INDEX, SAMPLES = "index.json", "samples.npy"
+LOCATION = "location"
+"""Key of `index.json`, where the index lies apart from its shards: their directory or URL."""
 FORMAT, ANNOTATED_FORMAT = 2, 3
 SAMPLE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("hash", "<u8"), ("state", "u1")]
 )
 """One sample: its shard's number, where its image's bytes start in the tar, how many they are, its class (or
-`UNLABELLED`, `INVALID_LABEL`), their XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW` or a
-`faults.Reason`."""
+`UNLABELLED`, `INVALID_LABEL`), their XXH3 checksum, and how they decode: `faults.JPEG`, `faults.PILLOW`,
+`faults.ARRAY` or a `faults.Reason`."""
 UNLABELLED = -1
 INVALID_LABEL = -2
 """There is a label, but it is neither a class number nor a class name."""
 Table = npt.NDArray[Any]
 _ROWS = 2**20
 """Rows that are checked at once: a table may be larger than memory."""
-_STATES = np.array([JPEG, PILLOW, *Reason])
+_STATES = np.array([JPEG, PILLOW, ARRAY, *Reason])
 _MAPPED = 64 * 2**20
 """Bytes of a sample table from which on the processes of a node share its pages. A smaller one is read into memory,
 where another program that truncates the file does not reach it."""
@@ -70,6 +75,8 @@ class ShardIndex:
     """Rows of `ANNOTATION`, one a sample; None without annotations."""
     category_ids: tuple[int, ...] = ()
     """COCO's number of each class, where the objects came from a COCO file; its result files name classes by them."""
+    quotas: tuple[Quota, ...] = ()
+    """What an epoch takes of each of several directories; empty for one."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -134,19 +141,28 @@ class ShardIndex:
             return f"{shard}: offset {offset}"
 
     def shard_sizes(self) -> npt.NDArray[np.int64]:
-        """The shards' bytes as they are now; -1 where one is missing or out of reach."""
+        """The shards' bytes as they are now; -1 where one is missing or out of reach.
+
+        Of those behind a URL what they were when they were indexed: of them only reading tells.
+        """
         with ThreadPoolExecutor(16) as pool:
             return np.array(list(pool.map(self._size_now, self.shards)), dtype=np.int64)
 
     def _size_now(self, shard: Shard) -> int:
         try:
-            return self.store.size(shard.name)
+            return self.store.size(shard.name) if self.store.is_local(shard.name) else shard.bytes
         except OSError:
             return -1
 
     def listing(self) -> dict[str, Any]:
         """What identifies the data, for a run to record."""
-        return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards]}
+        shares = {"shares": self._shares} if self.quotas else {}
+        return {"fingerprint": self.fingerprint, "shards": [shard._asdict() for shard in self.shards], **shares}
+
+    @property
+    def _shares(self) -> list[int]:
+        """Samples that an epoch takes of each of several directories."""
+        return [quota.samples for quota in self.quotas]
 
     def first_difference(self, earlier: dict[str, Any]) -> str:
         """How this directory first differs from an earlier `listing`."""
@@ -162,15 +178,32 @@ class ShardIndex:
                     )
         if len(before) != len(self.shards):
             return f"{len(before)} shards then, {len(self.shards)} now"
+        if (shares := earlier.get("shares", [])) != self._shares:
+            return f"an epoch took {shares} images of its places then, {self._shares} now"
         return "equal shards, indexed with other class names or other versions of the decoders"
 
 
-def open_index(location: str | Path, network: Network | None = None, cache: Cache | None = None) -> ShardIndex:
-    """Reads the index of a directory or URL.
+def open_index(
+    location: str | Path | Sequence[WeightedShards], network: Network | None = None, cache: Cache | None = None
+) -> ShardIndex:
+    """Reads the index of a directory or URL, of the shards that a brace pattern names, or of a list of such places.
 
     Raises:
-        UsageError: no directory, no index, a damaged one, no samples.
+        UsageError: no directory, no index, a damaged one, no samples; a pattern of shards that it does not list.
     """
+    from mixmae.trainer.data.joined_index import join, select_shards
+
+    places = places_of(location)
+    indices = [open_directory(place.location, network, cache) for place in places]
+    chosen = [
+        index if place.names is None else select_shards(index, place.names)
+        for place, index in zip(places, indices, strict=True)
+    ]
+    return join(places, chosen)
+
+
+def open_directory(location: str, network: Network | None = None, cache: Cache | None = None) -> ShardIndex:
+    """Reads the index of one directory or URL; errors as `open_index`."""
     store = open_store(location, network or Network(), cache or Cache())
     if store.directory is not None and not store.directory.is_dir():
         raise UsageError(
@@ -186,12 +219,14 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
             raise UsageError(f"{INDEX} of {location} has format {format_!r}, expected {expected}; {again}")
         samples = _read_table(store, SAMPLES, SAMPLE)
         annotations = _read_annotations(store, content["annotations"]) if format_ == ANNOTATED_FORMAT else None
+        if LOCATION in content:
+            store = _store_of_shards(location, content[LOCATION], network or Network(), cache or Cache())
         shards = tuple(Shard(**shard) for shard in content["shards"])
         classes, fingerprint = tuple(content["classes"]), content["fingerprint"]
         _require_types(shards, classes)
     except FileNotFoundError as error:
-        no_shards = store.directory is not None and not any(store.directory.glob("*.tar"))
-        hint = "it holds no .tar files" if no_shards else again
+        folder = store.directory
+        hint = again if folder is None or any(folder.glob("*.tar")) else why_no_shards(folder)
         raise UsageError(f"{location} has no {Path(str(error.filename or INDEX)).name}: {hint}") from error
     except UsageError:
         raise
@@ -210,6 +245,19 @@ def open_index(location: str | Path, network: Network | None = None, cache: Cach
     if wrong is not None:
         raise UsageError(f"the index of {location} contradicts itself ({wrong}); {again}")
     return ShardIndex(store, shards, classes, samples, fingerprint, *(annotations or ()))
+
+
+def _store_of_shards(index: str, location: Any, network: Network, cache: Cache) -> Store:
+    """The store of the shards that an index apart from them names. Raises UsageError where they are not there."""
+    if not isinstance(location, str) or not location:
+        raise ValueError(f"the location of its shards is {location!r}")
+    store = open_store(location, network, cache)
+    if store.directory is not None and not store.directory.is_dir():
+        raise UsageError(
+            f"the index in {index} is of shards in {location}, which does not exist; mount it, or run 'mixmae shards "
+            f"index DIR --output {index}' where they are now"
+        )
+    return store
 
 
 def _require_types(shards: Sequence[Shard], classes: Sequence[str]) -> None:

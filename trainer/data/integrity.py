@@ -6,8 +6,10 @@ import numpy as np
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import ANNOTATED, AnnotationKind
-from mixmae.trainer.data.faults import Reason, describe, first_names
+from mixmae.trainer.data.decode import open_encoded
+from mixmae.trainer.data.faults import ARRAY, Reason, UnusableError, describe, first_names
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
+from mixmae.trainer.recipe.sections.data import Data
 
 
 def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None:
@@ -23,14 +25,11 @@ def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None
     """
     rows = index.samples
     unusable = rows["state"] >= min(Reason)
-    missing = np.zeros(len(rows), dtype=bool)
-    parts = []
-    if index.store.directory is not None:
-        sizes = index.shard_sizes()
-        missing = rows["offset"] + rows["size"] > sizes[rows["shard"]]
-        for number in np.unique(rows["shard"][missing]):
-            shard, size = index.shards[number], sizes[number]
-            parts.append(f"{shard.name} ({'missing' if size < 0 else f'{size} bytes, {shard.bytes} when indexed'})")
+    sizes, parts = index.shard_sizes(), []
+    missing = rows["offset"] + rows["size"] > sizes[rows["shard"]]
+    for number in np.unique(rows["shard"][missing]):
+        shard, size = index.shards[number], sizes[number]
+        parts.append(f"{shard.name} ({'missing' if size < 0 else f'{size} bytes, {shard.bytes} when indexed'})")
     total = int((unusable | missing).sum())
     if not total:
         return None
@@ -45,6 +44,24 @@ def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None
             f"{index.store.location}', restore the shards, or raise that limit"
         )
     return f"{found}; they will be replaced by other samples"
+
+
+def require_pixels(index: ShardIndex, data: Data) -> None:
+    """Looks at the first usable image, if nothing but its content says which channels it has.
+
+    Raises:
+        UsageError: it has others than the recipe says; so have all, most likely.
+    """
+    states = index.samples["state"]
+    usable = np.flatnonzero(states < min(Reason))
+    if not len(usable) or (data.pixels.is_rgb and states[usable[0]] != ARRAY):
+        return
+    first = int(usable[0])
+    try:
+        open_encoded(index.read(first), int(states[first]), data.decoder, data.max_pixels, data.pixels)
+    except UnusableError as error:
+        if error.reason is Reason.OTHER_PIXELS:
+            raise UsageError(f"{index.name_of(first)} in {index.store.location}: {error}") from error
 
 
 def require_labels(index: ShardIndex, purpose: str) -> int:

@@ -5,12 +5,18 @@ whole samples allow, and every global batch takes the next few samples of each s
 shuffled in windows. A rank serves whole streams, so that neither the number of ranks nor that of workers changes a
 global batch.
 
+Where shards lie in several places, those of each are shuffled and concatenated for themselves, and an epoch's sequence
+takes a quota of every place, in blocks of a window's length that have each place's share. The next epoch goes on in a
+place where the one before ended; a place that is gone through begins again, in another order.
+
 Stream c of C has, when epoch e begins, served floor((e N + c) / C) samples, N being those of an epoch. Over all streams
 that sums to e N (Hermite's identity): an epoch's last global batch is completed by the first samples of the next epoch,
 always with the same number from each stream.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,6 +33,17 @@ class SampleRef(NamedTuple):
 
     epoch: int
     sample: int
+    visit: int
+    """How many times the sample's place had been gone through before; the epoch, unless places have weights."""
+
+
+class Quota(NamedTuple):
+    """A place's part of every epoch."""
+
+    shards: int
+    """Number of its shards; they follow those of the place before."""
+    samples: int
+    """Samples that an epoch takes of it."""
 
 
 class SampleRange(NamedTuple):
@@ -43,14 +60,12 @@ class BatchSlice(NamedTuple):
     prefetch: list[SampleRange]
 
 
-class _EpochLayout(NamedTuple):
-    """An epoch's sequence of shards, and where its streams begin."""
+class _Visit(NamedTuple):
+    """The sequence of a place's shards, one time that it is gone through."""
 
     shards: Numbers
     shard_starts: Numbers
     """Position in the sequence at which each shard begins; one more than shards."""
-    stream_starts: Numbers
-    """Position in the sequence at which each stream begins; one more than streams."""
 
 
 class Order:
@@ -63,6 +78,7 @@ class Order:
         global_batch: samples of a step.
         shuffle_window: samples of a stream that are shuffled among each other.
         drop_last: leave out, in every epoch, the samples that do not fill a global batch.
+        quotas: of places, together as many samples as there are; None: one place.
     """
 
     def __init__(
@@ -73,18 +89,28 @@ class Order:
         global_batch: int,
         shuffle_window: int,
         drop_last: bool = False,
+        quotas: Sequence[Quota] | None = None,
     ) -> None:
         assert global_batch % streams == 0, (global_batch, streams)
         self.seed, self.streams, self.shuffle_window = seed, streams, shuffle_window
         self.counts = np.asarray(counts, dtype=np.int64)
         self.first_samples = np.concatenate([[0], np.cumsum(self.counts)])
         self.num_samples = int(self.counts.sum())
+        self.quotas = tuple(quotas or [Quota(len(counts), self.num_samples)])
+        self._first_shards = np.cumsum([0, *(quota.shards for quota in self.quotas)])
+        self._per_epoch = np.array([quota.samples for quota in self.quotas], dtype=np.int64)
+        assert self._first_shards[-1] == len(counts), "a quota for every shard"
+        assert self._per_epoch.sum() == self.num_samples, "an epoch of as many samples as there are"
+        self._blocks = -(-self.num_samples // shuffle_window) if len(self.quotas) > 1 else 1
+        """In which places take turns."""
+        self._block_starts = self._taken(np.arange(self._blocks + 1)).sum(axis=1)
         self.per_batch = global_batch // streams
         self.kept_per_stream = self.num_samples // global_batch * self.per_batch if drop_last else None
         """Samples of each stream in an epoch that drops its last ones."""
         assert self.kept_per_stream != 0, "no epoch without a global batch"
-        self._layout = lru_cache(maxsize=2)(self._compute_layout)  # two: streams enter an epoch one after the other
-        self._open_windows: dict[int, tuple[tuple[int, int], Numbers]] = {}
+        self._stream_starts = lru_cache(maxsize=2)(self._compute_stream_starts)  # streams enter an epoch one by one
+        self._visit = lru_cache(maxsize=64)(self._compute_visit)
+        self._open_windows: dict[int, tuple[tuple[int, int], Numbers, Numbers]] = {}
 
     def slice_of(self, batch: int, streams: range) -> BatchSlice:
         """What the streams contribute to global batch number `batch`, stream by stream."""
@@ -95,9 +121,10 @@ class Order:
                 epoch, offset = self._epoch_at(stream, served)
                 window, inside = self._window_at(stream, offset)
                 if self._open_windows.get(stream, (None,))[0] != (epoch, window):
-                    self._open_windows[stream] = (epoch, window), self._shuffled_window(epoch, stream, window)
+                    self._open_windows[stream] = (epoch, window), *self._shuffled_window(epoch, stream, window)
                     prefetch += self._ranges_of_window(stream)
-                samples.append(SampleRef(epoch, int(self._open_windows[stream][1][inside])))
+                _, numbers, visits = self._open_windows[stream]
+                samples.append(SampleRef(epoch, int(numbers[inside]), int(visits[inside])))
         return BatchSlice(samples, prefetch)
 
     def _window_at(self, stream: int, offset: int) -> tuple[int, int]:
@@ -116,29 +143,76 @@ class Order:
         epoch = ((served + 1) * self.streams - 1 - stream) // self.num_samples
         return epoch, served - (epoch * self.num_samples + stream) // self.streams
 
-    def _compute_layout(self, epoch: int) -> _EpochLayout:
-        shards = numpy_at(Purpose.ORDER, self.seed, epoch).permutation(len(self.counts))
-        shard_starts = np.concatenate([[0], np.cumsum(self.counts[shards])])
+    def _compute_stream_starts(self, epoch: int) -> Numbers:
+        """Position in an epoch's sequence at which each stream begins; one more than streams."""
         served = (np.array([[epoch], [epoch + 1]]) * self.num_samples + np.arange(self.streams)) // self.streams
-        return _EpochLayout(shards, shard_starts, np.concatenate([[0], np.cumsum(served[1] - served[0])]))
+        return np.concatenate([[0], np.cumsum(served[1] - served[0])])
+
+    def _compute_visit(self, place: int, number: int) -> _Visit:
+        first, end = self._first_shards[place : place + 2]
+        key = (number, place) if place else (number,)
+        shards = first + numpy_at(Purpose.ORDER, self.seed, *key).permutation(end - first)
+        return _Visit(shards, np.concatenate([[0], np.cumsum(self.counts[shards])]))
+
+    def _taken(self, blocks: Numbers) -> Numbers:
+        """Samples that so many blocks take of each place; [blocks, places]."""
+        return blocks[:, None] * self._per_epoch // self._blocks
 
     def _bounds_of_window(self, epoch: int, stream: int, window: int) -> tuple[int, int]:
         """Positions in the epoch's sequence at which a window begins and ends."""
-        starts = self._layout(epoch).stream_starts
+        starts = self._stream_starts(epoch)
         start = int(starts[stream]) - self._stagger(stream) + window * self.shuffle_window
         return max(start, int(starts[stream])), min(start + self.shuffle_window, int(starts[stream + 1]))
 
-    def _shuffled_window(self, epoch: int, stream: int, window: int) -> Numbers:
-        """The samples of a window in the order in which they are served."""
-        layout = self._layout(epoch)
+    def _shuffled_window(self, epoch: int, stream: int, window: int) -> tuple[Numbers, Numbers]:
+        """The samples of a window in the order in which they are served, and their visits."""
         positions = np.arange(*self._bounds_of_window(epoch, stream, window))
-        which = np.searchsorted(layout.shard_starts, positions, side="right") - 1
-        samples = self.first_samples[layout.shards[which]] + positions - layout.shard_starts[which]
-        return numpy_at(Purpose.WINDOW, self.seed, epoch, stream, window).permutation(samples)
+        shuffled = numpy_at(Purpose.WINDOW, self.seed, epoch, stream, window).permutation(positions)
+        return self._samples_at(epoch, shuffled)
+
+    def _samples_at(self, epoch: int, positions: Numbers) -> tuple[Numbers, Numbers]:
+        """The samples at positions of an epoch's sequence, and their visits."""
+        if len(self.quotas) == 1:
+            return self._samples_of_visit(0, epoch, positions), np.full_like(positions, epoch)
+        places, taken = self._places_at(positions)
+        sizes = self.first_samples[self._first_shards[places + 1]] - self.first_samples[self._first_shards[places]]
+        visits, offsets = np.divmod(epoch * self._per_epoch[places] + taken, sizes)
+        samples = np.empty_like(positions)
+        for place in np.unique(places):
+            for number in np.unique(visits[places == place]):
+                here = (places == place) & (visits == number)
+                samples[here] = self._samples_of_visit(int(place), int(number), offsets[here])
+        return samples, visits
+
+    def _places_at(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+        """The place of each position, and how many samples of it the epoch has taken before."""
+        block = np.searchsorted(self._block_starts, positions, side="right") - 1
+        before = self._taken(block)
+        ends = np.cumsum(self._taken(block + 1) - before, axis=1)
+        inside = positions - self._block_starts[block]
+        places = (ends <= inside[:, None]).sum(axis=1)
+        rows = np.arange(len(positions))
+        begins = np.where(places > 0, ends[rows, places - 1], 0)
+        return places, before[rows, places] + inside - begins
+
+    def _samples_of_visit(self, place: int, number: int, offsets: Numbers) -> Numbers:
+        visit = self._visit(place, number)
+        which = np.searchsorted(visit.shard_starts, offsets, side="right") - 1
+        return self.first_samples[visit.shards[which]] + offsets - visit.shard_starts[which]
 
     def _ranges_of_window(self, stream: int) -> list[SampleRange]:
         """The ranges of shards that make up a stream's open window."""
-        samples = np.sort(self._open_windows[stream][1])
+        samples = np.unique(self._open_windows[stream][1])
         shards = np.searchsorted(self.first_samples, samples, side="right")
         breaks = np.flatnonzero((np.diff(samples) != 1) | (np.diff(shards) != 0)) + 1
         return [SampleRange(int(part[0]), int(part[-1]) + 1) for part in np.split(samples, breaks)]
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in whole parts as the weights say, each exact to less than one (by largest remainders)."""
+    exact = [Fraction(weight) * total / sum(map(Fraction, weights)) for weight in weights]
+    parts = [math.floor(part) for part in exact]
+    largest = sorted(range(len(parts)), key=lambda number: (parts[number] - exact[number], number))
+    for number in largest[: total - sum(parts)]:
+        parts[number] += 1
+    return parts

@@ -35,6 +35,8 @@ from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, S
 from mixmae.trainer.data.workers import HandOverError, hand_over_words, init_worker
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.pixels import RGB
 
 _MAX_SUBSTITUTES = 32
 """Samples tried in place of one that cannot be used."""
@@ -78,7 +80,7 @@ class Batch(NamedTuple):
     """A micro-batch."""
 
     images: Tensor
-    """uint8 [B, 3, H, W], channels last in memory, pinned where there is a GPU."""
+    """uint8 [B, 3, H, W], or of the recipe's channels and type; channels last in memory, pinned for a GPU."""
     targets: dict[str, Tensor]
     """What the run's `SampleTransform` gives beside the images: "label", int64 [B], -1 where unlabelled; pinned too.
     Where samples have any number of a target, all of them one behind the other, and "counts", int64 [B]."""
@@ -97,13 +99,23 @@ class Batch(NamedTuple):
 
 
 class ToDevice:
-    """uint8 [B, 3, H, W] on the host to normalised fp32 on the device, without blocking the host."""
+    """uint8 [B, 3, H, W] on the host to normalised fp32 on the device, without blocking the host.
 
-    def __init__(self, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> None:
+    Args:
+        scale: what values are divided by before mean and deviation; images may have any channels and type.
+    """
+
+    def __init__(
+        self, device: torch.device, mean: Sequence[float], std: Sequence[float], scale: float = RGB.scale
+    ) -> None:
         self.device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.mean = torch.tensor(mean, device=device)[:, None, None] * 255
-        self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * 255)
+        self.mean = torch.tensor(mean, device=device)[:, None, None] * scale
+        self.inverse_std = 1 / (torch.tensor(std, device=device)[:, None, None] * scale)
+
+    @classmethod
+    def of(cls, device: torch.device, data: Data) -> Self:
+        return cls(device, data.mean, data.std, data.pixels.scale)
 
     def __call__(self, images: Tensor) -> Tensor:
         # A difference of uint8 and fp32 takes CPUs twenty times as long as making them alike first.
@@ -159,7 +171,7 @@ class BatchReader(Dataset[Batch]):
         """Reads a sample, or the first usable one of its substitutes, into row `i`; returns which, or -1."""
         outages = 0
         for sample in self._candidates(ref):
-            random = random_at(Purpose.AUGMENTATION, self.seed, ref.epoch, sample)
+            random = random_at(Purpose.AUGMENTATION, self.seed, ref.visit, sample)
             try:
                 self._fill(sample, random, buffers, i)
             except UnusableError as error:
@@ -191,9 +203,9 @@ class BatchReader(Dataset[Batch]):
         return read
 
     def _candidates(self, ref: SampleRef) -> Iterator[int]:
-        """The sample itself, then substitutes, which are a function of (seed, epoch, sample)."""
+        """The sample itself, then substitutes, which are a function of (seed, visit, sample)."""
         yield ref.sample
-        generator = numpy_at(Purpose.REPLACEMENT, self.seed, ref.epoch, ref.sample)
+        generator = numpy_at(Purpose.REPLACEMENT, self.seed, ref.visit, ref.sample)
         substitutes: list[int] = generator.integers(len(self.index), size=_MAX_SUBSTITUTES).tolist()
         yield from (sample for sample in substitutes if sample != ref.sample)
 
@@ -356,7 +368,15 @@ def sample_order(recipe: Recipe, index: ShardIndex) -> Order:
         )
     counts = [shard.samples for shard in index.shards]
     data = recipe.data
-    return Order(recipe.seed, counts, recipe.streams, recipe.train.global_batch, data.shuffle_window, data.drop_last)
+    return Order(
+        recipe.seed,
+        counts,
+        recipe.streams,
+        recipe.train.global_batch,
+        data.shuffle_window,
+        data.drop_last,
+        index.quotas,
+    )
 
 
 def lost_worker_error(error: BaseException, rank: int) -> LostWorkerError | None:

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.decode import random_resized_crop
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
+
+VALID = "valid"
+"""Target: which pixels hold something."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class BatchBuffers:
     """The tensors of one micro-batch, allocated before its samples are read."""
 
     images: Tensor
-    """uint8 [B, 3, H, W], channels last in memory."""
+    """uint8 [B, 3, H, W], or of the recipe's channels and type; channels last in memory."""
     targets: dict[str, Tensor] = field(default_factory=dict)
     """Whatever else a task wants of its samples, by name; each tensor's first dimension is B."""
     ragged: list[dict[str, npt.NDArray[Any]] | None] = field(default_factory=list)
@@ -102,17 +107,24 @@ class AnnotatedTransform(SampleTransform):
 
 @dataclass(frozen=True)
 class RandomResizedCropFlip(SampleTransform):
-    """A random crop, resized to `size` pixels and perhaps flipped, with target `label`: int64 [B], -1: unlabelled."""
+    """A random crop, resized to `size` and perhaps flipped, with target `label`: int64 [B], -1: unlabelled.
 
-    size: int
+    Where some pixels hold nothing (`data.nodata`), another target, `valid`, says which do: bool [B, H, W].
+    """
+
+    size: ImageSize
     settings: Data
 
     def new_batch(self, count: int) -> BatchBuffers:
-        return BatchBuffers(shared_images(count, self.size), {"label": shared_empty((count,), torch.int64)})
+        targets = {"label": shared_empty((count,), torch.int64)}
+        if self.settings.nodata is not None:
+            targets[VALID] = shared_empty((count, *both_sides(self.size)), torch.bool)
+        return BatchBuffers(shared_images(count, self.size, self.settings.pixels), targets)
 
     def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
         image, state = buffers.images[i], int(row["state"])
-        random_resized_crop(content, state, self.size, self.settings, random, image)
+        valid = buffers.targets[VALID][i] if VALID in buffers.targets else None
+        random_resized_crop(content, state, self.size, self.settings, random, image, valid)
         buffers.targets["label"][i] = int(row["label"])
 
 
@@ -125,6 +137,7 @@ def shared_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
-def shared_images(count: int, size: int) -> Tensor:
-    """uint8 [count, 3, size, size], channels last in memory; allocated as `shared_empty` does."""
-    return shared_empty((count, size, size, 3), torch.uint8).permute(0, 3, 1, 2)
+def shared_images(count: int, size: ImageSize, pixels: PixelFormat = RGB) -> Tensor:
+    """[count, C, H, W] of a format, channels last in memory; allocated as `shared_empty` does."""
+    shape = (count, *both_sides(size), pixels.channels)
+    return shared_empty(shape, getattr(torch, pixels.dtype)).permute(0, 3, 1, 2)

@@ -30,12 +30,12 @@ def evaluate_classifier(
     Raises:
         UsageError: an image cannot be read.
     """
-    to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
+    to_device = ToDevice.of(ranks.device, recipe.data)
     count_of = _multi_label_sums if classifier.multi_label else _single_label_sums
     total = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     size, batch, threads = recipe.encoder.img_size, recipe.train.micro_batch, recipe.data.num_workers
-    batches = held_out_batches(index, size, batch, ranks, evaluation_crop(recipe), threads, beat)
-    for images, samples in batches:
+    batches = held_out_batches(index, size, batch, ranks, evaluation_crop(recipe), threads, beat, recipe.data.pixels)
+    for images, samples, _ in batches:
         logits = classifier(to_device(images))[: len(samples)]
         true = targets(index.samples["label"][list(samples)]).to(ranks.device, non_blocking=True)
         total += count_of(logits, true)

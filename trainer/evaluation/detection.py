@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.models.heads.mask_rcnn.boxes import clip_boxes
 from mixmae.models.heads.mask_rcnn.detector import Detections
 from mixmae.models.heads.mask_rcnn.masks import paste_masks
 from mixmae.trainer.data.dense.held_out import Scene
 from mixmae.trainer.data.dense.masks import encode
 from mixmae.trainer.data.dense.objects import Objects
-from mixmae.trainer.data.dense.resizing import fit
+from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main, gather_to_main
 from mixmae.trainer.evaluation.average_precision import Kind, Region, Result, average_precision
@@ -24,7 +25,7 @@ _KINDS: dict[str, Kind] = {"box": "bbox", "mask": "segm"}
 def evaluate_detector(
     detector: Any,
     scenes: Iterable[Scene],
-    side: int,
+    size: ImageSize,
     batch: int,
     class_names: Sequence[str],
     to_device: ToDevice,
@@ -36,10 +37,10 @@ def evaluate_detector(
     Every image counts once; the main rank computes what all return.
 
     Args:
-        detector: in eval mode, for images of `side` px.
-        scenes: this rank's, as many on each; images of at most `side` px.
+        detector: in eval mode, for images of `size`.
+        scenes: this rank's, as many on each; images of at most that size.
     """
-    own = list(detect_scenes(detector, scenes, side, batch, to_device))
+    own = list(detect_scenes(detector, scenes, size, batch, to_device))
     gathered = gather_to_main(own, list[Result]) if ranks.world_size > 1 else [own]
     found: dict[str, float] = {}
     if gathered is not None:
@@ -52,11 +53,11 @@ def evaluate_detector(
 
 
 def detect_scenes(
-    detector: Any, scenes: Iterable[Scene], side: int, batch: int, to_device: ToDevice
+    detector: Any, scenes: Iterable[Scene], size: ImageSize, batch: int, to_device: ToDevice
 ) -> Iterator[Result]:
     """What there is in each scene that counts, and what the detector finds, in pixels of the original image."""
     for some in _chunks(scenes, batch):
-        images, sizes = pad_images([scene.image for scene in some], side, to_device)
+        images, sizes = pad_images([scene.image for scene in some], size, to_device)
         found: Detections = detector(images, sizes)
         for number, scene in enumerate(some):
             if scene.counts:
@@ -64,25 +65,25 @@ def detect_scenes(
 
 
 @torch.no_grad()
-def find_in_image(detector: Any, image: Tensor, side: int, to_device: ToDevice) -> Detections:
-    """What a detector for images of `side` px finds in one of any size, in its pixels, on the CPU; masks [n, H, W].
+def find_in_image(detector: Any, image: Tensor, size: ImageSize, to_device: ToDevice) -> Detections:
+    """What a detector for images of `size` finds in one of any size, in its pixels, on the CPU; masks [n, H, W].
 
     Args:
         image: uint8 [3, H, W].
     """
     height, width = image.shape[1:]
-    resized = fit(height, width, side)
+    resized = fit_into(height, width, both_sides(size))
     small = resize(image, list(resized), antialias=True)
-    images, sizes = pad_images([small], side, to_device)
+    images, sizes = pad_images([small], size, to_device)
     found: Detections = detector(images, sizes)
     one = found.of_image(0)
     boxes, masks = in_original(one, resized, (height, width))
     return Detections(boxes.cpu(), one.scores.cpu(), one.classes.cpu(), masks.cpu())
 
 
-def pad_images(images: Sequence[Tensor], side: int, to_device: ToDevice) -> tuple[Tensor, Tensor]:
-    """Images uint8 [3, h, w] as a batch, normalised fp32 [B, 3, side, side], 0 around them; and their sizes [B, 2]."""
-    padded = torch.zeros(len(images), 3, side, side, device=to_device.device)
+def pad_images(images: Sequence[Tensor], size: ImageSize, to_device: ToDevice) -> tuple[Tensor, Tensor]:
+    """Images uint8 [3, h, w] as a batch, normalised fp32 [B, 3, H, W], 0 around them; and their sizes [B, 2]."""
+    padded = torch.zeros(len(images), 3, *both_sides(size), device=to_device.device)
     for row, image in zip(padded, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = to_device(image[None])[0]
     return padded, torch.tensor([image.shape[1:] for image in images], device=to_device.device)

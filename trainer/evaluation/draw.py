@@ -1,21 +1,14 @@
 """Boxes and masks drawn into images."""
 
-import colorsys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-_GOLDEN = 0.618034
-"""Of a circle: hues so far apart differ from all before."""
+from mixmae.trainer.evaluation.class_colors import color_of
+
 _ALPHA = 0.45
-
-
-def color_of(number: int) -> tuple[int, int, int]:
-    """A class's colour, the same in every picture."""
-    red, green, blue = colorsys.hsv_to_rgb(number * _GOLDEN % 1, 0.75, 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_objects(

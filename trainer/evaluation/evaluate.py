@@ -48,7 +48,9 @@ class Settings:
         def beat() -> None:
             self.heartbeat.set_phase("evaluation")
 
-        return held_out_batches(index, model.size, self.batch, ranks, model.crop_ratio, self.threads, beat)
+        return held_out_batches(
+            index, model.size, self.batch, ranks, model.crop_ratio, self.threads, beat, model.pixels
+        )
 
 
 def true_classes(index: ShardIndex, model: FrozenModel) -> Tensor:

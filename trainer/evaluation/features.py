@@ -30,7 +30,7 @@ def features_of(
         pool: images [B, 3, H, W] to features [B, C].
         batches: of `held_out_batches`.
     """
-    return torch.cat([pool(to_device(images))[: len(samples)].float() for images, samples in batches])
+    return torch.cat([pool(to_device(images))[: len(samples)].float() for images, samples, _ in batches])
 
 
 def effective_rank(x: Tensor) -> float:

@@ -1,7 +1,7 @@
 """A trained classifier, or an encoder alone, opened to be evaluated: any model that timm opens."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.stream import ToDevice
 from mixmae.trainer.evaluation.held_out import HeldOut
-from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder
+from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder, read_config
+from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
 TOP = 5
 
@@ -24,8 +25,9 @@ class FrozenModel:
     """A model in eval mode, with what its configuration says of images and classes.
 
     Attributes:
-        size: side of its input in pixels.
-        crop_ratio: side of the centre crop over the image's shorter side.
+        size: height and width of its input in pixels.
+        pixels: that images have to have.
+        crop_ratio: side of the centre crop over that of the largest that fits the image.
         num_classes: 0 where it has no head.
         class_names: as shards name them; empty where classes have numbers alone.
         descriptions: for people; empty or one for each class.
@@ -34,7 +36,8 @@ class FrozenModel:
 
     name: str
     module: Any
-    size: int
+    size: tuple[int, int]
+    pixels: PixelFormat
     crop_ratio: float
     to_device: ToDevice
     num_classes: int
@@ -56,7 +59,7 @@ class FrozenModel:
     def run(self, batches: Iterable[HeldOut]) -> tuple[Tensor, Tensor]:
         """Of this rank's share: pooled features [n, C], and the `TOP` classes of each image, best first [n, TOP]."""
         features, ranked = [], []
-        for images, samples in batches:
+        for images, samples, _ in batches:
             pooled, logits = self(images)
             features.append(pooled[: len(samples)])
             best = torch.zeros(len(images), 0, dtype=torch.int64, device=pooled.device)
@@ -77,21 +80,28 @@ def open_model(name: str, device: torch.device) -> FrozenModel:
     module = _open_directory(directory) if local else _open_by_name(name)
     config = resolve_model_data_config(module)
     _, height, width = config["input_size"]
-    if height != width:
-        raise UsageError(f"{name} takes images of {height}x{width} px; expected a square")
     facts = getattr(module, "pretrained_cfg", {})
+    pixels = read_config(directory).pixels if local else _pixels_by_name(name, config)
     names, descriptions = _class_names(module, facts, local)
     return FrozenModel(
         name,
         module.eval().to(device),
-        height,
+        (height, width),
+        pixels,
         config["crop_pct"],
-        ToDevice(device, config["mean"], config["std"]),
+        ToDevice(device, config["mean"], config["std"], pixels.scale),
         int(getattr(module, "num_classes", 0)),
         names,
         descriptions,
         local and bool(json.loads((directory / CONFIG).read_text()).get("finetuning", {}).get("multi_label")),
     )
+
+
+def _pixels_by_name(name: str, config: Mapping[str, Any]) -> PixelFormat:
+    """8-bit RGB. Raises UsageError for published models of other images, of which nothing says what pixels mean."""
+    if config["input_size"][0] != RGB.channels:
+        raise UsageError(f"{name} takes images of {config['input_size'][0]} channels; expected RGB, or a directory")
+    return RGB
 
 
 def _open_directory(directory: Path) -> nn.Module:

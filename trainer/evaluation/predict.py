@@ -49,7 +49,7 @@ def _content(file: Path) -> tuple[bytes, int]:
 def _view(file: Path, model: FrozenModel) -> Tensor:
     content, state = _content(file)
     try:
-        return center_resized_crop(content, state, model.size, model.crop_ratio)
+        return center_resized_crop(content, state, model.size, model.crop_ratio, model.pixels)
     except UnusableError as error:
         raise UsageError(f"{file} cannot be used as an image: {error.reason.label}, {error}") from error
 

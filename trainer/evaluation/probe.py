@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import ImageSize
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.index import UNLABELLED, ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_labels
@@ -26,7 +27,8 @@ from mixmae.trainer.evaluation import knn
 from mixmae.trainer.evaluation.features import effective_rank, features_of, mean_cosine
 from mixmae.trainer.evaluation.held_out import gather_rows, held_out_batches, require_readable
 from mixmae.trainer.evaluation.ridge import fit_ridge
-from mixmae.trainer.export.encoder_directory import load_encoder, read_config
+from mixmae.trainer.export.encoder_directory import EncoderConfig, load_encoder, read_config
+from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
 ACCURACY, COLLAPSE = ("knn", "linear"), ("effective_rank", "mean_cosine")
 """Names of figures: with labels, and without."""
@@ -90,35 +92,37 @@ def _share(predicted: Tensor, true: Tensor) -> float:
 def probe_shards(
     pool: Callable[[Tensor], Tensor],
     index: ShardIndex,
-    size: int,
+    size: ImageSize,
     to_device: ToDevice,
     ranks: Ranks,
     batch: int = 64,
     threads: int = 1,
     beat: Callable[[], None] = lambda: None,
+    pixels: PixelFormat = RGB,
 ) -> dict[str, float]:
     """`probe` of all images of a shard directory, whose features all ranks compute together; the same on every rank.
 
     Args:
-        pool: images [B, 3, size, size] to features [B, C], without gradients.
+        pool: images [B, 3, H, W] to features [B, C], without gradients.
         batch: images at once on each rank.
         threads: that decode on each rank.
+        pixels: that images have to have.
 
     Raises:
         UsageError: an image cannot be read.
     """
-    own = features_of(pool, held_out_batches(index, size, batch, ranks, threads=threads, beat=beat), to_device)
+    batches = held_out_batches(index, size, batch, ranks, threads=threads, beat=beat, pixels=pixels)
+    own = features_of(pool, batches, to_device)
     x = gather_rows(own, len(index), ranks)
     # On the main rank's CPU: a GPU that trains may have no memory to spare.
     figures = probe(x.cpu(), labels_of(index)) if ranks.is_main else {}
     return figures if ranks.world_size == 1 else from_main(figures)
 
 
-def _open(directory: Path, pretrained: bool, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """An encoder directory, or its twin with random weights, and timm's facts about its input."""
+def _open(directory: Path, pretrained: bool, device: torch.device) -> tuple[nn.Module, EncoderConfig]:
+    """An encoder directory, or its twin with random weights, and its config.json."""
     torch.manual_seed(0)
-    encoder = load_encoder(directory, pretrained, num_classes=0).eval().to(device)
-    return encoder, read_config(directory).pretrained_cfg.model_dump()
+    return load_encoder(directory, pretrained, num_classes=0).eval().to(device), read_config(directory)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,10 +136,12 @@ def main(argv: Sequence[str]) -> int:
     labels = labels_of(index)
     found: dict[str, Any] = {} if labels is None else {"classes": int(labels.max()) + 1}
     for name, pretrained in (("pretrained", True), ("untrained", False)):
-        encoder, facts = _open(args.encoder, pretrained, ranks.device)
-        to_device = ToDevice(ranks.device, facts["mean"], facts["std"])
+        encoder, config = _open(args.encoder, pretrained, ranks.device)
+        facts, pixels = config.pretrained_cfg, config.pixels
+        to_device = ToDevice(ranks.device, facts.mean, facts.std, pixels.scale)
         threads = len(os.sched_getaffinity(0))
-        found[name] = probe_shards(encoder, index, facts["input_size"][1], to_device, ranks, threads=threads)
+        size = facts.input_size[1:]
+        found[name] = probe_shards(encoder, index, size, to_device, ranks, threads=threads, pixels=pixels)
         print(f"{name:<12} {describe(found[name])}", flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -22,6 +22,8 @@ from mixmae.base.files import new_directory
 from mixmae.base.json_text import parse_json
 from mixmae.models.encoders.registry import create_encoder, default_cfg, family_of
 from mixmae.trainer.recipe.components import check_settings
+from mixmae.trainer.recipe.sections.data import Data
+from mixmae.trainer.recipe.sections.pixels import PixelFormat
 from mixmae.trainer.recipe.sections.section import Deviation
 from mixmae.trainer.recipe.words import explain
 
@@ -70,7 +72,11 @@ def write_encoder_directory(
         "num_features": model.num_features,
         "model_args": model_args,
         "pretrained_cfg": default_cfg(
-            architecture, model_args.get("img_size"), num_classes=num_classes, **(input_facts or {})
+            architecture,
+            model_args.get("img_size"),
+            model.in_chans,
+            num_classes=num_classes,
+            **(input_facts or {}),
         ),
         **({} if method is None else {"method": method[0]}),
         **(facts or {}),
@@ -91,8 +97,8 @@ class _InputFacts(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     input_size: tuple[int, _Side, _Side]
-    mean: tuple[float, float, float]
-    std: tuple[Deviation, Deviation, Deviation]
+    mean: tuple[float, ...]
+    std: tuple[Deviation, ...]
     label_names: tuple[str, ...] | None = None
 
 
@@ -107,6 +113,12 @@ class EncoderConfig(BaseModel):
     pretrained_cfg: _InputFacts
     method: str | None = None
     finetuning: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    """Keys of a recipe's `data:` that say which pixels the encoder is for, where they are not 8-bit RGB."""
+
+    @property
+    def pixels(self) -> PixelFormat:
+        return Data(**self.data, mean=self.pretrained_cfg.mean, std=self.pretrained_cfg.std).pixels
 
 
 def read_config(directory: str | Path) -> EncoderConfig:
@@ -121,7 +133,9 @@ def read_config(directory: str | Path) -> EncoderConfig:
     try:
         config = EncoderConfig.model_validate(parse_json(file.read_bytes()))
         family, _ = family_of(config.architecture)
+        _ = config.pixels
         check_settings("model_args", family.__init__, config.model_args, _NOT_SIZES)
+        _ = config.pixels
     except ValidationError as error:
         raise UsageError(f"{file}: {explain(error, EncoderConfig)}") from error
     except UsageError as error:
@@ -132,19 +146,28 @@ def read_config(directory: str | Path) -> EncoderConfig:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The weights in a safetensors file.
 
     Raises:
         UsageError: it cannot be read, is cut or damaged, or holds anything but finite floating point numbers.
     """
+    state = read_tensors(file)
+    require_finite(state, str(file))
+    return state
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file.
+
+    Raises:
+        UsageError: it cannot be read, is cut or damaged.
+    """
     if not file.is_file():
         raise UsageError(f"{file} does not exist; give a directory made by 'mixmae export' or 'mixmae import'")
     try:
-        state = load_file(file)
+        return load_file(file)
     except (OSError, SafetensorError, ValueError) as error:
         raise UsageError(f"{file} cannot be read ({error}); copy or export it again") from error
-    require_finite(state, str(file))
-    return state
 
 
 def require_finite(state: dict[str, Tensor], source: str) -> None:

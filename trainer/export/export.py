@@ -21,10 +21,13 @@ from mixmae.trainer.export.model_card import model_card
 from mixmae.trainer.export.onnx_model import ONNX, require_onnx, write_onnx
 from mixmae.trainer.export.task_directory import is_task_directory, write_task_directory
 from mixmae.trainer.run.provenance import read_recipe
+from mixmae.trainer.tasks.encoder import sizes_of
 from mixmae.trainer.tasks.registry import task_of
 
 _PREFIX = "encoder."
 _TRAINING_ONLY = ("drop_rate", "drop_path_rate")
+_OF_PIXELS = {"channels", "dtype", "scale", "nodata"}
+"""Keys of `data:` that say what pixels are."""
 
 
 def export(run_dir: Path, out: Path, step: int | None = None, with_onnx: bool = False) -> Path:
@@ -66,10 +69,12 @@ def export(run_dir: Path, out: Path, step: int | None = None, with_onnx: bool = 
     if trained.num_classes is not None:
         input_facts |= {"crop_pct": evaluation_crop(recipe), "label_names": trained.classes or None}
         facts = {"finetuning": {"step": checkpoint_step(checkpoint), "multi_label": trained.multi_label}}
+    if pixels := recipe.data.model_dump(mode="json", include=_OF_PIXELS, exclude_defaults=True):
+        facts["data"] = pixels
     write_encoder_directory(
         out,
         part.name,
-        {"img_size": part.img_size, **{key: v for key, v in part.settings.items() if key not in _TRAINING_ONLY}},
+        {key: value for key, value in sizes_of(recipe).items() if key not in _TRAINING_ONLY},
         encoder,
         (method.name, rest) if trained.num_classes is None else None,
         facts,

@@ -6,16 +6,13 @@ and classifier). Sizes are read off the shapes.
 
 import argparse
 import inspect
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
 
 from mixmae.base.errors import UsageError
 from mixmae.models.encoders.contract import Encoder
@@ -24,6 +21,7 @@ from mixmae.models.encoders.swin import Swin
 from mixmae.models.layers.blocks import resized_positions, sincos_positions
 from mixmae.models.methods.decoder import Decoder
 from mixmae.trainer.export.encoder_directory import misfits, require_finite, write_encoder_directory
+from mixmae.trainer.export.torch_file import read_torch_file
 
 _BLOCK = (
     r"(?:norm[12]\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc[12]\.(?:weight|bias)"
@@ -43,9 +41,6 @@ _MERGING = re.compile(r"layers\.(\d)\.downsample\.(norm\.weight|norm\.bias|reduc
 _FIXED = {"absolute_pos_embed", "decoder_pos_embed"}
 _COARSEST = 8
 """Patches along a cell's side: grids have a multiple of them."""
-_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
-_MAX_OBJECTS = 100
-"""Kinds of objects beside the weights."""
 _INDEX = re.compile(r"(?:layers\.\d\.blocks\.\d+\.attn\.relative_position_index|layers\.\d\.blocks\.\d+\.attn_mask)")
 
 
@@ -130,43 +125,13 @@ def position_grid(name: str, table: Tensor) -> int:
     raise UsageError(f"{name} is not the fixed sin-cos table that the released models use; this file was changed")
 
 
-class _Opaque:
-    """Stands for an object that is no tensor: whatever a file would call to make one, nothing is called."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-class _OpaqueMapping:
-    """Of objects that are filled key by key, which torch does with dictionaries alone."""
-
-    def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
-        return OrderedDict()
-
-
-_MAPPINGS = ("collections.defaultdict", "easydict.EasyDict", "yacs.config.CfgNode", "addict.addict.Dict")
-
-
 def read_release(file: Path) -> dict[str, Tensor]:
-    """The state dict in a released file, unpickled with `weights_only`, in fp32.
-
-    Training scripts save their arguments beside the weights (argparse.Namespace, paths, NumPy's numbers): such objects
-    are not made, an empty one takes their place. Files of torch before 1.6, which are no zip archives, are read too.
+    """The state dict in a released file, in fp32.
 
     Raises:
         UsageError: no file, not a checkpoint, or no tensors under "model".
     """
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist")
-    try:
-        content = _load(file)
-    except Exception as error:  # torch raises whatever its unpickler meets; each means the same to the user
-        raise UsageError(
-            f"{file} is not a checkpoint that torch loads with weights_only=True: {_plain(error)}"
-        ) from error
+    content = read_torch_file(file)
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
@@ -175,29 +140,6 @@ def read_release(file: Path) -> dict[str, Tensor]:
     state = {name: value for name, value in state.items() if not _INDEX.fullmatch(name)}
     require_finite(state, str(file))
     return {name: value.float() for name, value in state.items()}
-
-
-def _load(file: Path) -> Any:
-    with file.open("rb") as opened:
-        is_zip = opened.read(4) == b"PK\x03\x04"
-    names: list[str] = []
-    while True:
-        try:
-            with safe_globals([(_OpaqueMapping if name in _MAPPINGS else _Opaque, name) for name in names]):
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError as error:
-            refused = _REFUSED.search(str(error))
-            name = "" if refused is None else refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            if not name or name in names or len(names) == _MAX_OBJECTS:
-                raise
-            names.append(name)
-
-
-def _plain(error: Exception) -> str:
-    """What torch says, without its advice and escape codes."""
-    refused = [line for line in str(error).splitlines() if "WeightsUnpickler error:" in line]
-    line = (refused or str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\x1b\[[0-9;]*m", "", line).split("WeightsUnpickler error:")[-1].strip()
 
 
 def main(argv: Sequence[str]) -> int:

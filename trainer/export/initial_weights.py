@@ -1,4 +1,4 @@
-"""What a run starts from: the weights of an encoder directory, or of another run."""
+"""What a run starts from: the weights of an encoder directory, of another run, or others' (`foreign_weights`)."""
 
 import logging
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import CHECKPOINTS, newest_checkpoint
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import create_encoder
+from mixmae.models.layers.positions import resize_all_positions
 from mixmae.models.methods.contract import Method
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.checkpoints.weights import model_weights
@@ -26,6 +27,9 @@ from mixmae.trainer.export.encoder_directory import (
     read_weights,
     require_finite,
 )
+from mixmae.trainer.export.fit_channels import fit_channels, has_channels
+from mixmae.trainer.export.foreign_weights import is_foreign, own_directory, read_foreign_weights
+from mixmae.trainer.export.load_foreign import load_foreign_weights
 
 _logger = logging.getLogger(__name__)
 _HEAD = "head."
@@ -41,7 +45,7 @@ class InitialWeights(NamedTuple):
         rest: the method's own weights.
         classes: names of the head's classes, as far as they are known.
         source: for messages.
-        position_size: as encoders have it.
+        position_size, grid: as encoders have them.
     """
 
     encoder: dict[str, Tensor]
@@ -50,6 +54,7 @@ class InitialWeights(NamedTuple):
     classes: tuple[str, ...]
     source: Path
     position_size: tuple[int, int] | None
+    grid: tuple[int, int]
 
 
 def read_initial_weights(path: Path) -> InitialWeights:
@@ -62,8 +67,8 @@ def read_initial_weights(path: Path) -> InitialWeights:
         encoder, config = read_weights(path / ENCODER), read_config(path)
         rest = read_weights(path / METHOD) if config.method is not None else {}
         classes = config.pretrained_cfg.label_names or ()
-        size = _position_size(config.architecture, **config.model_args)
-        return InitialWeights(encoder, config.method, rest, classes, path / ENCODER, size)
+        sizes = _sizes(config.architecture, **config.model_args)
+        return InitialWeights(encoder, config.method, rest, classes, path / ENCODER, *sizes)
     checkpoint = newest_checkpoint(path)
     if checkpoint is None:
         raise UsageError(f"{path / CHECKPOINTS} holds no checkpoint yet; give the directory of a run that saved")
@@ -77,56 +82,62 @@ def read_initial_weights(path: Path) -> InitialWeights:
         {name: value for name, value in weights.items() if not name.startswith("encoder.")},
         tuple(recipe.get("classification", {}).get("classes") or ()),
         checkpoint,
-        _position_size(**{key: value for key, value in recipe["encoder"].items() if key != "init"}),
+        *_sizes(**{key: value for key, value in recipe["encoder"].items() if key != "init"}),
     )
 
 
-def _position_size(name: str, **sizes: Any) -> tuple[int, int] | None:
+def _sizes(name: str, **sizes: Any) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """An encoder's `position_size` and `grid`."""
     try:
         with torch.device("meta"):
-            return create_encoder(name, **sizes).position_size
+            encoder = create_encoder(name, **sizes)
+            return encoder.position_size, encoder.grid
     except MISFIT as error:
         raise UsageError(f"encoder {name} cannot be made: {first_line(error)}") from error
 
 
-def initialise_method(model: Method, path: Path, method: str) -> None:
+def initialise_method(model: Method, init: str | Path, method: str) -> None:
     """Loads the encoder, and what else the same method pretrained.
 
     Raises:
         UsageError: no such weights, or weights that do not fit the model.
     """
     with _naming_the_key():
-        found = read_initial_weights(path)
-        _load_encoder(model.encoder, found)
-        if found.method == method:
-            own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+        found = _load_encoder(model.encoder, init)
+        if found is not None and found.method == method and has_channels(model.encoder, found.encoder):
+            own = {
+                name: value
+                for name, value in model.state_dict().items()
+                if value.is_floating_point() and not name.startswith("encoder.")
+            }
             _require_fit(found.rest, own, found.source)
             model.load_state_dict(found.rest, strict=False)
 
 
-def initialise_classifier(encoder: Encoder, path: Path, classes: tuple[str, ...]) -> None:
+def initialise_classifier(encoder: Encoder, init: str | Path, classes: tuple[str, ...]) -> None:
     """Loads the encoder, and its head where that has the same classes by name.
 
     Raises:
         UsageError: no such weights, or weights that do not fit the encoder.
     """
     with _naming_the_key():
-        found = read_initial_weights(path)
-        _load_encoder(encoder, found)
+        found = _load_encoder(encoder, init)
+    if found is None:
+        return
     head = {name: value for name, value in found.encoder.items() if name.startswith(_HEAD)}
     if head and classes and found.classes == classes:
         encoder.load_state_dict(head, strict=False)
-        _logger.info("the head of %d classes in %s was loaded too", len(classes), path)
+        _logger.info("the head of %d classes in %s was loaded too", len(classes), init)
 
 
-def initialise_backbone(encoder: Encoder, path: Path) -> None:
+def initialise_backbone(encoder: Encoder, init: str | Path) -> None:
     """Loads the encoder of a backbone, which has no final norm; bias tables and positions are resized to its sizes.
 
     Raises:
         UsageError: no such weights, or weights that do not fit the encoder.
     """
     with _naming_the_key():
-        _load_encoder(encoder, read_initial_weights(path), (_HEAD, _FINAL_NORM))
+        _load_encoder(encoder, init, (_HEAD, _FINAL_NORM))
 
 
 @contextmanager
@@ -137,10 +148,17 @@ def _naming_the_key() -> Iterator[None]:
         raise UsageError(f"encoder.init: {error}") from error
 
 
-def _load_encoder(encoder: Encoder, found: InitialWeights, left_out: tuple[str, ...] = (_HEAD,)) -> None:
+def _load_encoder(encoder: Encoder, init: str | Path, left_out: tuple[str, ...] = (_HEAD,)) -> InitialWeights | None:
+    """Loads the encoder; returns what else was there, None of others' weights, which are an encoder alone."""
+    init = own_directory(str(init))
+    if is_foreign(init):
+        load_foreign_weights(encoder, read_foreign_weights(init), left_out)
+        return None
+    found = read_initial_weights(Path(init))
     weights = {name: value for name, value in found.encoder.items() if not name.startswith(left_out)}
     try:
-        fitted = encoder.fit_state_dict(weights)
+        weights = resize_all_positions(encoder, weights, found.grid, encoder.grid)
+        fitted = fit_channels(encoder, encoder.fit_state_dict(weights))
     except MISFIT as error:
         raise UsageError(f"{found.source} does not fit the model: {first_line(error)}") from error
     own = {
@@ -151,6 +169,7 @@ def _load_encoder(encoder: Encoder, found: InitialWeights, left_out: tuple[str, 
     _require_fit(fitted, own, found.source)
     _require_positions(encoder, found)
     encoder.load_state_dict(fitted, strict=False)
+    return found
 
 
 def _require_positions(encoder: Encoder, found: InitialWeights) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from mixmae.base.image_size import shown_size
 from mixmae.base.redaction import redact_all
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.recipe.schema import Recipe
@@ -36,7 +37,7 @@ def _head(recipe: Recipe) -> Iterator[str]:
     kind = "image-feature-extraction" if classes is None else "image-classification"
     yield from ("---", "library_name: timm", "tags:", "- timm", f"- {kind}", "- mixmae", "---")
     by = f"pretrained by {recipe.method.name}" if classes is None else f"trained on {classes} classes"
-    yield from (f"# {encoder.name}, {by}", "", f"Weights in fp32, for images of {encoder.img_size} px.", "")
+    yield from (f"# {encoder.name}, {by}", "", f"Weights in fp32, for images of {shown_size(encoder.img_size)} px.", "")
     yield from ("```python", "import mixmae, timm  # mixmae registers the architectures", "")
     own = ", num_classes=10" if classes is None else ""
     yield f"model = timm.create_model('local-dir:PATH_OF_THIS_DIRECTORY', pretrained=True{own})"
@@ -47,7 +48,7 @@ def _head_of_whole(recipe: Recipe) -> Iterator[str]:
     kind, what = _WHOLE[recipe.task]
     yield from ("---", "library_name: mixmae", "tags:", f"- {kind}", "- mixmae", "---")
     yield from (f"# {what} on {recipe.encoder.name}", "")
-    yield from (f"Weights in fp32, for images of {recipe.encoder.img_size} px.", "")
+    yield from (f"Weights in fp32, for images of {shown_size(recipe.encoder.img_size)} px.", "")
     yield from ("```sh", "mixmae predict PATH_OF_THIS_DIRECTORY IMAGE ... --out FOLDER", "```", "")
 
 
@@ -91,7 +92,7 @@ def _licence(recipe: Recipe) -> Iterator[str]:
     yield "The weights belong to whoever trained them: mixmae, which is under Apache-2.0, makes no claim on them."
     yield "Whoever publishes them writes here under which licence, and sees what the licences of the images allow."
     if recipe.encoder.init is not None:
-        yield f"They began as those of `{recipe.encoder.init.name}`, whose licence goes with them."
+        yield f"They began as those of `{Path(recipe.encoder.init).name}`, whose licence goes with them."
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

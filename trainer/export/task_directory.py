@@ -23,7 +23,7 @@ from mixmae.trainer.tasks.registry import task_of
 
 _RECIPE = "recipe"
 _SECTIONS = ("task", "plugins", "encoder", "classification", "detection", "segmentation")
-_OF_DATA = ("mean", "std")
+_OF_DATA = ("mean", "std", "scale", "nodata")
 _TRAINING_ONLY = ("init", "drop_rate", "drop_path_rate")
 
 

@@ -94,9 +94,9 @@ class _Pass:
 def _run(task: Task, policy: ActivationCheckpointing, device: Device, micro_batch: int) -> _Pass:
     model = on_meta(task.recipe)
     checkpoint_activations(model, policy)
-    data, side, meta = task.recipe.data, task.recipe.encoder.img_size, torch.device("meta")
-    to_device = ToDevice(meta, data.mean, data.std)
-    pixels = torch.empty(micro_batch, 3, side, side, dtype=torch.uint8, device=meta)
+    data, meta = task.recipe.data, torch.device("meta")
+    to_device = ToDevice.of(meta, data)
+    pixels = torch.empty(micro_batch, *task.recipe.image_shape, dtype=getattr(torch, data.dtype), device=meta)
     inputs = [tensor.to(meta) for tensor in task.example_inputs(model, micro_batch)]
     known = [*model.parameters(), *model.buffers(), to_device.mean, to_device.inverse_std, *inputs]
     live = Tracker(known, WORKSPACES[device])

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.planning.speed import entries
 from mixmae.trainer.recipe.schema import Recipe
@@ -25,7 +26,7 @@ class WorkerRate:
     """Measured images per second that one core decodes and crops."""
 
     images_per_second: float
-    img_size: int
+    img_size: ImageSize
     cpu: str
     file: str
 
@@ -50,10 +51,10 @@ def corpus(recipe: Recipe, images: int | None, mean_bytes: int | None) -> Corpus
     Raises:
         UsageError: the directory exists, but its index is missing or damaged.
     """
-    directory = recipe.data.directory
-    if directory is not None and directory.is_dir():
+    directories = recipe.data.directories
+    if directories is not None and all(directory.is_dir() for directory in directories):
         index = open_index(recipe.data.shards)
-        return Corpus(images or len(index), mean_bytes or float(index.samples["size"].mean()), str(directory))
+        return Corpus(images or len(index), mean_bytes or float(index.samples["size"].mean()), recipe.data.where)
     given = [name for name, value in (("--images", images), ("--image-bytes", mean_bytes)) if value is not None]
     source = f"{' and '.join(given)}, else ImageNet-1K" if len(given) == 1 else " and ".join(given) or "ImageNet-1K"
     return Corpus(images or IMAGENET_IMAGES, mean_bytes or IMAGENET_BYTES, source)
@@ -73,7 +74,7 @@ def worker_rate(recipe: Recipe, results: Path) -> WorkerRate | None:
             if variant is not None and same:
                 rate = variant["images_per_second"] / busy
                 found.append(WorkerRate(rate, entry["img_size"], entry["cpu"], file.name))
-    same_size = [rate for rate in found if rate.img_size == recipe.encoder.img_size]
+    same_size = [rate for rate in found if both_sides(rate.img_size) == both_sides(recipe.encoder.img_size)]
     return max(same_size or found, key=lambda rate: rate.images_per_second, default=None)
 
 
@@ -86,8 +87,8 @@ def loading(
     rate: WorkerRate | None,
 ) -> Loading:
     """A node's data-loading demand in bytes per second, cores and host memory."""
-    settings, side = recipe.data, recipe.encoder.img_size
+    settings = recipe.data
     cores = None if rate is None else math.ceil(images_per_second / rate.images_per_second)
     workers = None if cores is None else math.ceil(cores / gpus_per_node)
-    prefetched = max(1, workers or settings.num_workers) * settings.prefetch_factor * micro_batch * 3 * side**2
+    prefetched = max(1, workers or settings.num_workers) * settings.prefetch_factor * micro_batch * recipe.image_bytes
     return Loading(images_per_second, images_per_second * data.mean_bytes, cores, workers, prefetched * gpus_per_node)

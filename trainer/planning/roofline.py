@@ -106,11 +106,11 @@ def step_model(recipe: Recipe, gpu: Gpu, micro_batch: int, ranks: int = 1, relea
 
 
 def _run(recipe: Recipe, model: Trainable, micro_batch: int, recorder: "_Recorder", autocast: bool) -> None:
-    task, side, meta = task_of(recipe), recipe.encoder.img_size, torch.device("meta")
+    task, meta = task_of(recipe), torch.device("meta")
     model.to(meta)
     inputs = [tensor.to(meta) for tensor in task.example_inputs(model, micro_batch)]
-    pixels = torch.empty(micro_batch, 3, side, side, dtype=torch.uint8, device=meta)
-    to_device = ToDevice(meta, recipe.data.mean, recipe.data.std)
+    pixels = torch.empty(micro_batch, *recipe.image_shape, dtype=getattr(torch, recipe.data.dtype), device=meta)
+    to_device = ToDevice.of(meta, recipe.data)
     with attention_of("cuda"), recorder:
         images = to_device(pixels)
         if autocast:

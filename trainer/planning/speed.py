@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.planning.devices import Gpu
 from mixmae.trainer.planning.roofline import ERROR, step_model
@@ -70,13 +71,14 @@ def _measured(recipe: Recipe, gpu: Gpu, results: Path) -> Iterator[tuple[float, 
     """FLOP/s of the matching results, with file name and variant."""
     wanted = {
         "model": recipe.encoder.name,
-        "img_size": recipe.encoder.img_size,
+        "img_size": both_sides(recipe.encoder.img_size),
         "precision": recipe.train.precision,
     }
     method = recipe.method.name
     for file in sorted(results.glob("*.json")):
         for entry in entries(file):
             recorded = {key: entry.get(key, value) for key, value in wanted.items()}
+            recorded["img_size"] = both_sides(recorded["img_size"])
             is_same = recorded == wanted and entry.get("method", "mixmae") == method
             if "model" in entry and is_same and gpu.product in str(entry.get("device")):
                 yield entry["model_tflops"] * 1e12, f"{file.name}, {_variant(entry)}"

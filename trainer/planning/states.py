@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from mixmae.models.contract import Trainable
 from mixmae.trainer.planning.activation_memory import buffer_bytes
 
 _FP32 = 4
@@ -35,7 +34,7 @@ class Parameters:
     persistent: int
     """In tensors below ZeRO-3's persistence threshold, which are replicated."""
     buffers: int
-    """Bytes of the model's buffers."""
+    """Bytes of the model's buffers, and of frozen models beside it, at most: bf16 ones take half."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,11 @@ class States:
     """Additional to weights, accumulation and optimizer, during the optimizer step."""
 
 
-def count_parameters(model: nn.Module, limits: Limits) -> Parameters:
+def count_parameters(model: Trainable, limits: Limits) -> Parameters:
     sizes = [parameter.numel() for parameter in model.parameters()]
     persistent = sum(size for size in sizes if size <= limits.persistence_threshold)
-    return Parameters(sum(sizes), max(sizes), persistent, buffer_bytes(model))
+    frozen = sum(_FP32 * weight.numel() for other in model.frozen_models() for weight in other.parameters())
+    return Parameters(sum(sizes), max(sizes), persistent, buffer_bytes(model) + frozen)
 
 
 def states(stage: int, precision: str, parameters: Parameters, ranks: int, accumulates: bool, limits: Limits) -> States:

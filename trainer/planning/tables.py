@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mixmae.base.image_size import shown_size
 from mixmae.monitoring.watch.text import amount, duration
 from mixmae.trainer.planning.advice import advice, describe_option, keys
 from mixmae.trainer.planning.memory import MOST_IMAGES, Memory
@@ -209,7 +210,7 @@ def _input_and_output(plan: Plan) -> Iterator[RenderableType]:
         rate = plan.worker_rate
         yield _line(
             f"Cores by {rate.file}: {rate.images_per_second:,.0f} images/s on one core ({rate.cpu}), to "
-            f"{rate.img_size} px.",
+            f"{shown_size(rate.img_size)} px.",
             "dim",
         )
     yield _line(

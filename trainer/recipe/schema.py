@@ -3,6 +3,7 @@
 `sections` has its parts with every default; `loading` reads recipes. No torch: login nodes read them too.
 """
 
+from math import prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.base.redaction import redact_all
 from mixmae.trainer.recipe.sections.checkpoint import Checkpoint
 from mixmae.trainer.recipe.sections.components import EncoderSection, MethodSection
@@ -25,6 +27,7 @@ from mixmae.trainer.recipe.sections.section import Section
 from mixmae.trainer.recipe.sections.segmentation import Segmentation
 from mixmae.trainer.recipe.sections.train import Train
 
+_BYTES = {"uint8": 1, "uint16": 2, "float32": 4}
 _STREAMS = 512
 """The most that a recipe which does not say how many gets."""
 _SHOWN = 20
@@ -83,8 +86,17 @@ class Recipe(Section):
     @property
     def batch_bytes_ahead(self) -> int:
         """Bytes of shared memory for the images that a rank's data workers hold ready."""
-        image = 3 * self.encoder.img_size**2
-        return self.data.num_workers * self.data.prefetch_factor * self.train.micro_batch * image
+        return self.data.num_workers * self.data.prefetch_factor * self.train.micro_batch * self.image_bytes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model is given."""
+        return (self.data.channels, *both_sides(self.encoder.img_size))
+
+    @property
+    def image_bytes(self) -> int:
+        """Of one image as data workers hand it over."""
+        return prod(self.image_shape) * _BYTES[self.data.dtype]
 
     @property
     def streams(self) -> int:

@@ -17,7 +17,8 @@ from mixmae.trainer.checkpoints.resume import Resumed, resume, stored_state
 from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
-from mixmae.trainer.data.integrity import require_usable
+from mixmae.trainer.data.integrity import require_pixels, require_usable
+from mixmae.trainer.data.joined_index import describe_shares
 from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.auto import fit_here
@@ -163,6 +164,7 @@ def check(recipe: Recipe, ranks: Ranks, change: bool = False) -> Job:
     index = open_index(recipe.data.shards, recipe.data.network, recipe.data.cache)
     sample_order(recipe, index)
     note = require_usable(index, recipe.data.max_corrupt_fraction)
+    require_pixels(index, recipe.data)
     schedule = build_schedule(recipe, len(index))
     require_shared_memory(recipe.batch_bytes_ahead)
     if ranks.is_main:
@@ -245,7 +247,7 @@ def _build(
         schedule=schedule,
         state=state,
         batches=batches,
-        to_device=ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+        to_device=ToDevice.of(ranks.device, recipe.data),
         reporter=reporter,
         observer=observer,
         saver=saver,
@@ -309,6 +311,8 @@ def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> 
         total_steps=total_steps,
         **restarted(ends, os.environ),
     )
+    for share in describe_shares(run.index):
+        run.reporter.event("data", share, step=step)
     for note in resumed.notes if resumed is not None else ():
         run.reporter.event("fallback", f"{note}; going on from step {step}", step=step)
     if job.data_note is not None:

@@ -42,7 +42,7 @@ def check_run_dir(recipe: Recipe, index: ShardIndex, change: bool = False) -> li
     earlier = _intact(recipe.run_dir / SHARDS, parse_json, "fingerprint")
     if earlier is not None and earlier["fingerprint"] != index.fingerprint:
         raise UsageError(
-            f"data.shards={recipe.data.shards} changed since {recipe.run_dir} was started: "
+            f"data.shards={recipe.data.where} changed since {recipe.run_dir} was started: "
             f"{index.first_difference(earlier)}; restore the shards or name another run_dir"
         )
     return changes

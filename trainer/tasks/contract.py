@@ -17,6 +17,7 @@ from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.integrity import require_pixels
 from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
@@ -98,7 +99,9 @@ class Task(ABC):
         Raises:
             UsageError: as `open_index`.
         """
-        return open_index(shards, self.recipe.data.network, self.recipe.data.cache)
+        index = open_index(shards, self.recipe.data.network, self.recipe.data.cache)
+        require_pixels(index, self.recipe.data)
+        return index
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         """What data workers make of a sample of `data.shards`."""

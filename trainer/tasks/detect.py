@@ -1,12 +1,14 @@
 """Detection: an encoder under Mask R-CNN learns to find objects, their boxes and masks (COCO's format)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
@@ -14,6 +16,7 @@ from mixmae.models.heads.mask_rcnn.targets import pad_objects
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
+from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
 from mixmae.trainer.data.stream import Batch, ToDevice
@@ -28,7 +31,7 @@ from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
-from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder, require_rgb
 from mixmae.trainer.tasks.registry import register_task
 
 _SLOTS, _OBJECTS = 100, 8
@@ -44,6 +47,7 @@ class Detect(Task):
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
+        require_rgb(recipe)
         return _resolve_classes(recipe)
 
     @property
@@ -55,12 +59,11 @@ class Detect(Task):
     def build(self) -> MaskRCNN:
         recipe, part = self.recipe, self.recipe.detection
         torch.manual_seed(recipe.seed)
-        side = recipe.encoder.img_size
         try:
             backbone = Backbone(build_encoder(recipe))
         except ValueError as error:
             raise UsageError(f"encoder.name={recipe.encoder.name}: {error}") from error
-        return MaskRCNN(backbone, len(self.classes), (side, side), part.channels, part.rois)
+        return MaskRCNN(backbone, len(self.classes), both_sides(recipe.encoder.img_size), part.channels, part.rois)
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
@@ -103,27 +106,27 @@ class Detect(Task):
         """On `evaluate.shards`: see `evaluate_detector`."""
         if self.recipe.evaluate.shards is None:
             return {}
-        side, data = self.recipe.encoder.img_size, self.recipe.data
+        size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
         index = self.open_shards(self.recipe.evaluate.shards)
-        scenes = held_out_scenes(index, ranks, side, beat=beat, threads=data.num_workers)
-        to_device = ToDevice(ranks.device, data.mean, data.std)
+        scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat=beat, threads=data.num_workers)
+        to_device = ToDevice.of(ranks.device, data)
         batch = self.recipe.train.micro_batch
-        found = evaluate_detector(_detector(module), scenes, side, batch, self.classes, to_device, ranks)
+        found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks)
         index.store.close()
         return found
 
     def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
-        side, data = self.recipe.encoder.img_size, self.recipe.data
-        found = find_in_image(_detector(module), image, side, ToDevice(device, data.mean, data.std))
+        size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
+        found = find_in_image(_detector(module), image, size, ToDevice.of(device, data))
         return draw_found(image, found, self.classes)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        side = self.recipe.encoder.img_size
+        height, width = both_sides(self.recipe.encoder.img_size)
         return (
             torch.zeros(batch, _SLOTS, 4),
             torch.zeros(batch, _SLOTS, dtype=torch.int64),
             torch.full((batch,), _OBJECTS),
-            torch.zeros(batch * _OBJECTS, side, side // 8, dtype=torch.uint8),
+            torch.zeros(batch * _OBJECTS, height, width // 8, dtype=torch.uint8),
             torch.zeros(batch, dtype=torch.int64),
         )
 
@@ -147,7 +150,7 @@ def _resolve_classes(recipe: Recipe) -> Recipe:
         index.store.close()
     if not given.classes:
         raise UsageError(
-            f"data.shards={recipe.data.shards} names no classes; build the shards with --coco instances.json"
+            f"data.shards={recipe.data.where} names no classes; build the shards with --coco instances.json"
         )
     if given.num_classes not in (None, len(given.classes)):
         raise UsageError(

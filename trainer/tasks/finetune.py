@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.classification import Classifier
 from mixmae.models.heads.mixup import MixSettings, draw_mix
@@ -35,6 +37,11 @@ class Finetune(Task):
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
         if recipe.augment.rand_augment is not None:
+            if not recipe.data.pixels.is_rgb:
+                raise UsageError(
+                    f"augment.rand_augment={recipe.augment.rand_augment}: its operations are for 8-bit RGB, and the "
+                    f"images have {recipe.data.pixels}; leave it out"
+                )
             RandAugment.parse(recipe.augment.rand_augment, recipe.data.mean)
         return resolve_classes(recipe)
 
@@ -88,12 +95,12 @@ class Finetune(Task):
         return found
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        classifier, size = _classifier(module), self.recipe.encoder.img_size
+        classifier = _classifier(module)
         shape = (batch, classifier.num_classes) if classifier.multi_label else (batch,)
         labels = torch.zeros(shape, dtype=torch.uint8 if classifier.multi_label else torch.int64)
         if not self.mixing.mixes:
             return (labels,)
-        return labels, draw_mix(self.mixing, (size, size), torch.Generator().manual_seed(0))
+        return labels, draw_mix(self.mixing, both_sides(self.recipe.encoder.img_size), torch.Generator().manual_seed(0))
 
     def describe(self) -> str:
         return f"{self.recipe.encoder.name} fine-tuned on {self.recipe.classification.num_classes} classes"

@@ -45,13 +45,13 @@ def model_flops(recipe: Recipe) -> float:
     The forward pass is counted on the meta device; the backward one takes twice as many. Counted is what published
     figures count (`Trainable.as_counted`), and not how it is computed here: computing less makes no model smaller.
     """
-    task, side = task_of(recipe), recipe.encoder.img_size
+    task = task_of(recipe)
     with torch.device("meta"):
         model = task.build().as_counted()
     count = model.min_batch
     inputs = [tensor.to("meta") for tensor in task.example_inputs(model, count)]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model(torch.empty(count, 3, side, side), *inputs)
+        model(torch.empty(count, *recipe.image_shape), *inputs)
     return 3 * counter.get_total_flops() / count
 
 

@@ -61,7 +61,7 @@ def resolve_classes(recipe: Recipe) -> Recipe:
         given = given.model_copy(update={"num_classes": len(given.classes)})
     if given.num_classes is None:
         raise UsageError(
-            f"data.shards={recipe.data.shards} holds no labels, and task={recipe.task} learns from them; "
+            f"data.shards={recipe.data.where} holds no labels, and task={recipe.task} learns from them; "
             "build the shards from one folder for each class, or put a .cls beside each image"
         )
     return recipe.model_copy(update={"classification": given})

@@ -111,6 +111,7 @@ class Linear(Task):
             "stages": max(self.recipe.linear.stages),
             "mean": self.recipe.data.mean,
             "std": self.recipe.data.std,
+            **self.recipe.data.model_dump(mode="json", include={"scale", "nodata"}, exclude_defaults=True),
         }
         folder = self.recipe.run_dir / _FEATURES
         self._cache = open_cache(folder, identity, lambda: self._features(probe, index, ranks, beat), ranks)
@@ -128,11 +129,12 @@ class Linear(Task):
             evaluation_crop(recipe),
             recipe.data.num_workers,
             beat,
+            recipe.data.pixels,
         )
         return features_of(
             lambda images: probe.features(images).cpu(),
             batches,
-            ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+            ToDevice.of(ranks.device, recipe.data),
         )
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:

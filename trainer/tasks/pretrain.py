@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.rng import Purpose, torch_at
 from mixmae.trainer.data.stream import Batch, ToDevice
+from mixmae.trainer.data.transform import VALID
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.features import pooled
 from mixmae.trainer.evaluation.held_out import held_out_batches, require_readable
@@ -51,9 +53,16 @@ class Pretrain(Task):
         torch.manual_seed(recipe.seed)
         encoder, method = build_encoder(recipe), method_class(recipe.method.name)
         try:
-            return method(encoder, **recipe.method.settings)
+            module = method(encoder, **recipe.method.settings)
         except (ValueError, ZeroDivisionError) as error:
             raise UsageError(in_keys("method", method, error)) from error
+        module.set_normalisation(recipe.data.mean, recipe.data.std)
+        if recipe.data.nodata is not None:
+            try:
+                module.mask_invalid_pixels()
+            except ValueError as error:
+                raise UsageError(f"data.nodata={recipe.data.nodata}: {error}; leave it out") from error
+        return module
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
@@ -68,7 +77,8 @@ class Pretrain(Task):
             check_probe_shards(self.open_shards(evaluate.probe.shards), "evaluate.probe")
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return _method(module).draw(len(batch.images), generator)
+        drawn = _method(module).draw(len(batch.images), generator)
+        return (*drawn, batch.targets[VALID]) if VALID in batch.targets else drawn
 
     def pictures(self, module: Trainable, images: Tensor, inputs: Sequence[Tensor], rows: int) -> list[Column]:
         return _method(module).reconstruct(images, *inputs, rows=rows)
@@ -79,14 +89,20 @@ class Pretrain(Task):
         if recipe.evaluate.shards is None:
             return {}
         index = self.open_shards(recipe.evaluate.shards)
-        to_device = ToDevice(ranks.device, recipe.data.mean, recipe.data.std)
+        to_device = ToDevice.of(ranks.device, recipe.data)
         total = torch.zeros(2, device=ranks.device)
         batches = held_out_batches(
-            index, recipe.encoder.img_size, recipe.train.micro_batch, ranks, threads=recipe.data.num_workers, beat=beat
+            index,
+            recipe.encoder.img_size,
+            recipe.train.micro_batch,
+            ranks,
+            threads=recipe.data.num_workers,
+            beat=beat,
+            pixels=recipe.data.pixels,
         )
-        for number, (images, samples) in enumerate(batches):
+        for number, (images, samples, valid) in enumerate(batches):
             generator = torch_at(Purpose.EVALUATION, recipe.seed, ranks.rank, number)
-            inputs = _method(module).draw(len(images), generator)
+            inputs = (*_method(module).draw(len(images), generator), *(() if valid is None else (valid,)))
             loss = module(to_device(images), *(part.to(ranks.device) for part in inputs))
             total += torch.stack([loss * len(samples), torch.tensor(float(len(samples)), device=ranks.device)])
         index.store.close()
@@ -103,17 +119,21 @@ class Pretrain(Task):
             pooled(_method(module).encoder),
             index,
             recipe.encoder.img_size,
-            ToDevice(ranks.device, recipe.data.mean, recipe.data.std),
+            ToDevice.of(ranks.device, recipe.data),
             ranks,
             batch=recipe.train.micro_batch,
             threads=recipe.data.num_workers,
             beat=beat,
+            pixels=recipe.data.pixels,
         )
         index.store.close()
         return {f"probe_{name}": value for name, value in figures.items()}
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        return _method(module).draw(batch, torch.Generator().manual_seed(0))
+        drawn = _method(module).draw(batch, torch.Generator().manual_seed(0))
+        if not _method(module).masks_invalid:
+            return drawn
+        return *drawn, torch.ones(batch, *both_sides(self.recipe.encoder.img_size), dtype=torch.bool)
 
     def describe(self) -> str:
         return f"{self.recipe.encoder.name} by {self.recipe.method.name}"

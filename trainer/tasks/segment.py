@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
+from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.upernet import Segmenter
@@ -25,7 +26,7 @@ from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
-from mixmae.trainer.tasks.encoder import build_encoder, check_encoder
+from mixmae.trainer.tasks.encoder import build_encoder, check_encoder, require_rgb
 from mixmae.trainer.tasks.registry import register_task
 
 
@@ -38,6 +39,7 @@ class Segment(Task):
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
+        require_rgb(recipe)
         return _with_classes(recipe)
 
     def build(self) -> Segmenter:
@@ -105,8 +107,7 @@ class Segment(Task):
         return Prediction(picture(image, found), {"classes": classes}, [f"{v:6.1%}  {k}" for k, v in classes.items()])
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
-        size = self.recipe.encoder.img_size
-        return (torch.zeros(batch, size, size, dtype=torch.uint8),)
+        return (torch.zeros(batch, *both_sides(self.recipe.encoder.img_size), dtype=torch.uint8),)
 
     def describe(self) -> str:
         part = self.recipe.segmentation
@@ -135,7 +136,7 @@ def _with_classes(recipe: Recipe) -> Recipe:
     number = given.num_classes or len(given.classes or ())
     if number < 2:
         raise UsageError(
-            f"segmentation.num_classes is not set, and data.shards={recipe.data.shards} names {number} classes; set "
+            f"segmentation.num_classes is not set, and data.shards={recipe.data.where} names {number} classes; set "
             "it, or build the shards with their names"
         )
     return recipe.model_copy(update={"segmentation": given.model_copy(update={"num_classes": number})})

@@ -140,5 +140,5 @@ def test_pvt_is_that_of_its_authors() -> None:
 
 def test_positions_of_no_square_cannot_be_resized() -> None:
     oblong, square = create_encoder("mixmae_vit_nano", img_size=(128, 64)), create_encoder("mixmae_vit_nano")
-    with pytest.raises(ValueError, match="32 tokens are of no square"):
+    with pytest.raises(ValueError, match="32 tokens are neither of a square"):
         square.fit_state_dict(oblong.state_dict())

@@ -1,16 +1,34 @@
-"""UperNet against a second implementation, written from mmsegmentation's configuration of BEiT's recipes."""
+"""UperNet's heads against transformers', which follow mmsegmentation's; the loss; sizes against the paper's."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.models import create_encoder
 from mixmae.models.heads.backbone import Backbone
-from mixmae.models.heads.upernet import Segmenter
+from mixmae.models.heads.upernet import ConvNorm, PixelClassifier, Segmenter, UperNetHead
 
 CLASSES = 7
+REFERENCE = Path(__file__).parents[2] / "data" / "upernet_tiny.safetensors"
+OUR_NAMES = [
+    ("decode_head.psp_modules.", "head.pyramid_pooling.branches."),
+    ("decode_head.bottleneck", "head.pyramid_pooling.bottleneck"),
+    ("decode_head.lateral_convs", "head.lateral"),
+    ("decode_head.fpn_convs", "head.smooth"),
+    ("decode_head.fpn_bottleneck", "head.fuse"),
+    ("decode_head.classifier", "head.classify.1"),
+    ("auxiliary_head.convs.0", "auxiliary.0"),
+    ("auxiliary_head.classifier", "auxiliary.1.1"),
+    (".conv.", ".0."),
+    (".batch_norm.", ".1."),
+]
+"""Parts of transformers' names and of ours, beside them."""
 
 
 def segmenter(side: int = 96) -> Segmenter:
@@ -18,58 +36,56 @@ def segmenter(side: int = 96) -> Segmenter:
     return Segmenter(Backbone(create_encoder("mixmae_swin_nano", img_size=side)), CLASSES, width=24)
 
 
-def conv_bn_relu(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    kernel = state[f"{name}.0.weight"]
-    x = F.conv2d(x, kernel, padding=(kernel.shape[2] - 1) // 2)
-    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-    scale, shift = state[f"{name}.1.weight"][:, None, None], state[f"{name}.1.bias"][:, None, None]
-    return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
-
-
-def bilinear(x: Tensor, size: torch.Size) -> Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def uperhead(state: dict[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    """UPerHead: pool_scales (1, 2, 3, 6), align_corners False, dropout aside."""
-    laterals = [conv_bn_relu(state, f"head.lateral.{i}", inputs[i]) for i in range(3)]
-    pooled = [inputs[3]]
-    for i, scale in enumerate((1, 2, 3, 6)):
-        branch = conv_bn_relu(state, f"head.pyramid_pooling.branches.{i}.1", F.adaptive_avg_pool2d(inputs[3], scale))
-        pooled.append(bilinear(branch, inputs[3].shape[2:]))
-    laterals.append(conv_bn_relu(state, "head.pyramid_pooling.bottleneck", torch.cat(pooled, dim=1)))
-    for i in (3, 2, 1):
-        laterals[i - 1] = laterals[i - 1] + bilinear(laterals[i], laterals[i - 1].shape[2:])
-    outs = [conv_bn_relu(state, f"head.smooth.{i}", laterals[i]) for i in range(3)] + [laterals[3]]
-    outs = [bilinear(x, outs[0].shape[2:]) for x in outs]
-    fused = conv_bn_relu(state, "head.fuse", torch.cat(outs, dim=1))
-    return F.conv2d(fused, state["head.classify.1.weight"], state["head.classify.1.bias"])
-
-
-def fcnhead(state: dict[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    """FCNHead: in_index 2, one convolution of 256 channels."""
-    x = conv_bn_relu(state, "auxiliary.0", inputs[2])
-    return F.conv2d(x, state["auxiliary.1.1.weight"], state["auxiliary.1.1.bias"])
-
-
-def test_logits_and_loss_are_those_of_a_second_implementation() -> None:
-    model = segmenter()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout2d):
+def without_dropout(model: nn.Module) -> None:
+    """In training; transformers' heads have none."""
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout2d):
             module.eval()
-    state = {name: value.detach() for name, value in model.named_parameters()}
-    state = {
-        name: torch.randn_like(v) if name.endswith(".1.weight") and v.ndim == 1 else v for name, v in state.items()
-    }
-    model.load_state_dict(state, strict=False)
+
+
+def test_heads_compute_what_transformers_do() -> None:
+    """The same weights give the same logits and running statistics, in tests and in training."""
+    with safe_open(REFERENCE, framework="pt") as file:
+        reference = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["config"])
+    widths, classes = config["widths"], config["classes"]
+    auxiliary = nn.Sequential(ConvNorm(widths[2], 256, 3), PixelClassifier(256, classes))
+    heads = nn.ModuleDict({"head": UperNetHead(widths, config["width"], classes), "auxiliary": auxiliary})
+    heads.load_state_dict(ours(reference, "state."))
+    maps = [reference[f"map{level}"] for level in range(4)]
+    for mode, begin in (("eval", nn.Module.eval), ("train", without_dropout)):
+        begin(heads)
+        with torch.no_grad():
+            found = {"decode_head": heads["head"](maps), "auxiliary_head": heads["auxiliary"](maps[2])}
+        for name, logits in found.items():
+            torch.testing.assert_close(logits, reference[f"{mode}.{name}"], atol=1e-5, rtol=1e-5)
+    state = heads.state_dict()
+    for name, value in ours(reference, "after.").items():
+        torch.testing.assert_close(state[name], value)
+
+
+def ours(reference: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by our names."""
+    found = {}
+    for theirs, value in reference.items():
+        if theirs.startswith(prefix):
+            name = theirs.removeprefix(prefix)
+            for part, own in OUR_NAMES:
+                name = name.replace(part, own)
+            found[name] = value
+    return found
+
+
+def test_the_loss_is_the_mean_over_all_pixels_and_teaches_every_parameter() -> None:
+    model = segmenter()
+    without_dropout(model)
     images, labels = torch.randn(3, 3, 96, 96), torch.randint(0, CLASSES, (3, 96, 96))
     labels[0, :40] = 255
     maps = model.backbone(images)
-    torch.testing.assert_close(model.head(maps), uperhead(state, maps), atol=1e-4, rtol=1e-4)
     losses = []
-    for logits in (uperhead(state, maps), fcnhead(state, maps)):
-        scores = bilinear(logits, images.shape[2:]).log_softmax(1)
-        right = scores.gather(1, labels.clamp(max=CLASSES - 1)[:, None])[:, 0]
+    for logits in (model.head(maps), model.auxiliary(maps[2])):
+        full = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+        right = full.log_softmax(1).gather(1, labels.clamp(max=CLASSES - 1)[:, None])[:, 0]
         losses.append(-(right * (labels != 255)).sum() / labels.numel())
     loss = model(images, labels.to(torch.uint8))
     torch.testing.assert_close(loss, losses[0] + 0.4 * losses[1], atol=1e-5, rtol=1e-4)

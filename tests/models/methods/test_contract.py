@@ -15,6 +15,7 @@ from mixmae.models.methods.registry import method_class
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.deepspeed_engine import compile_parts
 from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
+from tests.models.methods.teachers import small_teacher
 
 FAMILIES = ["swin", "vit", "pvt", "twins", "resnet"]
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -29,19 +30,29 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "zoomin": ("mixmae", {"fill": "zoomin", **ONE_IMAGE}),
     "mask_tokens": ("mixmae", {"num_images": 2, "extra_mask_ratio": 0.5, **DECODER}),
     "mix_embedding": ("mixmae", {"num_images": 2, "separate_groups": False, "mix_embedding": True, **DECODER}),
+    "distill": ("mixmae_distill", {"num_images": 3, "teacher_weight": 0.25, **DECODER}),
+    "refine": ("refine", {"num_blocks": 2, "hidden_dim": 32, "embed_dim": 16, "queue_size": 64, "temperature": 1.0}),
 }
 ON_ALL = [(family, method) for method in ("mixmae", "simmim", "learnable", "mask_tokens") for family in FAMILIES]
 ON_SOME = [("vit", "mae"), ("swin", "mae"), ("swin", "zero"), ("swin", "shuffle"), ("swin", "zoomin")]
+ON_SOME += [("swin", "distill"), ("swin", "refine"), ("vit", "refine")]
 COMBINATIONS = [*ON_ALL, *ON_SOME, ("swin", "mix_embedding"), ("resnet", "mix_embedding")]
 BATCH, SIZE = 3, 128
+RECTANGLE = (64, 192)
 
 every_combination = pytest.mark.parametrize(("family", "method"), COMBINATIONS)
+every_reconstruction = pytest.mark.parametrize(
+    ("family", "method"), [pair for pair in COMBINATIONS if pair[1] != "refine"]
+)
 
 
-def build(family: str, method: str, **changes: Any) -> Method:
+def build(family: str, method: str, **sizes: Any) -> Method:
     torch.manual_seed(0)
     name, settings = METHODS[method]
-    return method_class(name)(create_encoder(f"mixmae_{family}_nano"), **settings | changes)
+    if method == "distill":
+        settings = {**settings, "teacher": small_teacher()}
+    model = method_class(name)(create_encoder(f"mixmae_{family}_nano", **sizes), **settings)
+    return model.eval() if method == "refine" else model  # whose queue each step of training changes
 
 
 def drawn(model: Method, seed: int) -> tuple[Tensor, ...]:
@@ -78,7 +89,7 @@ def test_all_that_is_random_is_drawn_on_the_cpu_in_shapes_that_stay(family: str,
     assert [(x.shape, x.dtype, x.device.type) for x in first] == [(x.shape, x.dtype, "cpu") for x in other]
 
 
-@every_combination
+@every_reconstruction
 def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     model = build(family, method)
     images, inputs = torch.randn(BATCH, 3, SIZE, SIZE), drawn(model, 0)
@@ -91,6 +102,26 @@ def test_pictures_are_of_the_first_images(family: str, method: str) -> None:
     source, painted = columns[1].images, columns[2].images
     same = (source == painted).unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).all(-1).all(-2).all(1)
     assert 0.1 < same.float().mean() < 0.7, "visible patches are the image's own, and others are predicted"
+
+
+@every_reconstruction
+def test_images_may_be_rectangles_of_any_channels(family: str, method: str) -> None:
+    """All cells and channels are learned from: no side is taken for the other."""
+    channels = 3 if method == "distill" else 4  # as teachers are of RGB images
+    model = build(family, method, img_size=RECTANGLE, in_chans=channels)
+    images, inputs = torch.randn(BATCH, channels, *RECTANGLE), drawn(model, 0)
+    assert model.encoder.grid == tuple(side // model.encoder.stride for side in RECTANGLE)
+    loss = model(images.requires_grad_(), *inputs)
+    assert 0.3 < loss.item() < 2
+    (gradient,) = torch.autograd.grad(loss, images)
+    cells = gradient.abs().sum((0, 1)).unflatten(1, (-1, 32)).unflatten(0, (-1, 32)).sum((1, 3))
+    assert (cells > 0).all()
+    assert (gradient.abs().sum((0, 2, 3)) > 0).all()
+    with torch.no_grad():
+        columns = model.reconstruct(images, *inputs, rows=2)
+    assert all(column.images.shape == (2, channels, *RECTANGLE) for column in columns)
+    same = (columns[1].images == columns[2].images).unflatten(3, (-1, 16)).unflatten(2, (-1, 16))
+    assert 0.1 < same.all(-1).all(-2).all(1).float().mean() < 0.7, "visible patches are the image's own"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ FILE = ROOT / "tests" / "data" / "simmim_tiny.safetensors"
 class TimmSwin(Encoder):
     """timm's Swin, of shifted windows, as an encoder of ours."""
 
+    first_conv = "swin.patch_embed.proj"
     grid = (2, 2)
     feature_info = [{"reduction": 4}]  # noqa: RUF012
 

@@ -16,6 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop as their_center_crop
 from torchvision.transforms.functional import resized_crop
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.decode import (
@@ -46,7 +47,7 @@ def small_photo() -> Image.Image:
     return photo(0).resize((130, 90), Image.Resampling.BICUBIC)
 
 
-def view(content: bytes, data: Data, seed: int, size: int = 64, state: int | None = None) -> np.ndarray:
+def view(content: bytes, data: Data, seed: int, size: ImageSize = 64, state: int | None = None) -> np.ndarray:
     """[H, W, 3] as integers, to take differences."""
     state = inspect_image(content) if state is None else state
     return random_resized_crop(content, state, size, data, Random(seed)).permute(1, 2, 0).numpy().astype(int)
@@ -88,13 +89,37 @@ def test_plans_lose_no_resolution(width: int, height: int, seed: int, orientatio
     assert (right - left) * (lower - upper) >= area * (1 - 2 * plan.reduction / min(box[2] - box[0], box[3] - box[1]))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_reference_is_torchvisions_resized_crop(seed: int) -> None:
-    image = small_photo()
-    left, upper, right, lower = sample_crop_box(*image.size, PLAIN.crop_scale, Random(seed))
-    expected = resized_crop(image, upper, left, lower - upper, right - left, [64, 64], interpolation=3)
-    found = view(encoded(image), Data(decoder="pillow", hflip=0.0), seed, 64)
+@pytest.mark.parametrize(("seed", "size"), [(0, 64), (1, 64), (2, 64), (3, 64), (0, (64, 96)), (1, (96, 32))])
+def test_the_reference_is_torchvisions_resized_crop(seed: int, size: ImageSize) -> None:
+    image, (height, width) = small_photo(), both_sides(size)
+    left, upper, right, lower = sample_crop_box(*image.size, PLAIN.crop_scale, Random(seed), width / height)
+    expected = resized_crop(image, upper, left, lower - upper, right - left, [height, width], interpolation=3)
+    found = view(encoded(image), Data(decoder="pillow", hflip=0.0), seed, size)
     assert np.array_equal(found, np.asarray(expected))
+
+
+def test_crops_of_a_rectangle_are_of_its_shape_to_a_third() -> None:
+    for seed in range(200):
+        left, upper, right, lower = sample_crop_box(500, 375, (0.2, 1.0), Random(seed), aspect_of_view=2.0)
+        assert 0 <= left < right <= 500
+        assert 0 <= upper < lower <= 375
+        assert 2 * 0.74 < (right - left) / (lower - upper) < 2 * 1.35
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_fast_rectangles_are_the_references_and_stand_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photo(3), "JPEG", quality=95, exif=exif)
+    for size in ((96, 160), (160, 96)):
+        fast, plain = (view(content, data, 1, size) for data in (FAST, PLAIN))
+        assert fast.shape == (*size, 3)
+        assert np.abs(fast - plain).mean() < 1.5
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    box = center_crop_box(*upright.size, (0.5, 0.5))
+    expected = np.asarray(upright.crop(box).resize((80, 160), Image.Resampling.BICUBIC)).astype(int)
+    found = center_resized_crop(content, inspect_image(content), (160, 80)).permute(1, 2, 0).numpy()
+    assert np.abs(found - expected).mean() < 3  # a box of whole reduced pixels, and not the same one
 
 
 def test_fast_views_are_the_references_to_less_than_a_level() -> None:

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -17,6 +18,7 @@ import webdataset
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.data.index import SAMPLE, Shard, Table, fingerprint_of, open_index
+from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.indexing import write_index
 from tests.helpers import tar_of
@@ -289,3 +291,41 @@ def test_a_table_that_is_truncated_under_a_run_does_not_reach_it(shards: Path, t
     index = open_index(tmp_path / "copy")
     (tmp_path / "copy" / "samples.npy").write_bytes(b"")
     assert len(index.read(len(index) - 1)) == index.samples["size"][-1]
+
+
+def test_a_directory_without_shards_says_what_to_type(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "1.JPG").write_bytes(b"x")
+    photos, above = tmp_path / "photos", tmp_path / "above"
+    above.mkdir()
+    (above / "train").symlink_to(shards)
+    for directory, remedy in (
+        (photos, f"it holds images; 'mixmae shards build {photos} {photos}-shards' makes shards of them"),
+        (above, f"its folders hold shards; name one of them: {above}/train"),
+    ):
+        for reader in (open_index, write_index, lambda place: check_shards(place, 1)):
+            with pytest.raises(UsageError, match=re.escape(remedy)):
+                reader(directory)
+
+
+def test_an_index_apart_from_its_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, apart = tmp_path / "stored", tmp_path / "index" / "of-stored"
+    stored.mkdir()
+    for tar in shards.glob("*.tar"):
+        shutil.copy(tar, stored)
+    argv = ["index", str(stored), "--output", str(apart), "--jobs", "1"]
+    assert main(argv) == 0
+    assert f"the index is in {apart}; name it as data.shards" in capsys.readouterr().out
+    assert not (stored / "index.json").exists()
+    index = open_index(apart)
+    assert [index.read(sample) for sample in (0, 53)] == [open_index(shards).read(sample) for sample in (0, 53)]
+    assert index.fingerprint == write_index(shutil.copytree(stored, tmp_path / "copy")).fingerprint
+    assert main(["check", str(apart), "--jobs", "1"]) == 0
+    with next(iter(stored.glob("*.tar"))).open("r+b") as file:
+        file.truncate(5000)
+    assert main(["check", str(apart), "--jobs", "1"]) == 1
+    with pytest.raises(UsageError, match=f"--repair rewrites shards, and those of {apart} are in {stored}"):
+        main(["check", str(apart), "--jobs", "1", "--repair"])
+    stored.rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=f"is of shards in {stored}, which does not exist; mount it"):
+        open_index(apart)

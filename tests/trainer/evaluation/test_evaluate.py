@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -81,7 +82,7 @@ def released_weights(reference: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_an_imported_release_gives_its_logits(reference: dict[str, Tensor], tmp_path: Path) -> None:
     model = imported(released_weights(reference), tmp_path)
-    assert (model.size, model.num_classes, model.crop_ratio, model.class_names) == (224, 10, 0.875, ())
+    assert (model.size, model.num_classes, model.crop_ratio, model.class_names) == ((224, 224), 10, 0.875, ())
     _, logits = model(reference["images_uint8"])
     assert logits is not None
     torch.testing.assert_close(logits, reference["logits"], atol=1e-4, rtol=1e-4)
@@ -95,7 +96,7 @@ def test_so_does_one_for_384_pixels(reference: dict[str, Tensor], tmp_path: Path
             state[name] = resized(state[name], 2 * window - 1)
     state["absolute_pos_embed"] = resized(sincos_positions((56, 56), 16).flatten(0, 1), 96)[None]
     model = imported(state, tmp_path)
-    assert (model.size, model.crop_ratio) == (384, 1.0)
+    assert (model.size, model.crop_ratio) == ((384, 384), 1.0)
     _, logits = model(reference["images_uint8"].repeat(1, 1, 2, 2)[..., :384, :384])
     assert logits is not None
     expected = load_file(ROOT / "tests" / "data" / "mixmim_finetune_tiny_384.safetensors")["logits"]
@@ -123,15 +124,29 @@ def test_scores_agree_with_scikit_learn() -> None:
     assert score.per_class()[6].isnan()
 
 
-def test_crops_are_those_of_resizing_to_256_and_cropping_224() -> None:
+def smooth_png() -> tuple[Image.Image, bytes]:
+    """300 x 400 px."""
     y, x = np.mgrid[:300, :400] / 40
     pixels = np.stack([np.sin(x) + np.cos(y), np.cos(x - y), np.sin(2 * y)], -1)
     image = Image.fromarray(((pixels / pixels.max() + 1) * 127).clip(0, 255).astype(np.uint8))
     content = io.BytesIO()
     image.save(content, "PNG")
-    ours = center_resized_crop(content.getvalue(), inspect_image(content.getvalue()), 224, 224 / 256)
+    return image, content.getvalue()
+
+
+def test_crops_are_those_of_resizing_to_256_and_cropping_224() -> None:
+    image, content = smooth_png()
+    ours = center_resized_crop(content, inspect_image(content), 224, 224 / 256)
     resized = v2.Compose([v2.Resize(256, v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor()])
     assert (ours.float() - resized(image).float()).abs().mean() < 1.5
+
+
+@pytest.mark.parametrize("size", [(96, 192), (160, 96)])
+def test_crops_of_a_rectangle_are_timms(size: tuple[int, int]) -> None:
+    image, content = smooth_png()
+    theirs = create_transform((3, *size), interpolation="bicubic", crop_pct=0.875, mean=(0, 0, 0), std=(1, 1, 1))
+    ours = center_resized_crop(content, inspect_image(content), size, 0.875)
+    assert (ours.float() - 255 * theirs(image)).abs().mean() < 1.5
 
 
 def test_evaluate_finds_what_the_model_says(model: Path, coloured: Path, tmp_path: Path) -> None:

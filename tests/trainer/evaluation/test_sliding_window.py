@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mixmae.trainer.evaluation.sliding_window import classes_of, sliding_logits, starts
+from mixmae.trainer.evaluation.sliding_window import classes_of, count_windows, sliding_logits, starts
 
 
 def segment(views: Tensor) -> Tensor:
@@ -33,6 +33,13 @@ def test_logits_are_the_mean_of_all_windows(size: tuple[int, int], batch: int) -
             count[y : y + 8, x : x + 8] += 1
     expected = (total / count)[:, : size[0], : size[1]]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=1e-5)
+
+
+def test_windows_may_be_rectangles() -> None:
+    image = torch.randn(3, 9, 30, generator=torch.Generator().manual_seed(0))
+    found = sliding_logits(lambda views: views * 2, image, (8, 16), (5, 10), batch=2)
+    torch.testing.assert_close(found, image * 2)
+    assert count_windows(9, 30, (8, 16), (5, 10)) == 2 * 3
 
 
 @given(st.integers(1, 900), st.integers(1, 200), st.integers(1, 200))

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
 
 from mixmae.base.errors import UsageError
@@ -28,6 +30,25 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.umask(before)
     return out
+
+
+def test_an_encoder_of_rectangles_opens_as_it_was(tmp_path: Path) -> None:
+    encoder: Any = create_encoder("mixmae_vit_nano", img_size=(64, 128))
+    write_encoder_directory(tmp_path / "out", "mixmae_vit_nano", {"img_size": (64, 128)}, encoder.state_dict())
+    opened: Any = load_encoder(tmp_path / "out")
+    assert opened.pretrained_cfg["input_size"] == (3, 64, 128)
+    images = torch.randn(2, 3, 64, 128)
+    torch.testing.assert_close(opened(images), encoder(images).mean((1, 2)))
+    larger: Any = load_encoder(tmp_path / "out", img_size=(128, 256))
+    assert larger(torch.randn(1, 3, 128, 256)).shape == (1, 64)
+    # As many tokens in another shape.
+    wide: Any = load_encoder(tmp_path / "out", img_size=(32, 256))
+    encoder.set_input_size((32, 256))
+    torch.testing.assert_close(wide.pos_embed.weight, encoder.pos_embed.weight)
+    assert not torch.equal(wide.pos_embed.weight, opened.pos_embed.weight)
+    started: Any = create_encoder("mixmae_vit_nano", img_size=(32, 256))
+    initialise_classifier(started, tmp_path / "out", ())
+    torch.testing.assert_close(started.pos_embed.weight, encoder.pos_embed.weight)
 
 
 def test_all_files_follow_the_umask(directory: Path) -> None:
@@ -88,7 +109,9 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "size of another type": (changed("model_args", {"depth": "x"}), "model_args.depth='x'"),
     "mean": (changed("pretrained_cfg.mean", [0, float("nan"), 0]), "mean.*finite"),
     "std": (changed("pretrained_cfg.std", [0, 1, 1]), "std.*greater than 0"),
-    "two of three": (changed("pretrained_cfg.mean", [0, 1]), "mean"),
+    "two of three": (changed("pretrained_cfg.mean", [0, 1]), "mean.* has 2 values; expected one for each"),
+    "channels": (changed("data", {"channels": 5}), r"one for each of data\.channels=5"),
+    "pixels of another type": (changed("data", {"dtype": "int4"}), "dtype='int4'"),
     "input": (changed("pretrained_cfg.input_size", "224"), "input_size='224': expected a list"),
 }
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -131,6 +154,8 @@ def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> 
     sizes: dict[str, Any] = {"img_size": 192}
     with pytest.raises(UsageError, match=r"encoder\.init: .* of 128x128 px, .* set encoder\.pretrain_img_size=128"):
         initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small", ())
+    with pytest.raises(UsageError, match=r"set encoder\.pretrain_img_size=128"):
+        initialise_classifier(create_encoder("mixmae_swin_nano", **sizes), tmp_path / "small" / ENCODER, ())
     large: Any = create_encoder("mixmae_swin_nano", **sizes, pretrain_img_size=128)
     initialise_classifier(large, tmp_path / "small", ())
     opened: Any = load_encoder(tmp_path / "small", **sizes)
@@ -138,3 +163,20 @@ def test_positions_stay_those_of_pretraining_at_another_size(tmp_path: Path) -> 
     assert large.positions.shape == (48, 48, 32)
     assert torch.equal(large.positions, opened.positions)
     assert torch.equal(large.positions, small.positions)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_timm_pushes_to_the_hub_what_timm_opens_again(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_classes: int
+) -> None:
+    def upload(api: HfApi, *, folder_path: str, **_: Any) -> None:
+        shutil.copytree(folder_path, tmp_path / "hub")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **_: RepoUrl(f"https://huggingface.co/{repo_id}"))
+    monkeypatch.setattr(HfApi, "file_exists", lambda api, **_: False)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    pushed: Any = load_encoder(directory, num_classes=num_classes, img_size=96).eval()
+    timm.models.push_to_hf_hub(pushed, "me/photos")
+    opened = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(opened(images), pushed(images))

@@ -61,7 +61,7 @@ def real_model(recipe: Recipe, policy: ActivationCheckpointing, device: torch.de
 
 
 def blank(recipe: Recipe, micro_batch: int) -> Tensor:
-    return torch.zeros(micro_batch, 3, recipe.encoder.img_size, recipe.encoder.img_size, dtype=torch.uint8)
+    return torch.zeros(micro_batch, *recipe.image_shape, dtype=torch.uint8)
 
 
 def one_pass(model: Trainable, recipe: Recipe, pixels: Tensor, device: torch.device) -> Tensor:

@@ -57,6 +57,9 @@ def test_a_resolved_recipe_reads_back_the_same(recipe_file: Path) -> None:
         ("optim.betas=[2,3]", "less than 1"),
         ("data.crop_scale=[1.0,0.2]", "low <= high"),
         ("data.std=[0,1,1]", "greater than 0"),
+        ("encoder.img_size=[64]", "encoder.img_size"),
+        ("encoder.img_size=[64,0]", "greater than 0"),
+        ("encoder.img_size=[224,100]", "224x100 does not divide into cells of 32 px"),
     ],
 )
 def test_mistakes_are_explained(recipe_file: Path, override: str, message: str) -> None:
@@ -101,6 +104,14 @@ def test_spans() -> None:
     assert Span(40, "epoch").steps(1_281_167, 1024) == round(40 * 1_281_167 / 1024)
     assert Span(5e6, "sample").steps(10, 1000) == 5000
     assert Span(7, "step").steps(10, 1000) == 7
+
+
+def test_a_square_is_the_same_written_as_two_sides(recipe_file: Path) -> None:
+    square, rectangle = (load_recipe(recipe_file, [f"encoder.img_size={sides}"]) for sides in ("[96,96]", "[64,128]"))
+    assert square.encoder.img_size == 96
+    assert rectangle.encoder.img_size == (64, 128)
+    assert rectangle.image_shape == (3, 64, 128)
+    assert parse_recipe(yaml.safe_load(rectangle.to_yaml()), "") == rectangle
 
 
 def test_recipes_that_compute_the_same_have_one_name(recipe_file: Path) -> None:

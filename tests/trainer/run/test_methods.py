@@ -9,7 +9,7 @@ import timm
 import torch
 
 from mixmae.base.run_directory import complete_checkpoints
-from mixmae.trainer.checkpoints.weights import master_weights
+from mixmae.trainer.checkpoints.weights import master_weights, saved_buffers
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
@@ -18,6 +18,7 @@ from mixmae.trainer.run.lifecycle import check, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
+from tests.models.methods.teachers import small_teacher
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
 FAMILIES = {
@@ -33,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mae": DECODER,
     "mask tokens": {"name": "mixmae", "num_images": 2, "extra_mask_ratio": 0.5, **DECODER},
     "mix embedding": {"name": "mixmae", "num_images": 2, "separate_groups": False, "mix_embedding": True, **DECODER},
+    "distill": {"name": "mixmae_distill", "num_images": 2, **DECODER},
+    "refine": {"num_blocks": 2, "hidden_dim": 16, "embed_dim": 8, "queue_size": 12},
 }
 IN_EACH_CI = [
     *(("swin", method) for method in METHODS if method != "mixmae"),
@@ -55,7 +58,9 @@ def recipe_of(family: str, method: str, stage: int, shards: Path, folder: Path) 
         "monitoring.enabled": False,
     }
     recipe = tiny_recipe(**changes)
-    sizes, settings = FAMILIES[family], METHODS[method]
+    sizes, settings = FAMILIES[family], dict(METHODS[method])
+    if method == "distill":
+        settings["teacher"] = small_teacher()
     encoder = EncoderSection(name=f"mixmae_{family}_nano", img_size=64, **sizes) if sizes else recipe.encoder
     return recipe.model_copy(update={"method": MethodSection(**{"name": method, **settings}), "encoder": encoder})
 
@@ -92,6 +97,10 @@ def test_interrupted_runs_end_with_the_same_bits(
     for made, cut in zip(whole, parts, strict=True):
         expected, actual = (master_weights(complete_checkpoints(recipe.run_dir)[-1]) for recipe in (made, cut))
         assert all(torch.equal(value, actual[name]) for name, value in expected.items()), made.run_dir.name
+        before, after = (saved_buffers(complete_checkpoints(recipe.run_dir)[-1]) for recipe in (made, cut))
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), made.run_dir.name
+        assert ("heads.0.queue" in before) == ("refine" in made.run_dir.name)
+        assert not any(name.startswith("teacher.") for name in (*expected, *before))
         losses = [[event["loss"] for event in read_events(recipe.run_dir, "step")] for recipe in (made, cut)]
         assert losses[0][-2:] == losses[1][-2:]
         out = export(made.run_dir, tmp_path / "exported" / made.run_dir.name)

@@ -28,7 +28,7 @@ from mixmae.trainer.tasks.registry import task_of
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
-from tests.trainer.tasks.resumed import Shards, content, runs_of
+from tests.trainer.tasks.resumed import Shards, content, require_same_end, runs_of
 
 KINDS = [(1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision."""
@@ -85,6 +85,11 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
     assert events[0][0].keys() >= {"box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"}
     (picture,) = (whole / "pictures").iterdir()
     assert Image.open(picture).size[0] > 2 * 64
+
+
+@pytest.mark.distributed
+def test_a_preempted_run_goes_on_as_if_nothing_had_happened(runs: Callable[[int, str], Path]) -> None:
+    require_same_end(runs(*KINDS[-1]), content)
 
 
 @pytest.mark.distributed

@@ -27,7 +27,7 @@ from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
 from tests.trainer.tasks import resumed
-from tests.trainer.tasks.resumed import Shards, runs_of
+from tests.trainer.tasks.resumed import Shards, require_same_end, runs_of
 
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision: each of DeepSpeed's optimizers once."""
@@ -84,6 +84,11 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
 
 
 @pytest.mark.distributed
+def test_a_preempted_run_goes_on_as_if_nothing_had_happened(runs: Callable[[int, str], Path]) -> None:
+    require_same_end(runs(*KINDS[-1]), content)
+
+
+@pytest.mark.distributed
 def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None:
     losses = {kind: [event["loss"] for event in read_events(runs(*kind), "step")] for kind in KINDS}
     expected = losses[0, "fp32"]
@@ -120,7 +125,7 @@ def test_an_export_is_a_timm_model_that_scores_as_the_run_said(
     to_device = ToDevice(torch.device("cpu"), model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     crop = model.pretrained_cfg["crop_pct"]
     with torch.inference_mode():
-        for images, samples in held_out_batches(index, 64, 2, Ranks(), crop):
+        for images, samples, _ in held_out_batches(index, 64, 2, Ranks(), crop):
             logits.append(model(to_device(images))[: len(samples)])
             labels += index.samples["label"][list(samples)].tolist()
     scores, true = torch.cat(logits), torch.tensor(labels, dtype=torch.int64)

@@ -129,7 +129,7 @@ def test_cached_features_are_those_of_the_images(folder: Path, shards: Path) -> 
     cache, index = FeatureCache(folder / "cached" / "features", 1), open_index(shards)
     probe = LinearProbe(encoder(), 18, [Variant(2, 1.0)])
     data = tiny_recipe().data
-    (images, samples), *_ = held_out_batches(index, 64, 8, Ranks(), 0.875)
+    (images, samples, _), *_ = held_out_batches(index, 64, 8, Ranks(), 0.875)
     expected = probe.features(ToDevice(torch.device("cpu"), data.mean, data.std)(images))
     torch.testing.assert_close(cache.rows(samples), expected)
     assert expected.shape == (8, probe.widths[0])

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mixmae.models.heads import upernet
 from mixmae.models.heads.upernet import Segmenter
 from mixmae.trainer.checkpoints.weights import model_weights, saved_buffers
 from mixmae.trainer.data.dense.held_out import held_out_scenes
+from mixmae.trainer.data.dense.resizing import fit_over
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
@@ -34,7 +36,7 @@ from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train
 from tests.trainer.tasks import resumed
-from tests.trainer.tasks.resumed import Shards, runs_of
+from tests.trainer.tasks.resumed import Shards, require_same_end, runs_of
 
 KINDS = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
 """ZeRO stage and precision: each of DeepSpeed's optimizers once."""
@@ -105,6 +107,11 @@ def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], s
 
 
 @pytest.mark.distributed
+def test_a_preempted_run_goes_on_as_if_nothing_had_happened(runs: Callable[[int, str], Path]) -> None:
+    require_same_end(runs(*KINDS[-1]), content)
+
+
+@pytest.mark.distributed
 def test_every_stage_computes_the_same(runs: Callable[[int, str], Path]) -> None:
     """With gradients whose norm is more than 1, to which DeepSpeed clips unless it is told not to."""
     steps = {kind: read_events(runs(*kind), "step") for kind in KINDS}
@@ -124,7 +131,7 @@ def test_an_exported_segmenter_scores_as_the_run_said(run: Path, sets: Shards, t
     weights = model_weights(complete_checkpoints(run)[-1])
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
     index, pairs = open_index(sets.held_out), []
-    for scene in held_out_scenes(index, Ranks(), 4 * 64, 64):
+    for scene in held_out_scenes(index, Ranks(), partial(fit_over, window=(64, 64))):
         image = torch.from_numpy(np.array(Image.open(io.BytesIO(index.read(scene.sample))))).permute(2, 0, 1)
         found = segment_image(module, image, task.recipe, torch.device("cpu")).numpy()
         pairs.append((np.asarray(scene.annotation), found))

@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 
 from mixmae.trainer.data.decode import Pixels
+from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
 _AREA = (0.02, 1 / 3)
 _ASPECT = (0.3, 1 / 0.3)
@@ -20,12 +21,13 @@ class RandomErasing:
 
     Attributes:
         prob: that an image loses a box.
-        mean, std: of normalised images, from 0 to 1.
+        mean, std: of the channels, in units of the pixels' scale.
     """
 
     prob: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pixels: PixelFormat = RGB
 
     def __call__(self, pixels: Pixels, random: Random) -> None:
         """Erases in place."""
@@ -43,7 +45,9 @@ class RandomErasing:
 
     def _noise(self, height: int, width: int, random: Random) -> Pixels:
         generator = np.random.Generator(np.random.SFC64(random.getrandbits(64)))
-        noise = generator.standard_normal((height, width, 3), np.float32)
-        noise *= np.multiply(self.std, 255, dtype=np.float32)
-        noise += np.multiply(self.mean, 255, dtype=np.float32)
-        return noise.round(out=noise).clip(0, 255, out=noise).astype(np.uint8)
+        noise = generator.standard_normal((height, width, self.pixels.channels), np.float32)
+        noise *= np.multiply(self.std, self.pixels.scale, dtype=np.float32)
+        noise += np.multiply(self.mean, self.pixels.scale, dtype=np.float32)
+        if self.pixels.dtype == "float32":
+            return noise
+        return noise.round(out=noise).clip(0, np.iinfo(self.pixels.dtype).max, out=noise).astype(self.pixels.dtype)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from mixmae.base.image_size import ImageSize
 from mixmae.trainer.data.augmentation.erasing import RandomErasing
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
 from mixmae.trainer.data.decode import Pixels, random_resized_crop
@@ -18,16 +19,16 @@ from mixmae.trainer.recipe.sections.data import Data
 
 @dataclass(frozen=True)
 class LabelledCrop(SampleTransform):
-    """A random crop, resized to `size` pixels and perhaps flipped, then augmented; with the target `label`.
+    """A random crop, resized to `size` and perhaps flipped, then augmented; with the target `label`.
 
-    All in 8 bits, in the batch's own memory: no more of a JPEG is decoded than the crop needs, and normalising is left
-    to the device.
+    All in the images' own type, in the batch's own memory: no more of a JPEG is decoded than the crop needs, and
+    normalising is left to the device.
 
     Attributes:
         targets: by the label's number in the index, [labels] or [labels, classes].
     """
 
-    size: int
+    size: ImageSize
     settings: Data
     targets: Tensor
     rand_augment: RandAugment | None = None
@@ -35,7 +36,7 @@ class LabelledCrop(SampleTransform):
 
     def new_batch(self, count: int) -> BatchBuffers:
         labels = shared_empty((count, *self.targets.shape[1:]), self.targets.dtype)
-        return BatchBuffers(shared_images(count, self.size), {"label": labels})
+        return BatchBuffers(shared_images(count, self.size, self.settings.pixels), {"label": labels})
 
     def read(self, content: bytes, row: Any, random: Random, buffers: BatchBuffers, i: int) -> None:
         random_resized_crop(content, int(row["state"]), self.size, self.settings, random, buffers.images[i])
@@ -61,5 +62,7 @@ def labelled_crop(recipe: Recipe, targets: Tensor) -> LabelledCrop:
     """
     augment, data = recipe.augment, recipe.data
     drawn = None if augment.rand_augment is None else RandAugment.parse(augment.rand_augment, data.mean)
-    erasing = RandomErasing(augment.random_erasing, data.mean, data.std) if augment.random_erasing > 0 else None
+    erasing = (
+        RandomErasing(augment.random_erasing, data.mean, data.std, data.pixels) if augment.random_erasing > 0 else None
+    )
     return LabelledCrop(recipe.encoder.img_size, data, targets, drawn, erasing)

@@ -5,7 +5,7 @@ the process's own generators, which no resumed run has again.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Self
@@ -54,7 +54,7 @@ class RandAugment:
     increasing: bool = False
 
     @classmethod
-    def parse(cls, text: str, mean: tuple[float, float, float]) -> Self:
+    def parse(cls, text: str, mean: Sequence[float]) -> Self:
         """Of timm's notation, such as rand-m9-mstd0.5-inc1.
 
         Args:

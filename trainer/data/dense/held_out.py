@@ -13,11 +13,13 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.data.decode import open_encoded, upright_size_of
 from mixmae.trainer.data.dense.label_maps import LabelMap, parse_label_map
 from mixmae.trainer.data.dense.objects import Objects, parse_objects
-from mixmae.trainer.data.dense.resizing import fit
 from mixmae.trainer.data.dense.view import View
 from mixmae.trainer.data.faults import UnusableError
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.engine.distributed import Ranks
+
+Fit = Callable[[int, int], tuple[int, int]]
+"""Height and width of an image to those that it is resized to."""
 
 
 class Scene(NamedTuple):
@@ -37,8 +39,7 @@ class Scene(NamedTuple):
 def held_out_scenes(
     index: ShardIndex,
     ranks: Ranks,
-    longest: int,
-    shortest: int | None = None,
+    fit: Fit,
     beat: Callable[[], None] = lambda: None,
     threads: int = 1,
 ) -> Iterator[Scene]:
@@ -46,7 +47,7 @@ def held_out_scenes(
 
     Args:
         index: with annotations.
-        longest, shortest: of the sides, as `resizing.fit` takes them.
+        fit: to which height and width an image is resized.
         beat: called with each image, so that the rank is not taken for stuck.
         threads: that decode; as many images are decoded ahead.
 
@@ -62,7 +63,7 @@ def held_out_scenes(
             sample = own[step] if counts else own[0] if own else 0
             # Read here, one after the other: a store belongs to one thread.
             encoded = _read(index, sample)
-            ahead.append(pool.submit(_scene, index, sample, *encoded, longest, shortest, counts))
+            ahead.append(pool.submit(_scene, index, sample, *encoded, fit, counts))
             if len(ahead) > max(1, threads):
                 beat()
                 yield ahead.popleft().result()
@@ -83,14 +84,13 @@ def _scene(
     sample: int,
     content: bytes,
     annotation: bytes,
-    longest: int,
-    shortest: int | None,
+    fit: Fit,
     counts: bool,
 ) -> Scene:
     try:
         source = open_encoded(content, int(index.samples[sample]["state"]))
         height, width = upright_size_of(source)
-        resized = fit(height, width, longest, shortest)
+        resized = fit(height, width)
         pixels = View(height, width, resized, 0, 0, *resized).pixels(source)
         parse = parse_objects if index.annotations == "objects" else parse_label_map
         found = parse(annotation, height, width)

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.decode import open_encoded, upright_size_of
 from mixmae.trainer.data.dense.objects import Objects, parse_objects
 from mixmae.trainer.data.dense.padding import paste_padded
+from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.dense.view import View
 from mixmae.trainer.data.transform import AnnotatedTransform, BatchBuffers, shared_images
 from mixmae.trainer.recipe.sections.data import Data
@@ -16,22 +18,22 @@ from mixmae.trainer.recipe.sections.data import Data
 
 @dataclass(frozen=True)
 class LargeScaleJitterCrop(AnnotatedTransform):
-    """The image, perhaps mirrored, fitted into `scale` times a square of `size` px, then cropped or padded to `size`.
+    """The image, perhaps mirrored, fitted into `scale` times a window of `size`, then cropped or padded to it.
 
     Targets, N objects of all images together: `boxes` fp32 [N, 4] (left, upper, right, lower, in pixels of the crop),
-    `classes` int64 [N], `masks` uint8 [N, size, size / 8] (`np.packbits` of each row), `counts` int64 [B]. A box is
+    `classes` int64 [N], `masks` uint8 [N, H, W / 8] (`np.packbits` of each row), `counts` int64 [B]. A box is
     that of its mask's visible part. Objects that are not visible are left out, and so are crowds.
 
     Attributes:
-        size: a multiple of 8.
+        size: of the window; its width a multiple of 8.
     """
 
-    size: int
+    size: ImageSize
     settings: Data
     scale: tuple[float, float] = (0.1, 2.0)
 
     def new_batch(self, count: int) -> BatchBuffers:
-        assert self.size % 8 == 0, "masks are packed into bytes"
+        assert both_sides(self.size)[1] % 8 == 0, "masks are packed into bytes"
         return BatchBuffers(shared_images(count, self.size), ragged=[None] * count)
 
     def read_annotated(
@@ -47,9 +49,9 @@ class LargeScaleJitterCrop(AnnotatedTransform):
     def draw(self, height: int, width: int, random: Random) -> View:
         """A random view of an upright image."""
         mirrored = random.random() < self.settings.hflip
-        factor = random.uniform(*self.scale) * self.size / max(height, width)
-        resized = max(1, round(height * factor)), max(1, round(width * factor))
-        rows, columns = min(self.size, resized[0]), min(self.size, resized[1])
+        scale, window = random.uniform(*self.scale), both_sides(self.size)
+        resized = fit_into(height, width, (scale * window[0], scale * window[1]))
+        rows, columns = min(window[0], resized[0]), min(window[1], resized[1])
         top, left = (int(random.random() * (a - b + 1)) for a, b in zip(resized, (rows, columns), strict=True))
         return View(height, width, resized, top, left, rows, columns, mirrored)
 
@@ -57,9 +59,10 @@ class LargeScaleJitterCrop(AnnotatedTransform):
         """The targets of an image's objects in a view."""
         masks = [(i, view.mask(objects.segmentations[i])) for i in np.flatnonzero(~objects.crowd)]
         seen = [(i, mask) for i, mask in masks if mask is not None]
-        packed = np.empty((len(seen), self.size, self.size // 8), np.uint8)
+        rows, columns = both_sides(self.size)
+        packed = np.empty((len(seen), rows, columns // 8), np.uint8)
         for number, (_, mask) in enumerate(seen):
-            packed[number] = mask.packed(self.size)
+            packed[number] = mask.packed(rows, columns)
         return {
             "boxes": np.array([mask.box for _, mask in seen], np.float32).reshape(-1, 4),
             "classes": objects.classes[[i for i, _ in seen]],

@@ -82,6 +82,8 @@ def _to_8_bit(pixels: npt.NDArray[Any]) -> LabelMap:
     ignored = pixels == _IGNORED_16
     if (pixels[~ignored] >= IGNORED).any():
         raise UnusableError(
-            Reason.BAD_LABEL, f"label {pixels[~ignored].max()}; expected at most {IGNORED - 1}: {MAX_CLASSES} classes"
+            Reason.BAD_LABEL,
+            f"label {pixels[~ignored].max()}; expected 0 to {IGNORED - 1}, the {MAX_CLASSES} classes that a run can "
+            f"tell apart, or {_IGNORED_16} where a pixel is ignored",
         )
     return np.where(ignored, IGNORED, pixels).astype(np.uint8)

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.decode import open_encoded, upright_size_of
 from mixmae.trainer.data.dense.label_maps import IGNORED, LabelMap, parse_label_map
 from mixmae.trainer.data.dense.padding import paste_padded
 from mixmae.trainer.data.dense.photometric import distort
-from mixmae.trainer.data.dense.resizing import MAX_ASPECT, fit
+from mixmae.trainer.data.dense.resizing import fit_over
 from mixmae.trainer.data.dense.view import View
 from mixmae.trainer.data.transform import AnnotatedTransform, BatchBuffers, shared_empty, shared_images
 from mixmae.trainer.recipe.sections.data import Data
@@ -22,18 +23,18 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class SegmentationCrop(AnnotatedTransform):
-    """A crop of the image resized so that its shorter side is `scale` times `size`: mirrored, distorted, padded.
+    """A crop of the image resized so that it covers `scale` times a window of `size`: mirrored, distorted, padded.
 
-    The longer side is at most four times as long as that. Of several crops the first is taken of which less than three
-    quarters is one class. Target: `segmentation` uint8 [B, size, size], 255 where a pixel is ignored or padding.
+    Its longer side is at most four times as long as that window's. Of several crops the first is taken of which less
+    than three quarters is one class. Target: `segmentation` uint8 [B, H, W], 255 where a pixel is ignored or padding.
     """
 
-    size: int
+    size: ImageSize
     settings: Data
     scale: tuple[float, float] = (0.5, 2.0)
 
     def new_batch(self, count: int) -> BatchBuffers:
-        segmentation = shared_empty((count, self.size, self.size), torch.uint8)
+        segmentation = shared_empty((count, *both_sides(self.size)), torch.uint8)
         return BatchBuffers(shared_images(count, self.size), {"segmentation": segmentation})
 
     def read_annotated(
@@ -50,9 +51,9 @@ class SegmentationCrop(AnnotatedTransform):
     def draw(self, labels: LabelMap, random: Random) -> tuple[View, LabelMap]:
         """A random view of an image with a label map, and the labels in it."""
         height, width = labels.shape
-        short = random.uniform(*self.scale) * self.size
-        resized = fit(height, width, longest=MAX_ASPECT * short, shortest=short)
-        rows, columns = min(self.size, resized[0]), min(self.size, resized[1])
+        scale, window = random.uniform(*self.scale), both_sides(self.size)
+        resized = fit_over(height, width, (scale * window[0], scale * window[1]))
+        rows, columns = min(window[0], resized[0]), min(window[1], resized[1])
         mirrored = random.random() < self.settings.hflip
         for _ in range(_TRIES + 1):
             top, left = (int(random.random() * (a - b + 1)) for a, b in zip(resized, (rows, columns), strict=True))

@@ -104,11 +104,11 @@ class MaskView:
         """Left, upper, right, lower in pixels of the window."""
         return self.left, self.top, self.left + self.part.shape[1], self.top + self.part.shape[0]
 
-    def packed(self, size: int) -> npt.NDArray[np.uint8]:
-        """The mask in a square of `size` px, a multiple of 8: [size, size / 8], `np.packbits` of each row."""
-        rows = np.zeros((self.part.shape[0], size), np.uint8)
+    def packed(self, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """The mask in a window whose width is a multiple of 8: [height, width / 8], `np.packbits` of each row."""
+        rows = np.zeros((self.part.shape[0], width), np.uint8)
         rows[:, self.left : self.left + self.part.shape[1]] = self.part
-        packed = np.zeros((size, size // 8), np.uint8)
+        packed = np.zeros((height, width // 8), np.uint8)
         packed[self.top : self.top + len(rows)] = np.packbits(rows, axis=1)
         return packed
 

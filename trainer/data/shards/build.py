@@ -36,7 +36,9 @@ from mixmae.trainer.data.dense.objects import FaultyObject, without_faulty
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, first_names
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table, open_index
 from mixmae.trainer.data.shards.annotated import ShardAnnotations
+from mixmae.trainer.data.shards.existing import ALREADY_THERE, Existing
 from mixmae.trainer.data.shards.files import SKIPPED
+from mixmae.trainer.data.shards.heic import is_heic, to_png
 from mixmae.trainer.data.shards.indexing import save_index
 from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
 from mixmae.trainer.data.shards.sources import Entry, Source
@@ -77,8 +79,12 @@ class BuildResult:
     index: ShardIndex
     skipped: list[SkippedImage]
     skipped_objects: list[SkippedObject]
+    left_out: int
+    """Files of the source that are no samples; `skipped.jsonl` names them too."""
     unchanged: int
     """Images that `seekable` left as they are: not JPEGs, or unreadable for jpegtran."""
+    added: int
+    """Images that were written."""
 
 
 def count_reasons(skipped: Sequence[SkippedImage | SkippedObject]) -> str:
@@ -108,16 +114,19 @@ class _BuildPlan:
     """For each shard the numbers of its entries, in order."""
     folder: Path
     seekable: bool
+    existing: "Existing | None" = None
+    """The shards to which these are added."""
 
     def tar(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.tar"
+        first = 0 if self.existing is None else self.existing.next_number
+        return self.folder / f"{first + number:06d}.tar"
 
     def record(self, number: int) -> Path:
         return self.folder / _NOTES / f"{number:06d}.json"
 
 
 def build_shards(
-    source: Source, out: Path, shard_bytes: int, seed: int, jobs: int, seekable: bool = False
+    source: Source, out: Path, shard_bytes: int, seed: int, jobs: int, seekable: bool = False, append: bool = False
 ) -> BuildResult:
     """Writes the source's samples in a seeded random order, so that every shard holds a mixture of classes.
 
@@ -128,6 +137,7 @@ def build_shards(
         shard_bytes: size of a shard, which one large image may exceed.
         jobs: processes.
         seekable: rewrites JPEGs with restart markers, by which `data.decoder=fast` skips the rows above a crop.
+        append: adds shards to those of `out`, without images that are there already.
 
     Raises:
         UsageError: `out` exists, an unfinished build of something else is in its place, a file cannot be read or
@@ -138,14 +148,20 @@ def build_shards(
         jpeg.require_jpegtran()
     if source.annotations == "objects":
         require_mask_api()
-    if out.exists():
-        raise UsageError(f"{out} exists already; name a directory that does not, or remove it")
-    partial = out.with_name(out.name + ".partial")
-    plan = _BuildPlan(source, assign_to_shards(source.entries, shard_bytes, seed), partial, seekable)
+    partial, existing, known = out.with_name(out.name + ".partial"), None, list[SkippedImage]()
+    if append:
+        existing = Existing.of(out, is_unfinished=(partial / _NOTES / _PLAN).exists())
+        source, repeated = existing.continued_by(source, jobs)
+        known = [SkippedImage(entry.key, source.locate(entry), ALREADY_THERE) for entry in repeated]
+        if not source.entries:
+            return BuildResult(existing.index, known, [], 0, 0, 0)
+    elif out.exists():
+        raise UsageError(f"{out} exists already; name a directory that does not, remove it, or --append to its shards")
+    plan = _BuildPlan(source, assign_to_shards(source.entries, shard_bytes, seed), partial, seekable, existing)
     try:
         with _lock(partial, _digest(plan), source.describe()):
             done = _run(plan, jobs)
-            return _finish(plan, done, out)
+            return _finish(plan, done, out, known)
     except KeyboardInterrupt as error:
         finished = sum(plan.record(number).exists() for number in range(len(plan.assignment)))
         raise BuildInterruptedError(
@@ -182,6 +198,8 @@ def _digest(plan: _BuildPlan) -> str:
     digest = hashlib.sha256(
         json.dumps([plan.source.describe(), plan.source.classes, plan.seekable, plan.assignment]).encode()
     )
+    if plan.existing is not None:
+        digest.update(plan.existing.index.fingerprint.encode())
     for entry in plan.source.entries:
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
@@ -297,6 +315,10 @@ def _write_shard(plan: _BuildPlan, number: int) -> _BuiltShard:
             except UnusableError as error:
                 skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label))
             else:
+                if plan.existing is not None and plan.existing.holds(content):
+                    skipped.append(SkippedImage(entry.key, plan.source.locate(entry), ALREADY_THERE))
+                    advance()
+                    continue
                 states[xxhash.xxh3_64_intdigest(content)] = state
                 unchanged += not is_changed
                 label = {"cls": entry.label} if entry.label >= 0 else {}
@@ -325,6 +347,8 @@ def _prepare(plan: _BuildPlan, entry: Entry) -> tuple[str, bytes, int, bool]:
     """
     with _reading(plan, entry):
         extension, content = plan.source.read(entry)
+    if is_heic(content):
+        extension, content = "png", to_png(content)
     state = inspect_image(content)
     if state >= min(Reason):
         raise UnusableError(Reason(state), "")
@@ -372,27 +396,37 @@ def _with_restarts(content: bytes) -> bytes | None:
     return rewritten if inspect_image(rewritten) == JPEG else None
 
 
-def _finish(plan: _BuildPlan, done: list[_BuiltShard], out: Path) -> BuildResult:
+def _finish(plan: _BuildPlan, done: list[_BuiltShard], out: Path, known: list[SkippedImage]) -> BuildResult:
     """Writes the index and renames the directory to `out`."""
-    skipped = [image for shard in done for image in shard.skipped]
+    skipped = [*known, *(image for shard in done for image in shard.skipped)]
     skipped_objects = [one for shard in done for one in shard.skipped_objects]
     scanned = [
         ScannedShard(built.shard, built.table, annotations=built.annotations)
         for built in done
         if built.shard is not None
     ]
+    unchanged = sum(built.unchanged for built in done) if plan.seekable else 0
+    if not scanned and plan.existing is not None:
+        shutil.rmtree(plan.folder)
+        return BuildResult(plan.existing.index, skipped, skipped_objects, 0, unchanged, 0)
     if not scanned:
         shutil.rmtree(plan.folder)
         raise UsageError(
             f"none of the {len(skipped)} images in {plan.source.describe()} can be used "
             f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}"
         )
-    save_index(plan.folder, scanned, plan.source.classes, plan.source.category_ids)
-    if skipped or skipped_objects:
-        jsonl.append(
-            plan.folder / SKIPPED, *(one._asdict() for one in skipped), *(one._asdict() for one in skipped_objects)
-        )
-    publish(plan.folder, out)
-    shutil.rmtree(out / _NOTES)
-    unchanged = sum(built.unchanged for built in done) if plan.seekable else 0
-    return BuildResult(open_index(out), skipped, skipped_objects, unchanged)
+    left_out = [{"source": source, "reason": reason} for source, reason in plan.source.left_out]
+    if left_out or skipped or skipped_objects:
+        records = (*left_out, *(one._asdict() for one in skipped), *(one._asdict() for one in skipped_objects))
+        jsonl.append((plan.folder if plan.existing is None else out) / SKIPPED, *records)
+    if plan.existing is None:
+        save_index(plan.folder, scanned, plan.source.classes, plan.source.category_ids)
+        publish(plan.folder, out)
+        shutil.rmtree(out / _NOTES)
+    else:
+        for one in scanned:  # which nobody reads before the index lists them
+            publish(plan.folder / one.shard.name, out / one.shard.name)
+        save_index(out, [*plan.existing.scanned(), *scanned], plan.source.classes)
+        shutil.rmtree(plan.folder)
+    added = sum(one.shard.samples for one in scanned)
+    return BuildResult(open_index(out), skipped, skipped_objects, len(left_out), unchanged, added)

@@ -19,12 +19,13 @@ from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKin
 from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.faults import PILLOW, Reason, first_names
 from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.shards.annotated import ShardAnnotations, missing_annotations
 from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
 from mixmae.trainer.data.shards.scan import SampleTable, checksum
-from mixmae.trainer.data.shards.sources import category_ids, class_names
+from mixmae.trainer.data.shards.sources import category_ids, class_names, location_of_shards
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
@@ -113,10 +114,11 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     if not directory.is_dir():
         raise UsageError(f"shard directory {directory} does not exist")
     unused = Unused()
+    holder, directory = directory, location_of_shards(directory)
     files = shard_files(directory, unused)
-    index, findings = _open(directory)
+    index, findings = _open(holder)
     if not files and index is None:
-        raise UsageError(f"{directory} holds no .tar files")
+        raise UsageError(f"{directory} holds no shards: {why_no_shards(directory)}")
     expected = Expected.of(directory, index)
     names = [file.name for file in files]
     if index is not None:
@@ -130,7 +132,7 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     findings += _repeated_images(inspections)
     findings += _keys_in_several(inspections)
     samples = sum(one.shard.samples for one in inspections)
-    report = Report(directory, len(files), samples, size, time.monotonic() - started, findings)
+    report = Report(holder, len(files), samples, size, time.monotonic() - started, findings)
     return CheckResult(expected, inspections, report)
 
 

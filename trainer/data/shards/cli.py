@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import get_args
 
 import numpy as np
@@ -22,9 +23,10 @@ from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.label_map_folders import open_label_maps
+from mixmae.trainer.data.shards.parquet import open_parquet, parquet_files
 from mixmae.trainer.data.shards.repair import RepairResult, repair
 from mixmae.trainer.data.shards.scenes import Scenes
-from mixmae.trainer.data.shards.sources import Source, class_names, is_url, open_source
+from mixmae.trainer.data.shards.sources import Source, class_names, is_url, location_of_shards, open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.recipe.arguments import at_least
@@ -53,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     build.add_argument(
         "source",
         help="a folder of images, or of one folder for each class; a .csv (header 'path,label' or 'path') or .jsonl "
-        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken',
+        '({"path": ..., "label": ...}) file; a directory of .tar shards, of which images and labels are taken; a '
+        "Parquet file, a folder of them, or a quoted pattern",
     )
     synth = commands.add_parser("synth", help="a procedural, labelled corpus")
     for writing in (build, synth):
@@ -62,6 +65,11 @@ def main(argv: Sequence[str]) -> int:
         writing.add_argument("--seed", type=at_least(0), default=0, help="of the order (default %(default)s)")
     build.add_argument(
         "--seekable", action="store_true", help="rewrite JPEGs, losslessly, with restart markers: crops decode faster"
+    )
+    build.add_argument(
+        "--append",
+        action="store_true",
+        help="add shards to those in OUT: numbers of classes stay, images that are there already are left out",
     )
     build.add_argument("--coco", type=Path, metavar="FILE", help="objects of the images, as COCO's instances_*.json")
     build.add_argument("--label-maps", type=Path, metavar="DIR", help="label maps: PNGs with the names of the images")
@@ -78,6 +86,7 @@ def main(argv: Sequence[str]) -> int:
     check = commands.add_parser("check", help="verify everything; exit code 1 if something is damaged")
     check.add_argument("--repair", action="store_true", help="rewrite damaged shards with their intact samples")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the findings as JSON")
+    index.add_argument("--output", type=Path, metavar="DIR", help="write the index there: shards on read-only storage")
     for reading in (index, check):
         reading.add_argument("directory", help="shard directory")
     for command in (build, synth, index, check):
@@ -90,10 +99,27 @@ def _build(args: argparse.Namespace) -> int:
     root = Path(args.source).resolve()
     if args.out.resolve().is_relative_to(root):
         raise UsageError(f"{args.out} lies in {args.source}, where it would be taken for images; write it elsewhere")
-    source = _source(args)
-    built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs, args.seekable)
-    print("\n".join(_describe_build(built, args.seekable)))
+    if args.coco is None and args.label_maps is None and (files := parquet_files(args.source)):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=args.out.parent, prefix=f".{args.out.name}.images-") as copy:
+            return _build_from(open_parquet(files, Path(copy.name)), args)
+    return _build_from(_source(args), args)
+
+
+def _build_from(source: Source, args: argparse.Namespace) -> int:
+    built = build_shards(source, args.out, args.shard_size, args.seed, args.jobs, args.seekable, args.append)
+    lines = _describe_build(built, args.seekable)
+    print("\n".join([*lines, *_describe_addition(built)] if args.append else lines))
     return 0
+
+
+def _describe_addition(built: BuildResult) -> list[str]:
+    if not built.added:
+        return ["nothing added"]
+    return [
+        f"added {built.added} images",
+        "a run that was started on these shards will refuse to continue, since its data changed",
+    ]
 
 
 def _source(args: argparse.Namespace) -> Source:
@@ -123,19 +149,19 @@ def _synth(args: argparse.Namespace) -> int:
 
 
 def _describe_build(built: BuildResult, is_seekable: bool) -> list[str]:
-    lines = [_describe(built.index)]
+    lines, record = [_describe(built.index)], Path(built.index.store.location) / SKIPPED
     if is_seekable:
-        total = len(built.index)
+        total = built.added
         lines.append(f"{total - built.unchanged} of {total} images are JPEGs with restart markers now")
     if built.skipped:
         names = first_names([one.source for one in built.skipped])
-        record = Path(built.index.store.location) / SKIPPED
         lines.append(f"skipped {count_reasons(built.skipped)}: {names}; all of them in {record}")
     if built.skipped_objects:
         names = first_names([one.source for one in built.skipped_objects])
-        record = Path(built.index.store.location) / SKIPPED
         count = len(built.skipped_objects)
         lines.append(f"left out {count} objects ({count_reasons(built.skipped_objects)}): {names}; all in {record}")
+    if built.left_out:
+        lines.append(f"{built.left_out} files of the source are no samples; each with its reason in {record}")
     return lines
 
 
@@ -144,8 +170,9 @@ def _index(args: argparse.Namespace) -> int:
     if not directory.is_dir():
         raise UsageError(f"{directory} does not exist")
     unused = Unused()
-    index = write_index(directory, class_names(directory), args.jobs, unused)
-    print("\n".join([_describe(index), *_describe_labels(index), *unused.lines(), *_describe_unusable(index)]))
+    index = write_index(directory, class_names(args.output or directory), args.jobs, unused, args.output)
+    where = [] if args.output is None else [f"the index is in {args.output}; name it as data.shards"]
+    print("\n".join([_describe(index), *where, *_describe_labels(index), *unused.lines(), *_describe_unusable(index)]))
     return 0
 
 
@@ -188,6 +215,8 @@ def _check(args: argparse.Namespace) -> int:
     if report.is_sound or not args.repair:
         print(report.verdict())
         return 0 if report.is_sound else 1
+    if (location := location_of_shards(directory)) != directory:
+        raise UsageError(f"--repair rewrites shards, and those of {directory} are in {location}; repair them there")
     print("\n".join(_describe_repair(repair(checked, args.jobs), directory)))
     return 0
 

@@ -14,10 +14,11 @@ from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.objects import dump_objects
+from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
+from mixmae.trainer.data.shards.heic import require_heic_reader
 from mixmae.trainer.data.shards.image_folders import extension_of, find_images
-from mixmae.trainer.data.shards.scan import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.shards.sources import Entry, Files, key_of, unique
 
 _KEPT = ("id", "bbox", "area", "iscrowd", "segmentation")
@@ -140,6 +141,7 @@ def _entries(root: Path, file: Path, listed: list[dict[str, Any]], objects: dict
     strange = [name for name in names if extension_of(Path(name)) not in ALL_IMAGE_EXTENSIONS]
     if strange:
         raise UsageError(f"{file} lists files that are no {', '.join(ALL_IMAGE_EXTENSIONS)}: {first_names(strange)}")
+    require_heic_reader(names)
     _report_unlisted(root, file, names)
     return [
         Entry(key, name, (root / name).stat().st_size, UNLABELLED, len(objects[one["id"]]))

@@ -1,15 +1,20 @@
 """The images of a folder, found through links, with whatever is not used counted."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.labels import is_class_name
-from mixmae.trainer.data.shards.scan import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.shards.unused import Unused
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "unlabeled", "unlabelled"}
+"""Names of folders that hold parts of a data set, and not classes."""
 
 
 class FoundImages(NamedTuple):
@@ -32,7 +37,7 @@ def find_images(source: Path) -> FoundImages:
             f"{source} does not exist; expected a folder of images, of one folder for each class, or of shards, "
             "or a list of images: .csv or .jsonl"
         )
-    unused = Unused()
+    unused = Unused(most_examples=sys.maxsize)
     files = sorted(_image_files(source, unused))
     folders = [file.relative_to(source).parts[0] if file.parent != source else None for file in files]
     classes = sorted({folder for folder in folders if folder is not None})
@@ -53,6 +58,21 @@ def find_images(source: Path) -> FoundImages:
     numbers = {name: number for number, name in enumerate(classes)}
     labels = [UNLABELLED if folder is None else numbers[folder] for folder in folders]
     return FoundImages(classes, list(zip(files, labels, strict=True)), unused)
+
+
+def require_no_splits(source: Path, folders: Sequence[str]) -> None:
+    """Accepts a folder whose folders with images are not the parts of a data set: `train`, `val`, `test`.
+
+    Raises:
+        UsageError: they are, and would become classes.
+    """
+    if not folders or any(name.lower() not in _SPLITS for name in folders):
+        return
+    commands = " and ".join(f"'mixmae shards build {quote(str(source / name))} OUT/{name}'" for name in folders)
+    raise UsageError(
+        f"{source} holds {', '.join(f'{name}/' for name in folders)}: parts of a data set, expected classes; build "
+        f"each on its own: {commands} (where they are classes, list the images in a .csv with the header 'path,label')"
+    )
 
 
 def extension_of(file: Path) -> str:

@@ -1,7 +1,8 @@
 """Building the index of a shard directory: every shard is read once, every image decoded."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from mixmae.trainer.data.index import (
     ANNOTATED_FORMAT,
     FORMAT,
     INDEX,
+    LOCATION,
     SAMPLES,
     ShardIndex,
     Table,
     fingerprint_of,
     open_index,
 )
+from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.shards.annotated import missing_rows
 from mixmae.trainer.data.shards.files import shard_files, total_size
 from mixmae.trainer.data.shards.labels import resolve_names
@@ -32,22 +35,31 @@ from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 
 def write_index(
-    directory: Path, classes: Sequence[str] = (), jobs: int = 1, unused: Unused | None = None
+    directory: Path,
+    classes: Sequence[str] = (),
+    jobs: int = 1,
+    unused: Unused | None = None,
+    output: Path | None = None,
 ) -> ShardIndex:
     """Reads every shard of a directory once, decodes every image, and writes the index.
 
     Args:
         classes: names of the labels 0, 1, ... as far as they are known; labels that are names add to them.
         unused: counts the files that no sample uses.
+        output: the directory that gets the index, which says where its shards are; None: that of the shards.
 
     Raises:
         UsageError: no shards, or one that is not a whole tar or cannot be read.
     """
     unused = unused if unused is not None else Unused()
-    require_writable(directory, "DIR")  # before hours of decoding
+    # Before hours of decoding.
+    if output is None:
+        _require_writable(directory)
+    else:
+        require_writable(output, "--output")
     files = shard_files(directory, unused)
     if not files:
-        raise UsageError(f"{directory} holds no .tar files")
+        raise UsageError(f"{directory} holds no shards: {why_no_shards(directory)}")
     with tqdm(total=total_size(files), unit="B", unit_scale=True, desc="index", disable=None) as bar:
         scanned = run_jobs(_scan, classes, files, jobs, bar)
     for one in scanned:
@@ -56,7 +68,17 @@ def write_index(
             unused.add(f"annotations ({fault.reason.label})", f"{one.shard.name}: {fault.name}")
     if not any(one.shard.samples for one in scanned):
         raise UsageError("; ".join([f"the shards in {directory} hold no images", *unused.lines()]))
-    return save_index(directory, scanned, classes)
+    if output is None:
+        return save_index(directory, scanned, classes)
+    output.mkdir(parents=True, exist_ok=True)
+    return save_index(output, scanned, classes, location=str(directory.resolve()))
+
+
+def _require_writable(directory: Path) -> None:
+    try:
+        require_writable(directory, "DIR")
+    except UsageError as error:
+        raise UsageError(f"{error}; or keep its index elsewhere: --output DIR") from error
 
 
 def _scan(classes: Sequence[str], file: Path) -> ScannedShard:
@@ -75,13 +97,18 @@ def _scan(classes: Sequence[str], file: Path) -> ScannedShard:
 
 
 def save_index(
-    directory: Path, scanned: Sequence[ScannedShard], classes: Sequence[str], category_ids: Sequence[int] = ()
+    directory: Path,
+    scanned: Sequence[ScannedShard],
+    classes: Sequence[str],
+    category_ids: Sequence[int] = (),
+    location: str | None = None,
 ) -> ShardIndex:
     """Writes the index of scanned shards, whose class names it turns into numbers.
 
     Args:
         classes: names of the labels 0, 1, ... as far as they are known.
         category_ids: COCO's numbers of the classes.
+        location: of the shards, where they are not in the directory.
 
     Raises:
         UsageError: shards with annotations of two kinds.
@@ -104,13 +131,15 @@ def save_index(
         "classes": classes,
         "shards": [shard._asdict() for shard in shards],
     }
-    _save(directory / SAMPLES, samples)
-    if annotations is None:
-        (directory / ANNOTATIONS).unlink(missing_ok=True)
-    else:
+    if location is not None:
+        content[LOCATION] = location
+    if annotations is not None:
         content["annotations"] = annotations.describe()
         _save(directory / ANNOTATIONS, annotations.table)
-    atomic_write(directory / INDEX, json.dumps(content, indent=1) + "\n")
+    with _written(directory / SAMPLES, samples):  # so that between the two renames nothing is written
+        atomic_write(directory / INDEX, json.dumps(content, indent=1) + "\n")
+    if annotations is None:
+        (directory / ANNOTATIONS).unlink(missing_ok=True)
     return open_index(directory)
 
 
@@ -127,5 +156,14 @@ def _annotations(scanned: Sequence[ScannedShard], category_ids: Sequence[int]) -
 
 
 def _save(file: Path, table: Table) -> None:
-    with replacing(file) as partial, partial.open("wb") as stream:
-        np.save(stream, table)
+    with _written(file, table):
+        pass
+
+
+@contextmanager
+def _written(file: Path, table: Table) -> Iterator[None]:
+    """Writes a table, which appears at the end of the block."""
+    with replacing(file) as partial:
+        with partial.open("wb") as stream:
+            np.save(stream, table)
+        yield

@@ -1,5 +1,6 @@
 """Images with label maps in a second folder, as ADE20K has them, as a source of shards."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -7,12 +8,12 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.label_maps import MAX_CLASSES, reduce_zero_label
-from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.sources import Entry, Files, list_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelMaps(Files):
     """Images, and PNGs of the same relative names in `maps`; references are paths relative to `root`."""
 
@@ -55,11 +56,12 @@ def open_label_maps(images: str, maps: Path, reduce_zero_label: bool, class_name
     if not maps.is_dir():
         raise UsageError(f"{maps} does not exist; expected a folder of PNGs with the names of the images")
     root, maps = Path(images).resolve(), maps.resolve()
-    entries = [_with_size(entry, _map_of(maps, entry)) for entry in list_folder(root)[0]]
+    listed = list_folder(root)
+    entries = [_with_size(entry, _map_of(maps, entry)) for entry in listed.entries]
     if not any(entry.annotation_size for entry in entries):
         raise UsageError(f"{maps} has no label map of any image in {images}; expected {_map_of(maps, entries[0])}, ...")
     classes = [] if class_names is None else _class_names(class_names)
-    return LabelMaps(root, entries, classes, maps, reduce_zero_label)
+    return LabelMaps(root, entries, classes, listed.left_out, maps=maps, reduce_zero_label=reduce_zero_label)
 
 
 def _class_names(file: Path) -> list[str]:
@@ -67,6 +69,8 @@ def _class_names(file: Path) -> list[str]:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {file}: {error}") from error
-    if not 0 < len(names) <= MAX_CLASSES or len(set(names)) < len(names):
-        raise UsageError(f"{file} has {len(names)} lines; expected 1 to {MAX_CLASSES} class names, each once")
+    if not 0 < len(names) <= MAX_CLASSES:
+        raise UsageError(f"{file} has {len(names)} class names; label maps hold 1 to {MAX_CLASSES} classes")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"{file} names {first_names(twice)} more than once; expected each class once")
     return names

@@ -1,7 +1,12 @@
-"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names."""
+"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names.
+
+`metadata.csv` and `metadata.jsonl` of the Hugging Face hub are such lists too: they say `file_name`, and may have
+further columns, which are told and left out.
+"""
 
 import csv
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +16,8 @@ from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.labels import is_class_name, looks_like_a_number
 
 _COLUMNS = ("path", "label")
+_NAMES = {"file_name": "path"}
+"""Of the Hugging Face hub."""
 _MOST = 2**31
 
 
@@ -53,8 +60,10 @@ def _csv_lines(file: Path) -> Iterator[_Line]:
     with file.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
-            columns = reader.fieldnames or []
-            if "path" not in columns or set(columns) - set(_COLUMNS) or len(set(columns)) < len(columns):
+            columns = [_NAMES.get(name, name) for name in reader.fieldnames or []]
+            reader.fieldnames = columns
+            others = _others(file, columns)
+            if "path" not in columns or set(columns) - {*_COLUMNS, *others} or len(set(columns)) < len(columns):
                 raise UsageError(
                     f"{file}, line 1: columns {', '.join(columns)!r}; expected a header 'path' or 'path,label'"
                 )
@@ -64,11 +73,13 @@ def _csv_lines(file: Path) -> Iterator[_Line]:
                         f"{file}, line {reader.line_num}: expected {len(columns)} fields, as its header has"
                     )
                 yield _line(file, reader.line_num, row)
+            _tell_others(file, others)
         except csv.Error as error:
             raise UsageError(f"{file}, line {reader.reader.line_num}: {error}") from error
 
 
 def _json_lines(file: Path) -> Iterator[_Line]:
+    others: set[str] = set()
     with file.open(encoding="utf-8-sig") as stream:
         for number, text in enumerate(stream, start=1):
             if not text.strip():
@@ -77,11 +88,25 @@ def _json_lines(file: Path) -> Iterator[_Line]:
                 content = parse_json(text)
             except ValueError as error:
                 raise UsageError(f"{file}, line {number}: not JSON: {error}") from error
-            if not isinstance(content, dict) or "path" not in content or set(content) - set(_COLUMNS):
+            if isinstance(content, dict):
+                content = {_NAMES.get(name, name): value for name, value in content.items()}
+                others |= _others(file, content)
+            if not isinstance(content, dict) or "path" not in content or set(content) - {*_COLUMNS, *others}:
                 raise UsageError(
                     f'{file}, line {number}: expected {{"path": ..., "label": ...}}, got {text.strip()[:80]}'
                 )
             yield _line(file, number, content)
+    _tell_others(file, others)
+
+
+def _others(file: Path, columns: Iterable[str]) -> set[str]:
+    """What the hub's lists have beside images and labels; nothing else may have more."""
+    return set(columns) - set(_COLUMNS) if file.stem == "metadata" else set()
+
+
+def _tell_others(file: Path, others: set[str]) -> None:
+    if others:
+        print(f"not used: columns of {file}: {', '.join(sorted(others))}", file=sys.stderr)
 
 
 def _line(file: Path, number: int, content: dict[str, object]) -> _Line:

@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 
 from mixmae.trainer.data.annotations import EXTENSIONS, AnnotationKind
+from mixmae.trainer.data.extensions import DECODED_EXTENSIONS, IMAGE_EXTENSIONS
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.index import SAMPLE, UNLABELLED, Shard, Table
 from mixmae.trainer.data.shards.annotated import ShardAnnotations, annotation_kind, annotations_of
@@ -17,9 +18,6 @@ from mixmae.trainer.data.shards.labels import LabelCodes
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members
 from mixmae.trainer.data.shards.unused import Unused
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""A sample's images. Where it has none of these, `images_of` also takes other formats and compound extensions."""
-ALL_IMAGE_EXTENSIONS = (*IMAGE_EXTENSIONS, "jfif", "jpe", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 LABEL = "cls"
 MAX_FILE_BYTES = 2**31 - 1
 """What the index can say of an image's size."""
@@ -136,7 +134,7 @@ class SampleTable:
                 if member in used or member in labels:
                     continue
                 kind = member.extension.rpartition(".")[2]
-                if kind in ALL_IMAGE_EXTENSIONS:
+                if kind in DECODED_EXTENSIONS:
                     reason = f"images of samples that have a .{used[0].extension} already"
                 elif not used:
                     reason = f".{kind} files of samples without an image ({_readable()})"
@@ -146,7 +144,7 @@ class SampleTable:
 
 
 def _readable() -> str:
-    return ", ".join(f".{extension}" for extension in ALL_IMAGE_EXTENSIONS)
+    return ", ".join(f".{extension}" for extension in DECODED_EXTENSIONS)
 
 
 def _inspect_member(
@@ -170,7 +168,7 @@ def images_of(files: dict[str, Member]) -> list[Member]:
     usual = [member for extension, member in files.items() if extension in IMAGE_EXTENSIONS]
     if usual:
         return usual
-    return [member for extension, member in files.items() if extension.rpartition(".")[2] in ALL_IMAGE_EXTENSIONS]
+    return [member for extension, member in files.items() if extension.rpartition(".")[2] in DECODED_EXTENSIONS]
 
 
 def label_of(files: dict[str, Member], image: Member) -> Member | None:

@@ -15,14 +15,16 @@ from tqdm import tqdm
 from mixmae.base.errors import UsageError
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, AnnotationKind, merge_kinds
+from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
-from mixmae.trainer.data.index import INDEX, INVALID_LABEL, UNLABELLED
+from mixmae.trainer.data.index import INDEX, INVALID_LABEL, LOCATION, UNLABELLED
 from mixmae.trainer.data.shards.files import shard_bytes, shard_files
-from mixmae.trainer.data.shards.image_folders import extension_of, find_images
+from mixmae.trainer.data.shards.heic import require_heic_reader
+from mixmae.trainer.data.shards.image_folders import extension_of, find_images, require_no_splits
 from mixmae.trainer.data.shards.labels import resolve_names
 from mixmae.trainer.data.shards.lists import read_list
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members
-from mixmae.trainer.data.shards.scan import ALL_IMAGE_EXTENSIONS, SampleTable
+from mixmae.trainer.data.shards.scan import SampleTable
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
@@ -53,6 +55,8 @@ class Source(Protocol):
     """What samples have beside their images."""
     category_ids: Sequence[int] = ()
     """COCO's numbers of the classes."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """Names and reasons of files that are no samples."""
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
         """The image's extension and bytes.
@@ -88,6 +92,7 @@ class Files(Source):
     root: Path
     entries: list[Entry]
     classes: list[str]
+    left_out: Sequence[tuple[str, str]] = ()
 
     def read(self, entry: Entry) -> tuple[str, bytes]:
         file = self.root / entry.reference
@@ -170,22 +175,37 @@ def open_folder(root: Path) -> Files:
     Raises:
         UsageError: as `find_images`.
     """
-    entries, classes = list_folder(root)
+    entries, classes, left_out = list_folder(root)
     beside = [entry.reference for entry in entries if entry.label == UNLABELLED]
     if classes and beside:
         print(f"unlabelled: {len(beside)} images beside class folders: {first_names(beside)}", file=sys.stderr)
-    return Files(root, entries, classes)
+    return Files(root, entries, classes, left_out)
 
 
-def list_folder(root: Path) -> tuple[list[Entry], list[str]]:
-    """A folder's images, labelled by the folders that they lie in, and the names of these. Raises as `find_images`."""
+class ListedFolder(NamedTuple):
+    entries: list[Entry]
+    """Labelled by the folders that they lie in."""
+    classes: list[str]
+    left_out: list[tuple[str, str]]
+    """As `Source.left_out`."""
+
+
+def list_folder(root: Path) -> ListedFolder:
+    """A folder's images. Says on standard error what it does not use.
+
+    Raises:
+        UsageError: as `find_images`, and where the folders are parts of a data set instead of classes.
+    """
     found = find_images(root)
+    require_no_splits(root, found.classes)
     paths = [str(file.relative_to(root)) for file, _ in found.images]
+    require_heic_reader(paths)
     _report(found.unused)
-    return [
+    entries = [
         Entry(key, path, file.stat().st_size, label)
         for key, path, (file, label) in zip(unique(map(key_of, paths)), paths, found.images, strict=True)
-    ], found.classes
+    ]
+    return ListedFolder(entries, found.classes, [(str(root / name), reason) for name, reason in found.unused.all()])
 
 
 def _report(unused: Unused) -> None:
@@ -211,6 +231,7 @@ def open_list(file: Path) -> Files:
         if extension_of(image) not in ALL_IMAGE_EXTENSIONS:
             raise UsageError(f"{file}, line {item.line}: {item.path} is no {', '.join(ALL_IMAGE_EXTENSIONS)} file")
         entries.append(Entry(key, item.path, image.stat().st_size, item.label))
+    require_heic_reader(item.path for item in items)
     return Files(root, entries, classes)
 
 
@@ -328,6 +349,20 @@ def category_ids(directory: Path) -> list[int]:
     annotations = _index_content(directory).get("annotations")
     ids = annotations.get("category_ids") if isinstance(annotations, dict) else None
     return ids if isinstance(ids, list) and all(type(number) is int for number in ids) else []
+
+
+def location_of_shards(directory: Path) -> Path:
+    """Where the shards are whose index a directory holds: the directory itself, or what the index names.
+
+    Raises:
+        UsageError: it names a URL.
+    """
+    location = _index_content(directory).get(LOCATION)
+    if not isinstance(location, str):
+        return directory
+    if is_url(location):
+        raise UsageError(f"the index in {directory} is of shards behind {location}; check them where they are local")
+    return Path(location)
 
 
 def _index_content(directory: Path) -> dict[str, Any]:

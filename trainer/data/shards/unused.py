@@ -35,6 +35,12 @@ class Unused:
         self.counts.update(other.counts)
         self.unreadable += other.unreadable
 
+    def all(self) -> Iterator[tuple[str, str]]:
+        """Names and reasons; of what is left out on purpose the first `most_examples` of each reason."""
+        for reason, names in self.examples.items():
+            yield from ((name, reason) for name in names)
+        yield from self.unreadable
+
     def lines(self) -> Iterator[str]:
         """A line for each reason: how many, why, and the first names."""
         for reason, count in self.counts.most_common():

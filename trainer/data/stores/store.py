@@ -70,6 +70,10 @@ class Store(ABC):
     def size(self, name: str) -> int:
         """Bytes of a file. Raises what `read` does."""
 
+    def is_local(self, name: str) -> bool:
+        """Whether a file is on a file system."""
+        return self.directory is not None
+
     def will_need(self, name: str, offset: int, size: int) -> None:  # noqa: B027  a hint may be ignored
         """Hints that a range is read soon."""
 

@@ -1,11 +1,11 @@
 """`encoder:` and `method:`: parts of the model by name, with keys of their own."""
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
-from mixmae.trainer.recipe.sections.section import Section
+from mixmae.base.image_size import ImageSize, both_sides
+from mixmae.trainer.recipe.sections.section import Section, Weights
 
 
 class Component(Section):
@@ -20,14 +20,24 @@ class Component(Section):
         return dict(self.model_extra or {})
 
 
+_Side = Annotated[int, Field(gt=0, le=4096)]
+
+
 class EncoderSection(Component):
     """The encoder, with the sizes that shall differ from those of its name."""
 
     name: str = "mixmae_swin_base_w14"
-    img_size: int = Field(224, gt=0, le=4096)
-    init: Path | None = None
-    """Encoder directory (`mixmae import`, `mixmae export`) or run directory to start from; None starts from random
-    weights."""
+    img_size: _Side | tuple[_Side, _Side] = 224
+    """Pixels: the side of a square, or [height, width]."""
+    init: Weights | None = None
+    """What to start from: an encoder directory (`mixmae import`, `mixmae export`), a run directory, `timm:NAME`, or the
+    file or directory of others' weights (docs/encoders.md); None starts from random weights."""
+
+    @field_validator("img_size")
+    @classmethod
+    def _a_square_is_one_side(cls, value: ImageSize) -> ImageSize:
+        height, width = both_sides(value)
+        return height if height == width else (height, width)
 
 
 class MethodSection(Component):

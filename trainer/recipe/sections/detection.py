@@ -15,7 +15,8 @@ class Detection(Section):
     classes: tuple[str, ...] | None = None
     """Their names, in the order of their numbers; None: those of `data.shards`."""
     scale: tuple[float, float] = (0.1, 2.0)
-    """Large-scale jitter: an image's longer side over encoder.img_size, drawn evenly between these two."""
+    """Large-scale jitter: an image's size over the largest that fits into encoder.img_size, drawn evenly between these
+    two."""
 
     channels: int = Field(256, gt=0, le=4096)
     """Of the feature pyramid and of the heads' convolutions."""

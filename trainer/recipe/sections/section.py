@@ -39,6 +39,16 @@ def _expand_directory(shards: str) -> str:
 
 Shards = Annotated[str, AfterValidator(_expand_directory)]
 """A directory of shards, expanded, or the URL of one."""
+TIMM = "timm:"
+"""What stands before a name of timm's where weights are named."""
+
+
+def _expand_file(weights: str) -> str:
+    return weights if weights.startswith(TIMM) else expand(weights)
+
+
+Weights = Annotated[str, AfterValidator(_expand_file)]
+"""A directory or file of weights, expanded, or `timm:` and the name of timm's."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0)]

@@ -17,7 +17,8 @@ class Segmentation(Section):
     width: int = Field(512, gt=0, le=4096)
     """Of the maps in UperNet's head."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """An image's shorter side over encoder.img_size before it is cropped, drawn evenly between these two."""
+    """An image's size before it is cropped, over the smallest that covers encoder.img_size; drawn evenly between these
+    two."""
     stride: int | None = Field(None, gt=0)
     """Pixels between two windows in which an image is tested; None: two thirds of encoder.img_size, 341 of 512."""
 

@@ -41,6 +41,19 @@ def test_the_image_fits_into_a_tenth_to_twice_the_square(height: int, width: int
         assert 0 <= start <= resized - count
 
 
+def test_a_window_may_be_a_rectangle() -> None:
+    crop = LargeScaleJitterCrop((64, 128), Data(hflip=0), scale=(1.0, 1.0))
+    view = crop.draw(64, 96, Random(0))
+    assert view.resized == (64, 96)
+    square = {"category": 0, "bbox": [8, 8, 40, 40], "segmentation": [[8, 8, 48, 8, 48, 48, 8, 48]]}
+    found = crop.targets(parse_objects(dump_objects([square]), 64, 96), view)
+    assert found["masks"].shape == (1, 64, 16)
+    mask = np.unpackbits(found["masks"][0], axis=1)
+    assert mask[8:48, 8:48].all()
+    assert mask.sum() == 1600
+    assert crop.new_batch(2).images.shape == (2, 3, 64, 128)
+
+
 def test_scales_windows_and_flips_are_uniform() -> None:
     crop, random = LargeScaleJitterCrop(1024, Data()), Random(0)
     views = [crop.draw(480, 640, random) for _ in range(4000)]

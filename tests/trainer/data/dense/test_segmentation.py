@@ -26,6 +26,16 @@ def test_the_shorter_side_is_half_to_twice_the_crop(height: int, width: int, see
     assert 32 <= shorter <= 128 or longer >= 128  # of very long images the longer side decides
 
 
+@given(st.integers(40, 900), st.integers(40, 900), st.integers(0, 2**32))
+def test_half_to_twice_a_rectangular_crop_is_covered(height: int, width: int, seed: int) -> None:
+    view, seen = SegmentationCrop((64, 128), Data()).draw(np.zeros((height, width), np.uint8), Random(seed))
+    assert seen.shape == (min(64, view.resized[0]), min(128, view.resized[1]))
+    covers = max(view.resized[0] / 64, view.resized[1] / 128)
+    assert max(covers, max(view.resized) / 512) >= 0.49
+    assert max(view.resized) <= 2 * 512 + 1
+    assert min(view.resized[0] / 64, view.resized[1] / 128) <= 2.01
+
+
 @given(st.lists(st.sampled_from([0, 1, 2, 255]), min_size=1, max_size=40))
 def test_three_quarters_of_one_class_are_too_much(labels: list[int]) -> None:
     counts = Counter(label for label in labels if label != 255)

@@ -85,7 +85,7 @@ def test_masks_boxes_and_label_maps_follow_pixel_by_pixel(view: View, seed: int)
         return
     padded = np.zeros((32, 32), np.uint8)
     padded[: view.rows, : view.columns] = expected
-    assert np.array_equal(np.unpackbits(found.packed(32), axis=1), padded)
+    assert np.array_equal(np.unpackbits(found.packed(32, 32), axis=1), padded)
     y, x = np.nonzero(expected)
     assert found.box == (x.min(), y.min(), x.max() + 1, y.max() + 1)
 

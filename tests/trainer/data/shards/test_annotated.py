@@ -214,12 +214,19 @@ def test_label_maps_are_read_and_reduced(coco: Path, capsys: pytest.CaptureFixtu
     (coco / "names.txt").write_text("\n".join(f"class {number}" for number in range(100)))
     with pytest.raises(UsageError, match=r"none of the 4 images .*\(2 damaged annotation, 1 bad label, 1 ann"):
         build(coco, "bad", "--label-maps", str(coco / "maps"), "--class-names", str(coco / "names.txt"))
+    for names, message in (
+        (map(str, range(256)), "has 256 class names; label maps hold 1 to 255 classes"),
+        ("aba", "names a more than once"),
+    ):
+        (coco / "names.txt").write_text("\n".join(names))
+        with pytest.raises(UsageError, match=message):
+            build(coco, "bad", "--label-maps", str(coco / "maps"), "--class-names", str(coco / "names.txt"))
 
 
 def test_labels_beyond_what_a_target_holds_are_refused() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(buffer, "PNG")
-    with pytest.raises(UnusableError, match="label 300; expected at most 254") as caught:
+    with pytest.raises(UnusableError, match="label 300; expected 0 to 254, the 255 classes") as caught:
         parse_label_map(buffer.getvalue(), 4, 4)
     assert caught.value.reason == Reason.BAD_LABEL
 

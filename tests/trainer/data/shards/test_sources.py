@@ -1,16 +1,21 @@
+import importlib.util
+import io
 import json
 import os
 import pickle
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mixmae.base.errors import UsageError
+from mixmae.trainer.data.decode import center_resized_crop, inspect_image
 from mixmae.trainer.data.faults import PILLOW, UnusableError
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
+from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.sources import Source, open_source, unique
 from tests.helpers import tar_of
 
@@ -272,7 +277,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
 
 
 def test_other_formats_and_odd_extensions_become_samples(tmp_path: Path) -> None:
-    names = ("a.jfif", "b.jpeg.jpg", "c.GIF", "d.tif", "e.TIFF", "f.bmp", "g.jpe", "h.input.png", "i.ppm")
+    names = ("a.jfif", "b.jpeg.jpg", "c.GIF", "d.tif", "e.TIFF", "f.bmp", "g.jpe", "h.input.png", "i.ppm", "j.avif")
     formats = {"jfif": "JPEG", "jpe": "JPEG", "jpg": "JPEG", "tif": "TIFF"}
     (tmp_path / "set").mkdir()
     for name in names:
@@ -283,3 +288,69 @@ def test_other_formats_and_odd_extensions_become_samples(tmp_path: Path) -> None
     assert (index.samples["state"] <= PILLOW).all()
     again = build_shards(open_source(str(tmp_path / "out")), tmp_path / "again", 10**6, 0, 1).index
     assert sorted(again.samples["hash"]) == sorted(index.samples["hash"])
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "Validation", "test"), ("train",)])
+def test_parts_of_a_data_set_are_no_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        add_image(tmp_path / name / "cat" / "1.png")
+    with pytest.raises(UsageError) as caught:
+        open_source(str(tmp_path))
+    commands = [f"'mixmae shards build {tmp_path / name} OUT/{name}'" for name in names]
+    assert all(command in str(caught.value) for command in commands)
+    assert open_source(str(tmp_path / names[0])).classes == ["cat"]
+    add_image(tmp_path / "lorry" / "1.png")
+    assert open_source(str(tmp_path)).classes == sorted([*names, "lorry"])
+
+
+def test_every_file_that_is_left_out_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_image(tmp_path / "set" / "cat" / "1.png")
+    (tmp_path / "set" / "cat" / "text.png").write_text("no image")
+    for number in range(5):
+        (tmp_path / "set" / "cat" / f"{number}.xmp").write_text("")
+    assert main(["build", str(tmp_path / "set"), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert {(Path(one["source"]).name, one["reason"]) for one in listed} == {
+        *((f"{number}.xmp", ".xmp files") for number in range(5)),
+        ("text.png", "not an image"),
+    }
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"skipped 1 not an image: {tmp_path}/set/cat/text.png; all of them in {tmp_path}/out/skipped.jsonl",
+        f"5 files of the source are no samples; each with its reason in {tmp_path}/out/skipped.jsonl",
+    ]
+
+
+def test_heic_becomes_png_of_the_same_pixels(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif: pip install 'mixmae[heic]'")
+    heif.register_heif_opener()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    (tmp_path / "set").mkdir()
+    for name in ("a.heic", "b.HEIF", "phone.jpg"):
+        image.save(tmp_path / "set" / name, "HEIF")
+    index = build_shards(open_source(str(tmp_path / "set")), tmp_path / "out", 10**6, 0, 1).index
+    with Image.open(tmp_path / "set" / "a.heic", formats=["HEIF"]) as opened:
+        expected = np.asarray(opened)
+    for sample in range(3):
+        stored = Image.open(io.BytesIO(index.read(sample)))
+        assert stored.format == "PNG"
+        assert not stored.getexif()
+        assert np.array_equal(np.asarray(stored), expected)
+
+
+def test_heic_without_its_package_is_refused_before_hours_of_building(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"1 HEIC images \(IMG_1.HEIC\) need pillow-heif: pip install 'mixmae"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "AVIF"])
+def test_of_an_animation_the_first_frame_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("white", "black", "black")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    content = buffer.getvalue()
+    assert inspect_image(content) == PILLOW
+    assert center_resized_crop(content, PILLOW, 16).min() > 250
