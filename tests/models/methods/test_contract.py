@@ -130,7 +130,7 @@ def test_images_may_be_rectangles_of_any_channels(family: str, method: str) -> N
         ("swin", "mixmae", "selective"),
         pytest.param("swin", "mixmae", "torch", marks=pytest.mark.slow),
         pytest.param("swin", "mae", "none", marks=pytest.mark.slow),
-        ("vit", "mae", "none"),
+        pytest.param("vit", "mae", "none", marks=pytest.mark.slow),
         pytest.param("swin", "simmim", "none", marks=pytest.mark.slow),
     ],
 )

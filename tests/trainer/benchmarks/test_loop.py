@@ -16,6 +16,7 @@ TINY = [
 ]
 
 
+@pytest.mark.distributed
 def test_the_loop_is_compared_with_the_bare_step(tmp_path: Path) -> None:
     """As a process of its own: it joins a process group, and takes signals for itself."""
     out = tmp_path / "out.json"
