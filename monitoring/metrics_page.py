@@ -14,7 +14,7 @@ GROUPS = {
     Source.MAIN: ("Of the run", "Exported by the main rank alone: one of each run.", "per run"),
     Source.NODE: ("Of every node", "Exported once per node.", "per node"),
 }
-OPERATIONS, REASONS, EVALUATION_METRICS = 6, 18, 16
+OPERATIONS, REASONS, EVALUATION_METRICS = 6, 21, 16
 VALUES = {
     "step_part_seconds": len(STEP_PHASES),
     "rank_part": len(PHASES),

@@ -81,7 +81,11 @@ class MixMAEDistill(MixMAE):
             return pixels
         # A cell of one value: what mixes images by their cells mixes features.
         targets = mix_images(self.teacher(images), groups, partners).permute(0, 2, 3, 1)
-        return pixels + self.teacher_weight * F.mse_loss(self.teacher_head(features).float(), targets)
+        error = F.mse_loss(self.teacher_head(features).float(), targets, reduction="none").mean(-1)
+        if valid is None:
+            return pixels + self.teacher_weight * error.mean()
+        counted = mix_images(F.adaptive_avg_pool2d(valid[:, None].float(), self.grid), groups, partners)[:, 0]
+        return pixels + self.teacher_weight * (error * counted).sum() / counted.sum().clamp(min=1)
 
     def frozen_models(self) -> Sequence[nn.Module]:
         return [self.teacher.model]

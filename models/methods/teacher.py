@@ -65,8 +65,9 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """fp32 [B, dim, Gh, Gw] of images [B, 3, H, W], resampled to the grid, cells normalised over channels."""
-        scale, shift = (images.new_tensor(values)[:, None, None] for values in (self._scale, self._shift))
-        x = images * scale + shift
+        # By numbers, not by tensors of them: those would have to be copied to the device, which waits for it.
+        parts = zip(images.split(1, dim=1), self._scale, self._shift, strict=True)
+        x = torch.cat([channel * scale + shift for channel, scale, shift in parts], dim=1)
         if x.shape[2:] != self.img_size:
             x = F.interpolate(x, self.img_size, mode="bicubic", antialias=True)
         model: Any = self.model  # by timm's contract

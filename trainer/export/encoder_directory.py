@@ -135,6 +135,7 @@ def read_config(directory: str | Path) -> EncoderConfig:
         family, _ = family_of(config.architecture)
         _ = config.pixels
         check_settings("model_args", family.__init__, config.model_args, _NOT_SIZES)
+        _ = config.pixels
     except ValidationError as error:
         raise UsageError(f"{file}: {explain(error, EncoderConfig)}") from error
     except UsageError as error:

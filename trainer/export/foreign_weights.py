@@ -21,6 +21,8 @@ from mixmae.trainer.recipe.sections.section import TIMM
 
 _TIMM_FILES = (ENCODER, "pytorch_model.bin")
 """Of a directory that timm wrote (`save_for_hf`), in the order in which timm looks for them."""
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Of files, whether they are there or not."""
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 """Where training scripts put a state dict, as timm looks for it: averaged weights first."""
 _WRAPPERS = ("module.", "encoder.", "backbone.")
@@ -46,7 +48,8 @@ class ForeignWeights(NamedTuple):
 def is_foreign(init: str) -> bool:
     """Whether these weights are others': a timm name, a file, or a directory that timm wrote of a model of its own."""
     path = Path(init)
-    return init.startswith(TIMM) or path.is_file() or _is_timms(_architecture(path))
+    is_file = path.is_file() or (path.suffix in _SUFFIXES and not path.is_dir())
+    return init.startswith(TIMM) or is_file or _is_timms(_architecture(path))
 
 
 def own_directory(init: str) -> str:

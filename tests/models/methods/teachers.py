@@ -22,7 +22,7 @@ def small_teacher() -> str:
 def write_teacher(folder: Path, **sizes: Any) -> Path:
     """A directory of timm's, of a ViT whose images are normalised as no others are."""
     sizes = {"img_size": 128, "patch_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, **sizes}
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # also for tests on the meta device
         torch.manual_seed(5)
         model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
     folder.mkdir()

@@ -58,6 +58,27 @@ def test_loss_is_that_of_the_definition(teacher: str, group_map: str) -> None:
     torch.testing.assert_close(loss, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_cells_count_by_their_valid_pixels(teacher: str) -> None:
+    model, images = build(teacher), torch.randn(3, 3, 128, 128)
+    groups, partners = model.draw(3, torch.Generator().manual_seed(1))
+    valid = torch.ones(3, 128, 128, dtype=torch.bool)
+    torch.testing.assert_close(model(images, groups, partners, valid), model(images, groups, partners))
+    valid[1, :64] = False
+    valid[1, 64:96, :16] = False
+    features, targets = model.teacher_head(model._encode(images, groups, partners)), model.teacher(images)
+    total, weight = torch.zeros(()), 0.0
+    for i in range(3):
+        for row in range(4):
+            for col in range(4):
+                source = int(partners[groups[row, col], i])
+                share = 1.0 if source != 1 or row == 3 else 0.0 if row < 2 else 0.5 if col == 0 else 1.0
+                error = (features[i, row, col] - targets[source, :, row, col]).square().mean()
+                total, weight = total + share * error, weight + share
+    whole, without = model(images, groups, partners, valid), model.as_counted()
+    without.separate_groups = True
+    torch.testing.assert_close(whole - without(images, groups, partners, valid), total / weight, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_of_the_teacher_is_trained_or_kept(teacher: str) -> None:
     model, images = build(teacher), torch.randn(3, 3, 128, 128)
     names = [*dict(model.named_parameters()), *model.state_dict(), *dict(model.named_modules())]

@@ -44,7 +44,8 @@ def test_a_forward_pass_reads_nothing_back_and_mixes_no_devices(family: str, met
     model = on_meta(family, method)
     inputs = drawn(model, 0)
     with FakeTensorMode(allow_non_fake_inputs=False):
-        move(model, on_gpu)
+        for module in (model, *model.frozen_models()):
+            move(module, on_gpu)
         images = torch.empty(BATCH, 3, SIZE, SIZE, device="cuda")
         loss = model(images, *(torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in inputs))
         assert (loss.device.type, loss.dtype, loss.shape) == ("cuda", torch.float32, ())

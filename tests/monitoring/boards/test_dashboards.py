@@ -68,7 +68,7 @@ def test_cardinality_is_bounded_and_linear_in_nodes_and_ranks() -> None:
         series = [
             line for line in history([(run, dict.fromkeys(run.nodes, "x"))], [1000.0]) if line.startswith("mixmae_")
         ]
-        assert 0.8 * most_series(nodes) < len(series) <= most_series(nodes)
+        assert 0.75 * most_series(nodes) < len(series) <= most_series(nodes)  # few reasons are met in one run
     assert most_series(64) - most_series(32) == 32 * (most_series(2) - most_series(1))
     assert len(Reason) <= REASONS
 

@@ -109,7 +109,9 @@ CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "size of another type": (changed("model_args", {"depth": "x"}), "model_args.depth='x'"),
     "mean": (changed("pretrained_cfg.mean", [0, float("nan"), 0]), "mean.*finite"),
     "std": (changed("pretrained_cfg.std", [0, 1, 1]), "std.*greater than 0"),
-    "two of three": (changed("pretrained_cfg.mean", [0, 1]), "mean"),
+    "two of three": (changed("pretrained_cfg.mean", [0, 1]), "mean.* has 2 values; expected one for each"),
+    "channels": (changed("data", {"channels": 5}), r"one for each of data\.channels=5"),
+    "pixels of another type": (changed("data", {"dtype": "int4"}), "dtype='int4'"),
     "input": (changed("pretrained_cfg.input_size", "224"), "input_size='224': expected a list"),
 }
 WEIGHTS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Callable[[Path, dict[str, Tensor]], str], str, str]] = 
     ),
     "no such weights": (lambda *_: "timm:swin_base_patch4_window7_224.x", "swin_nano", "it has .*ms_in1k"),
     "none at all": (lambda *_: "timm:mixmae_swin_base", "swin_nano", "it has none of it"),
-    "no file": (lambda folder, _: str(folder / "none.pth"), "swin_nano", "none.pth"),
+    "no file": (lambda folder, _: str(folder / "none.pth"), "swin_nano", "none.pth does not exist"),
 }
 
 
