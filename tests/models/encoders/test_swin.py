@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
@@ -209,15 +211,19 @@ def test_a_kernel_that_fails_on_a_gpu_is_left_out(monkeypatch: pytest.MonkeyPatc
     def failing(*_: object) -> Tensor:
         raise RuntimeError("out of resource: shared memory")
 
+    def without_groups(qkv: Tensor, table: Tensor, _: Tensor | None, scale: float) -> Tensor:
+        return triton_cases.window_formula(qkv, table, None, scale)
+
     attention = WindowAttention(32, 1, 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     cpu = torch.device("cpu")
-    for kernel, reason in {
+    kernels: dict[Callable[[Tensor, Tensor, Tensor | None, float], Tensor], str] = {
         triton_cases.window_formula: "",
         failing: "the window kernel does not run on a GPU: out of resource: shared memory",
-        lambda *inputs: triton_cases.window_formula(*inputs[:2], None, inputs[3]): "the window kernel is off by ",
-    }.items():
+        without_groups: "the window kernel is off by ",
+    }
+    for kernel, reason in kernels.items():
         attention.window_kernel = kernel
         found = try_kernel(attention, cpu)
         assert found.startswith(reason)
