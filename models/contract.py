@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from mixmae.models.encoders.contract import Encoder
@@ -32,8 +33,12 @@ class Trainable(nn.Module):
         """What is compiled beside the blocks: modules without a graph break, of static shapes."""
         return []
 
-    def set_fused_attention(self) -> None:
-        """Attention in a kernel of this project's own, on GPUs; nothing where there is none for it."""
+    def set_fused_attention(self, dtype: torch.dtype = torch.bfloat16, windows: bool = True) -> list[str]:
+        """Attention in kernels of this project's own, on GPUs; nothing where there is none for it.
+
+        Args, Returns: see `Encoder.set_fused_attention`.
+        """
+        return []
 
     def no_weight_decay(self) -> Collection[str]:
         """Names of parameters that weight decay leaves alone, beside all 1-D ones."""
@@ -67,8 +72,8 @@ class TrainableEncoder(Trainable):
     def set_grad_checkpointing(self, groups: Collection[str]) -> None:
         self._encoder().set_grad_checkpointing(stages=[int(name) for name in groups if name.isdigit()])
 
-    def set_fused_attention(self) -> None:
-        self._encoder().set_fused_attention()
+    def set_fused_attention(self, dtype: torch.dtype = torch.bfloat16, windows: bool = True) -> list[str]:
+        return self._encoder().set_fused_attention(dtype, windows)
 
     def no_weight_decay(self) -> Collection[str]:
         return {f"{self.encoder_path}.{name}" for name in self._encoder().no_weight_decay()}

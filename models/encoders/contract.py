@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, fx, nn
 
 from mixmae.models.encoders.conversion import Converted
@@ -165,8 +166,17 @@ class Encoder(nn.Module):
             graph.erase_node(node)
         return fx.GraphModule(self, graph, type(self).__name__).train(self.training)
 
-    def set_fused_attention(self) -> None:
-        """Attention in a kernel of this project's own, on GPUs, where problems are small enough; else nothing."""
+    def set_fused_attention(self, dtype: torch.dtype = torch.bfloat16, windows: bool = True) -> list[str]:
+        """Attention in kernels of this project's own, on GPUs, where problems are small enough; else nothing.
+
+        Args:
+            dtype: of queries, keys and values.
+            windows: that of windows too, beside that of the global stages' groups.
+
+        Returns:
+            What is left to torch's attention, and why.
+        """
+        return []
 
 
 def edit_of(edit: MapEdit | None, stage: int) -> Callable[[Tensor], Tensor]:

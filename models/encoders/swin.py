@@ -102,7 +102,7 @@ class SwinStage(Stage):
     ) -> Tensor:
         x = edit(self.downsample(x)) if self.merge else x  # the first map is edited before positions are added
         for wide, blocks in self._runs():
-            arrangement = self._arrange(wide, groups, num_groups, x.dtype)
+            arrangement = self._arrange(wide, groups, num_groups, x)
             tokens = arrangement.sort(x)
             for block in blocks:
                 tokens = self.run(block, tokens, arrangement)
@@ -123,13 +123,17 @@ class SwinStage(Stage):
                 tokens = self.run(block, tokens, arrangement)
         return tokens.reshape(x.shape)
 
-    def _arrange(self, wide: bool, groups: Tensor | None, num_groups: int | None, dtype: torch.dtype) -> Arrangement:
+    def _arrange(self, wide: bool, groups: Tensor | None, num_groups: int | None, x: Tensor) -> Arrangement:
         window, index = self._window(wide), self._position_index(wide)
         is_global = self.grid == (window, window)
         if is_global and groups is not None and groups.dim() == 2 and num_groups is not None:
             return by_group(groups, num_groups, self.grid, index)
         windows = by_window(self.grid, window, index)
-        return windows if groups is None else separated(windows, groups, self.grid, dtype)
+        if groups is None:
+            return windows
+        attention = self.blocks[self.wide.index(wide)].attn
+        assert isinstance(attention, WindowAttention)
+        return separated(windows, groups, self.grid, x.dtype, by_members=attention.fuses_windows(_product_dtype(x)))
 
 
 class Swin(StagedEncoder):
@@ -276,12 +280,17 @@ class Swin(StagedEncoder):
     def no_weight_decay(self) -> Collection[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
-    def set_fused_attention(self) -> None:
+    def set_fused_attention(self, dtype: torch.dtype = torch.bfloat16, windows: bool = True) -> list[str]:
         from mixmae.models.ops.grouped_attention import grouped_attention  # Triton comes with torch for GPUs alone
+        from mixmae.models.ops.window_attention import window_attention
 
-        for module in self.modules():
-            if isinstance(module, WindowAttention):
-                module.kernel = grouped_attention
+        reasons = []
+        for number, stage in enumerate(self.stages, start=1):
+            for module in stage.modules():
+                if isinstance(module, WindowAttention):
+                    reason = module.use_kernels(grouped_attention, window_attention if windows else None, dtype)
+                    reasons += [f"stage {number}: {reason}"] if reason else []
+        return list(dict.fromkeys(reasons))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, object]:
         """timm's layer groups, from the image to the head, for layer-wise learning-rate decay."""
@@ -291,6 +300,13 @@ class Swin(StagedEncoder):
             else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
         )
         return {"stem": r"^patch_embed", "blocks": block}
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of what a linear layer makes of it."""
+    device = x.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_autocast else x.dtype
 
 
 def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:

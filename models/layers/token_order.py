@@ -32,6 +32,8 @@ class Problems(NamedTuple):
     bias: [num, 1, size, size], 0 within a group and -inf across, where one map is shared by the micro-batch.
     query_codes, key_codes: [B, num, 1, size, 8] where each sample has its own map: extra head dimensions whose
         product is 0 within a group and hugely negative across, so that no mask for each sample is ever made.
+    members: int32 [1 or B, num, size], the group of each token, for a kernel that compares them itself: then there is
+        neither a bias nor codes.
     """
 
     num: int
@@ -40,6 +42,7 @@ class Problems(NamedTuple):
     bias: Tensor | None = None
     query_codes: Tensor | None = None
     key_codes: Tensor | None = None
+    members: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -51,9 +54,14 @@ class Problems(NamedTuple):
         return self.pairs.dim() == 1 or len(self.pairs) == 1
 
     @property
+    def are_windows(self) -> bool:
+        """Whether problems are whole windows, each row by row."""
+        return self.pairs.dim() == 1
+
+    @property
     def is_dense(self) -> bool:
         """Whether all tokens of a problem see each other."""
-        return self.bias is None and self.query_codes is None
+        return self.bias is None and self.query_codes is None and self.members is None
 
 
 class Arrangement(NamedTuple):
@@ -112,18 +120,24 @@ def by_window(grid: tuple[int, int], window: int, pairs: Tensor) -> Arrangement:
     return Arrangement((problems,), tile=None if grid == (window, window) else (window, window))
 
 
-def separated(arrangement: Arrangement, groups: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Arrangement:
+def separated(
+    arrangement: Arrangement, groups: Tensor, grid: tuple[int, int], dtype: torch.dtype, by_members: bool = False
+) -> Arrangement:
     """The same order of windows, with groups kept apart by a mask or by codes.
 
     Args:
         groups: [Gh, Gw] or [B, Gh, Gw].
         dtype: of the tokens.
+        by_members: for a kernel that compares members itself.
     """
     (windows,) = arrangement.problems
     members = upsample_groups(groups, grid)
     if arrangement.tile is not None:
         members = to_tiles(members.view(-1, *grid, 1), arrangement.tile).view(*groups.shape[:-2], -1)
     members = members.view(*groups.shape[:-2], windows.num, windows.size)
+    if by_members:
+        members = members.view(-1, windows.num, windows.size).int()
+        return arrangement._replace(problems=(windows._replace(members=members),))
     if groups.dim() == 2:
         same = members[:, :, None] == members[:, None, :]
         bias = torch.zeros(same.shape, dtype=dtype, device=groups.device).masked_fill_(~same, float("-inf"))

@@ -3,6 +3,7 @@
 Shapes: tokens [B, L, C] in the stage's order; h heads of width d.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -11,14 +12,22 @@ from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from mixmae.models.layers.token_order import Arrangement, Problems
+from mixmae.models.layers.token_order import Arrangement, Problems, by_window, relative_position_index, separated
 from mixmae.models.ops import sdpa
 
 MAX_SIZES = {2: 128, 4: 64}
-"""By bytes of an element: tokens of a problem whose attention matrix lies in a GPU's registers, and what its products
-read in shared memory."""
+"""By bytes of an element: tokens of a problem with a bias of its own whose attention matrix lies in a GPU's registers,
+and what its products read in shared memory."""
+MAX_WINDOWS = {2: 16, 4: 8}
+"""The same of the side of windows."""
+WIDTHS = (16, 32)
+"""Of heads, for which both kernels are made."""
+_MAX_ERROR = 0.05
+"""Of the window kernel beside torch's attention, relative to the norm: bf16 is off by less than 0.02."""
 Kernel = Callable[[Tensor, Tensor, float], Tensor]
 """Packed queries, keys and values [B, num * size, 3C], bias [num, h, size, size], and scale to [B, num * size, C]."""
+WindowKernel = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+"""The same with the bias table, and members of groups or None, in place of the bias."""
 
 
 class WindowAttention(nn.Module):
@@ -29,7 +38,9 @@ class WindowAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"embed dim {dim} does not divide into {num_heads} heads")
         self.num_heads = num_heads
+        self.window = window
         self.kernel: Kernel | None = None
+        self.window_kernel: WindowKernel | None = None
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -39,19 +50,52 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, arrangement: Arrangement) -> Tensor:
         """[B, L, C] -> [B, L, C]."""
         if len(arrangement.problems) == 1:
-            return self.proj(self._attend(self.qkv(x), arrangement.problems[0]))
+            return self.proj(self.attend(self.qkv(x), arrangement.problems[0]))
         parts = self.qkv(x).split([problems.tokens for problems in arrangement.problems], dim=1)
-        out = [self._attend(part, problems) for part, problems in zip(parts, arrangement.problems, strict=True)]
+        out = [self.attend(part, problems) for part, problems in zip(parts, arrangement.problems, strict=True)]
         return self.proj(torch.cat(out, dim=1))
 
     def set_window(self, window: int) -> None:
         """Another window side; the bias table is resized."""
+        self.window = window
         table = self.relative_position_bias_table
         if len(table) != (2 * window - 1) ** 2:
             self.relative_position_bias_table = nn.Parameter(resize_table(table.detach(), window))
 
-    def _attend(self, qkv: Tensor, problems: Problems) -> Tensor:
+    def fuses_windows(self, dtype: torch.dtype) -> bool:
+        """Whether windows go through `window_kernel`.
+
+        Args:
+            dtype: of queries, keys and values.
+        """
+        return self.window_kernel is not None and self.window <= MAX_WINDOWS.get(dtype.itemsize, 0)
+
+    def use_kernels(self, kernel: Kernel, window_kernel: WindowKernel | None, dtype: torch.dtype) -> str:
+        """Attention in kernels where they apply.
+
+        Returns:
+            Why none of them does, or not that of windows; empty if they do.
+        """
+        width = self.proj.in_features // self.num_heads
+        if width not in WIDTHS:
+            return f"heads are {width} wide, expected {' or '.join(map(str, WIDTHS))}"
+        self.kernel, self.window_kernel = kernel, window_kernel
+        if window_kernel is None:
+            return ""
+        if not self.fuses_windows(dtype):
+            most = MAX_WINDOWS.get(dtype.itemsize, 0)
+            reason = f"windows of {self.window}x{self.window} in {dtype}, expected a side of {most} or less"
+        else:
+            reason = kernel_failure(self, dtype)
+        if reason:
+            self.window_kernel = None
+        return reason
+
+    def attend(self, qkv: Tensor, problems: Problems) -> Tensor:
         """[B, num * size, 3C] -> [B, num * size, C]."""
+        if problems.are_windows and self.window_kernel is not None and self.fuses_windows(qkv.dtype):
+            return self.window_kernel(qkv, self.relative_position_bias_table, problems.members, self.scale)
+        assert problems.members is None, "groups are kept apart by a mask where there is no kernel"
         bias = position_bias(self.relative_position_bias_table, problems.pairs, problems.size)
         one_bias = problems.is_shared
         own_bias = not one_bias or problems.num == 1
@@ -73,6 +117,48 @@ class WindowAttention(nn.Module):
         width = self.proj.in_features // self.num_heads
         out = out.view(-1, problems.num, self.num_heads, problems.size, width)
         return out.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+_tried: dict[tuple[object, ...], str] = {}
+
+
+def kernel_failure(attention: WindowAttention, dtype: torch.dtype) -> str:
+    """Tries the window kernel on the module's GPU beside torch's attention, once for each shape: a model that is
+    compiled has no way back later.
+
+    Returns:
+        What is wrong with it there; empty if nothing is, or the module is on no GPU.
+    """
+    device = attention.qkv.weight.device
+    if device.type != "cuda":
+        return ""
+    shape = (attention.window, attention.num_heads, attention.proj.in_features, dtype, device)
+    if shape not in _tried:
+        _tried[shape] = try_kernel(copy.deepcopy(attention).to(dtype), device)
+    return _tried[shape]
+
+
+def try_kernel(attention: WindowAttention, device: torch.device) -> str:
+    """Why not to use the module's window kernel on a device; the module is changed."""
+    window, dtype = attention.window, attention.qkv.weight.dtype
+    grid, generator = (window, 2 * window), torch.Generator(device).manual_seed(0)
+    arrangement = by_window(grid, window, relative_position_index(window).to(device))
+    groups = torch.randint(2, grid, generator=generator, device=device)
+    shape = (2, 2 * window**2, attention.qkv.out_features)
+    qkv = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+    results = []
+    for by_members in (True, False):
+        (problems,) = separated(arrangement, groups, grid, dtype, by_members).problems
+        attention.window_kernel = attention.window_kernel if by_members else None
+        try:
+            out = attention.attend(qkv, problems)
+            inputs = (qkv, attention.relative_position_bias_table)
+            results.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)))
+            torch.cuda.synchronize(device)
+        except Exception as error:  # of Triton, its compiler or the driver, which share no base
+            return f"the window kernel does not run on {torch.cuda.get_device_name(device)}: {str(error).strip()[:200]}"
+    off = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*results, strict=True))
+    return "" if off < _MAX_ERROR else f"the window kernel is off by {off:.2g} on {torch.cuda.get_device_name(device)}"
 
 
 def _fits(size: int, qkv: Tensor) -> bool:

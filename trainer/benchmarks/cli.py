@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "step": "images per second, FLOP/s and memory of variants of the training step",
+    "window": "time of attention inside windows, in this project's kernel and in torch's",
     "mixed-conv": "time and memory of mixed convolutions beside plain ones",
     "loop": "overhead of the training loop over the bare step",
     "data": "images per second of a recipe's input pipeline",

@@ -49,18 +49,19 @@ class Part:
 
 def parts() -> list[Part]:
     """The suite; K = 2 has published operations per image (722 GFLOP for Swin-H), K = 4 is the recipes' setting."""
-    headline = "plain-autocast,compiled-triton"  # the reference comes first
+    headline = "plain-autocast,compiled-triton,compiled-window"  # the reference comes first
     return [
         Part("parity", 125, ("-m", "pytest", "-m", "gpu", "--timeout", "100", *_workers(), *_gpu_tests())),
-        _step("swin_huge", "64,128", headline, 2, 140),
-        _step("swin_base_w14", "128,256", headline, 2, 120),
+        Part("window", 30, ("-m", "mixmae.launch.cli", "bench", "window", "--batch", "64", "--rounds", "10", "--json")),
+        _step("swin_huge", "64,128", headline, 2, 170),
+        _step("swin_base_w14", "128,256", headline, 2, 150),
         _loop("swin_base_w14", 128, 4),
         _data(),
         _loop("swin_huge", 64, 4),
-        _step("swin_huge", "128", "compiled-triton", 4, 80),
+        _step("swin_huge", "128", "compiled-window", 4, 80),
         _step("swin_base_w14", "256", headline, 4, 80),
         _step("swin_huge", "64", "compiled,grouped,masked,selective", 2, 90),
-        _step("swin_base_w14", "128", "compiled,grouped,masked,triton", 2, 80),
+        _step("swin_base_w14", "128", "compiled,grouped,masked,triton,window", 2, 80),
         _step("swin_large", "128", headline, 2, 90),
     ]
 
@@ -91,7 +92,7 @@ def small(part: Part) -> Part:
             arguments.append(argument)
     if part.name.startswith("step"):
         arguments[4:4] = ["--precision", "fp32"]
-    if part.name != "parity":
+    if part.name not in ("parity", "window"):
         arguments += _SMALL
     return Part(part.name, _DRY_RUN_FACTOR * part.seconds, tuple(arguments))
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.encoders.swin import Swin, SwinStage
 from mixmae.models.methods.contract import Method
@@ -41,8 +42,10 @@ def _recomputing(kind: Literal["selective", "torch"]) -> Callable[[Trainable], o
     return partial(checkpoint_activations, settings=ActivationCheckpointing(kind=kind))
 
 
-def _fused(model: Trainable) -> None:
-    model.set_fused_attention()
+def _fused(model: Trainable, windows: bool = False) -> None:
+    refused = model.set_fused_attention(next(model.parameters()).dtype, windows)
+    if windows and refused:
+        raise UsageError(f"the variant cannot be measured: {'; '.join(refused)}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ VARIANTS = {
     "compiled": Variant("grouped, each block and the loss compiled (train.compile=true)", compiled=True),
     "triton": Variant("grouped, attention of the global stages in one kernel", _fused, cuda_only=True),
     "compiled-triton": Variant("compiled and triton", _fused, compiled=True, cuda_only=True),
+    "window": Variant(
+        "triton, and attention of all windows in one kernel", partial(_fused, windows=True), cuda_only=True
+    ),
+    "compiled-window": Variant(
+        "compiled and window: the default on GPUs", partial(_fused, windows=True), compiled=True, cuda_only=True
+    ),
 }
 
 

@@ -26,7 +26,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_FUSED = "mixmae::grouped_attention"
+_FUSED = ("mixmae::grouped_attention", "mixmae::window_attention")
 
 
 def checkpoint_activations(model: Trainable, settings: ActivationCheckpointing) -> None:
@@ -77,7 +77,7 @@ def _policy(block: nn.Module) -> Callable[..., CheckpointPolicy]:
             rows, columns = args[-1].shape
             kept = not ends_with_product or columns >= rows
         else:
-            kept = operator in _ATTENTION or operator.name() == _FUSED
+            kept = operator in _ATTENTION or operator.name() in _FUSED
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return choose

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import logging
 import os
 from collections.abc import Callable
 from itertools import chain
@@ -20,6 +21,7 @@ from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.recipe.hardware import Device, fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
 
+_logger = logging.getLogger(__name__)
 _BUCKET = 100_000_000
 """Elements reduced at once: DeepSpeed's own default is one bucket for a whole model of 500 M parameters."""
 
@@ -122,7 +124,10 @@ def build_engine(
     if recipe.train.fused_attention:
         if ranks.device.type != "cuda":
             raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
-        model.set_fused_attention()
+        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+        for reason in model.set_fused_attention(dtype):
+            if ranks.is_main:
+                _logger.warning("train.fused_attention: torch's attention is taken, which is slower: %s", reason)
     if recipe.train.compile:
         compile_parts(model)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made

@@ -77,11 +77,15 @@ class StepModel:
         return self.kernels + self.optimizer + self.host
 
 
-def step_model(recipe: Recipe, gpu: Gpu, micro_batch: int, ranks: int = 1, released: bool = False) -> StepModel:
+def step_model(
+    recipe: Recipe, gpu: Gpu, micro_batch: int, ranks: int = 1, released: bool = False, windows: bool = False
+) -> StepModel:
     """A step of the recipe on one of `ranks` GPUs.
 
     Args:
         released: as published code computes it, fp32 weights under autocast, in place of this project's fastest.
+        windows: with the window kernel, whose rate is assumed to be that of the other one: plans leave it out until it
+            was measured.
     """
     from mixmae.trainer.benchmarks.plain import make_plain
 
@@ -91,7 +95,7 @@ def step_model(recipe: Recipe, gpu: Gpu, micro_batch: int, ranks: int = 1, relea
     if released:
         make_plain(model)
     else:
-        model.set_fused_attention()
+        model.set_fused_attention(windows=windows)
     recorder = _Recorder(reached)
     if not released:
         recorder.fuse(model)
@@ -204,6 +208,9 @@ class _Recorder(TorchDispatchMode):
             block = max(16, 1 << (size - 1).bit_length())
             width = qkv.shape[2] // 3 // heads
             return 4 * len(qkv) * num * heads * block * block * width * times, self.rates.grouped, 0.0
+        if name.startswith("window_attention"):
+            qkv, table = args[1:3] if backward else args[:2]
+            return _window_products(qkv, table, backward), self.rates.grouped, 0.0
         query = args[1] if backward else args[0]
         key = args[2] if backward else args[1]
         problems, heads, length, width = query.shape
@@ -215,6 +222,19 @@ class _Recorder(TorchDispatchMode):
         if backward and args[4] is not None:  # the bias' gradient is written for each problem, queries' kept in fp32
             more = problems * heads * (2.0 * length * math.ceil(length / 16) * 16 + 4.0 * rows * width)
         return flops, self.rates.efficient * (0.9 if backward else 1.0), more
+
+
+def _window_products(qkv: Tensor, table: Tensor, backward: bool) -> float:
+    """FLOPs of the window kernels, with tiles filled up."""
+    from mixmae.models.ops.attention_kernels import tiling
+
+    rows, heads = table.shape
+    size = ((math.isqrt(rows) + 1) // 2) ** 2
+    tile, step, _ = tiling(size)
+    side, other = math.ceil(size / tile) * tile, math.ceil(size / step) * step
+    # Tiled, the backward pass makes the matrices anew for queries, for keys and, in square tiles, for the bias.
+    area = 2 * side * other if not backward else 5 * side * other if size <= tile else (7 * other + 2 * side) * side
+    return 2.0 * area * qkv.shape[0] * (qkv.shape[1] // size) * heads * (qkv.shape[2] // 3 // heads)
 
 
 def product_seconds(rows: int, columns: int, inner: int, moved: float, reached: Rates) -> float:

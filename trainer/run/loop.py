@@ -43,7 +43,8 @@ def fit(run: Run) -> str | None:
             with observer.clock.phase("logging"):
                 report(run, window, meter)
             window.zero_()
-        if recipe.log.pictures is not None and due(run, recipe.log.pictures):
+        # The first one at once: a pass without gradients takes kernels of its own, better met now than epochs later.
+        if recipe.log.pictures is not None and (state.step == 1 or due(run, recipe.log.pictures)):
             log_pictures(run, batch)
             meter.restart()
         if measures := due_evaluations(run):

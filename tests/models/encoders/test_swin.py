@@ -1,11 +1,18 @@
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.models import MixMAE, create_encoder
 from mixmae.models.encoders.registry import ENCODERS
 from mixmae.models.encoders.swin import Swin
+from mixmae.models.layers.window_attention import WindowAttention, try_kernel
+from mixmae.models.methods.mixing import draw_groups
+from mixmae.models.ops import grouped_attention, window_attention
+from tests.models.ops import triton_cases
 
 # Section 2's table of the method: encoder parameters, with decoder (M), encoder and with-decoder forward GMACs.
 TABLE = {
@@ -157,3 +164,67 @@ def test_unknown_names_are_refused() -> None:
 def test_encoder_of_the_registry_is_the_one_class() -> None:
     with torch.device("meta"):
         assert {type(timm.create_model(name)) for name in TABLE} == {Swin}
+
+
+@pytest.mark.parametrize("kind", ["unmixed", "shared", "per sample", "shared, sizes unknown"])
+def test_attention_in_kernels_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With formulas in place of the kernels, which are held against them elsewhere."""
+    called = []
+
+    def window_kernel(qkv: Tensor, table: Tensor, members: Tensor | None, scale: float) -> Tensor:
+        called.append(None if members is None else len(members))
+        return triton_cases.window_formula(qkv, table, members, scale)
+
+    monkeypatch.setattr(window_attention, "window_attention", window_kernel)
+    monkeypatch.setattr(grouped_attention, "grouped_attention", triton_cases.grouped_formula)
+    encoder = create_encoder("mixmae_swin_nano")
+    assert isinstance(encoder, Swin)
+    images = torch.randn(3, 3, 128, 128)
+    groups = (
+        None if kind == "unmixed" else draw_groups(3 if kind == "per sample" else None, 2, (4, 4), torch.Generator())
+    )
+    num_groups = 2 if kind == "shared" else None
+    results = []
+    for fused in (False, True):
+        if fused:
+            assert encoder.set_fused_attention(torch.float32) == []
+        out = encoder(images, groups, num_groups)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(encoder.parameters()))))
+    for plain, fused_result in zip(*results, strict=True):
+        torch.testing.assert_close(fused_result, plain, atol=1e-4, rtol=1e-4)
+    # Without sizes of groups, global stages are windows with a mask.
+    assert called == [{"unmixed": None, "per sample": 3}.get(kind, 1)] * (2 if kind == "shared" else 5)
+
+
+def test_what_no_kernel_is_made_for_is_said() -> None:
+    wide = create_encoder("mixmae_swin_nano", embed_dim=48, num_heads=(1, 2, 4, 8))
+    assert wide.set_fused_attention() == [f"stage {n}: heads are 48 wide, expected 16 or 32" for n in (1, 2, 3, 4)]
+    nano = create_encoder("mixmae_swin_nano", img_size=640, window_size=(8, 10, 20, 20))
+    assert nano.set_fused_attention(torch.bfloat16) == [
+        f"stage {n}: windows of 20x20 in torch.bfloat16, expected a side of 16 or less" for n in (3, 4)
+    ]
+    assert nano.set_fused_attention(torch.float32)[0].startswith("stage 2: windows of 10x10 in torch.float32")
+    assert nano.set_fused_attention(torch.float32, windows=False) == []
+
+
+def test_a_kernel_that_fails_on_a_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    def without_groups(qkv: Tensor, table: Tensor, _: Tensor | None, scale: float) -> Tensor:
+        return triton_cases.window_formula(qkv, table, None, scale)
+
+    attention = WindowAttention(32, 1, 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    cpu = torch.device("cpu")
+    kernels: dict[Callable[[Tensor, Tensor, Tensor | None, float], Tensor], str] = {
+        triton_cases.window_formula: "",
+        failing: "the window kernel does not run on a GPU: out of resource: shared memory",
+        without_groups: "the window kernel is off by ",
+    }
+    for kernel, reason in kernels.items():
+        attention.window_kernel = kernel
+        found = try_kernel(attention, cpu)
+        assert found.startswith(reason)
+        assert bool(found) == bool(reason)

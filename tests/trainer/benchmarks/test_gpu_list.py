@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[3]
 def test_parts_are_ordered_by_priority_and_fit_in_eight_minutes() -> None:
     names = [part.name for part in parts()]
     assert names[0] == "parity"
-    assert names[1].startswith("step swin_huge 64,128")
+    assert names[1] == "window"
+    assert names[2].startswith("step swin_huge 64,128")
     assert len(set(names)) == len(names)
-    assert sum(part.seconds for part in parts()[:3]) <= 480  # those have their whole time, whatever happens
+    assert sum(part.seconds for part in parts()[:4]) <= 480  # those have their whole time, whatever happens
 
 
 @pytest.mark.slow
@@ -31,6 +32,7 @@ def test_a_dry_run_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {(found["variant"], found["num_images"]) for found in steps} >= {("plain-autocast", 2), ("grouped", 4)}
     assert len([name for name in written if name.startswith("loop-gpu-")]) == 2
     assert any(name.startswith("data-photos-") for name in written)
+    assert all(one["off"]["grad_table"] < 1e-5 for one in written["window-interpreter.json"]["shapes"])
     assert "grouped" in (tmp_path / "benchmarks" / "results" / "kernels.txt").read_text()
 
 

@@ -48,7 +48,7 @@ def test_a_plugin_trains_and_is_watched(trained: Path) -> None:
     losses = [event["loss"] for event in read_events(trained, "step")]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    assert len(list((trained / "pictures").glob("*.png"))) == 1
+    assert len(list((trained / "pictures").glob("*.png"))) == 2
     (start,) = read_events(trained, "start")
     assert "toy_patches by toy_colour" in start["message"]
 

@@ -18,7 +18,7 @@ class Log(Section):
     every: int = Field(50, ge=1)
     """Optimizer steps between two logged ones."""
     pictures: Duration | None = Span(5, "epoch")
-    """Between two pictures of reconstructions; null for none."""
+    """Between two pictures of reconstructions, the first of them after step 1; null for none."""
     samples: bool = False
     """Writes which samples each step used, one file a rank; for audits of what a model has seen."""
     wandb: WeightsAndBiases | None = None
