@@ -132,5 +132,6 @@ def describe_shares(index: ShardIndex) -> list[str]:
         where = shards[0].name.rpartition("/")[0]
         share = quota.samples / len(index)
         often = quota.samples / images
-        lines.append(f"{where}: {share:.1%} of an epoch, {images} images, each {often:.3g} times")
+        each = "each once" if quota.samples == images else f"each {often:.3g} times"
+        lines.append(f"{where}: {share:.1%} of an epoch, {images} images, {each}")
     return lines

@@ -312,7 +312,7 @@ def _say_start(run: Run, job: Job, resumed: Resumed | None, ends: list[str]) -> 
         **restarted(ends, os.environ),
     )
     for share in describe_shares(run.index):
-        run.reporter.event("data", share, step=step)
+        run.reporter.event("shards", share, step=step)
     for note in resumed.notes if resumed is not None else ():
         run.reporter.event("fallback", f"{note}; going on from step {step}", step=step)
     if job.data_note is not None:
