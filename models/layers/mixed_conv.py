@@ -64,8 +64,8 @@ def mixed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, mi
         out = _by_cell(x, weight, stride, mix.neighbours)
     else:
         out = _Gathered.apply(x, weight, _present(mix.neighbours, cell, kernel, stride), stride)
-    out = out * _rescale(mix.neighbours, cell, kernel, stride, x.dtype)
-    return out if bias is None else out + bias
+    rescale = _rescale(mix.neighbours, cell, kernel, stride, x.dtype)
+    return out * rescale if bias is None else torch.addcmul(bias, out, rescale)
 
 
 def mixed_max_pool2d(x: Tensor, kernel: int, stride: int, mix: Mix) -> Tensor:
@@ -148,7 +148,7 @@ class _MixedNormReLU(torch.autograd.Function):
         x, out, weight, shares, mean, rstd = ctx.saved_tensors
         cells, n = ctx.cells, mean.shape[2]
         weights = weight.view(n, -1)
-        grad = gradients[0].float() * (out > 0)
+        grad = torch.ops.aten.threshold_backward(gradients[0], out, 0).float()  # of the ReLU
         m_grad = _cell_means(grad, cells, n)
         m_both = (_cell_means(grad * x, cells, n) - mean * m_grad) * rstd  # with the normalised input
         positions = x.shape[1] * x.shape[2] // shares.shape[-1]
@@ -156,7 +156,7 @@ class _MixedNormReLU(torch.autograd.Function):
         grad_bias = m_grad.sum((0, 1)).flatten() * positions
         slope = -rstd.square() * _over_group(m_both * weights, shares)
         level = -rstd * _over_group(m_grad * weights, shares) - mean * slope
-        grad_x = _affine(grad, rstd * weights, level, cells) + _affine(x, slope, None, cells)
+        grad_x = _affine(grad, rstd * weights, level, cells).add_(_affine(x, slope, None, cells))
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
 
 
@@ -215,10 +215,12 @@ class _Tiles(torch.autograd.Function):
         ctx.halo = (before, after)
         cells = _cells(x, neighbours)
         batch, rows, cols, height, width, dim = cells.shape
-        out = x.new_full((batch, rows, cols, before + height + after, before + width + after, dim), fill)
+        out = x.new_empty(batch, rows, cols, before + height + after, before + width + after, dim)
         out[:, :, :, before : before + height, before : before + width] = cells
+        out[:, 0, :, :before] = out[:, -1, :, before + height :] = fill
+        out[:, :, 0, :, :before] = out[:, :, -1, :, before + width :] = fill
         for to, source, same in _halo(neighbours, (height, width), before, after):
-            out[to] = torch.where(same, cells[source], fill)
+            out[to] = _seen(cells[source], same, fill)
         return out
 
     @staticmethod
@@ -232,8 +234,18 @@ class _Tiles(torch.autograd.Function):
         cells = _cells(out, neighbours)
         cells.copy_(grad[:, :, :, before : before + height, before : before + width])
         for to, source, same in _halo(neighbours, (height, width), before, after):
-            cells[source] += torch.where(same, grad[to], 0)
+            cells[source] += _seen(grad[to], same, 0.0)
         return out, None, None, None, None
+
+
+def _seen(x: Tensor, same: Tensor, fill: float) -> Tensor:
+    """Finite values where they are of the cell's group, elsewhere `fill`: 0, or minus infinity.
+
+    By arithmetic, several times as fast as a choice whose condition is the same along a cell.
+    """
+    if fill == 0:
+        return x * same.to(x.dtype)
+    return x + torch.zeros_like(same, dtype=x.dtype).masked_fill_(~same, fill)
 
 
 def _cells(x: Tensor, neighbours: Tensor) -> Tensor:
