@@ -77,7 +77,7 @@ def test_separation_is_exact_in_bf16(name: str, kind: str) -> None:
 
 def without_groups(function: Callable[..., Any], kept: int) -> Callable[..., Any]:
     """The function of its first arguments alone, before the groups."""
-    return lambda *inputs: function(*inputs[:kept])
+    return lambda *inputs, **_: function(*inputs[:kept])
 
 
 def unmixed(forward: Callable[..., Any]) -> Callable[..., Any]:

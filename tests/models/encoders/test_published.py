@@ -1,6 +1,7 @@
 """Sizes as published, and known answers: timm's models and the authors' own, with random weights."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -45,6 +46,12 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "mixmae_resnet_50x3": ("resnetv2_50x3_bit", {}),
     "mixmae_resnet_101x3": ("resnetv2_101x3_bit", {}),
 }
+OF_THE_PAPERS = {"mixmae_pvt_large", "mixmae_twins_large", "mixmae_vit_base", "mixmae_resnet_50x3"}
+
+
+def of_all(names: Iterable[str]) -> list[Any]:
+    """Parameters for a test: the sizes that the papers pretrain, and the others in the slow tier."""
+    return [pytest.param(name, marks=() if name in OF_THE_PAPERS else pytest.mark.slow) for name in names]
 
 
 def macs_of(model: nn.Module, *inputs: torch.Tensor) -> float:
@@ -54,7 +61,7 @@ def macs_of(model: nn.Module, *inputs: torch.Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", of_all(TABLE))
 def test_parameters_and_macs_are_those_published(name: str) -> None:
     parameters, macs = TABLE[name]
     with torch.device("meta"):
@@ -68,7 +75,7 @@ def test_parameters_and_macs_are_those_published(name: str) -> None:
     assert mixed == pytest.approx(unmixed, rel=5e-3)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", of_all(TIMM))
 def test_weights_of_timm_fit_and_take_as_many_operations(name: str) -> None:
     size, options = TIMM[name]
     with torch.device("meta"):

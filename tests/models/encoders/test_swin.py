@@ -43,7 +43,14 @@ def test_sizes_and_macs_equal_the_published_ones(name: str) -> None:
     assert (millions(encoder), millions(model), *macs) == pytest.approx(TABLE[name], rel=5e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name.startswith("mixmae_swin")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("mixmae_swin_nano", "mixmae_swin_base_w14") else pytest.mark.slow)
+        for name in ENCODERS
+        if name.startswith("mixmae_swin")
+    ],
+)
 def test_encoders_are_timm_models(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10)

@@ -114,7 +114,7 @@ def test_a_pass_takes_what_was_planned(name: str, precision: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method.group_map": "sample"},
+        pytest.param({"method.group_map": "sample"}, marks=pytest.mark.slow),
         {"method.num_images": 4, "train.micro_batch": 4, "method.dual": False},
         pytest.param({"method.separate_groups": False, "method.norm_pix_loss": False}, marks=pytest.mark.slow),
         pytest.param({"encoder.drop_path_rate": 0.3}, marks=pytest.mark.slow),
@@ -183,7 +183,7 @@ def test_offloading_counts_the_inputs_of_blocks_on_the_host() -> None:
 @pytest.mark.parametrize(
     "policy",
     [
-        pytest.param(policy, id=name, marks=() if name in ("none", "selective", "torch") else pytest.mark.slow)
+        pytest.param(policy, id=name, marks=() if name in ("none", "selective") else pytest.mark.slow)
         for name, policy in POLICIES.items()
     ],
 )

@@ -98,6 +98,7 @@ def test_a_run_and_its_continuation_are_one_run_on_wandb(recipe_file: Path) -> N
     assert end.exit_code == 0
 
 
+@pytest.mark.slow
 def test_who_is_not_logged_in_is_told_in_a_line(recipe_file: Path) -> None:
     needs_wandb()
     done = train(recipe_file, WANDB_BASE_URL=f"http://127.0.0.1:{free_port()}")
