@@ -5,12 +5,11 @@ reference, and `fast`, which decodes no more of a JPEG than the box needs and re
 """
 
 import io
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from random import Random
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,15 @@ from torch import Tensor
 from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.arrays import ArrayImage, is_array, require_format
+from mixmae.trainer.data.crop import (
+    ORIENTATIONS,
+    Box,
+    CropPlan,
+    center_crop_box,
+    plan_crop,
+    sample_crop_box,
+    stored_box,
+)
 from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.data.nodata import fill_invalid, find_valid, resize_valid
 from mixmae.trainer.recipe.sections.data import Data
@@ -29,8 +37,6 @@ from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
 Pixels = npt.NDArray[Any]
 """uint8 [H, W, 3], or of a recipe's channels and type."""
-Box = tuple[int, int, int, int]
-"""left, upper, right, lower, in pixels of the image."""
 Decoder = Literal["fast", "pillow"]
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -39,17 +45,6 @@ MAX_SCANS = 100
 """Scans that a JPEG may have; encoders write ten."""
 MAX_COST = 10 * MAX_PIXELS
 """Pixels that all scans of a JPEG may have together."""
-_ASPECT = (3 / 4, 4 / 3)
-_ORIENTATIONS = {  # Exif orientation: transpose, then mirror, then flip upside down
-    1: (False, False, False),
-    2: (False, True, False),
-    3: (False, True, True),
-    4: (False, False, True),
-    5: (True, False, False),
-    6: (True, True, False),
-    7: (True, True, True),
-    8: (True, False, True),
-}
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
 """Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
@@ -60,76 +55,6 @@ _PLAIN_MODES = {"1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I;16L", "I;16B"}
 """Of Pillow, whose values are the file's own: a palette's are not."""
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says what is too large
-
-
-def sample_crop_box(
-    width: int, height: int, scale: tuple[float, float], random: Random, aspect_of_view: float = 1.0
-) -> Box:
-    """A crop of `scale` of the area, and of an aspect from 3/4 to 4/3 of the view's (Inception's, as torchvision's
-    RandomResizedCrop, which takes the aspect of squares whatever the crop is resized to).
-
-    Args:
-        aspect_of_view: width over height of what the crop is resized to: distortion stays within a third.
-    """
-    for _ in range(10):
-        area = width * height * random.uniform(*scale)
-        aspect = aspect_of_view * math.exp(random.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, upper = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
-            return left, upper, left + w, upper + h
-    return center_crop_box(width, height, (_ASPECT[0] * aspect_of_view, _ASPECT[1] * aspect_of_view))
-
-
-def center_crop_box(width: int, height: int, aspect: tuple[float, float] = (1.0, 1.0)) -> Box:
-    """The largest crop around the middle with an aspect (width over height) within the bounds."""
-    w = min(width, round(height * aspect[1]))
-    h = min(height, round(width / aspect[0]))
-    left, upper = (width - w) // 2, (height - h) // 2
-    return left, upper, left + w, upper + h
-
-
-class CropPlan(NamedTuple):
-    """A box of the stored image's pixels, and the flips that turn the crop upright."""
-
-    box: Box
-    reduction: int
-    """1, 2, 4 or 8: decoding one of so many pixels loses no resolution; the box lies on multiples of it."""
-    transpose: bool
-    mirror: bool
-    upside_down: bool
-
-
-def plan_crop(upright: Box, width: int, height: int, orientation: int, flip: bool, size: ImageSize) -> CropPlan:
-    """The plan for a box of the upright image.
-
-    Args:
-        width, height: of the stored image, before it is turned upright.
-        orientation: Exif's, 1 to 8.
-        flip: whether the crop is mirrored.
-        size: of the resized crop, upright.
-    """
-    transpose, mirror, upside_down = _ORIENTATIONS[orientation]
-    if transpose:
-        width, height = height, width
-    left, upper, right, lower = _stored_box(upright, width, height, orientation)
-    rows, columns = both_sides(size)[::-1] if transpose else both_sides(size)
-    reduction = next((r for r in (8, 4, 2) if (right - left) // r >= columns and (lower - upper) // r >= rows), 1)
-    # A reduced pixel covers a whole block: a box off the block grid would be shifted by a fraction of a pixel.
-    left, upper = left // reduction * reduction, upper // reduction * reduction
-    right, lower = (right - left) // reduction * reduction + left, (lower - upper) // reduction * reduction + upper
-    return CropPlan((left, upper, right, lower), reduction, transpose, mirror != flip, upside_down)
-
-
-def _stored_box(upright: Box, width: int, height: int, orientation: int) -> Box:
-    """Where a box of an upright image of `width` x `height` is in the image as it is stored."""
-    transpose, mirror, upside_down = _ORIENTATIONS[orientation]
-    left, upper, right, lower = upright
-    if mirror:
-        left, right = width - right, width - left
-    if upside_down:
-        upper, lower = height - lower, height - upper
-    return (upper, left, lower, right) if transpose else (left, upper, right, lower)
 
 
 class EncodedImage(Protocol):
@@ -228,7 +153,7 @@ def _orientation(content: bytes, image: Image.Image) -> int:
         if jpeg.is_jpeg(content):
             return jpeg.read_header(content).orientation
     found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found if found in _ORIENTATIONS else 1
+    return found if found in ORIENTATIONS else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -392,10 +317,10 @@ def decode_upright(source: EncodedImage, box: Box, reduction: int = 1) -> Pixels
     Raises:
         UnusableError: the decoder finds damage.
     """
-    transpose, mirror, upside_down = _ORIENTATIONS[source.orientation]
+    transpose, mirror, upside_down = ORIENTATIONS[source.orientation]
     assert reduction == 1 or source.orientation == 1, "a reduced pixel at the end may stand for fewer of the image"
     height, width = upright_size_of(source)
-    left, upper, right, lower = _stored_box(box, width, height, source.orientation)
+    left, upper, right, lower = stored_box(box, width, height, source.orientation)
     with _decoding():
         found = source.pixels((left * reduction, upper * reduction, right * reduction, lower * reduction), reduction)
     upright = found.transpose(1, 0, 2) if transpose else found
@@ -409,7 +334,7 @@ def _aspect(size: ImageSize) -> float:
 
 
 def _upright_size(source: EncodedImage) -> tuple[int, int]:
-    sideways = _ORIENTATIONS[source.orientation][0]
+    sideways = ORIENTATIONS[source.orientation][0]
     return (source.height, source.width) if sideways else (source.width, source.height)
 
 
@@ -421,7 +346,7 @@ def upright_size(content: bytes) -> tuple[int, int]:
     """
     with _decoding():
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        sideways = _ORIENTATIONS[_orientation(content, image)][0]
+        sideways = ORIENTATIONS[_orientation(content, image)][0]
         return image.size if sideways else (image.height, image.width)
 
 

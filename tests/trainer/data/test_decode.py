@@ -19,17 +19,15 @@ from torchvision.transforms.functional import resized_crop
 from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from mixmae.trainer.data import jpeg
+from mixmae.trainer.data.crop import center_crop_box, plan_crop, sample_crop_box
 from mixmae.trainer.data.decode import (
     MAX_PIXELS,
     PartialJpeg,
     WholeImage,
-    center_crop_box,
     center_resized_crop,
     inspect_image,
     open_encoded,
-    plan_crop,
     random_resized_crop,
-    sample_crop_box,
 )
 from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.recipe.sections.data import Data

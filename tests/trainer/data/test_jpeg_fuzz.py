@@ -20,12 +20,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from mixmae.trainer.data import jpeg
+from mixmae.trainer.data.crop import plan_crop, sample_crop_box
 from mixmae.trainer.data.decode import (
     PartialJpeg,
     inspect_image,
-    plan_crop,
     random_resized_crop,
-    sample_crop_box,
 )
 from mixmae.trainer.data.faults import JPEG, PILLOW, UnusableError
 from mixmae.trainer.recipe.sections.data import Data
