@@ -33,6 +33,22 @@ def store(at, tokens, stride, values, SIZE: tl.constexpr, WIDTH: tl.constexpr): 
 
 
 @triton.jit
+def load_packed(at, tokens, channels, SIZE: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Queries, keys and values of the same tokens, from where a problem's and head's queries begin."""
+    q = load(at, tokens, 3 * channels, SIZE, WIDTH)
+    k = load(at + channels, tokens, 3 * channels, SIZE, WIDTH)
+    v = load(at + 2 * channels, tokens, 3 * channels, SIZE, WIDTH)
+    return q, k, v
+
+
+@triton.jit
+def store_sum(SUMS, number, queries, keys, values, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Into matrix `number` of [.., size, size]."""
+    at = SUMS + tl.cast(number, tl.int64) * SIZE * SIZE + queries[:, None] * SIZE + keys[None, :]
+    tl.store(at, values, mask=(queries < SIZE)[:, None] & (keys < SIZE)[None, :])
+
+
+@triton.jit
 def load_bias(BIAS, queries, keys, problem_head, SIZE: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
     """fp32: -inf for keys beyond the problem, 0 for queries beyond it, which are never stored.
 

@@ -10,7 +10,7 @@ tile, whose sum over samples lies in registers, and has a fixed order. Shapes: s
 import triton
 import triton.language as tl
 
-from mixmae.models.ops.attention_parts import hide, load, load_bias, load_members, place, store
+from mixmae.models.ops.attention_parts import hide, load, load_bias, load_members, place, store, store_sum
 
 
 @triton.jit
@@ -134,9 +134,7 @@ def backward_bias_kernel(  # type: ignore[no-untyped-def]
         grad_bias += _grad_logits(
             q, k, v, grad, bias, log_sum, inner, scale, queries, query_members, key_members, SIZE, MASKED
         )
-    sums = GRAD_BIAS + (tl.program_id(1) * num * heads + problem_head).to(tl.int64) * SIZE * SIZE
-    inside = (queries < SIZE)[:, None] & (keys < SIZE)[None, :]
-    tl.store(sums + queries[:, None] * SIZE + keys[None, :], grad_bias, mask=inside)
+    store_sum(GRAD_BIAS, tl.program_id(1) * num * heads + problem_head, queries, keys, grad_bias, SIZE)
 
 
 @triton.jit

@@ -2,8 +2,7 @@
 
 A program takes a problem and a head, loads the bias once, and goes through samples. Nothing of the matrix is ever
 written, and the bias' gradient is summed over a program's samples in registers, in a fixed order, where torch's kernels
-write it for every sample and sum it afterwards. Shapes: see
-`attention_parts`.
+write it for every sample and sum it afterwards. Shapes: see `attention_parts`.
 """
 
 # ruff: noqa: N803
@@ -11,7 +10,7 @@ write it for every sample and sum it afterwards. Shapes: see
 import triton
 import triton.language as tl
 
-from mixmae.models.ops.attention_parts import hide, load, load_bias, load_members, place, store
+from mixmae.models.ops.attention_parts import hide, load, load_bias, load_members, load_packed, place, store, store_sum
 
 
 @triton.jit
@@ -39,9 +38,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     for item in range(first, tl.minimum(first + chunk, batch)):
         wide = tl.cast(item, tl.int64)
         at = QKV + wide * stride + problem * SIZE * 3 * channels + head * WIDTH
-        q = load(at, tokens, 3 * channels, SIZE, WIDTH)
-        k = load(at + channels, tokens, 3 * channels, SIZE, WIDTH)
-        v = load(at + 2 * channels, tokens, 3 * channels, SIZE, WIDTH)
+        q, k, v = load_packed(at, tokens, channels, SIZE, WIDTH)
         weights = _weights(q, k, bias, scale, MEMBERS, item, period, tokens, SIZE, MASKED)
         out = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         to = OUT + (wide * num + problem) * SIZE * channels + head * WIDTH
@@ -62,9 +59,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     for item in range(first, tl.minimum(first + chunk, batch)):
         wide = tl.cast(item, tl.int64)
         at = QKV + wide * stride + problem * SIZE * 3 * channels + head * WIDTH
-        q = load(at, tokens, 3 * channels, SIZE, WIDTH)
-        k = load(at + channels, tokens, 3 * channels, SIZE, WIDTH)
-        v = load(at + 2 * channels, tokens, 3 * channels, SIZE, WIDTH)
+        q, k, v = load_packed(at, tokens, channels, SIZE, WIDTH)
         own = (wide * num + problem) * SIZE * channels
         grad = load(GRAD + own + head * WIDTH, tokens, channels, SIZE, WIDTH)
         weights = _weights(q, k, bias, scale, MEMBERS, item, period, tokens, SIZE, MASKED)
@@ -80,6 +75,5 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         store(to, tokens, 3 * channels, grad_q, SIZE, WIDTH)
         store(to + channels, tokens, 3 * channels, grad_k, SIZE, WIDTH)
         store(to + 2 * channels, tokens, 3 * channels, grad_v, SIZE, WIDTH)
-    sums = GRAD_BIAS + ((tl.program_id(1) * num + problem) * heads + head) * SIZE * SIZE
-    inside = (tokens < SIZE)[:, None] & (tokens < SIZE)[None, :]
-    tl.store(sums + tokens[:, None] * SIZE + tokens[None, :], grad_bias, mask=inside)
+    number = (tl.program_id(1) * num + problem) * heads + head
+    store_sum(GRAD_BIAS, number, tokens, tokens, grad_bias, SIZE)
