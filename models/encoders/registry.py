@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -51,8 +52,7 @@ def default_cfg(
     name: str, img_size: int | tuple[int, int] | None = None, in_chans: int = 3, **facts: Any
 ) -> dict[str, Any]:
     """timm's pretrained_cfg of an encoder: how its input is made, what its parts are called; `facts` come last."""
-    size = img_size or default_img_size(name)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = to_2tuple(img_size or default_img_size(name))
     stride = ENCODERS[name][0].stride
     return {
         "input_size": (in_chans, height, width),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, to_2tuple
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,7 +83,7 @@ class StagedEncoder(Encoder):
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC")
 
     def _set_size(self, img_size: int | tuple[int, int]) -> None:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = to_2tuple(img_size)
         if height % self.stride or width % self.stride:
             raise ValueError(f"img_size {height}x{width} does not divide into cells of {self.stride} px")
         self.img_size = (height, width)

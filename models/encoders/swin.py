@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from mixmae.models.encoders import contract, conversion
@@ -176,7 +176,7 @@ class Swin(StagedEncoder):
     ) -> None:
         if embed_dim % 4:
             raise ValueError(f"embed_dim {embed_dim} does not divide by 4, as sin-cos positions need")
-        grids = token_grids(_both_sides(img_size), patch_size, window_size)
+        grids = token_grids(to_2tuple(img_size), patch_size, window_size)
         dims = [embed_dim * 2**i for i in range(NUM_STAGES)]
         reductions = [patch_size * 2**i for i in range(NUM_STAGES)]
         super().__init__(img_size, reductions[-1], dims, reductions)
@@ -185,7 +185,7 @@ class Swin(StagedEncoder):
         self.patch_embed = PatchEmbed(
             self.img_size, patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
-        self.position_size = _both_sides(img_size if pretrain_img_size is None else pretrain_img_size)
+        self.position_size = to_2tuple(img_size if pretrain_img_size is None else pretrain_img_size)
         if any(side < patch_size for side in self.position_size):
             raise ValueError(f"pretrain_img_size {pretrain_img_size}: expected {patch_size} px, one patch, or more")
         # A buffer in fp32 that DeepSpeed leaves alone; added in the dtype of the tokens.
@@ -218,7 +218,7 @@ class Swin(StagedEncoder):
             side = merged["img_size"]
             defaults = {name: parameter.default for name, parameter in signature(cls).parameters.items()}
             windows, patch_size = ({**defaults, **merged}[name] for name in ("window_size", "patch_size"))
-            grids = stage_grids(_both_sides(side), patch_size)
+            grids = stage_grids(to_2tuple(side), patch_size)
             if all(0 not in grid for grid in grids) and not _divide(windows, grids):
                 merged["window_size"] = fitting_windows(grids, windows)
         return merged
@@ -250,7 +250,7 @@ class Swin(StagedEncoder):
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
     ) -> None:
         """Another image size, with other windows where the present ones do not divide its grids."""
-        height, width = _both_sides(self.img_size if img_size is None else img_size)
+        height, width = to_2tuple(self.img_size if img_size is None else img_size)
         patch_size = self.patch_embed.patch_size[0]
         windows = fitting_windows(stage_grids((height, width), patch_size), self.window_size)
         grids = token_grids((height, width), patch_size, windows if window_size is None else window_size)
@@ -307,10 +307,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_autocast else x.dtype
-
-
-def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequence[int]) -> list[tuple[int, int]]:

@@ -211,6 +211,12 @@ def first_line(error: Exception) -> str:
     return " ".join(lines[:2])[:300]
 
 
+def own_weights(module: nn.Module, without: str | tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A module's weights, but those whose names begin so; indices and counters are none."""
+    state = module.state_dict()
+    return {name: value for name, value in state.items() if value.is_floating_point() and not name.startswith(without)}
+
+
 def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     """Names of weights that are missing or foreign; where there are none, of those of another shape."""
     return sorted(found.keys() ^ expected.keys()) or sorted(k for k in found if found[k].shape != expected[k].shape)

@@ -23,6 +23,7 @@ from mixmae.trainer.export.encoder_directory import (
     MISFIT,
     first_line,
     misfits,
+    own_weights,
     read_config,
     read_weights,
     require_finite,
@@ -105,12 +106,7 @@ def initialise_method(model: Method, init: str | Path, method: str) -> None:
     with _naming_the_key():
         found = _load_encoder(model.encoder, init)
         if found is not None and found.method == method and has_channels(model.encoder, found.encoder):
-            own = {
-                name: value
-                for name, value in model.state_dict().items()
-                if value.is_floating_point() and not name.startswith("encoder.")
-            }
-            _require_fit(found.rest, own, found.source)
+            _require_fit(found.rest, own_weights(model, "encoder."), found.source)
             model.load_state_dict(found.rest, strict=False)
 
 
@@ -161,12 +157,7 @@ def _load_encoder(encoder: Encoder, init: str | Path, left_out: tuple[str, ...] 
         fitted = fit_channels(encoder, encoder.fit_state_dict(weights))
     except MISFIT as error:
         raise UsageError(f"{found.source} does not fit the model: {first_line(error)}") from error
-    own = {
-        name: value
-        for name, value in encoder.state_dict().items()
-        if value.is_floating_point() and not name.startswith(left_out)
-    }
-    _require_fit(fitted, own, found.source)
+    _require_fit(fitted, own_weights(encoder, left_out), found.source)
     _require_positions(encoder, found)
     encoder.load_state_dict(fitted, strict=False)
     return found

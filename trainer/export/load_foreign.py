@@ -13,7 +13,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.rank_env import read_rank_env
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import ENCODERS, create_encoder
-from mixmae.trainer.export.encoder_directory import MISFIT, first_line, misfits
+from mixmae.trainer.export.encoder_directory import MISFIT, first_line, misfits, own_weights
 from mixmae.trainer.export.fit_channels import fit_channels
 from mixmae.trainer.export.foreign_weights import ForeignWeights
 
@@ -48,7 +48,7 @@ def load_foreign_weights(encoder: Encoder, found: ForeignWeights, not_wanted: tu
     """
     converted = encoder.convert(found.state)
     fitted = _fit(encoder, found, not_wanted)
-    own = _own(encoder, not_wanted)
+    own = own_weights(encoder, not_wanted)
     missing = sorted(own.keys() - fitted.keys())
     if wrong := _misfits(fitted, own):
         raise UsageError(_refusal(encoder, found, fitted, own, wrong, not_wanted))
@@ -88,11 +88,6 @@ def _fit(encoder: Encoder, found: ForeignWeights, not_wanted: tuple[str, ...]) -
     return {name: value for name, value in fitted.items() if not name.startswith(not_wanted)}
 
 
-def _own(encoder: Encoder, not_wanted: tuple[str, ...]) -> dict[str, Tensor]:
-    state = encoder.state_dict()
-    return {name: v for name, v in state.items() if v.is_floating_point() and not name.startswith(not_wanted)}
-
-
 def _misfits(fitted: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     optional = {name for name in own if name.startswith(_MAY_BE_MISSING)}
     return misfits(fitted, {name: value for name, value in own.items() if name in fitted or name not in optional})
@@ -129,7 +124,9 @@ def _fitting_name(encoder: Encoder, found: ForeignWeights, not_wanted: tuple[str
                 state = other.fit_state_dict({key: value.to("meta") for key, value in found.state.items()})
         except MISFIT:
             continue
-        if not _misfits({k: v for k, v in state.items() if not k.startswith(not_wanted)}, _own(other, not_wanted)):
+        if not _misfits(
+            {k: v for k, v in state.items() if not k.startswith(not_wanted)}, own_weights(other, not_wanted)
+        ):
             return name
     return None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.base.files import new_directory
 from mixmae.models.contract import Trainable
-from mixmae.trainer.export.encoder_directory import CARD, CONFIG, ENCODER, misfits, read_weights
+from mixmae.trainer.export.encoder_directory import CARD, CONFIG, ENCODER, misfits, own_weights, read_weights
 from mixmae.trainer.recipe.loading import parse_recipe, upgrade
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
@@ -79,7 +79,7 @@ def open_task_directory(directory: Path, device: torch.device) -> tuple[Task, Tr
     file = directory / CONFIG
     task = task_of(parse_recipe(upgrade(json.loads(file.read_bytes())[_RECIPE]), str(file)))
     module, weights = task.build(), read_weights(directory / ENCODER)
-    expected = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    expected = own_weights(module)
     if wrong := misfits(weights, expected):
         raise UsageError(
             f"{directory}: config.json and weights do not fit: {len(wrong)} are missing, foreign or of another shape, "
