@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import center_resized_crop, inspect_image, to_rgb
+from mixmae.trainer.data.decode import center_resized_crop, inspect_image
+from mixmae.trainer.data.encoded_image import to_rgb
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import TOP, FrozenModel, open_model

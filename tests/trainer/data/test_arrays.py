@@ -16,7 +16,8 @@ from PIL import Image
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.arrays import ArrayImage
-from mixmae.trainer.data.decode import MAX_PIXELS, center_resized_crop, inspect_image, random_resized_crop
+from mixmae.trainer.data.decode import center_resized_crop, inspect_image, random_resized_crop
+from mixmae.trainer.data.encoded_image import MAX_PIXELS
 from mixmae.trainer.data.faults import ARRAY, PILLOW, Reason, UnusableError
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.integrity import require_pixels

@@ -20,15 +20,8 @@ from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.crop import center_crop_box, plan_crop, sample_crop_box
-from mixmae.trainer.data.decode import (
-    MAX_PIXELS,
-    PartialJpeg,
-    WholeImage,
-    center_resized_crop,
-    inspect_image,
-    open_encoded,
-    random_resized_crop,
-)
+from mixmae.trainer.data.decode import center_resized_crop, inspect_image, open_encoded, random_resized_crop
+from mixmae.trainer.data.encoded_image import MAX_PIXELS, PartialJpeg, WholeImage
 from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.recipe.sections.data import Data
 

@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 
-from mixmae.trainer.data.decode import Pixels
+from mixmae.trainer.data.encoded_image import Pixels
 from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
 _AREA = (0.02, 1 / 3)

@@ -11,7 +11,8 @@ from torch import Tensor
 from mixmae.base.image_size import ImageSize
 from mixmae.trainer.data.augmentation.erasing import RandomErasing
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
-from mixmae.trainer.data.decode import Pixels, random_resized_crop
+from mixmae.trainer.data.decode import random_resized_crop
+from mixmae.trainer.data.encoded_image import Pixels
 from mixmae.trainer.data.transform import BatchBuffers, SampleTransform, shared_empty, shared_images
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.data import Data

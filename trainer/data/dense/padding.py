@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixmae.trainer.data.decode import Pixels
+from mixmae.trainer.data.encoded_image import Pixels
 
 
 def paste_padded(pixels: Pixels, out: Tensor, mean: Sequence[float]) -> None:

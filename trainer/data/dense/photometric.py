@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mixmae.trainer.data.decode import Pixels
+from mixmae.trainer.data.encoded_image import Pixels
 
 _BRIGHTNESS = 32.0
 _CONTRAST = _SATURATION = (0.5, 1.5)

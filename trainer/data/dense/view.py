@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mixmae.trainer.data.decode import EncodedImage, PartialJpeg, Pixels, decode_upright
+from mixmae.trainer.data.decode import decode_upright
 from mixmae.trainer.data.dense.masks import Mask, Rle, box_of, decode
+from mixmae.trainer.data.encoded_image import EncodedImage, PartialJpeg, Pixels
 
 _REDUCTIONS = (8, 4, 2)
 

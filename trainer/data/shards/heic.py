@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from PIL import Image
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import MAX_PIXELS
+from mixmae.trainer.data.encoded_image import MAX_PIXELS
 from mixmae.trainer.data.extensions import CONVERTED_EXTENSIONS
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 
