@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
     build.add_argument(
         "--reduce-zero-label", action="store_true", help="with --label-maps: label 0 is ignored, 1 is the first class"
     )
+    build.add_argument("--label-column", metavar="NAME", help="of Parquet (default: label, or the only ClassLabel)")
     synth.add_argument(
         "--scenes", choices=get_args(AnnotationKind), help="scenes of several objects, with masks or label maps"
     )
@@ -102,7 +103,9 @@ def _build(args: argparse.Namespace) -> int:
     if args.coco is None and args.label_maps is None and (files := parquet_files(args.source)):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=args.out.parent, prefix=f".{args.out.name}.images-") as copy:
-            return _build_from(open_parquet(files, Path(copy.name)), args)
+            return _build_from(open_parquet(files, Path(copy.name), args.label_column), args)
+    if args.label_column is not None:
+        raise UsageError(f"--label-column goes with Parquet files, and {args.source} holds none")
     return _build_from(_source(args), args)
 
 

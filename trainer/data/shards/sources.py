@@ -200,17 +200,12 @@ def list_folder(root: Path) -> ListedFolder:
     require_no_splits(root, found.classes)
     paths = [str(file.relative_to(root)) for file, _ in found.images]
     require_heic_reader(paths)
-    _report(found.unused)
+    found.unused.report()
     entries = [
         Entry(key, path, file.stat().st_size, label)
         for key, path, (file, label) in zip(unique(map(key_of, paths)), paths, found.images, strict=True)
     ]
     return ListedFolder(entries, found.classes, [(str(root / name), reason) for name, reason in found.unused.all()])
-
-
-def _report(unused: Unused) -> None:
-    for line in unused.lines():
-        print(line, file=sys.stderr)
 
 
 def open_list(file: Path) -> Files:
@@ -271,7 +266,7 @@ def open_shards(root: Path, jobs: int) -> Shards:
         raise UsageError(f"the shards in {root} hold no samples")
     for one in listed:
         unused.merge(one.unused)
-    _report(unused)
+    unused.report()
     tables = [np.array([(entry.label,) for entry in one.entries], dtype=[("label", "<i4")]) for one in listed]
     classes = resolve_names(tables, [one.class_names for one in listed], classes)
     labels = [int(label) for table in tables for label in table["label"]]
