@@ -253,7 +253,5 @@ def _write(file: Path, text: str) -> None:
 
 def _describe(index: ShardIndex) -> str:
     size = sum(shard.bytes for shard in index.shards)
-    where = redact(index.store.location)
-    return (
-        f"{where}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, {size / 1e6:.1f} MB"
-    )
+    where, images = redact(index.store.location), int((index.samples["state"] < min(Reason)).sum())
+    return f"{where}: {images} images, {len(index.classes)} classes, {len(index.shards)} shards, {size / 1e6:.1f} MB"

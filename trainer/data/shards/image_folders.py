@@ -30,8 +30,9 @@ def find_images(source: Path) -> FoundImages:
         UsageError: no such folder, one that cannot be listed, or no images in it.
     """
     if not source.is_dir():
+        what = "is no folder" if source.exists() else "does not exist"
         raise UsageError(
-            f"{source} does not exist; expected a folder of images, of one folder for each class, or of shards, "
+            f"{source} {what}; expected a folder of images, of one folder for each class, or of shards, "
             "or a list of images: .csv or .jsonl"
         )
     unused = Unused(most_examples=sys.maxsize)
