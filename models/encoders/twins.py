@@ -17,7 +17,8 @@ from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
 from mixmae.models.layers.cell_order import SelfAttention, SubsampledAttention, by_cell, by_window
-from mixmae.models.layers.mixed_conv import Mix, MixedConv2d
+from mixmae.models.layers.mixed_cells import Mix
+from mixmae.models.layers.mixed_conv import MixedConv2d
 from mixmae.models.layers.patch_embedding import PatchEmbedding
 from mixmae.models.layers.token_order import nearest_window
 
