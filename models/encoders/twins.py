@@ -52,7 +52,7 @@ class TwinsStage(Stage):
             self.blocks.append(Block(dim, attention, mlp_ratio, rate, _EPS))
 
     def set_cells(self, cells: tuple[int, int]) -> None:
-        """Another cell grid; windows are the nearest that divide its tokens."""
+        """Windows are the nearest that divide the grid of tokens."""
         self.cells = cells
         self.grid = (cells[0] * self.reduction, cells[1] * self.reduction)
         self.window = nearest_window(self.grid, self.window_size)
@@ -128,12 +128,6 @@ class Twins(StagedEncoder):
         )
         self.norm = nn.LayerNorm(embed_dims[-1], _EPS)
         self.apply(init_weights)
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        super().set_input_size(img_size)
-        for stage in self.stages:
-            assert isinstance(stage, TwinsStage)
-            stage.set_cells(self.grid)
 
     def no_weight_decay(self) -> Collection[str]:
         """Position encodings."""
