@@ -14,6 +14,7 @@ import xxhash
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind
 from mixmae.trainer.data.decode import inspect_image
@@ -115,7 +116,7 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     """
     started = time.monotonic()
     if not directory.is_dir():
-        raise UsageError(f"shard directory {directory} does not exist")
+        raise UsageError(f"shard directory {directory} {what_is(directory)}")
     unused = Unused()
     holder, directory = directory, location_of_shards(directory)
     files = shard_files(directory, unused)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.faults import Reason, describe, first_names
@@ -171,7 +172,7 @@ def _describe_build(built: BuildResult, is_seekable: bool) -> list[str]:
 def _index(args: argparse.Namespace) -> int:
     directory = _local(args.directory)
     if not directory.is_dir():
-        raise UsageError(f"{directory} does not exist")
+        raise UsageError(f"{directory} {what_is(directory)}; expected a directory of shards")
     unused = Unused()
     index = write_index(directory, class_names(args.output or directory), args.jobs, unused, args.output)
     where = [] if args.output is None else [f"the index is in {args.output}; name it as data.shards"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.labels import is_class_name
@@ -30,9 +31,8 @@ def find_images(source: Path) -> FoundImages:
         UsageError: no such folder, one that cannot be listed, or no images in it.
     """
     if not source.is_dir():
-        what = "is no folder" if source.exists() else "does not exist"
         raise UsageError(
-            f"{source} {what}; expected a folder of images, of one folder for each class, or of shards, "
+            f"{source} {what_is(source)}; expected a folder of images, of one folder for each class, or of shards, "
             "or a list of images: .csv or .jsonl"
         )
     unused = Unused(most_examples=sys.maxsize)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, AnnotationKind, merge_kinds
 from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
@@ -221,8 +222,7 @@ def open_list(file: Path) -> Files:
     for key, item in zip(keys, items, strict=True):
         image = root / item.path
         if not image.is_file():
-            why = "is not a regular file" if image.exists() else "does not exist"
-            raise UsageError(f"{file}, line {item.line}: {image} {why}")
+            raise UsageError(f"{file}, line {item.line}: {image} {what_is(image)}")
         if extension_of(image) not in ALL_IMAGE_EXTENSIONS:
             raise UsageError(f"{file}, line {item.line}: {item.path} is no {', '.join(ALL_IMAGE_EXTENSIONS)} file")
         entries.append(Entry(key, item.path, image.stat().st_size, item.label))

@@ -133,7 +133,7 @@ def test_lists_may_name_absolute_paths(tmp_path: Path) -> None:
         ("l.csv", "path,label\nx/1.png,1.5\n", r"line 2: label 1\.5"),
         ("l.csv", "path,label\nx/1.png,2147483648\n", "line 2: label 2147483648"),
         ("l.csv", "path,label\nx/1.png,1\nx/1.png,cat\n", "line 3 has a name \\(cat\\), line 2 has a number"),
-        ("l.csv", "path\nx\n", "line 2: .*/x is not a regular file"),
+        ("l.csv", "path\nx\n", "line 2: .*/x is a directory"),
         ("l.csv", "path\nnotes.txt\n", "line 2: notes.txt is no jpg"),
         ("l.csv", "path,label\nx/1.png,c\0t\n", r"line 2: label 'c\\x00t'; expected at most 200 printable"),
         ("l.csv", f"path,label\nx/1.png,{'x' * 201}\n", "line 2: label 'xxx.*expected at most 200 printable"),
@@ -229,7 +229,7 @@ def test_what_is_no_source_is_explained(kind: str, tmp_path: Path) -> None:
     messages = {
         "nothing": "does not exist; expected a folder",
         "empty": "holds no images",
-        "fifo": "is no folder; expected a folder of images",
+        "fifo": "is a FIFO; expected a folder of images",
         "url": "is a URL",
         "pipe": "is a URL",
     }
