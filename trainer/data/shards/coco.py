@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.decode import upright_size
@@ -58,7 +59,7 @@ def open_coco(images: str, file: Path) -> Coco:
     """
     root = Path(images).resolve()
     if not root.is_dir():
-        raise UsageError(f"{images} does not exist; expected the folder with the images that {file} lists")
+        raise UsageError(f"{images} {what_is(root)}; expected the folder with the images that {file} lists")
     try:
         encoded = file.read_bytes()
         content = parse_json(encoded)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, AnnotationKind, merge_kinds
 from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
@@ -200,17 +201,12 @@ def list_folder(root: Path) -> ListedFolder:
     require_no_splits(root, found.classes)
     paths = [str(file.relative_to(root)) for file, _ in found.images]
     require_heic_reader(paths)
-    _report(found.unused)
+    found.unused.report()
     entries = [
         Entry(key, path, file.stat().st_size, label)
         for key, path, (file, label) in zip(unique(map(key_of, paths)), paths, found.images, strict=True)
     ]
     return ListedFolder(entries, found.classes, [(str(root / name), reason) for name, reason in found.unused.all()])
-
-
-def _report(unused: Unused) -> None:
-    for line in unused.lines():
-        print(line, file=sys.stderr)
 
 
 def open_list(file: Path) -> Files:
@@ -226,8 +222,7 @@ def open_list(file: Path) -> Files:
     for key, item in zip(keys, items, strict=True):
         image = root / item.path
         if not image.is_file():
-            why = "is not a regular file" if image.exists() else "does not exist"
-            raise UsageError(f"{file}, line {item.line}: {image} {why}")
+            raise UsageError(f"{file}, line {item.line}: {image} {what_is(image)}")
         if extension_of(image) not in ALL_IMAGE_EXTENSIONS:
             raise UsageError(f"{file}, line {item.line}: {item.path} is no {', '.join(ALL_IMAGE_EXTENSIONS)} file")
         entries.append(Entry(key, item.path, image.stat().st_size, item.label))
@@ -271,7 +266,7 @@ def open_shards(root: Path, jobs: int) -> Shards:
         raise UsageError(f"the shards in {root} hold no samples")
     for one in listed:
         unused.merge(one.unused)
-    _report(unused)
+    unused.report()
     tables = [np.array([(entry.label,) for entry in one.entries], dtype=[("label", "<i4")]) for one in listed]
     classes = resolve_names(tables, [one.class_names for one in listed], classes)
     labels = [int(label) for table in tables for label in table["label"]]
