@@ -29,7 +29,7 @@ from mixmae.trainer.evaluation.held_out import HeldOut, gather_rows, held_out_ba
 from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
 from mixmae.trainer.evaluation.score import Score, draw_confusion, require_plots
 from mixmae.trainer.evaluation.whole_model import measure, open_for, table
-from mixmae.trainer.export.task_directory import is_task_directory
+from mixmae.trainer.export.task_config import task_recipe
 
 NEIGHBOURS = (10, 20, 100, 200)
 _WORST = 10
@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     heartbeat = begin_heartbeat(os.environ)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = args.threads or max(1, cores)
-    if is_task_directory(Path(args.model)):
+    if task_recipe(Path(args.model)) is not None:
         evaluate_whole(args, threads, heartbeat, ranks)
         return _leave(heartbeat, ranks)
     model = open_model(args.model, ranks.device)

@@ -17,7 +17,8 @@ from mixmae.trainer.data.encoded_image import to_rgb
 from mixmae.trainer.data.faults import Reason, UnusableError
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import TOP, FrozenModel, open_model
-from mixmae.trainer.export.task_directory import is_task_directory, open_task_directory
+from mixmae.trainer.export.task_config import task_recipe
+from mixmae.trainer.export.task_directory import open_task_directory
 
 _BATCH = 32
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.top < 1:
         raise UsageError(f"--top {args.top}: expected 1 or more")
-    if is_task_directory(Path(args.model)):
+    if task_recipe(Path(args.model)) is not None:
         draw_predictions(Path(args.model), args.images, args.out, args.json)
         return 0
     if args.out is not None:

@@ -19,7 +19,8 @@ from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.export.linear_head import linear_head
 from mixmae.trainer.export.model_card import model_card
 from mixmae.trainer.export.onnx_model import ONNX, require_onnx, write_onnx
-from mixmae.trainer.export.task_directory import is_task_directory, write_task_directory
+from mixmae.trainer.export.task_config import task_recipe
+from mixmae.trainer.export.task_directory import write_task_directory
 from mixmae.trainer.run.provenance import read_recipe
 from mixmae.trainer.tasks.encoder import sizes_of
 from mixmae.trainer.tasks.registry import task_of
@@ -111,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     export(args.run, args.out, args.step, args.format == "onnx")
-    if is_task_directory(args.out):
+    if task_recipe(args.out) is not None:
         print(f"use it with: mixmae predict {args.out} IMAGE ... --out FOLDER")
         return 0
     print(f"open it with: import mixmae, timm; timm.create_model('local-dir:{args.out}', pretrained=True)")

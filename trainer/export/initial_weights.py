@@ -1,7 +1,7 @@
 """What a run starts from: the weights of an encoder directory, of another run, or others' (`foreign_weights`)."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,11 @@ from mixmae.trainer.export.encoder_directory import (
 from mixmae.trainer.export.fit_channels import fit_channels, has_channels
 from mixmae.trainer.export.foreign_weights import is_foreign, own_directory, read_foreign_weights
 from mixmae.trainer.export.load_foreign import load_foreign_weights
+from mixmae.trainer.export.task_config import task_recipe
 
 _logger = logging.getLogger(__name__)
+_ENCODER, _BACKBONE = "encoder.", "backbone.encoder."
+"""Where modules have their encoder."""
 _HEAD = "head."
 _FINAL_NORM = "norm."
 
@@ -41,12 +44,13 @@ class InitialWeights(NamedTuple):
     """Weights as a run or an export left them.
 
     Attributes:
-        encoder: by name, and the head's, if there is one.
+        encoder: by name, and the head's, if there is one; a detector's or segmenter's has no final norm.
         method: that pretrained it; None where nothing says.
         rest: the method's own weights.
         classes: names of the head's classes, as far as they are known.
         source: for messages.
         position_size, grid: as encoders have them.
+        heads: what else a detector or segmenter has, of which nothing is taken.
     """
 
     encoder: dict[str, Tensor]
@@ -56,14 +60,17 @@ class InitialWeights(NamedTuple):
     source: Path
     position_size: tuple[int, int] | None
     grid: tuple[int, int]
+    heads: tuple[str, ...] = ()
 
 
 def read_initial_weights(path: Path) -> InitialWeights:
-    """Reads an encoder directory, or the newest checkpoint of a run directory.
+    """Reads an encoder directory, an exported detector or segmenter, or the newest checkpoint of a run directory.
 
     Raises:
-        UsageError: it is neither, or damaged.
+        UsageError: it is none of these, or damaged.
     """
+    if (recipe := task_recipe(path)) is not None:
+        return _of_run(read_weights(path / ENCODER), recipe, path / ENCODER)
     if not (path / CHECKPOINTS).is_dir():
         encoder, config = read_weights(path / ENCODER), read_config(path)
         rest = read_weights(path / METHOD) if config.method is not None else {}
@@ -75,15 +82,23 @@ def read_initial_weights(path: Path) -> InitialWeights:
         raise UsageError(f"{path / CHECKPOINTS} holds no checkpoint yet; give the directory of a run that saved")
     weights = model_weights(checkpoint)
     require_finite(weights, str(checkpoint))
-    recipe = Manifest.read(checkpoint).recipe
-    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    return _of_run(weights, Manifest.read(checkpoint).recipe, checkpoint)
+
+
+def _of_run(weights: dict[str, Tensor], recipe: Mapping[str, Any], source: Path) -> InitialWeights:
+    """The weights of a run's module; the encoder's stand where its task has it."""
+    dense = any(name.startswith(_BACKBONE) for name in weights)
+    prefix = _BACKBONE if dense else _ENCODER
+    encoder = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    rest = {name: value for name, value in weights.items() if not name.startswith(prefix)}
     return InitialWeights(
         encoder,
-        recipe["method"]["name"] if "method" in recipe else None,
-        {name: value for name, value in weights.items() if not name.startswith("encoder.")},
+        recipe["method"]["name"] if "method" in recipe and not dense else None,
+        rest,
         tuple(recipe.get("classification", {}).get("classes") or ()),
-        checkpoint,
+        source,
         *_sizes(**{key: value for key, value in recipe["encoder"].items() if key != "init"}),
+        tuple(sorted({name.removeprefix("backbone.").split(".")[0] for name in rest})) if dense else (),
     )
 
 
@@ -151,6 +166,10 @@ def _load_encoder(encoder: Encoder, init: str | Path, left_out: tuple[str, ...] 
         load_foreign_weights(encoder, read_foreign_weights(init), left_out)
         return None
     found = read_initial_weights(Path(init))
+    if found.heads:
+        begins_anew = "" if _FINAL_NORM in left_out else "; it has no final norm, and the model's begins anew"
+        _logger.info("%s: the encoder is loaded, without %s%s", found.source, ", ".join(found.heads), begins_anew)
+        left_out = (_HEAD, _FINAL_NORM)
     weights = {name: value for name, value in found.encoder.items() if not name.startswith(left_out)}
     try:
         weights = resize_all_positions(encoder, weights, found.grid, encoder.grid)

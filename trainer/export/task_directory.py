@@ -16,12 +16,12 @@ from mixmae.base.errors import UsageError
 from mixmae.base.files import new_directory
 from mixmae.models.contract import Trainable
 from mixmae.trainer.export.encoder_directory import CARD, CONFIG, ENCODER, misfits, own_weights, read_weights
-from mixmae.trainer.recipe.loading import parse_recipe, upgrade
+from mixmae.trainer.export.task_config import RECIPE, task_recipe
+from mixmae.trainer.recipe.loading import parse_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
 from mixmae.trainer.tasks.registry import task_of
 
-_RECIPE = "recipe"
 _SECTIONS = ("task", "plugins", "encoder", "classification", "detection", "segmentation")
 _OF_DATA = ("mean", "std", "scale", "nodata")
 _TRAINING_ONLY = ("init", "drop_rate", "drop_path_rate")
@@ -44,7 +44,7 @@ def write_task_directory(
     if out.exists():
         raise UsageError(f"{out} exists already; name a directory that does not, or remove it")
     with new_directory(out) as partial:
-        (partial / CONFIG).write_text(json.dumps({_RECIPE: _built_from(recipe), **(facts or {})}, indent=2) + "\n")
+        (partial / CONFIG).write_text(json.dumps({RECIPE: _built_from(recipe), **(facts or {})}, indent=2) + "\n")
         if card is not None:
             (partial / CARD).write_text(card)
         save_file({name: value.cpu().contiguous() for name, value in weights.items()}, partial / ENCODER)
@@ -62,22 +62,15 @@ def _defaults(recipe: Recipe, section: str) -> Any:
     return type(recipe)().model_dump(mode="json")[section]
 
 
-def is_task_directory(directory: Path) -> bool:
-    """Whether a directory was written by `write_task_directory`."""
-    try:
-        return _RECIPE in json.loads((directory / CONFIG).read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 def open_task_directory(directory: Path, device: torch.device) -> tuple[Task, Trainable]:
     """The task, and its module with the directory's weights in eval mode on the device.
 
     Raises:
         UsageError: weights that cannot be read, or are not those of the config.json.
     """
-    file = directory / CONFIG
-    task = task_of(parse_recipe(upgrade(json.loads(file.read_bytes())[_RECIPE]), str(file)))
+    file, recipe = directory / CONFIG, task_recipe(directory)
+    assert recipe is not None, "a task directory"
+    task = task_of(parse_recipe(recipe, str(file)))
     module, weights = task.build(), read_weights(directory / ENCODER)
     expected = own_weights(module)
     if wrong := misfits(weights, expected):

@@ -1,6 +1,7 @@
 """Segmentation: resumed bit for bit at every ZeRO stage, evaluated as by hand, exported, drawn, started from runs."""
 
 import io
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models import create_encoder
+from mixmae.models.contract import TrainableEncoder
 from mixmae.models.heads import upernet
 from mixmae.models.heads.upernet import Segmenter
 from mixmae.trainer.checkpoints.weights import model_weights, saved_buffers
@@ -155,6 +157,28 @@ def test_predictions_are_drawn_and_told(run: Path, tmp_path: Path, capsys: pytes
     assert drawn.size == (130, 50)
     assert (np.asarray(drawn) != pixels).any()
     assert "%" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_runs_and_exports_are_what_others_start_from(
+    run: Path, sets: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the encoder alone: another segmenter, and a pretraining, whose final norm a segmenter has not."""
+    export(run, tmp_path / "segmenter")
+    weights = model_weights(complete_checkpoints(run)[-1])
+    expected = {k.removeprefix("backbone.encoder."): v for k, v in weights.items() if k.startswith("backbone.encoder.")}
+    pretraining = tiny_recipe(**{"data.shards": str(sets.training), "run_dir": str(tmp_path / "pretraining")})
+    for source in (run, tmp_path / "segmenter"):
+        for recipe in (recipe_for(sets, tmp_path / "another"), pretraining):
+            encoder = recipe.encoder.model_copy(update={"init": source})
+            with caplog.at_level(logging.INFO):
+                model = check(recipe.model_copy(update={"encoder": encoder}), Ranks()).model
+            assert isinstance(model, TrainableEncoder)
+            found = model.get_submodule(model.encoder_path).state_dict()
+            assert all(torch.equal(found[name], value) for name, value in expected.items())
+            assert "the encoder is loaded, without auxiliary, head, norms" in caplog.text
+            assert ("final norm" in caplog.text) == (recipe is pretraining)
+            caplog.clear()
 
 
 @pytest.mark.distributed

@@ -24,10 +24,10 @@ from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.shards.annotated import ShardAnnotations, missing_annotations
 from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
+from mixmae.trainer.data.shards.index_facts import category_ids, class_names, location_of_shards
 from mixmae.trainer.data.shards.labels import are_numbers, is_name, label_text
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
 from mixmae.trainer.data.shards.scan import SampleTable, checksum
-from mixmae.trainer.data.shards.sources import category_ids, class_names, location_of_shards
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 

@@ -22,15 +22,18 @@ from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_re
 from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
+from mixmae.trainer.data.shards.index_facts import class_names, location_of_shards
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.label_map_folders import open_label_maps
 from mixmae.trainer.data.shards.parquet import open_parquet, parquet_files
 from mixmae.trainer.data.shards.repair import RepairResult, repair
 from mixmae.trainer.data.shards.scenes import Scenes
-from mixmae.trainer.data.shards.sources import Source, class_names, is_url, location_of_shards, open_source
+from mixmae.trainer.data.shards.source import Source
+from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.sections.section import is_elsewhere
 from mixmae.trainer.recipe.units import parse_size
 
 
@@ -240,7 +243,7 @@ def _describe_repair(repaired: RepairResult, directory: Path) -> list[str]:
 
 
 def _local(location: str) -> Path:
-    if is_url(location):
+    if is_elsewhere(location):
         raise UsageError(f"{location} is a URL; index and check shards where they are local, and upload the index")
     return Path(location)
 

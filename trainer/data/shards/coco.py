@@ -19,8 +19,9 @@ from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.heic import require_heic_reader
+from mixmae.trainer.data.shards.image_files import Files
 from mixmae.trainer.data.shards.image_folders import extension_of, find_images
-from mixmae.trainer.data.shards.sources import Entry, Files, key_of, unique
+from mixmae.trainer.data.shards.source import Entry, key_of, unique
 
 _KEPT = ("id", "bbox", "area", "iscrowd", "segmentation")
 """What shards keep of an annotation, beside its category."""

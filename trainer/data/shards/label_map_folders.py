@@ -11,7 +11,8 @@ from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.label_maps import MAX_CLASSES, reduce_zero_label
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
-from mixmae.trainer.data.shards.sources import Entry, Files, list_folder
+from mixmae.trainer.data.shards.image_files import Files, list_folder
+from mixmae.trainer.data.shards.source import Entry
 
 
 @dataclass(frozen=True, kw_only=True)

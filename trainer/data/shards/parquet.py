@@ -21,7 +21,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.shards.parquet_columns import Columns, find_columns, number_labels
-from mixmae.trainer.data.shards.sources import Entry, Source, key_of, unique
+from mixmae.trainer.data.shards.source import Entry, Source, key_of, unique
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.splits import is_split
 

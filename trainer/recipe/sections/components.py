@@ -30,8 +30,9 @@ class EncoderSection(Component):
     img_size: _Side | tuple[_Side, _Side] = 224
     """Pixels: the side of a square, or [height, width]."""
     init: Weights | None = None
-    """What to start from: an encoder directory (`mixmae import`, `mixmae export`), a run directory, `timm:NAME`, or the
-    file or directory of others' weights (docs/encoders.md); None starts from random weights."""
+    """What to start from: a directory of `mixmae import` or `mixmae export`, detectors and segmenters included, a run
+    directory, `timm:NAME`, or the file or directory of others' weights (docs/encoders.md); None starts from random
+    weights."""
 
     @field_validator("img_size")
     @classmethod

@@ -16,7 +16,8 @@ from mixmae.trainer.data.faults import PILLOW, UnusableError
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.cli import main
-from mixmae.trainer.data.shards.sources import Source, open_source, unique
+from mixmae.trainer.data.shards.source import Source, unique
+from mixmae.trainer.data.shards.sources import open_source
 from tests.helpers import tar_of
 
 
