@@ -78,7 +78,8 @@ wheels: $(VENV)/.installed
 	$(BIN)/pip download --dest wheels --only-binary :all: --no-deps --python-version $(WHEELS_PYTHON) \
 		--constraint constraints.txt webdataset simplejpeg xxhash braceexpand hjson py-cpuinfo einops msgpack \
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock \
-		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers wrapt
+		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers wrapt \
+		nvidia-ml-py
 
 # Installs nothing from outside: beside the machine's own packages, from wheels/. Not into a virtual environment: one
 # made from another does not see what is in that.

@@ -50,7 +50,7 @@ class PVTStage(Stage):
         return (self.cells[0] * self.reduction, self.cells[1] * self.reduction)
 
     def set_cells(self, cells: tuple[int, int]) -> None:
-        """Another cell grid; positions are resized."""
+        """Positions are resized."""
         self.cells = cells
         self.pos_embed.set_grid(self._grid())
 
@@ -115,12 +115,6 @@ class PVT(StagedEncoder):
         )
         self.norm = nn.LayerNorm(embed_dims[-1], _EPS)
         self.apply(init_weights)
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        super().set_input_size(img_size)
-        for stage in self.stages:
-            assert isinstance(stage, PVTStage)
-            stage.set_cells(self.grid)
 
     def convert(self, state: dict[str, Tensor]) -> Converted:
         return conversion.pvt(state)

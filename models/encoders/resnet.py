@@ -15,7 +15,9 @@ from mixmae.models.encoders.contract import MapEdit, unchanged
 from mixmae.models.encoders.conversion import Converted
 from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
-from mixmae.models.layers.mixed_conv import Mix, MixedGroupNormReLU, StandardisedConv2d, mixed_max_pool2d
+from mixmae.models.layers.mixed_cells import Mix
+from mixmae.models.layers.mixed_conv import StandardisedConv2d, mixed_max_pool2d
+from mixmae.models.layers.mixed_norm import MixedGroupNormReLU
 
 
 class Stem(nn.Module):

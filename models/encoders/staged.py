@@ -33,6 +33,9 @@ class Stage(nn.Module):
     outputs: list[Tensor] | None = None
     """Where blocks' outputs go while somebody asks for them."""
 
+    def set_cells(self, cells: tuple[int, int]) -> None:
+        """Another cell grid, of images of another size."""
+
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:
         """A block's output, which is recomputed in the backward pass where that is asked for."""
         out: Tensor
@@ -96,6 +99,9 @@ class StagedEncoder(Encoder):
             ValueError: the image does not divide into cells.
         """
         self._set_size(img_size)
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.set_cells(self.grid)
 
     def forward(
         self,

@@ -17,7 +17,8 @@ from mixmae.models.encoders.registry import register_encoder
 from mixmae.models.encoders.staged import NUM_STAGES, Stage, StagedEncoder
 from mixmae.models.layers.blocks import Block, init_weights
 from mixmae.models.layers.cell_order import SelfAttention, SubsampledAttention, by_cell, by_window
-from mixmae.models.layers.mixed_conv import Mix, MixedConv2d
+from mixmae.models.layers.mixed_cells import Mix
+from mixmae.models.layers.mixed_conv import MixedConv2d
 from mixmae.models.layers.patch_embedding import PatchEmbedding
 from mixmae.models.layers.token_order import nearest_window
 
@@ -51,7 +52,7 @@ class TwinsStage(Stage):
             self.blocks.append(Block(dim, attention, mlp_ratio, rate, _EPS))
 
     def set_cells(self, cells: tuple[int, int]) -> None:
-        """Another cell grid; windows are the nearest that divide its tokens."""
+        """Windows are the nearest that divide the grid of tokens."""
         self.cells = cells
         self.grid = (cells[0] * self.reduction, cells[1] * self.reduction)
         self.window = nearest_window(self.grid, self.window_size)
@@ -127,12 +128,6 @@ class Twins(StagedEncoder):
         )
         self.norm = nn.LayerNorm(embed_dims[-1], _EPS)
         self.apply(init_weights)
-
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        super().set_input_size(img_size)
-        for stage in self.stages:
-            assert isinstance(stage, TwinsStage)
-            stage.set_cells(self.grid)
 
     def no_weight_decay(self) -> Collection[str]:
         """Position encodings."""

@@ -42,6 +42,9 @@ class ViTStage(Stage):
             Block(dim, SelfAttention(dim, num_heads), mlp_ratio, rate, _EPS) for rate in drop_path
         )
 
+    def set_cells(self, cells: tuple[int, int]) -> None:
+        self.grid = cells
+
     def forward(
         self,
         x: Tensor,
@@ -105,9 +108,6 @@ class ViT(StagedEncoder):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         super().set_input_size(img_size)
         self.pos_embed.set_grid(self.grid)
-        for stage in self.stages:
-            assert isinstance(stage, ViTStage)
-            stage.grid = self.grid
 
     def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
         return self.pos_embed(edit_of(edit, 1)(self.patch_embed(super()._embed(images))))

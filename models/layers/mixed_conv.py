@@ -1,51 +1,28 @@
-"""Convolution, max pooling and GroupNorm of mixed images: a position sees positions of its own group only.
+"""Convolution and max pooling of mixed images: a position sees positions of its own group only.
 
 A mixed convolution (MixMAE, supplement A.3) is a partial convolution (Liu et al. 2018) for each group over the
 positions of that group, of which each position keeps its own group's: absent inputs count as zero, and the sum is
 multiplied by the kernel's area over the inputs that are present. What pads the image is absent, too.
 
-K partial convolutions cost K times a plain one. These cost about as much as one, whatever K is. Groups are whole cells,
-so all positions of a cell have the same inputs: the cell with a halo of its eight neighbours, where those of other
-groups are blank. Large cells, with their halos, are the batch of a plain convolution; for small ones, where halos would
-be most of it, inputs are gathered for each position, and the convolution is a product of matrices.
+K partial convolutions cost K times a plain one. These cost about as much as one, whatever K is: large cells, with their
+halos, are the batch of a plain convolution; for small ones, where halos would be most of it, inputs are gathered for
+each position, and the convolution is a product of matrices.
 
 Maps are [B, H, W, C]; Gh*Gw cells of h*w positions; b is 1 for a map of groups that the micro-batch shares, or B.
 """
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmae.models.layers.mixed_cells import Mix, Tiles, join_cells
+
 _TILED_FROM = 8
 """Positions along a cell's side from which a cell with its halo is cheaper than inputs gathered for each position."""
-
-
-class Mix(NamedTuple):
-    """What cells share.
-
-    neighbours: bool [b, Gh, Gw, 3, 3], whether the cells around, and the cell itself, are there and of its group.
-    shares: fp32 [b, Gh*Gw, Gh*Gw], the weight of each cell (last) in the mean over a cell's group.
-    """
-
-    neighbours: Tensor
-    shares: Tensor
-
-    @classmethod
-    def of(cls, groups: Tensor) -> "Mix":
-        """For groups [Gh, Gw] or [B, Gh, Gw]."""
-        groups = groups.view(-1, *groups.shape[-2:])
-        around = F.pad(groups, (1, 1, 1, 1), value=-1).unfold(1, 3, 1).unfold(2, 3, 1)
-        flat = groups.flatten(1)
-        same = (flat[:, :, None] == flat[:, None, :]).float()
-        return cls(around == groups[..., None, None], same / same.sum(-1, keepdim=True))
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        return (self.neighbours.shape[1], self.neighbours.shape[2])
 
 
 def mixed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, mix: Mix) -> Tensor:
@@ -71,9 +48,9 @@ def mixed_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, mi
 def mixed_max_pool2d(x: Tensor, kernel: int, stride: int, mix: Mix) -> Tensor:
     """The maximum over positions of the own group, as `mixed_conv2d` places its kernel."""
     halo = (kernel // 2, kernel // 2 + 1 - stride)
-    tiles = _Tiles.apply(x, mix.neighbours, *halo, float("-inf"))
+    tiles = Tiles.apply(x, mix.neighbours, *halo, float("-inf"))
     out = F.max_pool2d(tiles.flatten(0, 2).permute(0, 3, 1, 2), kernel, stride)
-    return _untile(out, mix.cells)
+    return join_cells(out, mix.cells)
 
 
 class MixedConv2d(nn.Conv2d):
@@ -111,171 +88,13 @@ class StandardisedConv2d(MixedConv2d):
         return (self.weight - mean) * (var + self.eps).rsqrt()
 
 
-class MixedGroupNormReLU(nn.GroupNorm):
-    """GroupNorm and ReLU of maps [B, H, W, C]; statistics of mixed ones are those of a position's own group."""
-
-    def forward(self, x: Tensor, mix: Mix | None = None) -> Tensor:
-        if mix is None:
-            normed = F.group_norm(x.permute(0, 3, 1, 2), self.num_groups, self.weight, self.bias, self.eps)
-            return normed.permute(0, 2, 3, 1).relu()
-        settings = (mix.shares, mix.cells, self.num_groups, self.eps)
-        return _MixedNormReLU.apply(x, self.weight, self.bias, *settings)
-
-
-class _MixedNormReLU(torch.autograd.Function):
-    """Passes over the map are what it costs: their number is kept low, and only the input and the output are kept.
-
-    In the names below: `m` are means over a cell, fp32 [B, Gh*Gw, C] or, by a norm's group of channels, [.., n, C/n];
-    the rest are of a group of channels and the own group of cells, [B, Gh*Gw, n, 1].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shares: Tensor, cells: tuple[int, int], n: int, eps: float
-    ) -> Tensor:
-        wide = x.float()
-        mean = _over_group(_cell_means(wide, cells, n), shares)
-        var = (_over_group(_cell_means(wide.square(), cells, n), shares) - mean.square()).clamp_(min=0)
-        rstd = (var + eps).rsqrt()
-        scale = rstd * weight.view(n, -1)
-        out = _affine(x, scale, bias.view(n, -1) - mean * scale, cells).to(x.dtype).relu_()
-        ctx.save_for_backward(x, out, weight, shares, mean, rstd)
-        ctx.cells = cells
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, out, weight, shares, mean, rstd = ctx.saved_tensors
-        cells, n = ctx.cells, mean.shape[2]
-        weights = weight.view(n, -1)
-        grad = torch.ops.aten.threshold_backward(gradients[0], out, 0).float()  # of the ReLU
-        m_grad = _cell_means(grad, cells, n)
-        m_both = (_cell_means(grad * x, cells, n) - mean * m_grad) * rstd  # with the normalised input
-        positions = x.shape[1] * x.shape[2] // shares.shape[-1]
-        grad_weight = m_both.sum((0, 1)).flatten() * positions
-        grad_bias = m_grad.sum((0, 1)).flatten() * positions
-        slope = -rstd.square() * _over_group(m_both * weights, shares)
-        level = -rstd * _over_group(m_grad * weights, shares) - mean * slope
-        grad_x = _affine(grad, rstd * weights, level, cells).add_(_affine(x, slope, None, cells))
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
-
-
-def _cell_means(x: Tensor, cells: tuple[int, int], n: int) -> Tensor:
-    """[B, Gh*Gw, n, C/n] of a map. Pooling is several times as fast as a mean over two dimensions."""
-    kernel = (x.shape[1] // cells[0], x.shape[2] // cells[1])
-    means = F.avg_pool2d(x.permute(0, 3, 1, 2), kernel).permute(0, 2, 3, 1)
-    return means.flatten(1, 2).unflatten(-1, (n, -1))
-
-
-def _over_group(means: Tensor, shares: Tensor) -> Tensor:
-    """The mean over channels and over a cell's group, [B, Gh*Gw, n, 1]."""
-    return (shares @ means.mean(-1))[..., None]
-
-
-def _affine(x: Tensor, scale: Tensor, shift: Tensor | None, cells: tuple[int, int]) -> Tensor:
-    """A map times a scale, plus a shift, [B, Gh*Gw, n, C/n or 1] each, in fp32."""
-    parts = x.unflatten(2, (cells[1], -1)).unflatten(1, (cells[0], -1))
-
-    def spread(values: Tensor) -> Tensor:
-        values = values.expand(-1, -1, -1, x.shape[-1] // values.shape[2])
-        return values.flatten(-2).unflatten(1, cells)[:, :, None, :, None]
-
-    if shift is not None and x.dtype == scale.dtype:
-        out = torch.addcmul(spread(shift), parts, spread(scale))
-    else:
-        out = parts * spread(scale) if shift is None else parts * spread(scale) + spread(shift)
-    return out.flatten(3, 4).flatten(1, 2)
-
-
 def _by_cell(x: Tensor, weight: Tensor, stride: int, neighbours: Tensor) -> Tensor:
     """The convolution of each cell with its halo."""
     kernel = weight.shape[-1]
-    tiles = _Tiles.apply(x, neighbours, kernel // 2, kernel // 2 + 1 - stride, 0.0)
+    tiles = Tiles.apply(x, neighbours, kernel // 2, kernel // 2 + 1 - stride, 0.0)
     conv_groups = weight.shape[0] if weight.shape[1] == 1 else 1
     out = F.conv2d(tiles.flatten(0, 2).permute(0, 3, 1, 2), weight, stride=stride, groups=conv_groups)
-    return _untile(out, (neighbours.shape[1], neighbours.shape[2]))
-
-
-def _untile(tiles: Tensor, cells: tuple[int, int]) -> Tensor:
-    """[B*Gh*Gw, C, h, w] -> [B, Gh*h, Gw*w, C]."""
-    x = tiles.permute(0, 2, 3, 1).unflatten(0, (-1, *cells)).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2)
-
-
-class _Tiles(torch.autograd.Function):
-    """Cells with halos, [B, Gh, Gw, before + h + after, before + w + after, C].
-
-    Of `before` positions above and to the left and `after` ones below and to the right; `fill` stands where the
-    neighbour is none, or of another group. The gradient is written out since that of torch's unfolding is slow.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, neighbours: Tensor, before: int, after: int, fill: float) -> Tensor:
-        ctx.save_for_backward(neighbours)
-        ctx.halo = (before, after)
-        cells = _cells(x, neighbours)
-        batch, rows, cols, height, width, dim = cells.shape
-        out = x.new_empty(batch, rows, cols, before + height + after, before + width + after, dim)
-        out[:, :, :, before : before + height, before : before + width] = cells
-        out[:, 0, :, :before] = out[:, -1, :, before + height :] = fill
-        out[:, :, 0, :, :before] = out[:, :, -1, :, before + width :] = fill
-        for to, source, same in _halo(neighbours, (height, width), before, after):
-            out[to] = _seen(cells[source], same, fill)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (neighbours,) = ctx.saved_tensors
-        before, after = ctx.halo
-        (grad,) = gradients
-        batch, rows, cols, height, width, dim = grad.shape
-        height, width = height - before - after, width - before - after
-        out = grad.new_empty(batch, rows * height, cols * width, dim)
-        cells = _cells(out, neighbours)
-        cells.copy_(grad[:, :, :, before : before + height, before : before + width])
-        for to, source, same in _halo(neighbours, (height, width), before, after):
-            cells[source] += _seen(grad[to], same, 0.0)
-        return out, None, None, None, None
-
-
-def _seen(x: Tensor, same: Tensor, fill: float) -> Tensor:
-    """Finite values where they are of the cell's group, elsewhere `fill`: 0, or minus infinity.
-
-    By arithmetic, several times as fast as a choice whose condition is the same along a cell.
-    """
-    if fill == 0:
-        return x * same.to(x.dtype)
-    return x + torch.zeros_like(same, dtype=x.dtype).masked_fill_(~same, fill)
-
-
-def _cells(x: Tensor, neighbours: Tensor) -> Tensor:
-    """A view [B, Gh, Gw, h, w, C] of a contiguous map."""
-    rows, cols = neighbours.shape[1:3]
-    batch, height, width, dim = x.shape
-    return x.view(batch, rows, height // rows, cols, width // cols, dim).transpose(2, 3)
-
-
-def _halo(
-    neighbours: Tensor, cell: tuple[int, int], before: int, after: int
-) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...], Tensor]]:
-    """For each neighbour: where its part of the halo lies in a tile, where in the neighbour, and whether it is seen."""
-
-    def along(side: int, step: int) -> tuple[slice, slice, slice, slice]:
-        """Cells that have such a neighbour, the neighbours, the halo's positions in the tile and in the neighbour."""
-        if step < 0:
-            return slice(1, None), slice(None, -1), slice(0, before), slice(side - before, side)
-        if step > 0:
-            return slice(None, -1), slice(1, None), slice(before + side, None), slice(0, after)
-        return slice(None), slice(None), slice(before, before + side), slice(None)
-
-    steps = [step for step, width in ((-1, before), (0, 1), (1, after)) if width]
-    for dy, dx in product(steps, steps):
-        if (dy, dx) != (0, 0):
-            row, next_row, to_y, from_y = along(cell[0], dy)
-            col, next_col, to_x, from_x = along(cell[1], dx)
-            everything = slice(None)
-            same = neighbours[:, row, col, dy + 1, dx + 1, None, None, None]
-            yield (everything, row, col, to_y, to_x), (everything, next_row, next_col, from_y, from_x), same
+    return join_cells(out, (neighbours.shape[1], neighbours.shape[2]))
 
 
 class _Gathered(torch.autograd.Function):

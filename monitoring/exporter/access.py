@@ -124,6 +124,9 @@ def fetch(
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url} is no http:// or https:// address")
+    if parts.scheme == "http":
+        # urllib would read all of the system's certificates for each page, and in threads at once Python 3.12 crashes.
+        handlers = [*handlers, urllib.request.HTTPSHandler(context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))]
     request = urllib.request.Request(url, headers=dict(headers))
     with urllib.request.build_opener(_NoRedirects, *handlers).open(request, timeout=TIMEOUT) as response:
         content: bytes = response.read(_LARGEST + 1)

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from mixmae.base.ports import free_port
-from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.engine.deepspeed_engine import build_engine
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
 from mixmae.trainer.recipe.schema import Recipe

@@ -32,6 +32,7 @@ from mixmae.trainer.benchmarks import photos
 from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.results import RESULTS, write_result
 from mixmae.trainer.data.augmentation.labelled import LabelledCrop, labelled_crop
+from mixmae.trainer.data.batch_reader import BatchReader
 from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
 from mixmae.trainer.data.index import ShardIndex, open_index
@@ -39,7 +40,8 @@ from mixmae.trainer.data.order import BatchSlice, SampleRef
 from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.sources import open_source
-from mixmae.trainer.data.stream import BatchReader, Position, Stream, ToDevice
+from mixmae.trainer.data.stream import Position, Stream
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.arguments import add_recipe, at_least

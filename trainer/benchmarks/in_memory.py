@@ -4,9 +4,10 @@ import math
 import multiprocessing
 from collections.abc import Sequence
 
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.faults import FaultLog, Reason
 from mixmae.trainer.data.stores.store import CacheCounts
-from mixmae.trainer.data.stream import Batch, Stream
+from mixmae.trainer.data.stream import Stream
 
 
 class InMemory(Stream):

@@ -27,9 +27,9 @@ from mixmae.trainer.benchmarks.in_memory import InMemory
 from mixmae.trainer.benchmarks.profiling import synchronized_time
 from mixmae.trainer.benchmarks.recipe import recipe_of
 from mixmae.trainer.benchmarks.results import RESULTS, metadata, write_result
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
-from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe

@@ -17,13 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmae.models.layers.mixed_conv import (
-    Mix,
-    MixedConv2d,
-    MixedGroupNormReLU,
-    StandardisedConv2d,
-    mixed_max_pool2d,
-)
+from mixmae.models.layers.mixed_cells import Mix
+from mixmae.models.layers.mixed_conv import MixedConv2d, StandardisedConv2d, mixed_max_pool2d
+from mixmae.models.layers.mixed_norm import MixedGroupNormReLU
 from mixmae.models.methods.mixing import draw_groups, upsample_groups
 from mixmae.trainer.benchmarks.profiling import peak_allocated, profiled, synchronized_time
 from mixmae.trainer.benchmarks.results import RESULTS, metadata, write_result

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,10 @@ class _Timed:
     step: BareStep
     memory: int
     times: list[float]
+    host_times: list[float]
+    """Until the host has started all work of a step; the device may need longer."""
+    clocks: list[int]
+    """Of the device's processors in MHz, at the end of a timing."""
 
 
 def measure(
@@ -173,7 +178,7 @@ def _warmed_up(
     for name in names:
         step = BareStep(recipe, VARIANTS[name], device, weights)
         try:
-            yield name, _Timed(step, _memory(step, *inputs, device), [])
+            yield name, _Timed(step, _memory(step, *inputs, device), [], [], [])
         except torch.OutOfMemoryError as error:
             print(f"{name:<15} batch {len(inputs[0])} does not fit: {str(error).splitlines()[0]}", flush=True)
         if device.type == "cuda":
@@ -195,7 +200,10 @@ def _interleave(
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:  # rotated, so that none always follows the same one
             work = partial(_repeat, partial(timed[name].step, *inputs), repeats)
-            timed[name].times.append(_seconds(work, device) / repeats)
+            seconds, host_seconds = _timed(work, device)
+            timed[name].times.append(seconds / repeats)
+            timed[name].host_times.append(host_seconds / repeats)
+            timed[name].clocks.extend(_clock(device))
     return rates
 
 
@@ -228,6 +236,8 @@ def _measurement(
         "images_per_second": round(rate, 3),
         "step_seconds": round(statistics.median(timed.times), 5),
         "step_seconds_spread": [round(min(timed.times), 5), round(max(timed.times), 5)],
+        "host_seconds": round(statistics.median(timed.host_times), 5) if device.type == "cuda" else None,
+        "clock_mhz": round(statistics.median(timed.clocks)) if timed.clocks else None,
         "gflop_per_image": round(flops / 1e9, 1),
         "model_tflops": round(rate * flops / 1e12, 6),
         "peak_tflops": round(peak / 1e12, 4),
@@ -256,7 +266,7 @@ def _product(precision: str, device: torch.device) -> Callable[[], float]:
 
     def rate() -> float:
         repeats = 20 if device.type == "cuda" else 1
-        return repeats * 2 * side**3 / _seconds(partial(_repeat, lambda: x @ x, repeats), device)
+        return repeats * 2 * side**3 / _timed(partial(_repeat, lambda: x @ x, repeats), device)[0]
 
     rate()
     return rate
@@ -267,12 +277,21 @@ def _repeat(work: Callable[[], object], times: int) -> None:
         work()
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds until the work is done, and until the host has started all of it."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     now = time.process_time if alone else partial(synchronized_time, device)
-    started = now()
+    started, began = now(), time.perf_counter()
     work()
-    return now() - started
+    host_seconds = time.perf_counter() - began
+    return now() - started, host_seconds
+
+
+def _clock(device: torch.device) -> list[int]:
+    """The GPU's clock in MHz; nothing on a CPU, and without nvidia-ml-py (the extra `gpu`)."""
+    with suppress(ModuleNotFoundError):
+        return [torch.cuda.clock_rate(device)] if device.type == "cuda" else []
+    return []
 
 
 def _title(found: dict[str, Any]) -> str:
@@ -285,10 +304,13 @@ def _title(found: dict[str, Any]) -> str:
 def _describe(found: dict[str, Any]) -> str:
     low, high = found["step_seconds_spread"]
     ratio = "" if found["ratio_to_plain"] is None else f", {found['ratio_to_plain']:.2f} times plain"
+    host = "" if found["host_seconds"] is None else f"; the host {found['host_seconds']:.3f} s of it"
+    clock = "" if found["clock_mhz"] is None else f", at {found['clock_mhz']} MHz"
     largest = ", ".join(f"{name} {share:.0%}" for name, share in list(found["kernel_shares"].items())[:5])
     return (
         f"{found['model'].removeprefix('mixmae_')} by {_method(found)}, batch {found['batch']}\n"
         f"{found['variant']:<15} {found['images_per_second']:.2f} images/s{ratio}; step {found['step_seconds']:.3f} s "
-        f"({low:.3f} to {high:.3f}); {found['model_tflops']:.3g} TFLOP/s, {found['share_of_product']:.1%} of "
-        f"{found['peak_tflops']:.3g}; {found['peak_memory_bytes'] / 1e9:.2f} GB\n{'':<15} {largest}"
+        f"({low:.3f} to {high:.3f}{host}{clock}); {found['model_tflops']:.3g} TFLOP/s, "
+        f"{found['share_of_product']:.1%} of {found['peak_tflops']:.3g}; {found['peak_memory_bytes'] / 1e9:.2f} GB\n"
+        f"{'':<15} {largest}"
     )

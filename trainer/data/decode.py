@@ -245,8 +245,10 @@ def resize_crop(
     _resize(pixels, stored, decoder)
     if plan.transpose:
         out.copy_(stored.transpose(1, 2))
-    turned = [dim for dim, turn in ((1, plan.upside_down), (2, plan.mirror)) if turn]
-    return out.copy_(out.flip(turned)) if turned else out
+    if turned := [dim for dim, turn in ((1, plan.upside_down), (2, plan.mirror)) if turn]:
+        bits = out.view(torch.int16) if out.dtype == torch.uint16 else out  # which torch 2.11 flips no tensors of
+        bits.copy_(bits.flip(turned))
+    return out
 
 
 def _upright(values: npt.NDArray[Any], plan: CropPlan) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixmae.models.heads.classification import Classifier
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.held_out import evaluation_crop, held_out_batches
 from mixmae.trainer.recipe.schema import Recipe

@@ -15,7 +15,7 @@ from mixmae.trainer.data.dense.held_out import Scene
 from mixmae.trainer.data.dense.masks import encode
 from mixmae.trainer.data.dense.objects import Objects
 from mixmae.trainer.data.dense.resizing import fit_into
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main, gather_to_main
 from mixmae.trainer.evaluation.average_precision import Kind, Region, Result, average_precision
 

@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_co
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.evaluation.held_out import HeldOut
 from mixmae.trainer.export.encoder_directory import CONFIG, load_encoder, read_config
 from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat

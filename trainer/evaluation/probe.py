@@ -21,7 +21,7 @@ from mixmae.base.image_size import ImageSize
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.index import UNLABELLED, ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_labels
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main
 from mixmae.trainer.evaluation import knn
 from mixmae.trainer.evaluation.features import effective_rank, features_of, mean_cosine

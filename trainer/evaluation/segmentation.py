@@ -13,7 +13,7 @@ from mixmae.models.heads.upernet import Segmenter
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.resizing import fit_over
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_max, all_reduce_sum
 from mixmae.trainer.evaluation.intersection_over_union import count_pixels, figures
 from mixmae.trainer.evaluation.sliding_window import classes_of, count_windows, sliding_logits

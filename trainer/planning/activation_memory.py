@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.planning.meta_attention import WORKSPACES, Device, attention_of
 from mixmae.trainer.planning.op_counter import Tracker

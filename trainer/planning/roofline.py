@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.planning.activation_memory import on_meta
 from mixmae.trainer.planning.devices import Gpu
 from mixmae.trainer.planning.meta_attention import attention_of

@@ -6,7 +6,8 @@ from typing import Any
 from mixmae.base.signals import StopRequest
 from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.stream import Position, Stream, ToDevice
+from mixmae.trainer.data.stream import Position, Stream
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.ema import Ema
 from mixmae.trainer.engine.schedule import Schedule

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.stream import Batch
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.run.context import Run, due
 from mixmae.trainer.run.train_step import inputs_of

@@ -19,7 +19,8 @@ from mixmae.trainer.checkpoints.slices import ModelSlices
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.integrity import require_pixels, require_usable
 from mixmae.trainer.data.joined_index import describe_shares
-from mixmae.trainer.data.stream import Position, Stream, ToDevice, lost_worker_error, sample_order
+from mixmae.trainer.data.stream import Position, Stream, lost_worker_error, sample_order
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.cpu import Bf16Matmuls, faster_matmuls, matmuls_of

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
-from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.run.context import Run

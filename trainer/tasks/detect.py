@@ -14,12 +14,13 @@ from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
 from mixmae.models.heads.mask_rcnn.targets import pad_objects
 from mixmae.models.methods.contract import Column
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
 from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
-from mixmae.trainer.data.stream import Batch, ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales

@@ -13,8 +13,8 @@ from mixmae.models.heads.classification import Classifier
 from mixmae.models.heads.mixup import MixSettings, draw_mix
 from mixmae.trainer.data.augmentation.labelled import labelled_crop
 from mixmae.trainer.data.augmentation.rand_augment import RandAugment
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales

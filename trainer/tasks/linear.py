@@ -12,8 +12,9 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.heads.linear_probe import LinearProbe, Variant, variants_of
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.stream import Batch, ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.data.transform import BatchBuffers, RandomResizedCropFlip, SampleTransform, shared_empty
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.engine.optimizer import OptimizerChoice, lars

@@ -11,9 +11,10 @@ from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column, Method
 from mixmae.models.methods.registry import method_class
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.rng import Purpose, torch_at
-from mixmae.trainer.data.stream import Batch, ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.data.transform import VALID
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.features import pooled

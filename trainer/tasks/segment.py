@@ -12,10 +12,10 @@ from mixmae.models.contract import Trainable
 from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.upernet import Segmenter
 from mixmae.models.methods.contract import Column
+from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.dense.segmentation import SegmentationCrop
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
-from mixmae.trainer.data.stream import Batch
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales

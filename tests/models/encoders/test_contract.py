@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from mixmae.models import create_encoder
 from mixmae.models.encoders import pvt, resnet, swin, twins, vit
 from mixmae.models.encoders.contract import Encoder
-from mixmae.models.layers import cell_order, mixed_conv
+from mixmae.models.layers import cell_order, mixed_conv, mixed_norm
+from mixmae.models.layers.mixed_cells import Mix
 from mixmae.models.layers.token_order import by_window
 from mixmae.models.methods.mixing import draw_mix, mix_images, upsample_groups
 
@@ -85,8 +86,8 @@ def unmixed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return lambda module, x, mix=None: forward(module, x)
 
 
-def unmixed_pool(x: Tensor, kernel: int, stride: int, mix: mixed_conv.Mix) -> Tensor:
-    everything = mixed_conv.Mix.of(torch.zeros(mix.cells, dtype=torch.long))
+def unmixed_pool(x: Tensor, kernel: int, stride: int, mix: Mix) -> Tensor:
+    everything = Mix.of(torch.zeros(mix.cells, dtype=torch.long))
     return mixed_conv.mixed_max_pool2d(x, kernel, stride, everything)
 
 
@@ -99,7 +100,7 @@ SEPARATING: list[tuple[str, Any, str, Callable[..., Any]]] = [
     ("mixmae_twins_nano", twins, "by_window", without_groups(cell_order.by_window, 2)),
     ("mixmae_twins_nano", mixed_conv.MixedConv2d, "forward", unmixed(mixed_conv.MixedConv2d.forward)),
     ("mixmae_resnet_nano", mixed_conv.MixedConv2d, "forward", unmixed(mixed_conv.MixedConv2d.forward)),
-    ("mixmae_resnet_nano", mixed_conv.MixedGroupNormReLU, "forward", unmixed(mixed_conv.MixedGroupNormReLU.forward)),
+    ("mixmae_resnet_nano", mixed_norm.MixedGroupNormReLU, "forward", unmixed(mixed_norm.MixedGroupNormReLU.forward)),
     ("mixmae_resnet_nano", resnet, "mixed_max_pool2d", unmixed_pool),
 ]
 """Each part that keeps groups apart, and what stands in for it where it is switched off."""

@@ -9,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixmae.models.layers.mixed_conv import Mix, MixedConv2d, MixedGroupNormReLU, mixed_conv2d, mixed_max_pool2d
+from mixmae.models.layers.mixed_cells import Mix
+from mixmae.models.layers.mixed_conv import MixedConv2d, mixed_conv2d, mixed_max_pool2d
+from mixmae.models.layers.mixed_norm import MixedGroupNormReLU
 from mixmae.models.methods.mixing import upsample_groups
 from tests.helpers import ROOT
 

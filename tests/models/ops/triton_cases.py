@@ -36,6 +36,7 @@ Attention = Callable[..., Tensor]
 def main(device: str, quick: bool) -> None:
     if device == "cpu":
         multiply_bf16_in_interpreter()
+        count_by_tensors_in_interpreter()
     compile_them(device)
     number = 2 if quick else None
     for dtype, bound in BOUNDS.items():
@@ -129,6 +130,19 @@ def multiply_bf16_in_interpreter() -> None:
         return original(self, *wide, *more)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def count_by_tensors_in_interpreter() -> None:
+    """Triton 3.6's interpreter takes loops' bounds from arrays of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
 from mixmae.monitoring.watch.history import Log, State, Tail
-from mixmae.monitoring.watch.scrape import Endpoint, Rank, Scrape, parse_alerts, parse_scrape, reachable
+from mixmae.monitoring.watch.scrape import Endpoint, Poller, Rank, Scrape, parse_alerts, parse_scrape, reachable
 from mixmae.monitoring.watch.text import (
     ASCII_BLOCKS,
     BLOCKS,
@@ -42,6 +42,22 @@ from tests.helpers import tiny_recipe
 
 NOW = 1_000_000.0
 numbers = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@pytest.fixture(autouse=True)
+def polling_ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever watches does so until its process ends: here, until its test does."""
+    started = []
+
+    class Stopped(Poller):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            started.append(self)
+
+    monkeypatch.setattr("mixmae.monitoring.watch.view.Poller", Stopped)
+    yield
+    for poller in started:
+        poller.stop()
 
 
 def event(kind: str, step: int, when: float, **fields: Any) -> dict[str, Any]:
@@ -354,6 +370,12 @@ def test_a_restarted_process_begins_its_rates_anew() -> None:
         endpoint.poll(NOW + at)
     assert len(endpoint.scrapes) == 1
     assert all(rank.images_per_second >= 0 or math.isnan(rank.images_per_second) for rank in endpoint.ranks(NOW + 2))
+
+
+def test_plain_pages_cost_no_certificates(exporter: tuple[Exporter, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the system's takes longer than a page, and in several threads at once Python 3.12 crashes."""
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", lambda *_: pytest.fail("certificates are read"))
+    assert b"mixmae" in Access().fetch(f"http://{exporter[1]}/metrics")
 
 
 def test_every_metric_is_parsed(exporter: tuple[Exporter, str]) -> None:

@@ -3,7 +3,9 @@ from functools import partial
 import pytest
 import torch
 
-from mixmae.models.layers.mixed_conv import Mix, MixedConv2d, MixedGroupNormReLU, StandardisedConv2d
+from mixmae.models.layers.mixed_cells import Mix
+from mixmae.models.layers.mixed_conv import MixedConv2d, StandardisedConv2d
+from mixmae.models.layers.mixed_norm import MixedGroupNormReLU
 from mixmae.models.methods.mixing import draw_groups
 from mixmae.trainer.benchmarks.mixed_conv import LAYERS, Layer, MaxPool, measure, partial_convolutions, table
 

@@ -24,7 +24,8 @@ from mixmae.trainer.data.integrity import require_pixels
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.sources import open_source
-from mixmae.trainer.data.stream import Position, Stream, ToDevice
+from mixmae.trainer.data.stream import Position, Stream
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.sections.data import Data
 from mixmae.trainer.recipe.sections.pixels import PixelFormat

@@ -26,14 +26,8 @@ from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.stores.remote import RemoteStore
-from mixmae.trainer.data.stream import (
-    LostWorkerError,
-    Position,
-    Stream,
-    ToDevice,
-    lost_worker_error,
-    sample_order,
-)
+from mixmae.trainer.data.stream import LostWorkerError, Position, Stream, lost_worker_error, sample_order
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.data.transform import (
     BatchBuffers,
     RandomResizedCropFlip,

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.planning.activation_memory import describe, measure
 from mixmae.trainer.recipe.loading import default_recipe

@@ -16,7 +16,7 @@ from mixmae.trainer.checkpoints.weights import averaged_weights, master_weights,
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import CLASSES, Synthetic
-from mixmae.trainer.data.stream import ToDevice
+from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export.export import export

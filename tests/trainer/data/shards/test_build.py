@@ -19,7 +19,8 @@ from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.index import ShardIndex, open_index
 from mixmae.trainer.data.shards import build
-from mixmae.trainer.data.shards.build import BuildInterruptedError, assign_to_shards, build_shards
+from mixmae.trainer.data.shards.build import BuildInterruptedError, build_shards
+from mixmae.trainer.data.shards.build_plan import assign_to_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.sources import Entry, Files, open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
