@@ -72,6 +72,9 @@ def _run(command: str, argv: Sequence[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UsageError(f"no command {command!r}; {_instead_of(command)}")
+    if "" in argv:  # which would name the working directory
+        before = " ".join(["mixmae", command, *argv[: argv.index("")]])
+        raise UsageError(f"the argument after '{before}' is empty; expected a value: is a shell variable not set?")
     module = importlib.import_module(COMMANDS[command][0])
     try:
         return int(module.main(argv))

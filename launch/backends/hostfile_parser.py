@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 _MOST_SLOTS = 4096
@@ -38,7 +39,7 @@ def read_hostfile(file: Path) -> HostSlots:
         UsageError: no such file, no host in it, a line that is not of this form, a host twice, no slots.
     """
     if not file.is_file():
-        raise UsageError(f"hostfile {file} does not exist; expected a file with lines such as 'node1 slots=8'")
+        raise UsageError(f"hostfile {file} {what_is(file)}; expected a file with lines such as 'node1 slots=8'")
     slots: dict[str, tuple[int, ...]] = {}
     for number, line in enumerate(_text(file).splitlines(), 1):
         content = line.partition("#")[0].strip()

@@ -1,6 +1,7 @@
 """Checks of this machine before `--local` starts ranks on it; those of hosts are the doctor's."""
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.machine import (
     require_shared_memory,
     require_temporary_folder,
@@ -17,7 +18,7 @@ def check_this_machine(recipe: Recipe, ranks: int) -> None:
     """
     for directory in recipe.data.directories or ():
         if not directory.is_dir():
-            raise UsageError(f"shard directory {directory} does not exist; make one with 'mixmae shards build'")
+            raise UsageError(f"shard directory {directory} {what_is(directory)}; make one with 'mixmae shards build'")
     require_working_directory()
     require_temporary_folder()
     require_shared_memory(ranks * recipe.batch_bytes_ahead)

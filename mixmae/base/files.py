@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _KINDS = {
+    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -109,8 +110,19 @@ def regular_descriptor(file: Path) -> int:
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise OSError(f"{file} is {_KINDS.get(kind, 'special')}, expected a regular file")
+        raise OSError(f"{file} is {_KINDS[kind]}, expected a regular file")
     return descriptor
+
+
+def what_is(path: Path) -> str:
+    """What a path is where something else was expected: `does not exist`, `is a directory`, `is a FIFO`, ..."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        return "is a link to nothing" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"is out of reach ({error.strerror})"
+    return f"is {_KINDS[kind]}"
 
 
 def sync(path: Path) -> None:

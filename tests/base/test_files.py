@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixmae.base import files
-from mixmae.base.files import atomic_write, new_directory, publish, replacing
+from mixmae.base.files import atomic_write, new_directory, publish, replacing, what_is
 
 
 @contextmanager
@@ -93,3 +93,21 @@ def test_all_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
     assert sorted(synced[:-1]) == ["file", "inner", "partial"]
     assert synced[-1] == f"{tmp_path.name} with its new name"
     assert os.listdir(tmp_path) == ["out"]  # noqa: PTH208
+
+
+def test_what_a_path_is_in_place_of_what_was_expected(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    found = {name: what_is(tmp_path / name) for name in ("file", ".", "fifo", "link", "circle", "file/x", "x" * 300)}
+    assert found == {
+        "file": "is a file",
+        ".": "is a directory",
+        "fifo": "is a FIFO",
+        "link": "is a link to nothing",
+        "circle": "is out of reach (Too many levels of symbolic links)",
+        "file/x": "is out of reach (Not a directory)",
+        "x" * 300: "is out of reach (File name too long)",
+    }
+    assert (what_is(tmp_path / "none"), what_is(Path("/dev/null"))) == ("does not exist", "is a device")

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.data.annotations import ANNOTATION, ANNOTATIONS, AnnotationKind, Annotations
 from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, Reason, UnusableError, has_control_characters
 from mixmae.trainer.data.no_shards import why_no_shards
@@ -207,7 +208,7 @@ def open_directory(location: str, network: Network | None = None, cache: Cache |
     store = open_store(location, network or Network(), cache or Cache())
     if store.directory is not None and not store.directory.is_dir():
         raise UsageError(
-            f"shard directory {location} does not exist; make one with 'mixmae shards build SRC {location}'"
+            f"shard directory {location} {what_is(store.directory)}; make one with 'mixmae shards build SRC {location}'"
             f" or 'mixmae shards synth {location}'"
         )
     local = store.directory is not None
@@ -254,8 +255,8 @@ def _store_of_shards(index: str, location: Any, network: Network, cache: Cache) 
     store = open_store(location, network, cache)
     if store.directory is not None and not store.directory.is_dir():
         raise UsageError(
-            f"the index in {index} is of shards in {location}, which does not exist; mount it, or run 'mixmae shards "
-            f"index DIR --output {index}' where they are now"
+            f"the index in {index} is of shards in {location}, which {what_is(store.directory)}; mount it, or run "
+            f"'mixmae shards index DIR --output {index}' where they are now"
         )
     return store
 

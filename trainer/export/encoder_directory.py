@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
-from mixmae.base.files import new_directory
+from mixmae.base.files import new_directory, what_is
 from mixmae.base.json_text import parse_json
 from mixmae.models.encoders.registry import create_encoder, default_cfg, family_of
 from mixmae.trainer.recipe.components import check_settings
@@ -163,7 +163,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         UsageError: it cannot be read, is cut or damaged.
     """
     if not file.is_file():
-        raise UsageError(f"{file} does not exist; give a directory made by 'mixmae export' or 'mixmae import'")
+        raise UsageError(f"{file} {what_is(file)}; give a directory made by 'mixmae export' or 'mixmae import'")
     try:
         return load_file(file)
     except (OSError, SafetensorError, ValueError) as error:

@@ -10,6 +10,7 @@ import torch
 from torch.serialization import safe_globals
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _MAX_OBJECTS = 100
@@ -44,12 +45,13 @@ def read_torch_file(file: Path) -> Any:
         UsageError: no such file, or none of `torch.save`.
     """
     if not file.is_file():
-        raise UsageError(f"{file} does not exist")
+        raise UsageError(f"{file} {what_is(file)}; expected a file of torch.save")
     try:
         return _load(file)
     except Exception as error:  # torch raises whatever its unpickler meets; each means the same to the user
+        said = _plain(error)
         raise UsageError(
-            f"{file} is not a checkpoint that torch loads with weights_only=True: {_plain(error)}"
+            f"{file} is not a checkpoint that torch loads with weights_only=True{f': {said}' if said else ''}"
         ) from error
 
 
@@ -70,7 +72,7 @@ def _load(file: Path) -> Any:
 
 
 def _plain(error: Exception) -> str:
-    """What torch says, without its advice and escape codes."""
+    """What torch says, if anything, without its advice and escape codes."""
     refused = [line for line in str(error).splitlines() if "WeightsUnpickler error:" in line]
-    line = (refused or str(error).splitlines() or [type(error).__name__])[0]
+    line = (refused or str(error).splitlines() or [""])[0]
     return re.sub(r"\x1b\[[0-9;]*m", "", line).split("WeightsUnpickler error:")[-1].strip()

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.recipe.frozen import is_frozen
 
 _SUFFIX = ".yaml"
@@ -61,7 +62,7 @@ def find_recipe(recipe: Path) -> Path:
     if recipe.as_posix() in known:
         return known[recipe.as_posix()].file
     raise UsageError(
-        f"recipe {recipe} does not exist, neither as a file nor in the library{_nearest(recipe, list(known))}; "
+        f"recipe {recipe} {what_is(recipe)}, and is not in the library either{_nearest(recipe, list(known))}; "
         "'mixmae recipes' lists the library"
     )
 

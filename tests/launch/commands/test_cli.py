@@ -52,6 +52,14 @@ def test_unknown_commands(
     assert message in capsys.readouterr().err
 
 
+def test_an_empty_argument_is_no_working_directory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mixmae", "shards", "build", "", "out"])
+    assert main() == 2
+    assert "the argument after 'mixmae shards build' is empty" in capsys.readouterr().err
+
+
 def test_a_working_directory_may_hold_folders_of_any_name(tmp_path: Path) -> None:
     """As this checkout has them; Python looks there first."""
     for name in ("models", "trainer", "launch", "monitoring", "configs", "tests"):

@@ -296,12 +296,18 @@ def test_a_table_that_is_truncated_under_a_run_does_not_reach_it(shards: Path, t
 def test_a_directory_without_shards_says_what_to_type(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "1.JPG").write_bytes(b"x")
-    photos, above = tmp_path / "photos", tmp_path / "above"
+    photos, above, parts, packed = (tmp_path / name for name in ("photos", "above", "parts", "packed"))
     above.mkdir()
     (above / "train").symlink_to(shards)
+    for name in ("train", "val"):
+        shutil.copytree(photos, parts / name)
+    packed.mkdir()
+    (packed / "0.tgz").write_bytes(b"x")
     for directory, remedy in (
         (photos, f"it holds images; 'mixmae shards build {photos} {photos}-shards' makes shards of them"),
         (above, f"its folders hold shards; name one of them: {above}/train"),
+        (parts, f"'mixmae shards build {parts}/train {parts}-shards/train' and 'mixmae shards build {parts}/val "),
+        (packed, "it holds no .tar files but 0.tgz; expected tars that are not compressed"),
     ):
         for reader in (open_index, write_index, lambda place: check_shards(place, 1)):
             with pytest.raises(UsageError, match=re.escape(remedy)):

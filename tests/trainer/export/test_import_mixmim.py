@@ -88,6 +88,8 @@ def test_sizes_of_the_paper_are_recognised(tmp_path: Path) -> None:
         "mae",
         "no model",
         "not a checkpoint",
+        "a picture",
+        "a folder",
         "no file",
     ],
 )
@@ -113,12 +115,18 @@ def test_anything_unknown_is_one_clear_line(
     torch.save({"state": state} if change == "no model" else {"model": state}, file)
     if change == "not a checkpoint":
         file.write_bytes(b"something else")
-    elif change == "no file":
+    elif change == "a picture":
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    elif change in ("no file", "a folder"):
         file.unlink()
+        if change == "a folder":
+            file.mkdir()
     assert run_cli(main, [str(file), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1
+    assert not error.rstrip().endswith(":")
+    assert ("does not exist" in error) == (change == "no file")
     assert not (tmp_path / "out").exists()
 
 

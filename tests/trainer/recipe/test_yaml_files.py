@@ -64,6 +64,8 @@ FILES = {
     "list for a path": (b"run_dir: [a]\n", r"run_dir=\[\"a\"\]: expected a path"),
     "text for a number": (b"seed: one\n", "seed='one': expected a whole number"),
     "fraction": (b"seed: 1.5\n", "seed=1.5: expected a whole number"),
+    "yes for a number": (b"data: {num_workers: yes}\n", "data.num_workers=true: expected a number"),
+    "no for one of several kinds": (b"data: {streams: no}\n", "data.streams=false: expected a number"),
     "list for a bool": (b"data: {drop_last: [1]}\n", "expected true or false"),
     "list for a switch": (b"train: {compile: [1]}\n", "expected 'auto', true or false"),
     "too many": (b"data: {crop_scale: [0.1, 0.5, 1]}\n", "data.crop_scale=.*: expected at most 2 values, got 3"),

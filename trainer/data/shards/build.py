@@ -26,7 +26,7 @@ from mixmae.trainer.data.shards.existing import ALREADY_THERE, Existing
 from mixmae.trainer.data.shards.files import SKIPPED
 from mixmae.trainer.data.shards.indexing import save_index
 from mixmae.trainer.data.shards.scan import ScannedShard
-from mixmae.trainer.data.shards.sources import Source
+from mixmae.trainer.data.shards.source import Source
 from mixmae.trainer.data.shards.workers import run_jobs
 from mixmae.trainer.data.shards.write_shard import write_shard
 

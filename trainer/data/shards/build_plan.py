@@ -13,7 +13,7 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.shards.existing import Existing
-from mixmae.trainer.data.shards.sources import Entry, Source
+from mixmae.trainer.data.shards.source import Entry, Source
 
 NOTES, PLAN = ".build", "plan.json"
 _BLOCK, _RECORD = 512, 10_240

@@ -4,7 +4,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import xxhash
 from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind
 from mixmae.trainer.data.decode import inspect_image
@@ -23,9 +24,10 @@ from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.shards.annotated import ShardAnnotations, missing_annotations
 from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of
+from mixmae.trainer.data.shards.index_facts import category_ids, class_names, location_of_shards
+from mixmae.trainer.data.shards.labels import are_numbers, is_name, label_text
 from mixmae.trainer.data.shards.members import DamagedTarError, Member, members, recover_members
 from mixmae.trainer.data.shards.scan import SampleTable, checksum
-from mixmae.trainer.data.shards.sources import category_ids, class_names, location_of_shards
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
@@ -66,6 +68,8 @@ class Expected:
     annotations: dict[str, Table] = field(default_factory=dict)
     """By shard; none where the index has none."""
     category_ids: Sequence[int] = ()
+    labels_are_numbers: bool = False
+    """Without names; known only once all shards were read."""
 
     @classmethod
     def of(cls, directory: Path, index: ShardIndex | None) -> "Expected":
@@ -112,7 +116,7 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     """
     started = time.monotonic()
     if not directory.is_dir():
-        raise UsageError(f"shard directory {directory} does not exist")
+        raise UsageError(f"shard directory {directory} {what_is(directory)}")
     unused = Unused()
     holder, directory = directory, location_of_shards(directory)
     files = shard_files(directory, unused)
@@ -129,6 +133,9 @@ def check_shards(directory: Path, jobs: int) -> CheckResult:
     with tqdm(total=size, unit="B", unit_scale=True, desc="check", disable=None) as bar:
         inspections = run_jobs(_inspect, expected, names, jobs, bar)
     findings += [finding for one in inspections for finding in one.findings]
+    if are_numbers((one.table for one in inspections), expected.classes):
+        expected = replace(expected, labels_are_numbers=True)
+        findings += [finding for one in inspections for finding in _names_among_numbers(one)]
     findings += _repeated_images(inspections)
     findings += _keys_in_several(inspections)
     samples = sum(one.shard.samples for one in inspections)
@@ -177,7 +184,7 @@ def _inspect_content(expected: Expected, file: Path, content: ShardBytes) -> Sha
         findings.append(Finding(Kind.TAR, file.name, detail=f"{fault}; {len(found)} whole members can be found"))
     if file.name in expected.shards:
         findings += _file_changes(shard, expected.shards[file.name][0])
-        findings += _against_index(shard, table, names, expected.rows(file.name, content), content)
+        findings += _against_index(shard, samples, names, expected.rows(file.name, content), content)
     findings += _keys_twice(file.name, found)
     findings += _states(file.name, table, names, content)
     annotations = samples.annotations
@@ -225,11 +232,11 @@ def _file_changes(shard: Shard, before: Shard) -> Iterator[Finding]:
 
 
 def _against_index(
-    shard: Shard, table: Table, names: Sequence[str], rows: Table, content: ShardBytes
+    shard: Shard, samples: SampleTable, names: Sequence[str], rows: Table, content: ShardBytes
 ) -> Iterator[Finding]:
     """Compares the shard's samples with its index rows."""
     here: dict[tuple[int, int], list[tuple[Any, str]]] = {}
-    for row, name in zip(table, names, strict=True):  # two rows of one image where the tar has links
+    for row, name in zip(samples.table, names, strict=True):  # two rows of one image where the tar has links
         here.setdefault((int(row["offset"]), int(row["size"])), []).append((row, name))
     for row in rows:
         offset = int(row["offset"])
@@ -239,8 +246,14 @@ def _against_index(
             yield Finding(Kind.IMAGE_LOST, shard.name, name_at(content, offset))
         elif now["state"] < min(Reason) and now["hash"] != row["hash"]:
             yield Finding(Kind.IMAGE_CHANGED, shard.name, name)
-        elif now["state"] < min(Reason) and now["label"] not in (row["label"], INVALID_LABEL):
-            yield Finding(Kind.LABEL_CHANGED, shard.name, name, f"{now['label']}, {row['label']} when indexed")
+        elif now["state"] < min(Reason) and _is_another(now["label"], row["label"]):
+            label = label_text(now["label"], samples.class_names)
+            yield Finding(Kind.LABEL_CHANGED, shard.name, name, f"{label}, {row['label']} when indexed")
+
+
+def _is_another(label: int, indexed: int) -> bool:
+    """Whether a label is another than was indexed; what is no class, or was none then, has a finding of its own."""
+    return label not in (indexed, INVALID_LABEL) and not (indexed == INVALID_LABEL and is_name(label))
 
 
 def name_at(content: ShardBytes, offset: int) -> str:
@@ -267,6 +280,12 @@ def _states(shard: str, table: Table, names: Sequence[str], content: ShardBytes)
             image = content[row["offset"] : row["offset"] + row["size"]]
             if jpeg.is_jpeg(image) and not _is_cmyk(image):
                 yield Finding(Kind.WARNING, shard, name)
+
+
+def _names_among_numbers(one: ShardInspection) -> Iterator[Finding]:
+    names = one.names.split("\0")
+    for row in np.flatnonzero(is_name(one.table["label"]) & (one.table["state"] < min(Reason))):
+        yield Finding(Kind.BAD_LABEL, one.shard.name, names[row])
 
 
 def _annotations(

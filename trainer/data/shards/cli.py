@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.faults import Reason, describe, first_names
@@ -21,15 +22,18 @@ from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_re
 from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
+from mixmae.trainer.data.shards.index_facts import class_names, location_of_shards
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.label_map_folders import open_label_maps
 from mixmae.trainer.data.shards.parquet import open_parquet, parquet_files
 from mixmae.trainer.data.shards.repair import RepairResult, repair
 from mixmae.trainer.data.shards.scenes import Scenes
-from mixmae.trainer.data.shards.sources import Source, class_names, is_url, location_of_shards, open_source
+from mixmae.trainer.data.shards.source import Source
+from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.sections.section import is_elsewhere
 from mixmae.trainer.recipe.units import parse_size
 
 
@@ -77,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
     build.add_argument(
         "--reduce-zero-label", action="store_true", help="with --label-maps: label 0 is ignored, 1 is the first class"
     )
+    build.add_argument("--label-column", metavar="NAME", help="of Parquet (default: label, or the only ClassLabel)")
     synth.add_argument(
         "--scenes", choices=get_args(AnnotationKind), help="scenes of several objects, with masks or label maps"
     )
@@ -102,7 +107,9 @@ def _build(args: argparse.Namespace) -> int:
     if args.coco is None and args.label_maps is None and (files := parquet_files(args.source)):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=args.out.parent, prefix=f".{args.out.name}.images-") as copy:
-            return _build_from(open_parquet(files, Path(copy.name)), args)
+            return _build_from(open_parquet(files, Path(copy.name), args.label_column), args)
+    if args.label_column is not None:
+        raise UsageError(f"--label-column goes with Parquet files, and {args.source} holds none")
     return _build_from(_source(args), args)
 
 
@@ -168,7 +175,7 @@ def _describe_build(built: BuildResult, is_seekable: bool) -> list[str]:
 def _index(args: argparse.Namespace) -> int:
     directory = _local(args.directory)
     if not directory.is_dir():
-        raise UsageError(f"{directory} does not exist")
+        raise UsageError(f"{directory} {what_is(directory)}; expected a directory of shards")
     unused = Unused()
     index = write_index(directory, class_names(args.output or directory), args.jobs, unused, args.output)
     where = [] if args.output is None else [f"the index is in {args.output}; name it as data.shards"]
@@ -236,7 +243,7 @@ def _describe_repair(repaired: RepairResult, directory: Path) -> list[str]:
 
 
 def _local(location: str) -> Path:
-    if is_url(location):
+    if is_elsewhere(location):
         raise UsageError(f"{location} is a URL; index and check shards where they are local, and upload the index")
     return Path(location)
 
@@ -250,7 +257,5 @@ def _write(file: Path, text: str) -> None:
 
 def _describe(index: ShardIndex) -> str:
     size = sum(shard.bytes for shard in index.shards)
-    where = redact(index.store.location)
-    return (
-        f"{where}: {len(index)} images, {len(index.classes)} classes, {len(index.shards)} shards, {size / 1e6:.1f} MB"
-    )
+    where, images = redact(index.store.location), int((index.samples["state"] < min(Reason)).sum())
+    return f"{where}: {images} images, {len(index.classes)} classes, {len(index.shards)} shards, {size / 1e6:.1f} MB"

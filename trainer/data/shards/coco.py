@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.decode import upright_size
@@ -18,8 +19,9 @@ from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.heic import require_heic_reader
+from mixmae.trainer.data.shards.image_files import Files
 from mixmae.trainer.data.shards.image_folders import extension_of, find_images
-from mixmae.trainer.data.shards.sources import Entry, Files, key_of, unique
+from mixmae.trainer.data.shards.source import Entry, key_of, unique
 
 _KEPT = ("id", "bbox", "area", "iscrowd", "segmentation")
 """What shards keep of an annotation, beside its category."""
@@ -58,7 +60,7 @@ def open_coco(images: str, file: Path) -> Coco:
     """
     root = Path(images).resolve()
     if not root.is_dir():
-        raise UsageError(f"{images} does not exist; expected the folder with the images that {file} lists")
+        raise UsageError(f"{images} {what_is(root)}; expected the folder with the images that {file} lists")
     try:
         encoded = file.read_bytes()
         content = parse_json(encoded)

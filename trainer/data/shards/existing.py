@@ -17,7 +17,7 @@ from mixmae.trainer.data.index import ShardIndex, open_directory
 from mixmae.trainer.data.shards.files import shard_files
 from mixmae.trainer.data.shards.members import DamagedTarError, members
 from mixmae.trainer.data.shards.scan import ScannedShard
-from mixmae.trainer.data.shards.sources import Entry, Source, unique
+from mixmae.trainer.data.shards.source import Entry, Source, unique
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 
 _PART = 256

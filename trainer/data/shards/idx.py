@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.shards.sources import Entry, Source
+from mixmae.trainer.data.shards.source import Entry, Source
 
 Bytes = npt.NDArray[np.uint8]
 _UNSIGNED_BYTE = 8

@@ -4,17 +4,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.labels import is_class_name
 from mixmae.trainer.data.shards.unused import Unused
-
-_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "unlabeled", "unlabelled"}
-"""Names of folders that hold parts of a data set, and not classes."""
+from mixmae.trainer.data.splits import are_splits, build_each
 
 
 class FoundImages(NamedTuple):
@@ -34,7 +32,7 @@ def find_images(source: Path) -> FoundImages:
     """
     if not source.is_dir():
         raise UsageError(
-            f"{source} does not exist; expected a folder of images, of one folder for each class, or of shards, "
+            f"{source} {what_is(source)}; expected a folder of images, of one folder for each class, or of shards, "
             "or a list of images: .csv or .jsonl"
         )
     unused = Unused(most_examples=sys.maxsize)
@@ -66,12 +64,12 @@ def require_no_splits(source: Path, folders: Sequence[str]) -> None:
     Raises:
         UsageError: they are, and would become classes.
     """
-    if not folders or any(name.lower() not in _SPLITS for name in folders):
+    if not are_splits(folders):
         return
-    commands = " and ".join(f"'mixmae shards build {quote(str(source / name))} OUT/{name}'" for name in folders)
     raise UsageError(
         f"{source} holds {', '.join(f'{name}/' for name in folders)}: parts of a data set, expected classes; build "
-        f"each on its own: {commands} (where they are classes, list the images in a .csv with the header 'path,label')"
+        f"each on its own: {build_each(source, folders, 'OUT')} (where they are classes, list the images in a .csv "
+        "with the header 'path,label')"
     )
 
 

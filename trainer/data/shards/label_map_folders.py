@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mixmae.base.errors import UsageError
+from mixmae.base.files import what_is
 from mixmae.trainer.data.annotations import AnnotationKind
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.label_maps import MAX_CLASSES, reduce_zero_label
 from mixmae.trainer.data.faults import Reason, UnusableError, first_names
 from mixmae.trainer.data.index import UNLABELLED
-from mixmae.trainer.data.shards.sources import Entry, Files, list_folder
+from mixmae.trainer.data.shards.image_files import Files, list_folder
+from mixmae.trainer.data.shards.source import Entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def open_label_maps(images: str, maps: Path, reduce_zero_label: bool, class_name
         UsageError: no such folder, no images in it, no label map of any of them, or class names that are none.
     """
     if not maps.is_dir():
-        raise UsageError(f"{maps} does not exist; expected a folder of PNGs with the names of the images")
+        raise UsageError(f"{maps} {what_is(maps)}; expected a folder of PNGs with the names of the images")
     root, maps = Path(images).resolve(), maps.resolve()
     listed = list_folder(root)
     entries = [_with_size(entry, _map_of(maps, entry)) for entry in listed.entries]

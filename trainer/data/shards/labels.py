@@ -1,7 +1,8 @@
 """Labels of samples: class numbers, class names, or none. They never decide whether an image can be used."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,21 @@ def is_class_name(name: str) -> bool:
     return short and not has_control_characters(name) and "".join(name.split()).isprintable()
 
 
+def are_numbers(tables: Iterable[Table], classes: Sequence[str]) -> bool:
+    """Whether labels are class numbers without names, among which a name is no class."""
+    return not classes and any((table["label"] >= 0).any() for table in tables)
+
+
+def is_name(labels: Any) -> Any:
+    """Which labels of an array are codes of class names that were not known."""
+    return labels <= _FIRST_NAME
+
+
+def label_text(label: int, names: Sequence[str]) -> str:
+    """A label for a reader: its number, or the class name that its code stands for."""
+    return repr(names[_FIRST_NAME - label]) if label <= _FIRST_NAME else str(label)
+
+
 def resolve_names(tables: Sequence[Table], names: Sequence[Sequence[str]], classes: Sequence[str]) -> list[str]:
     """Replaces the codes of class names in tables by class numbers, in place; returns all class names.
 
@@ -74,14 +90,14 @@ def resolve_names(tables: Sequence[Table], names: Sequence[Sequence[str]], class
     new = sorted({name for of_table in names for name in of_table} - set(classes))
     if not new:
         return list(classes)
-    if not classes and any((table["label"] >= 0).any() for table in tables):
+    if are_numbers(tables, classes):
         for table in tables:
-            table["label"][table["label"] <= _FIRST_NAME] = INVALID_LABEL
+            table["label"][is_name(table["label"])] = INVALID_LABEL
         return []
     resolved = [*classes, *new]
     numbers = {name: number for number, name in enumerate(resolved)}
     for table, of_table in zip(tables, names, strict=True):
-        codes = table["label"] <= _FIRST_NAME
+        codes = is_name(table["label"])
         table["label"][codes] = np.array([numbers[name] for name in of_table], dtype="<i4")[
             _FIRST_NAME - table["label"][codes]
         ]

@@ -8,6 +8,7 @@ import csv
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 from mixmae.base.errors import UsageError
@@ -85,7 +86,7 @@ def _json_lines(file: Path) -> Iterator[_Line]:
             if not text.strip():
                 continue
             try:
-                content = parse_json(text)
+                content = parse_json(text, unique_keys=True)
             except ValueError as error:
                 raise UsageError(f"{file}, line {number}: not JSON: {error}") from error
             if isinstance(content, dict):
@@ -113,11 +114,10 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
     path, label = content["path"], content.get("label")
     if not isinstance(path, str) or not path:
         raise UsageError(f"{file}, line {number}: path {path!r}; expected the name of a file")
-    if label is None or label == "":
-        return _Line(number, path, None)
-    if isinstance(label, bool) or not isinstance(label, (str, int, float)):
+    if isinstance(label, bool) or not isinstance(label, (str, int, float, NoneType)):
         raise UsageError(f"{file}, line {number}: label {label!r}; expected a class name or a whole number")
-    return _Line(number, path, str(label))
+    text = "" if label is None else str(label).strip()  # as of .cls files
+    return _Line(number, path, text or None)
 
 
 def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]]:

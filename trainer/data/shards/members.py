@@ -161,7 +161,8 @@ class _Collector:
         for name, content in self._entries:
             key, extension = base_plus_ext(name)
             if "/" not in name and name.startswith("__") and name.endswith("__"):
-                continue  # as webdataset: __name__ is about the shard
+                self._unused.add("files about the shard (__NAME__)", name)  # as for webdataset
+                continue
             if is_junk(name):
                 self._unused.add("hidden files", name)
                 continue

@@ -109,7 +109,9 @@ def _rewrite(expected: Expected, name: str) -> RewrittenShard:
     with shard_bytes(unpacked) as content:
         indexed = expected.rows(name, content)
         annotations = expected.annotations_of(name) if len(indexed) else {}
-        salvaged = Salvage(name, content, expected.classes, indexed, expected.kinds, annotations)
+        salvaged = Salvage(
+            name, content, expected.classes, indexed, expected.kinds, annotations, expected.labels_are_numbers
+        )
         salvaged.collect(found, is_damaged=fault is not None)
     left_out = [(member, reason) for reason, names in unused.examples.items() for member in names]
     lost = [*salvaged.lost, *(LostSample(name, *other) for other in (*unused.unreadable, *left_out))]

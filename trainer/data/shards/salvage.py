@@ -19,7 +19,7 @@ from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
 from mixmae.trainer.data.shards.annotated import annotation_kind
 from mixmae.trainer.data.shards.check import name_at
 from mixmae.trainer.data.shards.files import ShardBytes
-from mixmae.trainer.data.shards.labels import LabelCodes
+from mixmae.trainer.data.shards.labels import LabelCodes, is_name
 from mixmae.trainer.data.shards.members import Member
 from mixmae.trainer.data.shards.scan import (
     LABEL,
@@ -53,6 +53,7 @@ class Salvage:
         indexed: Table,
         kinds: Sequence[AnnotationKind],
         annotations: Mapping[int, Any],
+        labels_are_numbers: bool = False,
     ) -> None:
         """
         Args:
@@ -61,6 +62,7 @@ class Salvage:
             indexed: the shard's rows in the index, of usable samples.
             kinds: of annotations that samples may have.
             annotations: the rows of their annotations, by the offsets of the images.
+            labels_are_numbers: whether a label that is a name is no class.
         """
         self.samples: dict[str, dict[str, bytes]] = {}
         """Files by extension, by key."""
@@ -70,6 +72,7 @@ class Salvage:
         self.lost_labels: list[LostSample] = []
         """Samples that are kept without their labels."""
         self._shard, self._content, self._classes = shard, content, classes
+        self._labels_are_numbers = labels_are_numbers
         self._kinds, self._annotations = kinds, annotations
         self._kind: AnnotationKind | None = None
         self._rows = {(int(row["offset"]), int(row["size"])): row for row in indexed}
@@ -178,7 +181,8 @@ class Salvage:
         row = self._rows.get(place)
         if row is not None and row["label"] > UNLABELLED and place not in self._ambiguous:
             return b"%d" % row["label"]
-        if file is None or encode_label(file, self._content, LabelCodes(self._classes)) == INVALID_LABEL:
+        label = encode_label(file, self._content, LabelCodes(self._classes))
+        if file is None or label == INVALID_LABEL or (self._labels_are_numbers and is_name(label)):
             return None
         return self._bytes(file)
 

@@ -16,7 +16,7 @@ from mixmae.trainer.data.dense.label_maps import LabelMap, dump_label_map
 from mixmae.trainer.data.dense.masks import Mask, area, box_of, encode
 from mixmae.trainer.data.dense.objects import dump_objects
 from mixmae.trainer.data.shards import synthetic
-from mixmae.trainer.data.shards.sources import Entry, Source
+from mixmae.trainer.data.shards.source import Entry, Source
 from mixmae.trainer.data.shards.synthetic import SHAPES, TEXTURES
 
 BACKGROUND = "background"

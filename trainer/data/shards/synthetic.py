@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from mixmae.trainer.data.shards.sources import Entry, Source
+from mixmae.trainer.data.shards.source import Entry, Source
 
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("stripes", "checks", "dots")

@@ -1,5 +1,6 @@
 """What a source holds and its samples do not use: counted by reason and named, never passed over in silence."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,3 +50,8 @@ class Unused:
         for reason, count in reasons.most_common():
             names = [name for name, why in self.unreadable if why == reason]
             yield f"cannot be read: {count} {reason}: {first_names(names)}"
+
+    def report(self) -> None:
+        """Says so on standard error."""
+        for line in self.lines():
+            print(line, file=sys.stderr)

@@ -21,7 +21,7 @@ from mixmae.trainer.data.shards.built_shard import BuiltShard, SkippedImage, Ski
 from mixmae.trainer.data.shards.existing import ALREADY_THERE
 from mixmae.trainer.data.shards.heic import is_heic, to_png
 from mixmae.trainer.data.shards.scan import scan_shard
-from mixmae.trainer.data.shards.sources import Entry
+from mixmae.trainer.data.shards.source import Entry
 from mixmae.trainer.data.shards.workers import advance
 
 

@@ -2,10 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 _VARIABLE = re.compile(r"\$(?:\{(\w*)\}|(\w+))")
 
@@ -57,8 +58,25 @@ Seconds = Annotated[float, Field(gt=0, le=1e7)]
 """Of patience: at most some months, which every library's timeouts can hold."""
 
 
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """All types within a type: of `int | Literal["auto"]` also int."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` and `on` are Python's True, which is 1."""
+        if isinstance(value, bool):
+            kinds = list(_kinds(cls.model_fields[str(info.field_name)].annotation))
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError("expected a number")
+        return value
 
     @field_validator("*", mode="after")
     @classmethod

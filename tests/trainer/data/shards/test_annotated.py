@@ -26,7 +26,7 @@ from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.scenes import Scenes
-from mixmae.trainer.data.shards.sources import Entry
+from mixmae.trainer.data.shards.source import Entry
 from tests.helpers import tar_of
 
 SIZES = [(30, 40), (48, 32), (25, 25), (40, 20)]

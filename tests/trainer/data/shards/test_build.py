@@ -22,7 +22,9 @@ from mixmae.trainer.data.shards import build
 from mixmae.trainer.data.shards.build import BuildInterruptedError, build_shards
 from mixmae.trainer.data.shards.build_plan import assign_to_shards
 from mixmae.trainer.data.shards.cli import main
-from mixmae.trainer.data.shards.sources import Entry, Files, open_source
+from mixmae.trainer.data.shards.image_files import Files
+from mixmae.trainer.data.shards.source import Entry
+from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from tests.helpers import needs_jpegtran
 

@@ -81,6 +81,7 @@ def test_labels_are_names_numbers_or_nothing(tmp_path: Path) -> None:
         ({"image": [b"x"], "label": [0.5]}, "label holds values of the kind float"),
         ({"image": [b"x"], "label": [-3]}, "label has values from -3 to -3"),
         ({"image": pa.array([], pa.binary())}, "no rows"),
+        ({"image": [None], "label": [0]}, "has 0 columns of images among image, label"),
     ],
 )
 def test_what_is_no_data_set_is_one_line(table: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -88,6 +89,71 @@ def test_what_is_no_data_set_is_one_line(table: dict[str, Any], message: str, tm
     with pytest.raises(UsageError, match=message):
         main(["build", str(tmp_path / "set.parquet"), str(tmp_path / "out"), "--jobs", "1"])
     assert [path.name for path in tmp_path.iterdir()] == ["set.parquet"]
+
+
+FINE_AND_COARSE = {
+    "fine_label": {"_type": "ClassLabel", "names": ["tulip", "wasp"]},
+    "coarse_label": {"_type": "ClassLabel", "names": ["flower", "insect", "fish"]},
+}
+
+
+def test_of_several_columns_of_labels_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    columns: dict[str, Any] = {"fine_label": [0, 1, 1], "coarse_label": [0, 1, 2], "caption": ["x"] * 3}
+    write(tmp_path / "set.parquet", range(3), FINE_AND_COARSE, **columns)
+    argv = ["build", str(tmp_path / "set.parquet"), str(tmp_path / "out"), "--jobs", "1"]
+    with pytest.raises(UsageError, match=r"has 2 columns of labels, .*; name one: --label-column fine_label"):
+        main(argv)
+    with pytest.raises(UsageError, match=r"--label-column x: .* has the columns image, fine_label, coarse_label, capt"):
+        main([*argv, "--label-column", "x"])
+    assert main([*argv, "--label-column", "coarse_label"]) == 0
+    index = open_index(tmp_path / "out")
+    assert (sorted(index.samples["label"].tolist()), index.classes) == ([0, 1, 2], ("flower", "insect", "fish"))
+    assert f"not used: columns of {tmp_path / 'set.parquet'}: fine_label, caption" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--label-column goes with Parquet files"):
+        main(["build", str(tmp_path / "out"), str(tmp_path / "again"), "--label-column", "label"])
+
+
+@pytest.mark.parametrize(
+    ("features", "columns"),
+    [({}, {}), ({}, {"label": [0] * 3}), ({"label": FINE_AND_COARSE["coarse_label"]}, {"label": [0] * 3})],
+)
+def test_files_of_other_columns_are_refused(features: dict[str, Any], columns: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", range(3), {"label": FINE_AND_COARSE["fine_label"]}, label=[0] * 3)
+    write(tmp_path / "b.parquet", range(3), features, **columns)
+    with pytest.raises(UsageError, match=r"b.parquet has images image and .*a.parquet has images image and labels lab"):
+        main(["build", str(tmp_path), str(tmp_path.parent / "out"), "--jobs", "1"])
+
+
+def test_what_stands_beside_parquet_files_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "set"
+    write(source / "data" / "a.parquet", range(3))
+    for name in ("1.jpg", "data/b.PARQUET", "README.md", "more/2.jpg", ".gitattributes"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(IMAGES[0])
+    assert main(["build", str(source), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "not used: 1 .PARQUET files beside Parquet files: b.PARQUET",
+        "not used: 1 .jpg files beside Parquet files: 1.jpg",
+        "not used: 1 .md files beside Parquet files: README.md",
+        "not used: 1 subdirectories beside Parquet files: more",
+    ]
+
+
+def test_files_called_train_and_test_are_parts(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.parquet", range(3))
+    with pytest.raises(UsageError, match="holds test, train: parts of a data set") as caught:
+        main(["build", str(tmp_path), str(tmp_path.parent / "out")])
+    assert f"'mixmae shards build {tmp_path}/train.parquet OUT/train'" in str(caught.value)
+
+
+def test_rows_whose_image_is_elsewhere_are_counted_as_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [{"bytes": IMAGES[0], "path": None}, {"bytes": None, "path": "/data/1.jpg"}, None, {"bytes": b""}]
+    pq.write_table(pa.table({"image": pa.array(cells)}), tmp_path / "set.parquet")
+    assert main(["build", str(tmp_path / "set.parquet"), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert "skipped 2 missing, 1 empty: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])

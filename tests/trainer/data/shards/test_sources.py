@@ -16,7 +16,8 @@ from mixmae.trainer.data.faults import PILLOW, UnusableError
 from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.cli import main
-from mixmae.trainer.data.shards.sources import Source, open_source, unique
+from mixmae.trainer.data.shards.source import Source, unique
+from mixmae.trainer.data.shards.sources import open_source
 from tests.helpers import tar_of
 
 
@@ -83,6 +84,8 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         ("l.CSV", "path,label\nx/1.png,\n", {"x/1": -1}, []),
         ("l.csv", "path,label\nx/1.png,\nx/2.png,7\n", {"x/1": -1, "x/2": 7}, []),
         ("l.csv", "path,label\nx/1.png,cat\nx/2.png,-1\n", {"x/1": 0, "x/2": -1}, ["cat"]),
+        ("l.csv", "path,label\nx/1.png, cat\nx/2.png,cat \n", {"x/1": 0, "x/2": 0}, ["cat"]),
+        ("l.csv", "path,label\nx/1.png, 7\nx/2.png,  \n", {"x/1": 7, "x/2": -1}, []),
         ("l.csv", "path,label\nx/1.png,nan\nx/2.png,1e5\n", {"x/1": 1, "x/2": 0}, ["1e5", "nan"]),
         ("l.jsonl", '{"path": "x/1.png", "label": 2}\n\n{"label": "0", "path": "x/2.png"}', {"x/1": 2, "x/2": 0}, []),
         (
@@ -131,13 +134,14 @@ def test_lists_may_name_absolute_paths(tmp_path: Path) -> None:
         ("l.csv", "path,label\nx/1.png,1.5\n", r"line 2: label 1\.5"),
         ("l.csv", "path,label\nx/1.png,2147483648\n", "line 2: label 2147483648"),
         ("l.csv", "path,label\nx/1.png,1\nx/1.png,cat\n", "line 3 has a name \\(cat\\), line 2 has a number"),
-        ("l.csv", "path\nx\n", "line 2: .*/x is not a regular file"),
+        ("l.csv", "path\nx\n", "line 2: .*/x is a directory"),
         ("l.csv", "path\nnotes.txt\n", "line 2: notes.txt is no jpg"),
         ("l.csv", "path,label\nx/1.png,c\0t\n", r"line 2: label 'c\\x00t'; expected at most 200 printable"),
         ("l.csv", f"path,label\nx/1.png,{'x' * 201}\n", "line 2: label 'xxx.*expected at most 200 printable"),
         ("l.jsonl", "\n\n", "lists no images"),
         ("l.jsonl", "[" * 100_000, "line 1: not JSON: it is nested too deeply"),
         ("l.jsonl", '{"path": "x/1.png"}\n{', "line 2: not JSON"),
+        ("l.jsonl", '{"path": "x/1.png", "path": "x/2.png"}', "line 1: not JSON: the key 'path' stands twice"),
         ("l.jsonl", '["x/1.png"]', "line 1: expected"),
         ("l.jsonl", '{"label": 1}', "line 1: expected"),
         ("l.jsonl", '{"path": "x/1.png", "cls": 1}', "line 1: expected"),
@@ -221,15 +225,20 @@ def test_damaged_shards_are_no_source(shards: Path, tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["nothing", "empty", "url", "pipe"])
+@pytest.mark.parametrize("kind", ["nothing", "empty", "fifo", "url", "pipe"])
 def test_what_is_no_source_is_explained(kind: str, tmp_path: Path) -> None:
     messages = {
         "nothing": "does not exist; expected a folder",
         "empty": "holds no images",
+        "fifo": "is a FIFO; expected a folder of images",
         "url": "is a URL",
         "pipe": "is a URL",
     }
-    location = {"nothing": str(tmp_path / "x"), "url": "s3://bucket/x", "pipe": "pipe:cat {}"}.get(kind, str(tmp_path))
+    os.mkfifo(tmp_path / "list.csv")
+    fifo, nothing = str(tmp_path / "list.csv"), str(tmp_path / "x")
+    location = {"nothing": nothing, "fifo": fifo, "url": "s3://bucket/x", "pipe": "pipe:cat {}"}.get(
+        kind, str(tmp_path)
+    )
     with pytest.raises(UsageError, match=messages[kind]):
         open_source(location)
 

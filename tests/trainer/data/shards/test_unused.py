@@ -131,6 +131,7 @@ def test_compound_extensions_and_other_formats_are_images(
 
 def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"0.jpg": picture(1), "0.depth.png": picture(2, "PNG"), "0.json": b"{}", ".hidden.jpg": b"", "notes": b""}
+    files["__about__"] = b""
     (tmp_path / "0.tar").write_bytes(tar_of(files))
     (tmp_path / "1.TAR").write_bytes(b"")
     (tmp_path / "more").mkdir()
@@ -138,6 +139,7 @@ def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.
     assert "1 images" in told[0]
     assert sorted(told[1:]) == [
         "not used: 1 .json files: 0.json",
+        "not used: 1 files about the shard (__NAME__): __about__",
         "not used: 1 files of the shard directory that are not called *.tar: 1.TAR",
         "not used: 1 files without an extension: notes",
         "not used: 1 hidden files: .hidden.jpg",
@@ -152,6 +154,7 @@ def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.
 def test_a_format_that_is_not_read_is_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "0.tar").write_bytes(tar_of({"0.heic": b"x", "1.jpg": picture(1)}))
     told = run("index", tmp_path, capsys)[1]
+    assert ": 1 images, 0 classes" in told[0]
     assert told[1].startswith("not used: 1 .heic files of samples without an image (.jpg, .jpeg, ")
     assert told[2] == "1 samples cannot be used (1 missing): 0.tar: 0.heic"
 
@@ -197,6 +200,26 @@ def test_no_label_keeps_an_image_from_being_used(kind: str, tmp_path: Path, caps
     assert run("check", tmp_path, capsys)[0] == (1 if -2 in labels else 0)
     assert run("check", tmp_path, capsys, "--repair")[0] == 0
     assert len(open_index(tmp_path)) == 3
+    assert run("check", tmp_path, capsys)[1][-1] == "sound"
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_a_name_among_numbers_is_no_class(is_indexed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"a.jpg": picture(1), "a.cls": b"1", "b.jpg": picture(2), "b.cls": b"1 2"}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    if is_indexed:
+        run("index", tmp_path, capsys)
+    told = run("check", tmp_path, capsys)[1]
+    assert any(line.split() == ["fault", "label", "that", "is", "no", "class", "1", "0.tar:", "b.jpg"] for line in told)
+    assert not any("other than was indexed" in line for line in told)
+
+
+def test_another_class_name_than_was_indexed_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"a.jpg": picture(1), "a.cls": b"cat"}
+    (tmp_path / "0.tar").write_bytes(tar_of(files))
+    run("index", tmp_path, capsys)
+    (tmp_path / "0.tar").write_bytes(tar_of({**files, "a.cls": b"dog"}))
+    assert any("0.tar: a.jpg ('dog', 0 when indexed)" in line for line in run("check", tmp_path, capsys)[1])
 
 
 def test_a_link_is_a_member_like_any_other(tmp_path: Path) -> None:
