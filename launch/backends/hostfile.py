@@ -16,6 +16,7 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile_parser import HostSlots
 from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec
+from mixmae.launch.backends.module_path import module_path
 from mixmae.launch.backends.remote_environment import (
     environment_file,
     exported_by_deepspeed,
@@ -65,7 +66,7 @@ class HostfileBackend:
         _require_plain("working directory", here)
         _require_plain("Python", sys.executable)
         variables = {**exported_variables(environment, Path.home(), Path.cwd()), TOKEN: attempt.secret}
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [here, variables.get("PYTHONPATH")]))
+        variables |= module_path(variables)
         early = {name: value for name, value in variables.items() if is_setting(name)}
         private = {name: value for name, value in variables.items() if name not in early}
         folder = attempt.folder(job.run_dir).absolute()
@@ -79,6 +80,7 @@ class HostfileBackend:
         return Command(
             [*runner, *where, *ssh, "--module", "mixmae.launch.supervision.rank", *map(quote_for_pdsh, rank)],
             {
+                **module_path(environment),
                 "DS_ENV_FILE": str(exports),
                 "PDSH_SSH_ARGS_APPEND": f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {_ALIVE}",
             },

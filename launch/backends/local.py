@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.job_spec import Attempt, Command, JobSpec
+from mixmae.launch.backends.module_path import module_path
 from mixmae.launch.supervision.token import TOKEN
 
 
@@ -32,7 +33,7 @@ class LocalBackend:
         rank = job.rank_arguments(self.ranks, attempt.name, str(attempt.port), launcher=True)
         return Command(
             [*runner, *here, "--module", "mixmae.launch.supervision.rank", *rank],
-            {TOKEN: attempt.secret},
+            {**module_path(environment), TOKEN: attempt.secret},
             private=job.private,
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import LOGS
 from mixmae.launch.backends.job_spec import FIRST_PORT, PORT_BLOCK, PORT_BLOCKS, JobSpec
+from mixmae.launch.backends.module_path import module_path_in_shell
 from mixmae.launch.backends.site import Site
 from mixmae.launch.backends.slurm_array import TASK, parse_array
 from mixmae.launch.supervision.outcome import ENDED
@@ -161,6 +162,7 @@ def _site(site: Site) -> str:
 def _settings(job: JobSpec, site: Site) -> str:
     lines = [
         "# What is run.",
+        f"export {module_path_in_shell()}",
         f"python={shlex.quote(site.python or sys.executable)}",
         f"run_dir={_word(str(job.run_dir))}",
         *_bash_array("arguments", [_word(argument) for argument in job.arguments]),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.launch.backends.hostfile_parser import HostSlots
+from mixmae.launch.backends.module_path import module_path_in_shell
 from mixmae.launch.backends.slurm_script import SlurmRequest
 from mixmae.launch.backends.ssh import AT_ONCE, ssh_command
 from mixmae.trainer.doctor.protocol.findings import Finding, Level, abbreviate
@@ -81,7 +82,7 @@ def ask(host: str, ssh_port: int | None = None) -> Answer:
     here, python = shlex.quote(str(Path.cwd())), shlex.quote(sys.executable)
     remote = (
         f"cd {here} || exit {_NO_FOLDER}; test -x {python} || exit {_NO_PYTHON}; "
-        f"PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}} {python} -c {shlex.quote(_PROBE)}"
+        f"{module_path_in_shell()} {python} -c {shlex.quote(_PROBE)}"
     )
     try:
         done = subprocess.run(

@@ -1,8 +1,10 @@
 """Tasks by name, as recipes name them."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mixmae.base.errors import UsageError
@@ -40,6 +42,8 @@ def task_of(recipe: Recipe) -> Task:
     Raises:
         UsageError: an unknown task, a plugin that cannot be imported, or keys that the task does not have.
     """
+    if recipe.plugins and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last, so that nothing in it takes another module's place
     for plugin in recipe.plugins:
         try:
             importlib.import_module(plugin)
