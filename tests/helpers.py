@@ -23,6 +23,7 @@ from tests.warm import start_method
 ROOT = Path(__file__).parents[1]
 """Of the checkout."""
 RANKS_TIMEOUT = 600
+SLOW_RANKS_TIMEOUT = 3600
 markers: set[str] | None = None
 """Of the test that runs, by which it belongs to a tier; None outside of tests."""
 
@@ -31,7 +32,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """What each rank's `function(ranks, *args)` returned; a rank that hangs fails."""
     if world_size > 1:
         is_marked("distributed", "slow")
-    return ranks.run_ranks(function, world_size, *args, timeout=RANKS_TIMEOUT, start_method=start_method())
+    timeout = SLOW_RANKS_TIMEOUT if markers is not None and "slow" in markers else RANKS_TIMEOUT
+    return ranks.run_ranks(function, world_size, *args, timeout=timeout, start_method=start_method())
 
 
 def is_marked(*names: str) -> None:
