@@ -9,8 +9,6 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-import mixmae
-
 _SAFE = {"PYTHONSAFEPATH": "1"}
 
 
@@ -33,4 +31,4 @@ def module_path_in_shell() -> str:
 def _checkout() -> list[str]:
     """The working directory, if this package is imported from there: a checkout, which may not be installed."""
     here = Path.cwd()
-    return [str(here)] if Path(mixmae.__file__).resolve().parents[1] == here else []
+    return [str(here)] if Path(__file__).resolve().parents[2] == here else []
