@@ -3,10 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from mixmae.base import jsonl
@@ -194,7 +196,8 @@ def _leaks(cluster: Cluster) -> list[str]:
     found = []
     for host in (cluster.login, *cluster.hosts):
         for process in host.processes(f"^(?!{_DAEMONS})"):
-            found.append(f"a process is left on {host.name}: {' '.join(process.cmdline())[:120]}")
+            with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+                found.append(f"a process is left on {host.name}: {' '.join(process.cmdline())[:120]}")
         for path in host.run(["find", "/dev/shm", "-mindepth", "1"], check=True).stdout.splitlines():
             found.append(f"{path} is left on {host.name}")
     return found

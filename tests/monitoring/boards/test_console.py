@@ -101,7 +101,7 @@ def test_an_ended_run_and_an_unknown_one(server: Prometheus, tmp_path: Path) -> 
     ended = visit(f"{server.url}/consoles/mixmae.html?run={ENDED}", tmp_path)
     document = Document(ended.dom)
     assert ended.console == []
-    assert "ended was last seen 10 min" in document.text
+    assert re.search(r"ended was last seen 1\d min", document.text)  # ten, when its samples were written
     assert "2 ranks, ZeRO 1" in document.text
     assert "no data" not in document.text
     unknown = Document(visit(f"{server.url}/consoles/mixmae.html?run=other", tmp_path).dom)
