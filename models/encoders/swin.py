@@ -244,7 +244,7 @@ class Swin(StagedEncoder):
 
     def _embed(self, images: Tensor, groups: Tensor | None = None, edit: MapEdit | None = None) -> Tensor:
         x = edit_of(edit, 1)(self.patch_embed(contract.require_size(images, *self.img_size)))
-        return x + self.positions.type_as(x)
+        return x + self.positions.to(x.dtype)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, window_size: Sequence[int] | None = None
