@@ -164,7 +164,7 @@ def assert_follows_plain_torch(
 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_every_stage_follows_plain_torch(folder: Path, shards: Path, stage: int, precision: str) -> None:
-    loss_off, weights_off = (1e-6, 3e-5) if precision == "fp32" else (2e-4, 0.03)
+    loss_off, weights_off = (1e-6, 3e-5) if precision == "fp32" else (2e-4, 0.035)
     assert_follows_plain_torch(recipe_for(shards, folder, stage, precision), loss_off, weights_off)
 
 
@@ -174,7 +174,7 @@ def test_weights_without_fp32_masters_would_be_noticed(folder: Path, shards: Pat
     _, expected = plain_loop(recipe)
     _, coarse = plain_loop(recipe, torch.bfloat16)
     start = dict(build_model(recipe).named_parameters())
-    assert distance(expected, coarse) > 0.03 * distance(expected, start)
+    assert distance(expected, coarse) > 0.035 * distance(expected, start)
 
 
 def test_interrupted_runs_end_with_the_same_bits(folder: Path, shards: Path, tmp_path: Path) -> None:
