@@ -200,7 +200,7 @@ def _interleave(
         first = turn % len(names)
         for name in [*names[first:], *names[:first]]:  # rotated, so that none always follows the same one
             work = partial(_repeat, partial(timed[name].step, *inputs), repeats)
-            seconds, host_seconds = _timed(work, device)
+            seconds, host_seconds = _seconds(work, device)
             timed[name].times.append(seconds / repeats)
             timed[name].host_times.append(host_seconds / repeats)
             timed[name].clocks.extend(_clock(device))
@@ -266,7 +266,7 @@ def _product(precision: str, device: torch.device) -> Callable[[], float]:
 
     def rate() -> float:
         repeats = 20 if device.type == "cuda" else 1
-        return repeats * 2 * side**3 / _timed(partial(_repeat, lambda: x @ x, repeats), device)[0]
+        return repeats * 2 * side**3 / _seconds(partial(_repeat, lambda: x @ x, repeats), device)[0]
 
     rate()
     return rate
@@ -277,7 +277,7 @@ def _repeat(work: Callable[[], object], times: int) -> None:
         work()
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def _seconds(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds until the work is done, and until the host has started all of it."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     now = time.process_time if alone else partial(synchronized_time, device)

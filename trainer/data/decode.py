@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from mixmae.base.image_size import ImageSize, both_sides
@@ -40,15 +39,13 @@ from mixmae.trainer.data.encoded_image import (
     read_orientation,
     require_affordable,
 )
-from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
+from mixmae.trainer.data.faults import ARRAY, JPEG, OutOfMemoryError, Reason, UnusableError
 from mixmae.trainer.data.nodata import fill_invalid, find_valid, resize_valid
 from mixmae.trainer.recipe.sections.data import Data
 from mixmae.trainer.recipe.sections.pixels import RGB, PixelFormat
 
 Decoder = Literal["fast", "pillow"]
 
-_DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
-"""Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -160,11 +157,11 @@ def _decoding() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UnusableError(Reason.TOO_LARGE, str(error)) from error
     except Exception as error:
-        _raise_if_out_of_memory(error)
+        raise_if_out_of_memory(error)
         raise UnusableError(Reason.DAMAGED, str(error)) from error
 
 
-def _raise_if_out_of_memory(error: BaseException) -> None:
+def raise_if_out_of_memory(error: BaseException) -> None:
     """Raises OutOfMemoryError for MemoryError and for what libjpeg, Pillow and torch say instead."""
     if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         raise OutOfMemoryError(
@@ -290,64 +287,3 @@ def _resized_values(pixels: Pixels, height: int, width: int, decoder: Decoder) -
     if pixels.dtype == np.float32:
         return resized
     return resized.round_().clamp_(0, np.iinfo(pixels.dtype).max)
-
-
-def inspect_image(content: bytes) -> int:
-    """How an image's bytes decode: `JPEG`, `PILLOW`, `ARRAY`, or the `Reason` why they do not. Decodes all of it.
-
-    Raises:
-        OutOfMemoryError: the machine's memory does not suffice.
-    """
-    if not content:
-        return Reason.EMPTY
-    try:
-        if jpeg.is_jpeg(content) and (state := _inspect_jpeg(content)) is not None:
-            return state
-        state = _inspect_with_pillow(content)
-        return _inspect_array(content) if state >= min(Reason) and is_array(content) else state
-    except Exception as error:  # decoders raise all kinds of errors
-        _raise_if_out_of_memory(error)
-        return Reason.DAMAGED
-
-
-def _inspect_jpeg(content: bytes) -> int | None:
-    """The state of a JPEG, or None where Pillow has to decide."""
-    try:
-        header = jpeg.read_header(content)
-    except ValueError:
-        return None
-    try:
-        require_affordable(content, header.width * header.height, MAX_PIXELS, header.one_scan)
-    except Image.DecompressionBombError:
-        return Reason.TOO_LARGE
-    if not header.fast or header.components not in (1, 3):
-        return None
-    try:
-        simplejpeg.decode_jpeg_header(content)
-        simplejpeg.decode_jpeg(content)
-    except KeyError:  # a sampling that simplejpeg has no name for
-        return None
-    except ValueError as error:
-        _raise_if_out_of_memory(error)
-        return Reason.DAMAGED if any(sign in str(error).lower() for sign in _DAMAGE) else None
-    return JPEG
-
-
-def _inspect_with_pillow(content: bytes) -> int:
-    try:
-        WholeImage(content)
-    except UnidentifiedImageError:
-        return Reason.DAMAGED if jpeg.is_jpeg(content) else Reason.NOT_AN_IMAGE
-    except Image.DecompressionBombError:
-        return Reason.TOO_LARGE
-    except UnusableError as error:
-        return error.reason
-    return PILLOW
-
-
-def _inspect_array(content: bytes) -> int:
-    try:
-        ArrayImage(content, MAX_PIXELS)
-    except UnusableError as error:
-        return error.reason
-    return ARRAY

@@ -12,9 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.decode import center_resized_crop, inspect_image
+from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.encoded_image import to_rgb
 from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import TOP, FrozenModel, open_model
 from mixmae.trainer.export.task_config import task_recipe

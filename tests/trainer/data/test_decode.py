@@ -20,9 +20,10 @@ from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.benchmarks.photos import jpeg_photo, photo
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.crop import center_crop_box, plan_crop, sample_crop_box
-from mixmae.trainer.data.decode import center_resized_crop, inspect_image, open_encoded, random_resized_crop
+from mixmae.trainer.data.decode import center_resized_crop, open_encoded, random_resized_crop
 from mixmae.trainer.data.encoded_image import MAX_PIXELS, PartialJpeg, WholeImage
 from mixmae.trainer.data.faults import JPEG, PILLOW, OutOfMemoryError, Reason, UnusableError
+from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.recipe.sections.data import Data
 
 FAST, PLAIN = Data(decoder="fast"), Data(decoder="pillow")
@@ -441,7 +442,8 @@ def test_a_large_image_takes_little_more_memory_than_its_pixels() -> None:
     script = (
         "import io, resource, zlib, struct\n"
         "from random import Random\n"
-        "from mixmae.trainer.data.decode import random_resized_crop, inspect_image\n"
+        "from mixmae.trainer.data.decode import random_resized_crop\n"
+        "from mixmae.trainer.data.inspection import inspect_image\n"
         "from mixmae.trainer.recipe.schema import Data\n"
         "chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + "
         "struct.pack('>I', zlib.crc32(kind + data))\n"

@@ -21,9 +21,10 @@ from PIL import Image, ImageFilter
 
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.crop import plan_crop, sample_crop_box
-from mixmae.trainer.data.decode import inspect_image, random_resized_crop
+from mixmae.trainer.data.decode import random_resized_crop
 from mixmae.trainer.data.encoded_image import PartialJpeg
 from mixmae.trainer.data.faults import JPEG, PILLOW, UnusableError
+from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.recipe.sections.data import Data
 from tests.helpers import needs_jpegtran
 

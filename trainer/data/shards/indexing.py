@@ -12,7 +12,6 @@ from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, replacing
 from mixmae.base.machine import require_writable
 from mixmae.trainer.data.annotations import ANNOTATIONS, Annotations, merge_kinds
-from mixmae.trainer.data.decode import inspect_image
 from mixmae.trainer.data.index import (
     ANNOTATED_FORMAT,
     FORMAT,
@@ -24,6 +23,7 @@ from mixmae.trainer.data.index import (
     fingerprint_of,
     open_index,
 )
+from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.shards.annotated import missing_rows
 from mixmae.trainer.data.shards.files import shard_files, total_size

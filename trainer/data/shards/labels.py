@@ -69,13 +69,13 @@ def are_numbers(tables: Iterable[Table], classes: Sequence[str]) -> bool:
 
 
 def is_name(labels: Any) -> Any:
-    """Which labels of an array are codes of class names that were not known."""
+    """Whether a label, or each of an array, is the code of a class name that was not known."""
     return labels <= _FIRST_NAME
 
 
 def label_text(label: int, names: Sequence[str]) -> str:
     """A label for a reader: its number, or the class name that its code stands for."""
-    return repr(names[_FIRST_NAME - label]) if label <= _FIRST_NAME else str(label)
+    return repr(names[_FIRST_NAME - label]) if is_name(label) else str(label)
 
 
 def resolve_names(tables: Sequence[Table], names: Sequence[Sequence[str]], classes: Sequence[str]) -> list[str]:

@@ -1,9 +1,8 @@
 """Images in Parquet files, as data sets on the Hugging Face hub have them, as a source of shards.
 
-One column holds images, as a struct of `bytes` and `path` or as plain bytes; another may hold labels, and whatever else
-there is is told and left out. Shards are filled
-in random order, and rows of Parquet cannot be read so: the images are first copied, in order, to one file beside the
-new directory.
+One column holds images, as a struct of `bytes` and `path` or as plain bytes; another may hold labels, and the names
+of all others are told. Shards are filled in random order, and rows of Parquet cannot be read so: the images are first
+copied, in order, to one file beside the new directory.
 """
 
 import os

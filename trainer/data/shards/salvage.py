@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import xxhash
 
 from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind
-from mixmae.trainer.data.decode import inspect_image, upright_size
+from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import inspect_annotation
 from mixmae.trainer.data.dense.objects import without_faulty
 from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
+from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.annotated import annotation_kind
 from mixmae.trainer.data.shards.check import name_at
 from mixmae.trainer.data.shards.files import ShardBytes

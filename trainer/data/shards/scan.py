@@ -44,7 +44,7 @@ def scan_shard(
     """Counts, checksums, the sample table and the annotations of one shard.
 
     Args:
-        inspect: says how an image's bytes decode (`decode.inspect_image`).
+        inspect: says how an image's bytes decode (`inspection.inspect_image`).
         classes: names of the labels 0, 1, ... as far as they are known.
         kinds: of annotations that are looked for.
 

@@ -11,11 +11,12 @@ from mixmae.base.errors import UsageError
 from mixmae.base.files import publish
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS
-from mixmae.trainer.data.decode import inspect_image, upright_size
+from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import inspect_annotation
 from mixmae.trainer.data.dense.objects import FaultyObject, without_faulty
 from mixmae.trainer.data.faults import JPEG, Reason, UnusableError
 from mixmae.trainer.data.index import SAMPLE
+from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.build_plan import NOTES, BuildPlan
 from mixmae.trainer.data.shards.built_shard import BuiltShard, SkippedImage, SkippedObject, write_record
 from mixmae.trainer.data.shards.existing import ALREADY_THERE
