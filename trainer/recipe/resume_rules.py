@@ -28,7 +28,6 @@ _MAY_CHANGE = (
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.max_skipped_steps",
-    "encoder.init",
     "plugins",
     "evaluate",
     "segmentation.stride",

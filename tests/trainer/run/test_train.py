@@ -326,6 +326,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(recipe_file: Path, 
         (["encoder.name=resnet50", "run_dir={tmp}/other"], "unknown encoder"),
         (["encoder.init={tmp}", "run_dir={tmp}/other"], "mixmae export"),
         (["--world-size=3"], "expected world size 3, got 1; refusing to start"),
+        (["encoder.init={tmp}"], "another recipe: encoder.init (not set then, {tmp} now)"),
         (["optim.weight_decay=0.1"], "optim.weight_decay (0.05 then, 0.1 now)"),
         (["seed=1", "optim.base_lr=1", "--change"], "another recipe: seed (0 then, 1 now); set what differs as it was"),
         (["optim.warmup=9 steps"], "shorten it"),
@@ -354,7 +355,7 @@ def test_mistakes_are_one_clear_line(
     error = capsys.readouterr().err
     assert error.startswith("mixmae: error:")
     assert error.count("\n") == 1
-    assert message in error
+    assert message.format(tmp=tmp_path) in error
 
 
 SLOW_STARTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("samples", "claimed.json/x")]
