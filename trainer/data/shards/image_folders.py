@@ -11,7 +11,7 @@ from mixmae.base.files import what_is
 from mixmae.trainer.data.extensions import ALL_IMAGE_EXTENSIONS
 from mixmae.trainer.data.index import UNLABELLED
 from mixmae.trainer.data.shards.labels import is_class_name
-from mixmae.trainer.data.shards.unused import Unused
+from mixmae.trainer.data.shards.unused import Unused, is_junk
 from mixmae.trainer.data.splits import are_splits, build_each
 
 
@@ -46,7 +46,7 @@ def find_images(source: Path) -> FoundImages:
                 "rename it"
             )
     for folder in sorted(source.iterdir()):
-        if folder.is_dir() and not _is_junk(folder.name) and folder.name not in classes:
+        if folder.is_dir() and not is_junk(folder.name) and folder.name not in classes:
             unused.add("folders without images", folder.name)
     if not files:
         found = "".join(f"; {line}" for line in unused.lines())
@@ -101,7 +101,7 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], unused: Unused) -> I
     here = (*above, (status.st_dev, status.st_ino))
     for entry in entries:
         path = folder / entry.name
-        if _is_junk(entry.name):
+        if is_junk(entry.name):
             unused.add("hidden files or folders", entry.name)
         elif not entry.is_dir():
             yield path
@@ -109,8 +109,3 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...], unused: Unused) -> I
             unused.add("links back to a folder that they lie in", entry.name)
         else:
             yield from _walk(path, here, unused)
-
-
-def _is_junk(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that archivers leave."""
-    return name.startswith(".") or name == "__MACOSX"

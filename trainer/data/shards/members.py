@@ -9,7 +9,7 @@ from typing import NamedTuple
 from webdataset.tariterators import base_plus_ext
 
 from mixmae.base.files import open_regular
-from mixmae.trainer.data.shards.unused import Unused
+from mixmae.trainer.data.shards.unused import Unused, is_junk
 
 _BLOCK = 512
 _CHUNK = 2**20
@@ -93,12 +93,6 @@ def recover_members(file: Path, unused: Unused | None = None) -> list[Member]:
     return collector.members()
 
 
-def is_junk(name: str) -> bool:
-    """Whether a file is hidden, or one of those that archivers of macOS put beside each file (`._0001.jpg`)."""
-    folder, _, file = name.rpartition("/")
-    return file.startswith(".") or "__MACOSX" in folder.split("/")
-
-
 class _TarInfo(tarfile.TarInfo):
     """A header that follows a few extended headers at most: tarfile reads each of them one call deeper."""
 
@@ -164,7 +158,7 @@ class _Collector:
                 self._unused.add("files about the shard (__NAME__)", name)  # as for webdataset
                 continue
             if is_junk(name):
-                self._unused.add("hidden files", name)
+                self._unused.add("hidden files or folders", name)
                 continue
             if not key:
                 self._unused.add("files without an extension", name)

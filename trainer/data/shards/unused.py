@@ -55,3 +55,9 @@ class Unused:
         """Says so on standard error."""
         for line in self.lines():
             print(line, file=sys.stderr)
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file is hidden, lies in a hidden folder (`.ipynb_checkpoints`), or was left by an archiver of macOS
+    (`__MACOSX`, `._0001.jpg`)."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))

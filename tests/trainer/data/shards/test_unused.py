@@ -131,7 +131,7 @@ def test_compound_extensions_and_other_formats_are_images(
 
 def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"0.jpg": picture(1), "0.depth.png": picture(2, "PNG"), "0.json": b"{}", ".hidden.jpg": b"", "notes": b""}
-    files["__about__"] = b""
+    files |= {"__about__": b"", "./.ipynb_checkpoints/0.jpg": picture(3), "__MACOSX/1.jpg": b""}
     (tmp_path / "0.tar").write_bytes(tar_of(files))
     (tmp_path / "1.TAR").write_bytes(b"")
     (tmp_path / "more").mkdir()
@@ -142,9 +142,9 @@ def test_beside_a_usual_image_others_are_counted(tmp_path: Path, capsys: pytest.
         "not used: 1 files about the shard (__NAME__): __about__",
         "not used: 1 files of the shard directory that are not called *.tar: 1.TAR",
         "not used: 1 files without an extension: notes",
-        "not used: 1 hidden files: .hidden.jpg",
         "not used: 1 images of samples that have a .jpg already: 0.depth.png",
         "not used: 1 subdirectories of the shard directory: more",
+        "not used: 3 hidden files or folders: .hidden.jpg, ./.ipynb_checkpoints/0.jpg, __MACOSX/1.jpg",
     ]
     code, checked = run("check", tmp_path, capsys)
     assert (code, checked[-1]) == (0, "sound")
