@@ -11,9 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,23 +43,24 @@ _MIN_TIME = 0.5
 
 @dataclass(frozen=True)
 class Part:
-    """Arguments of a Python process, and its time limit."""
+    """Arguments of a Python process, its time limit, and what is added to its environment."""
 
     name: str
     seconds: float
     arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def parts() -> list[Part]:
     """The suite; K = 2 has published operations per image (722 GFLOP for Swin-H), K = 4 is the recipes' setting."""
     headline = "plain-autocast,compiled-triton,compiled-window"  # the reference comes first
     return [
-        Part("parity", 125, (*_tests(), *_gpu_tests())),
+        _tests("parity", 125, *_gpu_tests()),
         Part("window", 30, ("-m", "mixmae.launch.cli", "bench", "window", "--batch", "64", "--rounds", "10", "--json")),
         _step("swin_huge", "64,128", headline, 2, 170),
         _step("swin_base_w14", "128,256", headline, 2, 150),
         _loop("swin_base_w14", 128, 4),
-        Part("runs", 80, (*_tests(), _RUNS)),
+        _tests("runs", 80, _RUNS),
         _data(),
         _loop("swin_huge", 64, 4),
         _step("swin_huge", "128", "compiled-window", 4, 80),
@@ -98,7 +99,7 @@ def small(part: Part) -> Part:
         arguments[4:4] = ["--precision", "fp32"]
     if part.name not in ("parity", "runs", "window"):
         arguments += _SMALL
-    return Part(part.name, _DRY_RUN_FACTOR * part.seconds, tuple(arguments))
+    return replace(part, seconds=_DRY_RUN_FACTOR * part.seconds, arguments=tuple(arguments))
 
 
 def _step(model: str, batches: str, variants: str, num_images: int, seconds: float) -> Part:
@@ -121,13 +122,14 @@ def _data() -> Part:
     return Part("data", 60, ("-m", "mixmae.launch.cli", "bench", "data", *options, *recipe))
 
 
-def _tests() -> tuple[str, ...]:
+def _tests(name: str, seconds: float, *files: str) -> Part:
     """pytest, which names each test when it has ended; with those of its plugins that are installed. Tests run in
-    parallel: they spend most time in compilers on the host."""
+    parallel: they spend most time in compilers on the host, each of which would start one for every core again."""
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     parallel = ("-n", workers, "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     limited = ("--timeout", "100") if importlib.util.find_spec("pytest_timeout") else ()
-    return ("-m", "pytest", "-v", "-m", "gpu", *parallel, *limited)
+    arguments = ("-m", "pytest", "-v", "-m", "gpu", *parallel, *limited, *files)
+    return Part(name, seconds, arguments, {"TORCHINDUCTOR_COMPILE_THREADS": "1"} if parallel else {})
 
 
 def _gpu_tests() -> tuple[str, ...]:
@@ -165,7 +167,7 @@ def run(chosen: Sequence[Part], seconds: float) -> list[str]:
 def _run_part(part: Part, limit: float) -> str:
     print(f"== {part.name}: python {' '.join(part.arguments)}", flush=True)
     # Batches of several sizes follow each other: segments of fixed size would fragment memory.
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, **part.environment}
     process = subprocess.Popen([sys.executable, *part.arguments], start_new_session=True, env=environment)
     try:
         code = process.wait(limit)

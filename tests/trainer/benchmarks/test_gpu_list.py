@@ -28,6 +28,7 @@ def test_tests_name_each_result_and_need_no_plugin(monkeypatch: pytest.MonkeyPat
     assert (ROOT / runs[-1]).is_file()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not {"-n", "--timeout"} & set(parts()[0].arguments)
+    assert not parts()[0].environment
 
 
 @pytest.mark.slow
@@ -51,7 +52,9 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, capfd
     told = tmp_path / "told"
     fails = Part("fails", 30, ("-c", "raise SystemExit(3)"))
     hangs = Part("hangs", 0.5, ("-c", "import time; time.sleep(60)"))
-    tells = Part("tells", 30, ("-c", f"open({str(told)!r}, 'w').write('here')"))
+    tells = Part(
+        "tells", 30, ("-c", f"import os; open({str(told)!r}, 'w').write(os.environ['WHERE'])"), {"WHERE": "here"}
+    )
     late = Part("late", 3000, ("-c", "raise SystemExit('started')"))
     assert run([fails, hangs, tells], 60) == ["fails", "hangs"]
     assert told.read_text() == "here"
