@@ -80,9 +80,13 @@ def open_coco(images: str, file: Path) -> Coco:
         list(unique(one["name"] for one in categories)),
         category_ids=[one["id"] for one in categories],
         objects={key: objects[image["id"]] for key, image in by_key.items()},
-        sizes={key: size for key, one in by_key.items() if None not in (size := (one.get("height"), one.get("width")))},
+        sizes={key: (one["height"], one["width"]) for key, one in by_key.items() if _says_size(one)},
         description=f"files of {root} with the objects of {file} ({xxhash.xxh3_64_hexdigest(encoded)})",
     )
+
+
+def _says_size(image: dict[str, Any]) -> bool:
+    return image.get("height") is not None and image.get("width") is not None
 
 
 def _section(file: Path, content: Any, name: str, fields: dict[str, type]) -> list[dict[str, Any]]:
