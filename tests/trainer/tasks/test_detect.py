@@ -73,6 +73,12 @@ def runs(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[in
     return runs_of(tmp_path_factory.mktemp("detectors"), recipe_for, sets, KINDS)
 
 
+def test_gradients_of_no_fixed_order_are_not_promised_to_have_one() -> None:
+    recipe = tiny_recipe(task="detect", **{"train.deterministic": True, "detection.num_classes": 3})
+    with pytest.raises(UsageError, match=r"train.deterministic=true: .* RoIAlign .* set it to false"):
+        task_of(recipe)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
 def test_resumed_runs_end_with_the_same_bits(runs: Callable[[int, str], Path], stage: int, precision: str) -> None:
