@@ -35,7 +35,8 @@ from mixmae.trainer.data.augmentation.labelled import LabelledCrop, labelled_cro
 from mixmae.trainer.data.batch_reader import BatchReader
 from mixmae.trainer.data.decode import decode_crop, open_encoded, plan_random_crop, random_resized_crop, resize_crop
 from mixmae.trainer.data.faults import JPEG
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.order import BatchSlice, SampleRef
 from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards

@@ -19,9 +19,9 @@ from mixmae.trainer.data.arrays import ArrayImage
 from mixmae.trainer.data.decode import center_resized_crop, random_resized_crop
 from mixmae.trainer.data.encoded_image import MAX_PIXELS
 from mixmae.trainer.data.faults import ARRAY, PILLOW, Reason, UnusableError
-from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.integrity import require_pixels
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.sources import open_source

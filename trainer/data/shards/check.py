@@ -18,9 +18,10 @@ from mixmae.base.files import what_is
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind
 from mixmae.trainer.data.faults import PILLOW, Reason, first_names
-from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, ShardIndex, Table, open_index
+from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, ShardIndex, Table
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.no_shards import why_no_shards
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.annotated import ShardAnnotations, missing_annotations
 from mixmae.trainer.data.shards.files import ShardBytes, shard_bytes, shard_files, total_size
 from mixmae.trainer.data.shards.findings import Finding, Kind, Report, kind_of

@@ -7,8 +7,9 @@ import numpy as np
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_usable
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.doctor.facts import ShardFacts
 from mixmae.trainer.recipe.schema import Recipe
 
