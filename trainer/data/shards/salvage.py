@@ -18,10 +18,9 @@ from mixmae.trainer.data.faults import Reason
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.annotated import annotation_kind
-from mixmae.trainer.data.shards.check import name_at
 from mixmae.trainer.data.shards.files import ShardBytes
 from mixmae.trainer.data.shards.labels import LabelCodes, is_name
-from mixmae.trainer.data.shards.members import Member
+from mixmae.trainer.data.shards.members import Member, name_at
 from mixmae.trainer.data.shards.scan import (
     LABEL,
     MAX_FILE_BYTES,
