@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from rich.console import Console
 
-from mixmae.launch.commands.watch import frame
+from mixmae.launch.commands.watch_frame import frame
 from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
