@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from mixmae.monitoring.watch.alerts import Alert
 from mixmae.monitoring.watch.history import Log
-from mixmae.monitoring.watch.scrape import Alert, Rank
+from mixmae.monitoring.watch.scrape import Rank
 from mixmae.monitoring.watch.view import View
 
 NOW = 1_700_000_000.0

@@ -22,8 +22,10 @@ from mixmae.launch.commands.watch_frame import frame
 from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
+from mixmae.monitoring.watch.alerts import parse_alerts
 from mixmae.monitoring.watch.history import Log, State, Tail
-from mixmae.monitoring.watch.scrape import Endpoint, Poller, Rank, Scrape, parse_alerts, parse_scrape, reachable
+from mixmae.monitoring.watch.poller import Poller
+from mixmae.monitoring.watch.scrape import Endpoint, Rank, Scrape, parse_scrape, reachable
 from mixmae.monitoring.watch.text import (
     ASCII_BLOCKS,
     BLOCKS,
