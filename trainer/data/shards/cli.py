@@ -32,20 +32,8 @@ from mixmae.trainer.data.shards.source import Source
 from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.shards.unused import Unused
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import at_least, size
 from mixmae.trainer.recipe.sections.section import is_elsewhere
-from mixmae.trainer.recipe.units import parse_size
-
-
-def size(text: str) -> int:
-    """An argument's type: bytes, such as 500MB."""
-    try:
-        number = parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}, {error}") from error
-    if not isinstance(number, int) or number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 byte or more")
-    return number
 
 
 def main(argv: Sequence[str]) -> int:
