@@ -19,7 +19,7 @@ import xxhash
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import AnnotationKind, Annotations
-from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.faults import Reason, UnusableError, is_usable
 from mixmae.trainer.data.order import Quota
 from mixmae.trainer.data.stores.store import Store
 
@@ -89,7 +89,7 @@ class ShardIndex:
 
     def _read_verified(self, shard_number: int, row: Any) -> bytes:
         """The bytes that a row of `SAMPLE` or `ANNOTATION` locates."""
-        if row["state"] >= min(Reason):
+        if not is_usable(row["state"]):
             raise UnusableError(Reason(row["state"]), "found when the shards were indexed")
         shard, offset, size = self.shards[shard_number], int(row["offset"]), int(row["size"])
         for last in (False, True):

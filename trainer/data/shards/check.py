@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.base.files import what_is
-from mixmae.trainer.data.faults import Reason
+from mixmae.trainer.data.faults import is_usable
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.open_index import open_index
@@ -77,7 +77,7 @@ def _open(directory: Path) -> tuple[ShardIndex | None, list[Finding]]:
 
 def _names_among_numbers(one: ShardInspection) -> Iterator[Finding]:
     names = one.names.split("\0")
-    for row in np.flatnonzero(is_name(one.table["label"]) & (one.table["state"] < min(Reason))):
+    for row in np.flatnonzero(is_name(one.table["label"]) & is_usable(one.table["state"])):
         yield Finding(Kind.BAD_LABEL, one.shard.name, names[row])
 
 

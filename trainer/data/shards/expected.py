@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind
-from mixmae.trainer.data.faults import Reason
+from mixmae.trainer.data.faults import is_usable
 from mixmae.trainer.data.index import SAMPLE, Shard, ShardIndex, Table
 from mixmae.trainer.data.shards.files import ShardBytes
 from mixmae.trainer.data.shards.index_facts import category_ids, class_names
@@ -59,7 +59,7 @@ class Expected:
         if shard not in self.shards:
             return np.array([], dtype=SAMPLE)
         rows = self.shards[shard][1]
-        rows = rows[rows["state"] < min(Reason)]
+        rows = rows[is_usable(rows["state"])]
         ranges = [(int(row["offset"]), int(row["offset"]) + int(row["size"]), row["hash"]) for row in rows]
         same = [
             xxhash.xxh3_64_intdigest(content[start:end]) == image for start, end, image in ranges if end <= len(content)

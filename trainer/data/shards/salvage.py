@@ -14,7 +14,7 @@ from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKin
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import inspect_annotation
 from mixmae.trainer.data.dense.objects import without_faulty
-from mixmae.trainer.data.faults import Reason
+from mixmae.trainer.data.faults import Reason, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.annotated import annotation_kind
@@ -166,7 +166,7 @@ class Salvage:
         image = self._bytes(file)
         image_hash, state = xxhash.xxh3_64_intdigest(image), inspect_image(image)
         row = self._rows.get((file.offset, file.size))
-        if state >= min(Reason):
+        if not is_usable(state):
             self._lose(name, Reason(state).label)
         elif row is not None and row["hash"] != image_hash:
             self._lose(name, "other bytes than were indexed")

@@ -11,7 +11,7 @@ import xxhash
 
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.annotations import ANNOTATED
-from mixmae.trainer.data.faults import PILLOW, Reason
+from mixmae.trainer.data.faults import PILLOW, Reason, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, SAMPLE, Shard, Table
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.annotated import ShardAnnotations, missing_annotations
@@ -107,9 +107,9 @@ def _against_index(
         now, name = left.pop(0) if left else (None, "")
         if now is None:
             yield Finding(Kind.IMAGE_LOST, shard.name, name_at(content, offset))
-        elif now["state"] < min(Reason) and now["hash"] != row["hash"]:
+        elif is_usable(now["state"]) and now["hash"] != row["hash"]:
             yield Finding(Kind.IMAGE_CHANGED, shard.name, name)
-        elif now["state"] < min(Reason) and _is_another(now["label"], row["label"]):
+        elif is_usable(now["state"]) and _is_another(now["label"], row["label"]):
             label = label_text(now["label"], samples.class_names)
             yield Finding(Kind.LABEL_CHANGED, shard.name, name, f"{label}, {row['label']} when indexed")
 
@@ -127,7 +127,7 @@ def _keys_twice(shard: str, found: Sequence[Member]) -> Iterator[Finding]:
 
 def _states(shard: str, table: Table, names: Sequence[str], content: ShardBytes) -> Iterator[Finding]:
     for row, name in zip(table, names, strict=True):
-        if row["state"] >= min(Reason):
+        if not is_usable(row["state"]):
             yield Finding(kind_of(Reason(row["state"])), shard, name)
         elif row["label"] == INVALID_LABEL:
             yield Finding(Kind.BAD_LABEL, shard, name)
