@@ -17,8 +17,9 @@ from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.batch_reader import Batch
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_pixels
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
@@ -168,12 +169,13 @@ class Task(ABC):
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""
         return {}
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
         """What the module makes of an image of any size, for tasks that export the whole of it.
 
         Args:
             module: in eval mode, on the device.
             image: uint8 [3, H, W], upright, on the CPU.
+            min_score: of objects that are found; the others are left out.
         """
         raise NotImplementedError(f"task={self.recipe.task}")
 

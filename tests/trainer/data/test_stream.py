@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.stores.remote import RemoteStore

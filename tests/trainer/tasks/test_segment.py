@@ -22,7 +22,7 @@ from mixmae.models.heads.upernet import Segmenter
 from mixmae.trainer.checkpoints.weights import model_weights, saved_buffers
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.resizing import fit_over
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.engine.distributed import Ranks
@@ -249,6 +249,12 @@ def test_an_encoder_of_one_stride_is_refused(sets: Shards, tmp_path: Path) -> No
     encoder = EncoderSection(name="mixmae_vit_nano", img_size=64)
     with pytest.raises(UsageError, match=r"encoder.name=mixmae_vit_nano: .* expected a hierarchical encoder"):
         check(recipe_for(sets, tmp_path / "run").model_copy(update={"encoder": encoder}), Ranks())
+
+
+def test_label_maps_with_fewer_classes_are_told_what_makes_them_equal(sets: Shards, tmp_path: Path) -> None:
+    classes = {"segmentation": {"classes": ["background", "disc"]}}
+    with pytest.raises(UsageError, match=r"has 7 classes .*, and the run 2 \(background, disc\).*--class-names FILE"):
+        check(recipe_for(sets, tmp_path / "run", **classes), Ranks())
 
 
 def test_shards_without_label_maps_are_refused(sets: Shards, shards: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from mixmae.base.files import publish
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.dense.masks import require_mask_api
 from mixmae.trainer.data.faults import first_names
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build_plan import NOTES, PLAN, BuildPlan, assign_to_shards, digest_of, lock_build
 from mixmae.trainer.data.shards.built_shard import BuiltShard, SkippedImage, SkippedObject, read_record
 from mixmae.trainer.data.shards.existing import ALREADY_THERE, Existing
@@ -52,6 +53,11 @@ def count_reasons(skipped: Sequence[SkippedImage | SkippedObject]) -> str:
     """`3 damaged, 1 empty`."""
     counts = Counter(one.reason for one in skipped).most_common()
     return ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+def _first_detail(skipped: Sequence[SkippedImage]) -> str:
+    """What is wrong with the first image of which more is known than the reason."""
+    return next((f"; {one.source}: {one.detail}" for one in skipped if one.detail), "")
 
 
 def build_shards(
@@ -130,7 +136,14 @@ def _finish(plan: BuildPlan, done: list[BuiltShard], out: Path, known: list[Skip
         shutil.rmtree(plan.folder)
         raise UsageError(
             f"none of the {len(skipped)} images in {plan.source.describe()} can be used "
-            f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}"
+            f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}{_first_detail(skipped)}"
+        )
+    if skipped_objects and all(one.annotations is None or one.annotations.highest < 0 for one in scanned):
+        shutil.rmtree(plan.folder)
+        raise UsageError(
+            f"none of the {len(skipped_objects)} objects in {plan.source.describe()} can be used "
+            f"({count_reasons(skipped_objects)}): {first_names([one.source for one in skipped_objects])}; each needs a "
+            "bbox and a mask (segmentation)"
         )
     left_out = [{"source": source, "reason": reason} for source, reason in plan.source.left_out]
     if left_out or skipped or skipped_objects:
