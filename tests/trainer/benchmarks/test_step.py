@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,25 @@ def test_a_driver_that_tells_no_clock_ends_no_benchmark(monkeypatch: pytest.Monk
     assert step._clock(torch.device("cuda")) is None
     monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: 1980)
     assert step._clock(torch.device("cuda")) == 1980
+
+
+def test_the_clock_is_read_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At rest it rises at once."""
+    told: list[str] = []
+
+    def clock_rate(device: torch.device) -> int:
+        told.append("clock")
+        return 1500
+
+    def profiled(work: Callable[[], object], device: torch.device, kernels_alone: bool) -> SimpleNamespace:
+        work()
+        return SimpleNamespace(events=list)
+
+    monkeypatch.setattr(torch.cuda, "clock_rate", clock_rate)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("synchronize"))
+    monkeypatch.setattr(step, "profiled", profiled)
+    assert step._under_load(lambda: told.append("step"), torch.device("cuda")) == {"clock_mhz": 1500}
+    assert told == [*["step"] * 4, "clock", "synchronize", *["step"] * 4]
 
 
 def test_a_variant_that_cannot_be_measured_ends_neither_others_nor_other_batches(
