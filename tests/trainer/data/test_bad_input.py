@@ -28,7 +28,7 @@ from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.data.servers import Fault, HttpServer, http_server
@@ -396,10 +396,7 @@ def lose_a_shard(ranks: Ranks, recipe: Recipe, victim: str) -> str:
     except TooManyFaultsError as error:
         return str(error)
     finally:
-        run.observer.close(clean=True)
-        run.batches.close()
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
 
 
 @pytest.mark.distributed
