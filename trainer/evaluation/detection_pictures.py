@@ -50,8 +50,7 @@ def draw_columns(
         count = int(counts[number])
         own = _unpacked(masks[first : first + count]).cpu()
         true.append(draw_objects(image, boxes[number, :count].cpu(), own, classes[number, :count].tolist()))
-        sure = found.of_image(number)
-        sure = Detections(*(part[: int((sure.scores >= _SHOWN).sum())] for part in sure))
+        sure = found.of_image(number).above(_SHOWN)
         pasted = paste_masks(sure.masks, sure.boxes, side[0], side[1]).cpu()
         kinds = sure.classes.tolist()
         labels = [names[kind] for kind in kinds]

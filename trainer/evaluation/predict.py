@@ -22,6 +22,7 @@ from mixmae.trainer.export.task_config import task_recipe
 from mixmae.trainer.export.task_directory import open_task_directory
 
 _BATCH = 32
+_SCORE = 0.5
 
 
 def predict(model: FrozenModel, files: Sequence[Path]) -> Tensor:
@@ -57,7 +58,7 @@ def _view(file: Path, model: FrozenModel) -> Tensor:
         raise UsageError(f"{file} cannot be used as an image: {error.reason.label}, {error}") from error
 
 
-def draw_predictions(model: Path, files: Sequence[Path], out: Path | None, as_json: bool) -> None:
+def draw_predictions(model: Path, files: Sequence[Path], out: Path | None, as_json: bool, min_score: float) -> None:
     """Prints what a detector or segmenter finds in each image, and draws it into OUT/NAME.png.
 
     Raises:
@@ -72,7 +73,7 @@ def draw_predictions(model: Path, files: Sequence[Path], out: Path | None, as_js
     device = Ranks().device
     task, module = open_task_directory(model, device)
     for file in files:
-        found = task.predict(module, _whole(file), device)
+        found = task.predict(module, _whole(file), device, min_score)
         picture = out / f"{file.stem}.png"
         found.picture.save(picture)
         if as_json:
@@ -98,11 +99,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="classes to name (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="a JSON object for each image, one a line")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pictures of what detectors and segmenters find")
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=_SCORE,
+        metavar="S",
+        help="of objects that are shown (default %(default)s)",
+    )
     args = parser.parse_intermixed_args(argv)
     if args.top < 1:
         raise UsageError(f"--top {args.top}: expected 1 or more")
+    if not 0 <= args.min_score <= 1:
+        raise UsageError(f"--min-score {args.min_score}: expected 0 to 1")
     if task_recipe(Path(args.model)) is not None:
-        draw_predictions(Path(args.model), args.images, args.out, args.json)
+        draw_predictions(Path(args.model), args.images, args.out, args.json, args.min_score)
         return 0
     if args.out is not None:
         raise UsageError(f"--out {args.out}: {args.model} classifies images, and draws nothing; leave it out")

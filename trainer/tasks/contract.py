@@ -169,12 +169,13 @@ class Task(ABC):
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""
         return {}
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
         """What the module makes of an image of any size, for tasks that export the whole of it.
 
         Args:
             module: in eval mode, on the device.
             image: uint8 [3, H, W], upright, on the CPU.
+            min_score: of objects that are found; the others are left out.
         """
         raise NotImplementedError(f"task={self.recipe.task}")
 

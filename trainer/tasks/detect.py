@@ -49,6 +49,11 @@ class Detect(Task):
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
         require_rgb(recipe)
+        if recipe.train.deterministic:
+            raise UsageError(
+                "train.deterministic=true: on GPUs RoIAlign adds gradients in no fixed order, and torch's way around "
+                "that takes terabytes; set it to false"
+            )
         return _resolve_classes(recipe)
 
     @property
@@ -116,10 +121,10 @@ class Detect(Task):
         index.store.close()
         return found
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
         size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
         found = find_in_image(_detector(module), image, size, ToDevice.of(device, data))
-        return draw_found(image, found, self.classes)
+        return draw_found(image, found.above(min_score), self.classes)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
         height, width = both_sides(self.recipe.encoder.img_size)

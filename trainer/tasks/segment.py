@@ -69,8 +69,8 @@ class Segment(Task):
         where, classes = f"{key}={index.store.location}", self.recipe.segmentation.classes
         if classes and index.classes and index.classes != classes:
             raise UsageError(
-                f"{where} has the classes {listed(index.classes)}, and the run {listed(classes)}; build both sets of "
-                "shards with the same list of classes"
+                f"{where} has {len(index.classes)} classes ({listed(index.classes)}), and the run {len(classes)} "
+                f"({listed(classes)}); build both sets of shards with the same list of classes, --class-names FILE"
             )
 
     def transform(self, index: ShardIndex) -> SampleTransform:
@@ -98,7 +98,7 @@ class Segment(Task):
         index.store.close()
         return found
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
         """Colours over the image, and each class's share of its pixels."""
         found = segment_image(_segmenter(module), image, self.recipe, device)
         shares = found.flatten().bincount(minlength=_segmenter(module).num_classes).double() / found.numel()

@@ -34,6 +34,11 @@ class Detections(NamedTuple):
         count = int((self.scores[number] > 0).sum())
         return Detections(*(part[number, :count] for part in self))
 
+    def above(self, score: float) -> "Detections":
+        """Those of one image that have this score or a better one."""
+        count = int((self.scores >= score).sum())
+        return Detections(*(part[:count] for part in self))
+
 
 class MaskRCNN(TrainableBackbone):
     """`detector(images, boxes, classes, counts, masks, seeds) -> loss`; with nothing, or sizes, beside images what it

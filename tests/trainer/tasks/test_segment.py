@@ -251,6 +251,12 @@ def test_an_encoder_of_one_stride_is_refused(sets: Shards, tmp_path: Path) -> No
         check(recipe_for(sets, tmp_path / "run").model_copy(update={"encoder": encoder}), Ranks())
 
 
+def test_label_maps_with_fewer_classes_are_told_what_makes_them_equal(sets: Shards, tmp_path: Path) -> None:
+    classes = {"segmentation": {"classes": ["background", "disc"]}}
+    with pytest.raises(UsageError, match=r"has 7 classes .*, and the run 2 \(background, disc\).*--class-names FILE"):
+        check(recipe_for(sets, tmp_path / "run", **classes), Ranks())
+
+
 def test_shards_without_label_maps_are_refused(sets: Shards, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs shards with segments"):
         check(recipe_for(sets, tmp_path / "run", **{"evaluate.shards": str(shards)}), Ranks())

@@ -14,11 +14,14 @@ LabelMap = npt.NDArray[np.uint8]
 IGNORED = 255
 MAX_CLASSES = IGNORED
 _IGNORED_16 = 65_535
+_DEPTH, _COLOUR_TYPE, _GREY = 24, 25, 0
+"""Where a PNG's header says how many bits its values have and what they are; of grey, without alpha."""
 _MODES = ("L", "P", "1", "I;16", "I;16B", "I")
 
 
 def parse_label_map(content: bytes, height: int, width: int) -> LabelMap:
-    """The label map in a PNG's bytes: 8 bits a pixel, grey or palette (255: ignored), or 16 (65535: ignored).
+    """The label map in a PNG's bytes: up to 8 bits a pixel, grey or palette (255: ignored), or 16
+    (65535: ignored).
 
     Args:
         height, width: of the upright image.
@@ -73,7 +76,14 @@ def _pixels(content: bytes, height: int, width: int) -> npt.NDArray[Any]:
         pixels = np.asarray(image)
     except Exception as error:
         raise UnusableError(Reason.DAMAGED_ANNOTATION, str(error)) from error
-    return pixels.astype(np.uint8 if pixels.dtype.itemsize == 1 else np.uint16)
+    pixels = pixels.astype(np.uint8 if pixels.dtype.itemsize == 1 else np.uint16)
+    return pixels // np.uint8(255 // (2 ** content[_DEPTH] - 1)) if _is_stretched(content) else pixels
+
+
+def _is_stretched(content: bytes) -> bool:
+    """Whether Pillow stretches a PNG's values to 0..255: it does so with grey of 2 and 4 bits, to which programs that
+    make files smaller reduce a label map."""
+    return content[_DEPTH] in (2, 4) and content[_COLOUR_TYPE] == _GREY
 
 
 def _to_8_bit(pixels: npt.NDArray[Any]) -> LabelMap:

@@ -17,7 +17,8 @@ from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.dense.masks import Mask, Rle, area, decode, rle_of
 from mixmae.trainer.data.faults import Reason, UnusableError
 
-_MOST = 2**31
+_MOST, _MOST_ID = 2**31, 2**63
+"""Of categories; of ids, which of COCO's crowds have 12 digits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class FaultyObject(NamedTuple):
 
     id: int
     reason: Reason
+    number: int
+    """Its place in the list: ids may be missing, or there twice."""
 
 
 class _Object(NamedTuple):
@@ -94,8 +97,8 @@ def faulty_objects(content: bytes, height: int, width: int) -> list[FaultyObject
 
 def without_faulty(content: bytes, faulty: Sequence[FaultyObject]) -> bytes:
     """An annotation's bytes without some of its objects."""
-    ids = {one.id for one in faulty}
-    return dump_objects([item for number, item in enumerate(json.loads(content)) if item.get("id", number) not in ids])
+    numbers = {one.number for one in faulty}
+    return dump_objects([item for number, item in enumerate(json.loads(content)) if number not in numbers])
 
 
 def dump_objects(items: list[dict[str, Any]]) -> bytes:
@@ -111,7 +114,10 @@ def highest_class(content: bytes) -> tuple[int, int]:
 def _objects(content: bytes, height: int, width: int) -> Iterator[_Object | FaultyObject]:
     for number, item in enumerate(_items(content)):
         found = _usable(item, height, width)
-        yield FaultyObject(item.get("id", number), found) if isinstance(found, Reason) else _Object(item, found)
+        if isinstance(found, Reason):
+            yield FaultyObject(item.get("id", number), found, number)
+        else:
+            yield _Object(item, found)
 
 
 def _items(content: bytes) -> list[dict[str, Any]]:
@@ -129,7 +135,7 @@ def _items(content: bytes) -> list[dict[str, Any]]:
 def _require_fields(item: dict[str, Any]) -> None:
     """Raises ValueError, or what comes of other types, where an object lacks what all have."""
     category, number = item["category"], item.get("id", 0)
-    if type(category) is not int or type(number) is not int or not 0 <= category < _MOST or abs(number) >= _MOST:
+    if type(category) is not int or type(number) is not int or not 0 <= category < _MOST or abs(number) >= _MOST_ID:
         raise ValueError(f"category and id are {category!r} and {number!r}; expected whole numbers")
     box, size = item["bbox"], item.get("area", 0)
     if len(box) != 4 or any(isinstance(value, str) or math.isnan(value) for value in (*box, size)):

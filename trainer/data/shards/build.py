@@ -55,6 +55,11 @@ def count_reasons(skipped: Sequence[SkippedImage | SkippedObject]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
+def _first_detail(skipped: Sequence[SkippedImage]) -> str:
+    """What is wrong with the first image of which more is known than the reason."""
+    return next((f"; {one.source}: {one.detail}" for one in skipped if one.detail), "")
+
+
 def build_shards(
     source: Source, out: Path, shard_bytes: int, seed: int, jobs: int, seekable: bool = False, append: bool = False
 ) -> BuildResult:
@@ -131,7 +136,14 @@ def _finish(plan: BuildPlan, done: list[BuiltShard], out: Path, known: list[Skip
         shutil.rmtree(plan.folder)
         raise UsageError(
             f"none of the {len(skipped)} images in {plan.source.describe()} can be used "
-            f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}"
+            f"({count_reasons(skipped)}): {first_names([one.source for one in skipped])}{_first_detail(skipped)}"
+        )
+    if skipped_objects and all(one.annotations is None or one.annotations.highest < 0 for one in scanned):
+        shutil.rmtree(plan.folder)
+        raise UsageError(
+            f"none of the {len(skipped_objects)} objects in {plan.source.describe()} can be used "
+            f"({count_reasons(skipped_objects)}): {first_names([one.source for one in skipped_objects])}; each needs a "
+            "bbox and a mask (segmentation)"
         )
     left_out = [{"source": source, "reason": reason} for source, reason in plan.source.left_out]
     if left_out or skipped or skipped_objects:

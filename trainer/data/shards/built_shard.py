@@ -20,6 +20,7 @@ class SkippedImage(NamedTuple):
     key: str
     source: str
     reason: str
+    detail: str = ""
 
 
 class SkippedObject(NamedTuple):

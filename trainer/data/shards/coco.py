@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,13 @@ def open_coco(images: str, file: Path) -> Coco:
         list(unique(one["name"] for one in categories)),
         category_ids=[one["id"] for one in categories],
         objects={key: objects[image["id"]] for key, image in by_key.items()},
-        sizes={key: (one["height"], one["width"]) for key, one in by_key.items() if {"height", "width"} <= one.keys()},
+        sizes={key: (one["height"], one["width"]) for key, one in by_key.items() if _says_size(one)},
         description=f"files of {root} with the objects of {file} ({xxhash.xxh3_64_hexdigest(encoded)})",
     )
+
+
+def _says_size(image: dict[str, Any]) -> bool:
+    return image.get("height") is not None and image.get("width") is not None
 
 
 def _section(file: Path, content: Any, name: str, fields: dict[str, type]) -> list[dict[str, Any]]:
@@ -145,6 +150,7 @@ def _entries(root: Path, file: Path, listed: list[dict[str, Any]], objects: dict
         raise UsageError(f"{file} lists files that are no {', '.join(ALL_IMAGE_EXTENSIONS)}: {first_names(strange)}")
     require_heic_reader(names)
     _report_unlisted(root, file, names)
+    _report_repeated(file, names)
     return [
         Entry(key, name, (root / name).stat().st_size, UNLABELLED, len(objects[one["id"]]))
         for key, name, one in zip(unique(map(key_of, names)), names, listed, strict=True)
@@ -157,3 +163,13 @@ def _report_unlisted(root: Path, file: Path, names: list[str]) -> None:
     others = [name for name in found if name not in listed]
     if others:
         print(f"not used: {len(others)} images that {file} does not list: {first_names(others)}", file=sys.stderr)
+
+
+def _report_repeated(file: Path, names: list[str]) -> None:
+    repeated = [name for name, count in Counter(map(os.path.normpath, names)).items() if count > 1]
+    if repeated:
+        print(
+            f"{len(repeated)} images are listed more than once in {file}, and each stands in the shards as often, with "
+            f"the objects of one id: {first_names(repeated)}; to merge them, give their objects one image_id",
+            file=sys.stderr,
+        )

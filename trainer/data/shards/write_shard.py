@@ -40,7 +40,7 @@ def write_shard(plan: BuildPlan, number: int) -> BuiltShard:
                 extension, content, state, is_changed = _prepare(plan, entry)
                 annotation, faulty = _prepare_annotation(plan, entry, content)
             except UnusableError as error:
-                skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label))
+                skipped.append(SkippedImage(entry.key, plan.source.locate(entry), error.reason.label, str(error)))
             else:
                 if plan.existing is not None and plan.existing.holds(content):
                     skipped.append(SkippedImage(entry.key, plan.source.locate(entry), ALREADY_THERE))

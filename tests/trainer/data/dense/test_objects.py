@@ -8,7 +8,7 @@ from pycocotools import mask as coco
 
 from mixmae.trainer.data.annotations import ANNOTATED
 from mixmae.trainer.data.dense.inspection import inspect_annotation
-from mixmae.trainer.data.dense.objects import dump_objects, faulty_objects, parse_objects
+from mixmae.trainer.data.dense.objects import dump_objects, faulty_objects, parse_objects, without_faulty
 from mixmae.trainer.data.faults import Reason, UnusableError
 
 HEIGHT, WIDTH = 24, 36
@@ -44,6 +44,19 @@ def test_a_category_that_is_no_class_spoils_its_image() -> None:
     assert inspect_annotation("objects", content, HEIGHT, WIDTH) == (ANNOTATED, [], 2, "")
     found = inspect_annotation("objects", content, HEIGHT, WIDTH, 2)
     assert (found.state, found.detail) == (Reason.BAD_LABEL, "object 7 has category 2; expected at most 1")
+
+
+def test_faulty_objects_are_told_from_others_with_their_id() -> None:
+    """Ids of COCO's crowds have 12 digits; those of other programs may be there twice."""
+    square = {"category": 2, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]], "id": 900100448263}
+    content = dump_objects([square, square | {"bbox": [1, 1, 0, 8]}, square | {"segmentation": []}, square | {"id": 1}])
+    faulty = faulty_objects(content, HEIGHT, WIDTH)
+    assert [(one.id, one.reason) for one in faulty] == [
+        (900100448263, Reason.EMPTY_BOX),
+        (900100448263, Reason.EMPTY_MASK),
+    ]
+    kept = parse_objects(without_faulty(content, faulty), HEIGHT, WIDTH)
+    assert kept.ids.tolist() == [900100448263, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"3", b"[3]", b"[[]]", b"[{}]", b"\xff", b"[" * 100_000, b"null"])

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import shutil
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -122,16 +124,39 @@ def test_objects_are_those_that_pycocotools_reads(coco: Path, capsys: pytest.Cap
     assert main(["check", str(coco / "out"), "--jobs", "1"]) == 0
 
 
+def test_an_image_that_is_listed_twice_is_told(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where annotations of several people were put into one file: each would lack the objects of the others."""
+    content = json.loads((coco / "instances.json").read_text())
+    content["images"].append(content["images"][0] | {"id": 11, "file_name": "./a.jpg"})
+    (coco / "instances.json").write_text(json.dumps(content))
+    assert len(build(coco, "out", "--coco", str(coco / "instances.json"))) == 5
+    assert "1 images are listed more than once" in capsys.readouterr().err
+
+
+def test_a_file_of_boxes_alone_is_refused(coco: Path) -> None:
+    content = json.loads((coco / "instances.json").read_text())
+    for one in content["annotations"]:
+        one["segmentation"] = []
+    (coco / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"none of the 10 objects .*\(8 empty mask, .*; each needs a bbox and a mask"):
+        build(coco, "out", "--coco", str(coco / "instances.json"))
+    assert not (coco / "out").exists()
+
+
 def test_images_of_another_size_than_their_file_says_are_left_out(coco: Path) -> None:
     """As are those whose objects were drawn before they were turned upright."""
     content = json.loads((coco / "instances.json").read_text())
     content["images"][1].update(height=32, width=48)
     del content["images"][2]["height"]
+    content["images"][0].update(height=None, width=None)
     (coco / "instances.json").write_text(json.dumps(content))
     index = build(coco, "out", "--coco", str(coco / "instances.json"))
     assert sorted(keys(index)) == ["a.jpg", "c.jpg", "d.png"]
     lines = [json.loads(line) for line in (coco / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines if line["reason"] == "annotation of another size"] == ["sub/b", "a"]
+    assert [line["detail"] for line in lines if line["key"] == "sub/b"] == [
+        "32 x 48 pixels by the COCO file, 48 x 32 as a viewer shows the image"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +238,9 @@ def test_label_maps_are_read_and_reduced(coco: Path, capsys: pytest.CaptureFixtu
     (coco / "maps" / "c.png").write_bytes(b"no image")
     save(coco / "maps" / "a.png", np.zeros((*SIZES[0], 3), np.uint8))
     (coco / "names.txt").write_text("\n".join(f"class {number}" for number in range(100)))
-    with pytest.raises(UsageError, match=r"none of the 4 images .*\(2 damaged annotation, 1 bad label, 1 ann"):
+    why = ": (no PNG|a PNG of mode RGB; expected one channel|there is label|a label map of)"
+    told = rf"none of the 4 images .*\(2 damaged annotation, 1 bad label, 1 ann.*{why}"
+    with pytest.raises(UsageError, match=told):
         build(coco, "bad", "--label-maps", str(coco / "maps"), "--class-names", str(coco / "names.txt"))
     for names, message in (
         (map(str, range(256)), "has 256 class names; label maps hold 1 to 255 classes"),
@@ -222,6 +249,21 @@ def test_label_maps_are_read_and_reduced(coco: Path, capsys: pytest.CaptureFixtu
         (coco / "names.txt").write_text("\n".join(names))
         with pytest.raises(UsageError, match=message):
             build(coco, "bad", "--label-maps", str(coco / "maps"), "--class-names", str(coco / "names.txt"))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_label_maps_of_few_bits_are_numbers_of_classes(bits: int) -> None:
+    """Pillow stretches grey of 2 and 4 bits to 0..255, and writes none: a PNG by the standard, of 4 x 8 pixels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    labels = np.arange(32).reshape(4, 8) % 2**bits
+    lines = b"".join(b"\0" + sum(int(x) << bits * i for i, x in enumerate(row[::-1])).to_bytes(bits) for row in labels)
+    header = struct.pack(">IIBBBBB", 8, 4, bits, 0, 0, 0, 0)
+    parts = {b"IHDR": header, b"IDAT": zlib.compress(lines), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items())
+    assert np.array_equal(parse_label_map(content, 4, 8), labels)
 
 
 def test_labels_beyond_what_a_target_holds_are_refused() -> None:
