@@ -3,7 +3,9 @@
 import io
 import os
 import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,3 +126,13 @@ def tiny_recipe(**changes: Any) -> Recipe:
 def idx_file(array: npt.NDArray[np.uint8]) -> bytes:
     """An IDX file of an array of bytes."""
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def png_file(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    """An RGB PNG with this header and these rows, whether or not they fit each other."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

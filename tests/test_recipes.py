@@ -13,7 +13,7 @@ from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.library import library
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.events import read_events
@@ -82,8 +82,7 @@ def made_small(name: str, shards: Path, folder: Path) -> Recipe:
 def train(ranks: Ranks, recipe: Recipe) -> None:
     run = prepare(check(recipe, ranks), ranks)
     fit(run)
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.telemetry.events import read_events
 from mixmae.trainer.telemetry.sample_log import read_samples
@@ -67,8 +67,7 @@ def train(ranks: Ranks, recipes: list[tuple[Recipe, int]]) -> list[int]:
         began.append(run.state.step)
         run.stop = StopAt(run, until)  # type: ignore[assignment]
         fit(run)
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
     return began
 
 
@@ -155,5 +154,4 @@ def save_again(ranks: Ranks, recipe: Recipe) -> None:
     run = prepare(check(recipe, ranks), ranks)
     saving.save(run)
     run.saver.wait()
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)

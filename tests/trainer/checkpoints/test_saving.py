@@ -23,7 +23,7 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
 from mixmae.trainer.run.context import Run
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.saving import SaveError
 from mixmae.trainer.run.train_step import train_step
@@ -62,8 +62,7 @@ def train(ranks: Ranks, recipe: Recipe) -> str:
     except NoIntactCheckpointError as error:
         return str(error)
     message = fit_to_message(run)
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     return message
 
 
@@ -176,8 +175,7 @@ def hold_writes(ranks: Ranks, recipe: Recipe) -> list[str]:
     let_go.set()
     run.saver.wait()
     assert (run.saver.poll() is not None) == ranks.is_main
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     return order
 
 
@@ -202,8 +200,7 @@ def memory_of_saves(ranks: Ranks, recipe: Recipe) -> list[int]:
         saving.save(run)
         run.saver.wait()
         held.append(memory._memory)
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     assert len({tensor.data_ptr() for tensor in held}) == 1
     return [tensor.numel() for tensor in held]
 
@@ -263,8 +260,7 @@ def train_with_a_full_disk(ranks: Ranks, recipe: Recipe, from_step: int, until_s
     run.to_device = limited  # type: ignore[assignment]
     message = fit_to_message(run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     return message
 
 
@@ -291,8 +287,7 @@ def train_on_a_bad_disk(ranks: Ranks, recipe: Recipe, bad: int) -> str:
     run = prepare(check(recipe, ranks), ranks)
     os.fsync = fails_once  # type: ignore[assignment]
     fit(run)
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     return run.saver.error or ""
 
 
@@ -315,8 +310,7 @@ def train_with_a_broken_claim(ranks: Ranks, recipe: Recipe) -> str:
     if ranks.is_main:
         (recipe.run_dir / "claimed.json").write_text("")
     message = fit_to_message(run)
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     return message
 
 
@@ -350,8 +344,7 @@ def train_twice_at_once(ranks: Ranks, recipe: Recipe) -> str:
 
     run.to_device = interfere  # type: ignore[assignment]
     message = fit_to_message(run)
-    run.reporter.close()
-    run.engine.destroy()
+    close(run, clean=True)
     return message
 
 

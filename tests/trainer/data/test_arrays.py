@@ -30,7 +30,7 @@ from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.sections.data import Data
 from mixmae.trainer.recipe.sections.pixels import PixelFormat
-from tests.helpers import tar_of, tiny_recipe
+from tests.helpers import png_file, tar_of, tiny_recipe
 
 
 def data(channels: int, dtype: str, **changes: Any) -> Data:
@@ -109,15 +109,7 @@ def test_a_tiff_stands_upright(orientation: int) -> None:
 
 
 def rgb_png_of_16_bits() -> bytes:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in noise(4, 4, 3))
-    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png_file(4, 4, 16, b"".join(b"\0" + row.astype(">u2").tobytes() for row in noise(4, 4, 3)))
 
 
 def palette() -> bytes:

@@ -9,7 +9,6 @@ import itertools
 import json
 import struct
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +27,9 @@ from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
-from tests.helpers import run_ranks, tiny_recipe
+from tests.helpers import png_file, run_ranks, tiny_recipe
 from tests.trainer.data.servers import Fault, HttpServer, http_server
 
 GOOD = 39
@@ -92,18 +91,6 @@ def stream_two_epochs(index: ShardIndex, tmp_path: Path, workers: int = 0) -> Ou
         return Outcome(shown, dict(stream.fault_log.counts), named, stream.retried)
 
 
-def png_with(size: tuple[int, int]) -> bytes:
-    """A PNG of a few bytes that says it is huge."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
-
-
 def jpeg_saying(height: int, width: int) -> bytes:
     content = bytearray(picture(99))
     frame = content.index(b"\xff\xc0")
@@ -130,7 +117,7 @@ WRONG_IN_THE_SHARD: dict[str, tuple[Members, Reason]] = {
     "png cut in the middle": ([("x.png", picture(99, "PNG")[:2000])], Reason.DAMAGED),
     "png with flipped bytes": ([("x.png", flipped(picture(99, "PNG"), 0.5))], Reason.DAMAGED),
     "webp cut in the middle": ([("x.webp", picture(99, "WEBP")[:300])], Reason.DAMAGED),
-    "png that unpacks to gigapixels": ([("x.png", png_with((60_000, 60_000)))], Reason.TOO_LARGE),
+    "png that unpacks to gigapixels": ([("x.png", png_file(60_000, 60_000, 8, b"\0" * 100))], Reason.TOO_LARGE),
     "jpeg that claims gigapixels": ([("x.jpg", jpeg_saying(60_000, 60_000))], Reason.TOO_LARGE),
 }
 
@@ -396,10 +383,7 @@ def lose_a_shard(ranks: Ranks, recipe: Recipe, victim: str) -> str:
     except TooManyFaultsError as error:
         return str(error)
     finally:
-        run.observer.close(clean=True)
-        run.batches.close()
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
 
 
 @pytest.mark.distributed

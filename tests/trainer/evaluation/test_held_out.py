@@ -19,7 +19,7 @@ from mixmae.trainer.evaluation import held_out
 from mixmae.trainer.evaluation.features import features_of
 from mixmae.trainer.evaluation.held_out import gather_rows, held_out_batches
 from mixmae.trainer.evaluation.knn import Bank, Neighbours, nearest
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import coloured_shards, run_ranks, tiny_recipe
@@ -82,9 +82,7 @@ def train(ranks: Ranks, recipes: list[Any]) -> None:
     for recipe in recipes:
         run = prepare(check(recipe, ranks), ranks)
         fit(run)
-        run.batches.close()
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["1", "3"])

@@ -1,35 +1,45 @@
 """The command as users type it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mixmae.base.errors import run_cli
-from mixmae.trainer.planning.activation_memory import Footprint, measure
+from mixmae.trainer.planning.activation_memory import measure
 from mixmae.trainer.planning.cli import main
+from mixmae.trainer.planning.roofline import step_model
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
 from tests.helpers import tiny_recipe
 
 DEMO = "configs/pretrain/demo.yaml"
-_footprints: dict[tuple[str, ...], Footprint] = {}
 
 
-def measure_once(recipe: Recipe, policy: ActivationCheckpointing) -> Footprint:
-    """Measuring is nearly all that a plan takes, and no cluster changes what is measured."""
-    parts = (recipe.encoder, recipe.method, recipe.data, policy)
-    key = (recipe.train.precision, *(part.model_dump_json() for part in parts))
-    if key not in _footprints:
-        _footprints[key] = measure(recipe, policy)
-    return _footprints[key]
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a recipe and more, which is called once for each model, whatever else its recipe says."""
+    known: dict[tuple[str, ...], Any] = {}
+
+    def remembered(recipe: Recipe, *more: object) -> Any:
+        parts = (recipe.encoder, recipe.method, recipe.data)
+        key = (recipe.train.precision, *(part.model_dump_json() for part in parts), *map(repr, more))
+        if key not in known:
+            known[key] = function(recipe, *more)
+        return known[key]
+
+    return remembered
+
+
+measure_once, step_model_once = once(measure), once(step_model)
 
 
 @pytest.fixture(autouse=True)
-def each_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def each_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which is nearly all that a plan takes, and depends on no cluster."""
     monkeypatch.setattr("mixmae.trainer.planning.plan.measure", measure_once)
+    monkeypatch.setattr("mixmae.trainer.planning.speed.step_model", step_model_once)
 
 
 @pytest.fixture
@@ -133,7 +143,10 @@ def test_the_demo_recipe_reads_its_own_kind_of_options(capsys: pytest.CaptureFix
         (["--gpus", "3", "--gpu", "h100", "data.streams=1"], "3 ranks cannot share"),
         (["--gpus", "8", "--gpu", "h100", "train.duration=1 sample"], "less than one step"),
         (["--gpus", "8", "--gpu", "h100", "train.micro_batsch=8"], "did you mean 'train.micro_batch'?"),
-        (["--gpus", "8", "--gpu", "a10", "--gpu-memory", "1.579"], "nothing fits 8 x a10: the minimum is"),
+        (
+            ["--gpus", "8", "--gpu", "a10", "--gpu-memory", "1.579", "--mfu", "0.3"],
+            "nothing fits 8 x a10: the minimum is",
+        ),
     ],
     ids=str,
 )

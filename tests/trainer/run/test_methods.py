@@ -14,7 +14,7 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.components import EncoderSection, MethodSection
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
@@ -72,8 +72,7 @@ def train(ranks: Ranks, recipes: list[Recipe]) -> list[int]:
         run = prepare(check(recipe, ranks), ranks)
         firsts.append(run.state.step)
         fit(run)
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
     return firsts
 
 

@@ -27,7 +27,7 @@ from mixmae.models import MixMAE
 from mixmae.monitoring.metrics import BY_NAME, ENDS, PREFIX, Source
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.tasks.flops import model_flops
 from mixmae.trainer.tasks.registry import build_model
@@ -66,13 +66,10 @@ def train_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, A
     torch.distributed.barrier()
     found = scrape(recipe.run_dir) if ranks.is_main else {}
     torch.distributed.barrier()
-    run.observer.close(clean=True)
+    close(run, clean=True)
     torch.distributed.barrier()
     assert run.observer.shared is not None
     assert not run.observer.shared.exists()
-    run.batches.close()
-    run.reporter.close()
-    run.engine.destroy()
     return found
 
 
@@ -185,10 +182,7 @@ def reads_of_a_run(ranks: Ranks, recipes: list[Recipe]) -> list[Counter[str]]:
             counter = stack.enter_context(CountReads())
             fit(run)
         counts.append(counter.seen + Counter({name: wait.call_count for name, wait in waits.items()}))
-        run.observer.close(clean=True)
-        run.batches.close()
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
     return counts
 
 
@@ -202,40 +196,25 @@ def test_observing_adds_no_read_of_the_device(shards: Path, tmp_path: Path) -> N
     assert observed == unobserved
 
 
-def lose_the_exporter(ranks: Ranks, recipe: Recipe) -> int:
-    run = prepare(check(recipe, ranks), ranks)
-    exporter = run.observer.exporter
-    assert exporter is not None
-    scrape(recipe.run_dir)
-    os.kill(exporter.pid, signal.SIGKILL)
-    fit(run)
-    run.observer.close(clean=True)
-    run.batches.close()
-    run.reporter.close()
-    run.engine.destroy()
-    return run.state.step
+def fit_without_exporter(ranks: Ranks, recipes: dict[signal.Signals, Recipe]) -> list[tuple[int, bool]]:
+    """Of runs whose exporter gets a signal: the steps that they come to, and whether it is there after them."""
+    ends = []
+    for number, recipe in recipes.items():
+        run = prepare(check(recipe, ranks), ranks)
+        exporter = run.observer.exporter
+        assert exporter is not None
+        pid = exporter.pid
+        scrape(recipe.run_dir)
+        os.kill(pid, number)
+        fit(run)
+        close(run, clean=True)
+        ends.append((run.state.step, psutil.pid_exists(pid)))
+    return ends
 
 
-def test_a_run_goes_on_without_its_exporter(shards: Path, tmp_path: Path) -> None:
-    assert run_ranks(lose_the_exporter, 1, recipe_for(shards, tmp_path / "run")) == [8]
-
-
-def stop_the_exporter(ranks: Ranks, recipe: Recipe) -> bool:
-    run = prepare(check(recipe, ranks), ranks)
-    exporter = run.observer.exporter
-    assert exporter is not None
-    scrape(recipe.run_dir)
-    os.kill(exporter.pid, signal.SIGSTOP)
-    fit(run)
-    run.observer.close(clean=True)
-    run.batches.close()
-    run.reporter.close()
-    run.engine.destroy()
-    return psutil.pid_exists(exporter.pid)
-
-
-def test_an_exporter_that_hangs_does_not_outlive_its_run(shards: Path, tmp_path: Path) -> None:
-    assert run_ranks(stop_the_exporter, 1, recipe_for(shards, tmp_path / "run")) == [False]
+def test_a_run_goes_on_without_its_exporter_and_leaves_none_that_hangs(shards: Path, tmp_path: Path) -> None:
+    recipes = {number: recipe_for(shards, tmp_path / number.name) for number in (signal.SIGKILL, signal.SIGSTOP)}
+    assert run_ranks(fit_without_exporter, 1, recipes) == [[(8, False), (8, False)]]
 
 
 def observe_without_memory(ranks: Ranks, recipe: Recipe) -> str | None:
@@ -267,11 +246,15 @@ def test_blocks_of_remote_shards_are_counted(shards: Path, tmp_path: Path) -> No
     assert in_cache + fetched >= 64  # the samples of eight steps
 
 
+def train_again_and_scrape(ranks: Ranks, recipe: Recipe) -> dict[str, list[dict[str, Any]]]:
+    train_and_scrape(ranks, recipe)
+    (recipe.run_dir / "checkpoints" / "newest").write_text("step-00000004\n")
+    return train_and_scrape(ranks, recipe)
+
+
 def test_restarts_are_counted_by_how_the_attempt_before_ended(shards: Path, tmp_path: Path) -> None:
     recipe = recipe_for(shards, tmp_path / "run", **{"checkpoint.every": "4 steps"})
-    run_ranks(train_and_scrape, 1, recipe)
-    (recipe.run_dir / "checkpoints" / "newest").write_text("step-00000004\n")
-    found = run_ranks(train_and_scrape, 1, recipe)[0]
+    found = run_ranks(train_again_and_scrape, 1, recipe)[0]
     assert value(found, "resumes_total", reason="killed") == 1
     assert value(found, "resumes_total", reason="failed") == 0
     (event,) = read_events(recipe.run_dir, "resumed")
