@@ -79,7 +79,7 @@ wheels: $(VENV)/.installed
 		--constraint constraints.txt webdataset simplejpeg xxhash braceexpand hjson py-cpuinfo einops msgpack \
 		pydantic pydantic-core annotated-types typing-inspection typing-extensions psutil ninja rich fsspec filelock \
 		prometheus-client tensorboard absl-py protobuf hypothesis sortedcontainers wrapt \
-		nvidia-ml-py
+		nvidia-ml-py faster-coco-eval pytest-xdist execnet pytest-timeout
 
 # Installs nothing from outside: beside the machine's own packages, from wheels/. Not into a virtual environment: one
 # made from another does not see what is in that.

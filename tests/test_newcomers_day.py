@@ -21,7 +21,7 @@ from PIL import Image
 
 from mixmae.base import jsonl
 from mixmae.launch import cli
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import ROOT, needs_onnx
 

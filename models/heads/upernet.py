@@ -40,14 +40,33 @@ class PixelClassifier(nn.Sequential):
         super().__init__(nn.Dropout2d(_DROPOUT), linear)
 
 
+class GridMean(nn.Module):
+    """`nn.AdaptiveAvgPool2d`, as two products with matrices: its gradient has a fixed order on GPUs, where torch's adds
+    by atomics."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, side, side]."""
+        rows, columns = (_cell_means(length, self.side, x.device) for length in x.shape[2:])
+        return (rows @ x.float() @ columns.t()).to(x.dtype)
+
+
+def _cell_means(length: int, cells: int, device: torch.device) -> Tensor:
+    """fp32 [cells, length]; cell i reaches from floor(i * length / cells) to ceil((i + 1) * length / cells)."""
+    positions, cell = torch.arange(length, device=device), torch.arange(cells, device=device)[:, None]
+    first, end = cell * length // cells, -(-(cell + 1) * length // cells)
+    return ((positions >= first) & (positions < end)) / (end - first)
+
+
 class PyramidPooling(nn.Module):
     """The last stage's map, beside means of it over grids of 1, 2, 3 and 6 cells a side (PSPNet, arXiv 1612.01105)."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvNorm(in_width, width, 1)) for side in _POOLS
-        )
+        self.branches = nn.ModuleList(nn.Sequential(GridMean(side), ConvNorm(in_width, width, 1)) for side in _POOLS)
         self.bottleneck = ConvNorm(in_width + len(_POOLS) * width, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +138,8 @@ class Segmenter(TrainableBackbone):
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of logits [B, classes, h, w], resized to labels int64 [B, H, W], over the number of all pixels."""
     full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(full, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+    # Reduced by the loss itself, GPUs add pixels in no fixed order, and torch refuses it where one is asked for.
+    return F.cross_entropy(full, labels, ignore_index=IGNORED, reduction="none").sum() / labels.numel()
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:

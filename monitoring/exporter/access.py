@@ -1,6 +1,7 @@
 """How a reader reaches exporters: over TLS, with a password, or plainly, as the reader says and no run directory."""
 
 import base64
+import http.client
 import ssl
 import urllib.error
 import urllib.parse
@@ -11,14 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
-from mixmae.base.files import read_regular
-
 TIMEOUT = 1.5
 """Seconds until an endpoint counts as silent."""
 _LARGEST = 64 * 2**20
 """Bytes of an answer: more than the largest node has to say."""
+UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
+"""Exceptions of a failed fetch: no connection, no HTTP, or an invalid response."""
+_LONGEST_REASON = 120
 
 
 class AccessError(ValueError):
@@ -103,16 +103,6 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The sections of a run's recipe, to be shown; empty where it is missing or damaged."""
-    try:
-        content = yaml.safe_load(read_regular(file).decode())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    complete = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("encoder", "train"))
-    return content if complete else {}
-
-
 def fetch(
     url: str, handlers: Sequence[urllib.request.BaseHandler] = (), headers: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:
@@ -133,3 +123,14 @@ def fetch(
     if len(content) > _LARGEST:
         raise ValueError(f"the answer is larger than {_LARGEST >> 20} MiB")
     return content
+
+
+def describe_error(error: Exception) -> str:
+    """A short description of an error of `fetch`."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {str(error.reason)[:_LONGEST_REASON]}"
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, TimeoutError):
+        return f"no response within {TIMEOUT:g} s"
+    words = (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
+    return str(words)[:_LONGEST_REASON]

@@ -1,35 +1,24 @@
-"""Polls a run's exporters and Prometheus' firing alerts in background threads."""
+"""What a run's exporters say: a table of ranks, the worst first."""
 
-import http.client
 import math
 import socket
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mixmae.base.json_text import parse_json
 from mixmae.base.phases import PHASES
-from mixmae.monitoring.exporter.access import TIMEOUT, Access, fetch
+from mixmae.monitoring.exporter.access import UNREACHABLE, Access, describe_error
 from mixmae.monitoring.metrics import PREFIX
 
 WINDOW = 60.0
 """Seconds over which rates are computed."""
 LATE_SECONDS, LATE_STEPS = 30.0, 5
 """A rank is late after both: this many seconds, and this many times its mean step."""
-UNREACHABLE = (OSError, http.client.HTTPException, ValueError)
-"""Exceptions of a failed fetch: no connection, no HTTP, or an invalid response."""
 
 _COUNTS = ("step", "target_steps", "rank_part", "replaced_samples_total", "skipped_steps_total", "world_size")
 _LARGEST_COUNT = 2**53
-_LONGEST_REASON = 120
 
 Numbers = Mapping[str, float]
 
@@ -76,14 +65,6 @@ class Rank:
         behind = (-(self.age or 0.0), self.step or 0) if late else (0.0, 0.0)
         wait = 0.0 if math.isnan(self.data_wait) else round(self.data_wait, 1)
         return (-late, behind[1], behind[0], -wait, -self.replaced, self.rank)
-
-
-@dataclass(frozen=True)
-class Alert:
-    name: str
-    severity: str
-    since: float
-    text: str
 
 
 def parse_scrape(text: str, at: float) -> Scrape:
@@ -169,77 +150,6 @@ class Endpoint:
             _rank(rank, self.node, first.ranks.get(rank, {}), numbers, at, silent)
             for rank, numbers in last.ranks.items()
         ]
-
-
-class Prometheus:
-    """A run's firing alerts."""
-
-    def __init__(self, url: str, labels: Mapping[str, str]) -> None:
-        """`labels` are those that an alert of this run has."""
-        self.url, self._labels = url.rstrip("/"), labels
-        self.problem: str | None = None
-        self.alerts: tuple[Alert, ...] = ()
-
-    def poll(self, now: float) -> None:
-        try:
-            self.alerts = parse_alerts(fetch(f"{self.url}/api/v1/alerts").decode(), self._labels)
-        except UNREACHABLE as error:
-            self.problem, self.alerts = describe_error(error), ()
-        else:
-            self.problem = None
-
-
-def parse_alerts(text: str, labels: Mapping[str, str]) -> tuple[Alert, ...]:
-    """Firing alerts that have `labels`, newest first.
-
-    Raises:
-        ValueError: not a response of Prometheus' /api/v1/alerts.
-    """
-    try:
-        found = [
-            Alert(
-                alert["labels"]["alertname"],
-                alert["labels"].get("severity", ""),
-                datetime.fromisoformat(alert["activeAt"]).timestamp(),
-                alert.get("annotations", {}).get("summary", ""),
-            )
-            for alert in parse_json(text)["data"]["alerts"]
-            if alert["state"] == "firing" and labels.items() <= alert["labels"].items()
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError("not a response of Prometheus' /api/v1/alerts") from error
-    return tuple(sorted(found, key=lambda alert: -alert.since))
-
-
-class Poller:
-    """Calls a function every `interval` seconds in a daemon thread."""
-
-    def __init__(self, poll: Callable[[float], None], interval: float, clock: Callable[[], float] = time.time) -> None:
-        self._poll, self._interval, self._clock = poll, interval, clock
-        self._stopped = threading.Event()
-        self.polled = threading.Event()
-        """Set after the first call."""
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            self._poll(self._clock())
-            self.polled.set()
-            self._stopped.wait(self._interval)
-
-
-def describe_error(error: Exception) -> str:
-    """A short description of an error of `fetch`."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {str(error.reason)[:_LONGEST_REASON]}"
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, TimeoutError):
-        return f"no response within {TIMEOUT:g} s"
-    words = (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
-    return str(words)[:_LONGEST_REASON]
 
 
 def reachable(address: str, node: str) -> bool:

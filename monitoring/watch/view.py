@@ -3,16 +3,21 @@
 import math
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
+from mixmae.base.files import read_regular
 from mixmae.base.run_directory import EVENTS, RECIPE, is_run
-from mixmae.monitoring.exporter.access import PLAIN, TIMEOUT, Access, read_recipe
+from mixmae.monitoring.exporter.access import PLAIN, TIMEOUT, Access
 from mixmae.monitoring.exporter.discovery import Target, read_targets, run_label
+from mixmae.monitoring.watch.alerts import Alert, FiringAlerts
 from mixmae.monitoring.watch.history import Log, State, Tail
-from mixmae.monitoring.watch.scrape import Alert, Endpoint, Poller, Prometheus, Rank, Scrape, reachable
+from mixmae.monitoring.watch.poller import Poller
+from mixmae.monitoring.watch.scrape import Endpoint, Rank, Scrape, reachable
 
 
 class WatchError(ValueError):
@@ -154,7 +159,7 @@ class WatchedRun:
 
     def _read_recipe(self) -> dict[str, Any]:
         if not self._recipe:
-            self._recipe = read_recipe(self.run_dir / RECIPE)
+            self._recipe = _recipe_shown(self.run_dir / RECIPE)
         return self._recipe
 
     def _why_no_ranks(self, listed: int, elsewhere: list[str]) -> Iterator[str]:
@@ -181,6 +186,16 @@ class WatchedRun:
             f"{batch:,} images a step" if isinstance(batch, int) else None,
         ]
         return ", ".join(part for part in parts if part)
+
+
+def _recipe_shown(file: Path) -> dict[str, Any]:
+    """The sections of a run's recipe, to be shown; empty where it is missing or damaged."""
+    try:
+        content = yaml.safe_load(read_regular(file).decode())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    complete = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("encoder", "train"))
+    return content if complete else {}
 
 
 class WatchedEndpoint:
@@ -224,22 +239,6 @@ class WatchedEndpoint:
         details = f"{len(ranks)}{everywhere} rank{'s' * (len(ranks) > 1 or bool(everywhere))}"
         end = scrape.main.get("estimated_end_timestamp_seconds", math.nan)
         return View(self.name, details, self._log, now, ranks, notes, self._alerts.alerts, end)
-
-
-class FiringAlerts:
-    """A run's firing alerts, if a Prometheus server is given."""
-
-    def __init__(self, url: str | None, labels: Mapping[str, str], interval: float) -> None:
-        self._prometheus = Prometheus(url, labels) if url is not None else None
-        self.pollers = [Poller(self._prometheus.poll, interval)] if self._prometheus is not None else []
-
-    @property
-    def alerts(self) -> Sequence[Alert] | None:
-        return self._prometheus.alerts if self._prometheus is not None and self._prometheus.problem is None else None
-
-    def notes(self) -> Iterator[str]:
-        if self._prometheus is not None and self._prometheus.problem is not None:
-            yield f"alerts are not shown: Prometheus at {self._prometheus.url}: {self._prometheus.problem}"
 
 
 def events_of(scrape: Scrape) -> Iterator[dict[str, Any]]:

@@ -30,6 +30,9 @@ _SMALL = (
     "method.decoder_depth=1",
     "method.decoder_num_heads=2",
 )
+_RUNS = "tests/trainer/run/test_on_a_gpu.py"
+_INTERRUPTED = 10.0
+"""Seconds in which a part that took too long may say how far it has come."""
 _ANYWHERE = ("plain-autocast", "grouped", "masked", "selective")
 """Variants that need neither a GPU nor long compilation."""
 _DRY_RUN_FACTOR = 10
@@ -51,16 +54,17 @@ def parts() -> list[Part]:
     """The suite; K = 2 has published operations per image (722 GFLOP for Swin-H), K = 4 is the recipes' setting."""
     headline = "plain-autocast,compiled-triton,compiled-window"  # the reference comes first
     return [
-        Part("parity", 125, ("-m", "pytest", "-m", "gpu", "--timeout", "100", *_workers(), *_gpu_tests())),
+        Part("parity", 125, (*_tests(), *_gpu_tests())),
         Part("window", 30, ("-m", "mixmae.launch.cli", "bench", "window", "--batch", "64", "--rounds", "10", "--json")),
         _step("swin_huge", "64,128", headline, 2, 170),
         _step("swin_base_w14", "128,256", headline, 2, 150),
         _loop("swin_base_w14", 128, 4),
+        Part("runs", 80, (*_tests(), _RUNS)),
         _data(),
         _loop("swin_huge", 64, 4),
         _step("swin_huge", "128", "compiled-window", 4, 80),
         _step("swin_base_w14", "256", headline, 4, 80),
-        _step("swin_huge", "64", "compiled,grouped,masked,selective", 2, 90),
+        _step("swin_huge", "64", "compiled,grouped,masked,selective,graphed", 2, 100),
         _step("swin_base_w14", "128", "compiled,grouped,masked,triton,window", 2, 80),
         _step("swin_large", "128", headline, 2, 90),
     ]
@@ -92,7 +96,7 @@ def small(part: Part) -> Part:
             arguments.append(argument)
     if part.name.startswith("step"):
         arguments[4:4] = ["--precision", "fp32"]
-    if part.name not in ("parity", "window"):
+    if part.name not in ("parity", "runs", "window"):
         arguments += _SMALL
     return Part(part.name, _DRY_RUN_FACTOR * part.seconds, tuple(arguments))
 
@@ -108,7 +112,7 @@ def _loop(model: str, batch: int, rounds: int) -> Part:
     options = ("--model", f"mixmae_{model}", "--batch", str(batch), "--rounds", str(rounds))
     written = ("--json", str(RESULTS / f"loop-gpu-mixmae_{model}.json"))
     more = ("log.every=20", "checkpoint.asynchronous=false", "method.num_images=2")
-    return Part(f"loop {model}", 75, ("-m", "mixmae.launch.cli", "bench", "loop", *options, *written, *more))
+    return Part(f"loop {model}", 90, ("-m", "mixmae.launch.cli", "bench", "loop", *options, *written, *more))
 
 
 def _data() -> Part:
@@ -117,16 +121,19 @@ def _data() -> Part:
     return Part("data", 60, ("-m", "mixmae.launch.cli", "bench", "data", *options, *recipe))
 
 
-def _workers() -> tuple[str, ...]:
-    """Options to run tests in parallel, if pytest-xdist is installed; they spend most time in compilers on the host."""
+def _tests() -> tuple[str, ...]:
+    """pytest, which names each test when it has ended; with those of its plugins that are installed. Tests run in
+    parallel: they spend most time in compilers on the host."""
     workers = str(max(1, (os.cpu_count() or 1) - 2))
-    return ("-n", workers, "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    parallel = ("-n", workers, "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    limited = ("--timeout", "100") if importlib.util.find_spec("pytest_timeout") else ()
+    return ("-m", "pytest", "-v", "-m", "gpu", *parallel, *limited)
 
 
 def _gpu_tests() -> tuple[str, ...]:
-    """Files with GPU tests; others may need missing packages."""
+    """Files with GPU tests but for whole runs; others may need missing packages."""
     files = [*Path("tests/models").rglob("test_*.py"), *Path("tests/trainer").rglob("test_*.py")]
-    return tuple(str(file) for file in sorted(files) if "mark.gpu" in file.read_text())
+    return tuple(str(file) for file in sorted(files) if "mark.gpu" in file.read_text() and file != Path(_RUNS))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -164,6 +171,9 @@ def _run_part(part: Part, limit: float) -> str:
         code = process.wait(limit)
         return "done" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # on which pytest sums up
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_INTERRUPTED)
         return f"timed out after {limit:.0f} s"
     finally:
         with suppress(ProcessLookupError):

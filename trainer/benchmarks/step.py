@@ -3,7 +3,8 @@
 Forward, backward and AdamW on random pixels that are on the device, with a large matrix product in between; all
 variants share weights and optimizer states. On a CPU, which other processes may use, variants are interleaved step by
 step, and with one thread (OMP_NUM_THREADS=1) times are processor time; on a GPU they are measured one after the other,
-several steps at a time without synchronization. Each result is written at once. Medians are compared. The share of the
+several steps at a time without synchronization, then profiled for how long the device stood still, and with its clock
+while it works. Each result is written at once. Medians are compared. The share of the
 product is the model's FLOP/s (those of the method, with full attention in each window, without recomputation) over
 those of the matrix product; an MFU is over the data sheet's.
 """
@@ -22,7 +23,14 @@ import torch
 from torch import Tensor
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table, peak_allocated, profiled, synchronized_time
+from mixmae.trainer.benchmarks.profiling import (
+    kernel_shares,
+    kernel_table,
+    peak_allocated,
+    profiled,
+    standstill,
+    synchronized_time,
+)
 from mixmae.trainer.benchmarks.recipe import recipe_of
 from mixmae.trainer.benchmarks.results import RESULTS, merge_measurements, metadata
 from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep, Weights
@@ -59,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     if device.type == "cpu":
         keep_freed_memory()
     table: list[dict[str, Any]] = []
+    refused: UsageError | None = None
     for model, method, names in chosen:
         own = [f"method.name={method}", f"train.precision={args.precision}"]
         recipes = [recipe_of(model, int(batch), [*own, *args.overrides]) for batch in args.batch.split(",")]
@@ -70,16 +79,21 @@ def main(argv: Sequence[str]) -> int:
             print(f"{model} by {method} is left out: {error}", flush=True)
             continue
         for recipe in recipes:
-            for found, kernels in measure(recipe, names, args.steps, device):
-                print(_describe(found), flush=True)
-                table.append(found)
-                if args.json:
-                    merge_measurements(_file(found, compared=len(chosen) > 1), [found], _KEYS)
-                if args.kernels is not None:
-                    with args.kernels.open("a") as out:
-                        out.write(f"{_title(found)}\n{kernels}\n\n")
+            try:
+                for found, kernels in measure(recipe, names, args.steps, device):
+                    print(_describe(found), flush=True)
+                    table.append(found)
+                    if args.json:
+                        merge_measurements(_file(found, compared=len(chosen) > 1), [found], _KEYS)
+                    if args.kernels is not None:
+                        with args.kernels.open("a") as out:
+                            out.write(f"{_title(found)}\n{kernels}\n\n")
+            except UsageError as error:  # other batches can be measured
+                refused = error
     if len(chosen) > 1:
         print("\n" + comparison(table))
+    if refused is not None:
+        raise refused
     return 0
 
 
@@ -141,8 +155,6 @@ class _Timed:
     times: list[float]
     host_times: list[float]
     """Until the host has started all work of a step; the device may need longer."""
-    clocks: list[int]
-    """Of the device's processors in MHz, at the end of a timing."""
 
 
 def measure(
@@ -157,15 +169,30 @@ def measure(
     inputs = [part.to(device) for part in task.example_inputs(weights.model, batch)]
     product, flops = _product(recipe.train.precision, device), model_flops(recipe)
     reference: float | None = None
+    refused: list[UsageError] = []
     for together in [[name] for name in names] if device.type == "cuda" else [names]:
-        timed = dict(_warmed_up(recipe, together, device, weights, (images, inputs)))
+        timed = dict(_warmed_up(recipe, together, device, weights, (images, inputs), refused))
         peak = statistics.median(_interleave(timed, (images, inputs), steps, product, device) or [0.0])
         rates = {name: batch / statistics.median(one.times) for name, one in timed.items()}
         reference = next((rate for name, rate in rates.items() if name.startswith("plain")), reference)
         for name, one in timed.items():
-            profile = profiled(partial(one.step, images, inputs), device)
+            work = partial(one.step, images, inputs)
+            profile = profiled(work, device)
             found = _measurement(recipe, name, one, (rates[name], reference), (flops, peak), device)
+            if device.type == "cuda":
+                found |= _under_load(work, device)
             yield {**found, "kernel_shares": kernel_shares(profile), **metadata()}, kernel_table(profile)
+    if refused:
+        raise refused[0]
+
+
+def _under_load(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """The GPU's clock while it works, and how long it stands still in as many steps as are timed at once."""
+    repeated = partial(_repeat, work, _AT_ONCE[device.type])
+    repeated()
+    clock = _clock(device)  # before all is done: the clock rises as soon as nothing is
+    torch.cuda.synchronize(device)
+    return {"clock_mhz": clock, **standstill(profiled(repeated, device, kernels_alone=True), _AT_ONCE[device.type])}
 
 
 def _warmed_up(
@@ -174,11 +201,19 @@ def _warmed_up(
     device: torch.device,
     weights: Weights,
     inputs: tuple[Tensor, Sequence[Tensor]],
+    refused: list[UsageError],
 ) -> Iterator[tuple[str, _Timed]]:
+    """
+    Args:
+        refused: why variants cannot be measured, which others do not suffer from.
+    """
     for name in names:
-        step = BareStep(recipe, VARIANTS[name], device, weights)
         try:
-            yield name, _Timed(step, _memory(step, *inputs, device), [], [], [])
+            step = BareStep(recipe, VARIANTS[name], device, weights)
+            yield name, _Timed(step, _memory(step, *inputs, device), [], [])
+        except UsageError as error:
+            print(f"{name:<15} is left out: {error}", flush=True)
+            refused.append(error)
         except torch.OutOfMemoryError as error:
             print(f"{name:<15} batch {len(inputs[0])} does not fit: {str(error).splitlines()[0]}", flush=True)
         if device.type == "cuda":
@@ -203,7 +238,6 @@ def _interleave(
             seconds, host_seconds = _seconds(work, device)
             timed[name].times.append(seconds / repeats)
             timed[name].host_times.append(host_seconds / repeats)
-            timed[name].clocks.extend(_clock(device))
     return rates
 
 
@@ -237,7 +271,6 @@ def _measurement(
         "step_seconds": round(statistics.median(timed.times), 5),
         "step_seconds_spread": [round(min(timed.times), 5), round(max(timed.times), 5)],
         "host_seconds": round(statistics.median(timed.host_times), 5) if device.type == "cuda" else None,
-        "clock_mhz": round(statistics.median(timed.clocks)) if timed.clocks else None,
         "gflop_per_image": round(flops / 1e9, 1),
         "model_tflops": round(rate * flops / 1e12, 6),
         "peak_tflops": round(peak / 1e12, 4),
@@ -249,12 +282,15 @@ def _measurement(
 
 def _memory(step: BareStep, images: torch.Tensor, inputs: Sequence[Tensor], device: torch.device) -> int:
     """Peak bytes of the second step, including weights and optimizer states; the first warms up."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     step(images, inputs)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         others = torch.cuda.memory_allocated(device) - step.bytes
-        torch.cuda.reset_peak_memory_stats(device)
-        step(images, inputs)
+        if not step.is_graphed:  # whose memory is taken when it is recorded, and not seen to be used later
+            torch.cuda.reset_peak_memory_stats(device)
+            step(images, inputs)
         return torch.cuda.max_memory_allocated(device) - others
     return step.bytes + peak_allocated(profiled(lambda: step(images, inputs), device))
 
@@ -287,11 +323,11 @@ def _seconds(work: Callable[[], object], device: torch.device) -> tuple[float, f
     return now() - started, host_seconds
 
 
-def _clock(device: torch.device) -> list[int]:
-    """The GPU's clock in MHz; nothing on a CPU, and without nvidia-ml-py (the extra `gpu`)."""
-    with suppress(ModuleNotFoundError):
-        return [torch.cuda.clock_rate(device)] if device.type == "cuda" else []
-    return []
+def _clock(device: torch.device) -> int | None:
+    """The GPU's clock in MHz; None without nvidia-ml-py (the extra `gpu`), and where the driver does not say."""
+    with suppress(Exception):  # pynvml's have no base that is there without pynvml
+        return torch.cuda.clock_rate(device)
+    return None
 
 
 def _title(found: dict[str, Any]) -> str:
@@ -305,12 +341,22 @@ def _describe(found: dict[str, Any]) -> str:
     low, high = found["step_seconds_spread"]
     ratio = "" if found["ratio_to_plain"] is None else f", {found['ratio_to_plain']:.2f} times plain"
     host = "" if found["host_seconds"] is None else f"; the host {found['host_seconds']:.3f} s of it"
-    clock = "" if found["clock_mhz"] is None else f", at {found['clock_mhz']} MHz"
+    clock = "" if found.get("clock_mhz") is None else f", at {found['clock_mhz']} MHz"
     largest = ", ".join(f"{name} {share:.0%}" for name, share in list(found["kernel_shares"].items())[:5])
     return (
         f"{found['model'].removeprefix('mixmae_')} by {_method(found)}, batch {found['batch']}\n"
         f"{found['variant']:<15} {found['images_per_second']:.2f} images/s{ratio}; step {found['step_seconds']:.3f} s "
         f"({low:.3f} to {high:.3f}{host}{clock}); {found['model_tflops']:.3g} TFLOP/s, "
         f"{found['share_of_product']:.1%} of {found['peak_tflops']:.3g}; {found['peak_memory_bytes'] / 1e9:.2f} GB\n"
-        f"{'':<15} {largest}"
+        f"{'':<15} {largest}{_idle(found)}"
+    )
+
+
+def _idle(found: dict[str, Any]) -> str:
+    if "idle_seconds" not in found:
+        return ""
+    gaps = ", ".join(f"{gap} {seconds * 1e3:.1f}" for gap, seconds in found["idle_by_gap"].items())
+    return (
+        f"\n{'':<15} the GPU did nothing for {found['idle_seconds'] * 1e3:.1f} ms of a step ({gaps}) between "
+        f"{found['kernels']} kernels of {found['busy_seconds'] * 1e3:.1f} ms"
     )

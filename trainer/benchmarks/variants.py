@@ -59,6 +59,7 @@ class Variant:
         compiled: torch.compile, block by block.
         cuda_only: whether it needs a GPU.
         is_published: whether it follows published code, which is MixMAE's on Swin alone.
+        graphed: forward and backward pass are one CUDA graph, which the host starts at once.
     """
 
     words: str
@@ -67,6 +68,7 @@ class Variant:
     compiled: bool = False
     cuda_only: bool = False
     is_published: bool = False
+    graphed: bool = False
 
 
 VARIANTS = {
@@ -89,7 +91,16 @@ VARIANTS = {
     "compiled-window": Variant(
         "compiled and window: the default on GPUs", partial(_fused, windows=True), compiled=True, cuda_only=True
     ),
+    "graphed": Variant(
+        "compiled-window, without what starting kernels takes: what a host could cost",
+        partial(_fused, windows=True),
+        compiled=True,
+        cuda_only=True,
+        graphed=True,
+    ),
 }
+_BEFORE_GRAPH = 2
+"""Passes that compile, choose kernels and take workspaces, which a graph cannot record."""
 
 
 class Weights:
@@ -134,6 +145,7 @@ class BareStep:
         self._weights = shared.narrow if self._is_narrow else shared.masters
         self._autocast = variant.autocast
         self._device = device
+        self._passes = _Graphed(self._run_passes, self._weights, device) if variant.graphed else self._run_passes
         self.model = shared.model_on(self._weights)
         checkpoint_activations(self.model, recipe.train.activation_checkpointing)
         variant.change(self.model)
@@ -150,6 +162,10 @@ class BareStep:
         states = [*self._masters, *(self._weights if self._is_narrow else ()), *self.model.buffers()]
         return sum(t.numel() * t.element_size() for t in states) + 8 * sum(m.numel() for m in self._masters)
 
+    @property
+    def is_graphed(self) -> bool:
+        return isinstance(self._passes, _Graphed)
+
     def loss(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             loss: Tensor = self.model(images, *inputs)
@@ -157,9 +173,13 @@ class BareStep:
 
     def __call__(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """One step; returns its loss, on the device."""
+        loss = self._passes(images, inputs)
+        self._optimize()
+        return loss
+
+    def _run_passes(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         loss = self.loss(images, inputs)
         loss.backward()
-        self._optimize()
         return loss.detach()
 
     @torch.no_grad()
@@ -174,6 +194,42 @@ class BareStep:
         if self._is_narrow:
             torch._foreach_copy_([*self._weights], [*self._masters])
         self._optimizer.zero_grad()
+
+
+class _Graphed:
+    """Passes as one CUDA graph, recorded in the first call, whose images and inputs all later ones compute."""
+
+    def __init__(
+        self,
+        passes: Callable[[Tensor, Sequence[Tensor]], Tensor],
+        weights: Sequence[nn.Parameter],
+        device: torch.device,
+    ) -> None:
+        self._passes, self._weights, self._device = passes, weights, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        if self._graph is None:
+            self._graph = self._record(images, inputs)
+        self._graph.replay()
+        for weight, gradient in zip(self._weights, self._gradients, strict=True):
+            weight.grad = gradient
+        return self._loss
+
+    def _record(self, images: Tensor, inputs: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        beside, here = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            for _ in range(_BEFORE_GRAPH):
+                self._passes(images, inputs)
+                for weight in self._weights:
+                    weight.grad = None
+        here.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._loss = self._passes(images, inputs)
+        self._gradients = [_gradient(weight) for weight in self._weights]
+        return graph
 
 
 def _gradient(weight: nn.Parameter) -> Tensor:

@@ -29,8 +29,8 @@ class HostMemory:
             self._unpin()
             self._memory = torch.empty(size, dtype=torch.uint8)
             self._memory.numpy()[:: mmap.PAGESIZE] = 0
-            if size and _on_gpu(tensors):
-                self._unpin = weakref.finalize(self, _pin(self._memory))
+            if size and (device := _gpu_of(tensors)) is not None:
+                self._unpin = weakref.finalize(self, _pin(self._memory, device))
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the tensors, valid until the next call; returns when they are complete."""
@@ -41,13 +41,17 @@ class HostMemory:
             start, end = end, end + tensor.nbytes
             copies[name] = self._memory[start:end].view(tensor.dtype).view(tensor.shape)
             copies[name].copy_(tensor, non_blocking=True)
-        if _on_gpu(tensors):
-            torch.cuda.current_stream().synchronize()
+        if (device := _gpu_of(tensors)) is not None:
+            torch.cuda.current_stream(device).synchronize()
         return copies
 
 
-def _pin(memory: Tensor) -> Callable[[], object]:
+def _pin(memory: Tensor, device: torch.device) -> Callable[[], object]:
     """Locks these pages, and no more: torch's own pinned memory is rounded up to a power of two.
+
+    Args:
+        device: that they are copied from. A thread begins with GPU 0, on which each rank of a host would otherwise take
+            half a gigabyte for a context of its own.
 
     Returns:
         what undoes it.
@@ -56,7 +60,9 @@ def _pin(memory: Tensor) -> Callable[[], object]:
         UsageError: the system does not let so much memory be locked.
     """
     cudart, size = torch.cuda.cudart(), memory.numel()
-    if error := int(cudart.cudaHostRegister(memory.data_ptr(), size, 0)):
+    with torch.cuda.device(device):
+        error = int(cudart.cudaHostRegister(memory.data_ptr(), size, 0))
+    if error:
         raise UsageError(
             f"cannot pin {size / 1e9:.1f} GB of host memory for checkpoints (CUDA error {error}); raise 'ulimit -l' "
             "or set checkpoint.asynchronous=false"
@@ -64,5 +70,5 @@ def _pin(memory: Tensor) -> Callable[[], object]:
     return partial(cudart.cudaHostUnregister, memory.data_ptr())
 
 
-def _on_gpu(tensors: Mapping[str, Tensor]) -> bool:
-    return any(tensor.is_cuda for tensor in tensors.values())
+def _gpu_of(tensors: Mapping[str, Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)

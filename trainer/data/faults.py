@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
@@ -53,6 +53,11 @@ class Reason(IntEnum):
     @property
     def label(self) -> str:
         return self.name.lower().replace("_", " ")
+
+
+def is_usable(states: Any) -> Any:
+    """Whether a sample's or an annotation's state, or each of an array, is no `Reason`."""
+    return states < min(Reason)
 
 
 UNREACHABLE = (Reason.SHARD_GONE, Reason.STALLED, Reason.UNREADABLE)

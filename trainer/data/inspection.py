@@ -7,7 +7,7 @@ from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.arrays import ArrayImage, is_array
 from mixmae.trainer.data.decode import raise_if_out_of_memory
 from mixmae.trainer.data.encoded_image import MAX_PIXELS, WholeImage, require_affordable
-from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, Reason, UnusableError
+from mixmae.trainer.data.faults import ARRAY, JPEG, PILLOW, Reason, UnusableError, is_usable
 
 _DAMAGE = ("premature end", "bad huffman code", "found marker", "unsupported marker", "bogus")
 """Parts of libjpeg's messages that mean damage, in lower case; on any other message Pillow decides."""
@@ -25,7 +25,7 @@ def inspect_image(content: bytes) -> int:
         if jpeg.is_jpeg(content) and (state := _inspect_jpeg(content)) is not None:
             return state
         state = _inspect_with_pillow(content)
-        return _inspect_array(content) if state >= min(Reason) and is_array(content) else state
+        return _inspect_array(content) if not is_usable(state) and is_array(content) else state
     except Exception as error:  # decoders raise all kinds of errors
         raise_if_out_of_memory(error)
         return Reason.DAMAGED

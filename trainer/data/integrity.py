@@ -7,7 +7,7 @@ import numpy as np
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import ANNOTATED, AnnotationKind
 from mixmae.trainer.data.decode import open_encoded
-from mixmae.trainer.data.faults import ARRAY, Reason, UnusableError, describe, first_names
+from mixmae.trainer.data.faults import ARRAY, Reason, UnusableError, describe, first_names, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
 from mixmae.trainer.recipe.sections.data import Data
 
@@ -24,7 +24,7 @@ def require_usable(index: ShardIndex, max_corrupt_fraction: float) -> str | None
         UsageError: too many samples are unusable, or in shards that are missing or cut short.
     """
     rows = index.samples
-    unusable = rows["state"] >= min(Reason)
+    unusable = ~is_usable(rows["state"])
     sizes, parts = index.shard_sizes(), []
     missing = rows["offset"] + rows["size"] > sizes[rows["shard"]]
     for number in np.unique(rows["shard"][missing]):
@@ -53,7 +53,7 @@ def require_pixels(index: ShardIndex, data: Data) -> None:
         UsageError: it has others than the recipe says; so have all, most likely.
     """
     states = index.samples["state"]
-    usable = np.flatnonzero(states < min(Reason))
+    usable = np.flatnonzero(is_usable(states))
     if not len(usable) or (data.pixels.is_rgb and states[usable[0]] != ARRAY):
         return
     first = int(usable[0])
@@ -74,7 +74,7 @@ def require_labels(index: ShardIndex, purpose: str) -> int:
         UsageError: samples are unlabelled, or their labels are no class.
     """
     rows = index.samples
-    usable = rows["state"] < min(Reason)
+    usable = is_usable(rows["state"])
     wanting = np.flatnonzero(usable & (rows["label"] < 0))
     if len(wanting):
         invalid = int((rows["label"][wanting] == INVALID_LABEL).sum())
@@ -106,7 +106,7 @@ def require_annotations(index: ShardIndex, kind: AnnotationKind, purpose: str) -
             f"IMAGES OUT {option}'"
         )
     states = index.annotation_table["state"]
-    wanting = np.flatnonzero((index.samples["state"] < min(Reason)) & (states != ANNOTATED))
+    wanting = np.flatnonzero(is_usable(index.samples["state"]) & (states != ANNOTATED))
     if len(wanting):
         reasons = Counter(Reason(state) for state in states[wanting])
         names = first_names([index.name_of(int(sample)) for sample in wanting[:3]], count=len(wanting))

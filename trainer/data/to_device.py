@@ -10,6 +10,16 @@ from mixmae.trainer.recipe.sections.data import Data
 from mixmae.trainer.recipe.sections.pixels import RGB
 
 
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, where it is needed after all that was started before.
+
+    From memory that is not pinned a copy of more than 64 KB may wait for that, and the host with it.
+    """
+    if device.type == "cuda":
+        tensor = tensor.contiguous().pin_memory()  # which refuses views of repeated elements
+    return tensor.to(device, non_blocking=True)
+
+
 class ToDevice:
     """uint8 [B, 3, H, W] on the host to normalised fp32 on the device, without blocking the host.
 

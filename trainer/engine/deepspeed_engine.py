@@ -16,7 +16,7 @@ from mixmae.models.contract import Trainable
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
 from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.cpu import Bf16Matmuls, apply_cpu_workarounds
-from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.engine.distributed import Ranks, all_gather
 from mixmae.trainer.engine.optimizer import OptimizerChoice, build_optimizer
 from mixmae.trainer.recipe.hardware import Device, fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
@@ -87,6 +87,17 @@ def compile_parts(model: Trainable, **options: Any) -> None:
         part.compile(fullgraph=True, dynamic=False, **options)
 
 
+def fuse_attention(model: Trainable, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Attention in kernels, on all ranks alike: where one's GPU does not run that of windows, none takes it. The main
+    rank says what goes without."""
+    found = all_gather(model.set_fused_attention(dtype))
+    if any(reasons != found[0] for reasons in found):
+        model.set_fused_attention(dtype, windows=False)
+    if ranks.is_main:
+        for reason in dict.fromkeys(chain(*found)):
+            _logger.warning("train.fused_attention: torch's attention is taken, which is slower: %s", reason)
+
+
 def import_muon() -> None:
     """Imports the optimizer that DeepSpeed compares every other with, without compiling it.
 
@@ -124,10 +135,7 @@ def build_engine(
     if recipe.train.fused_attention:
         if ranks.device.type != "cuda":
             raise UsageError("train.fused_attention=true needs a GPU, and this rank has none; set it to false")
-        dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
-        for reason in model.set_fused_attention(dtype):
-            if ranks.is_main:
-                _logger.warning("train.fused_attention: torch's attention is taken, which is slower: %s", reason)
+        fuse_attention(model, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32, ranks)
     if recipe.train.compile:
         compile_parts(model)
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints memory figures while it is made

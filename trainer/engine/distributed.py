@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from mixmae.base import exit_codes
 from mixmae.base.errors import UsageError
@@ -88,13 +89,13 @@ def join(ranks: Ranks, stuck_seconds: float = Launch().stuck_seconds, determinis
         choose_interfaces(ranks)
         store = open_store(ranks, timeout)
         choose_gloo_interface(ranks, store)
+        if ranks.device.type == "cuda":
+            _refuse_shared_gpu(ranks, store)
         device = ranks.device if ranks.device.type == "cuda" and ranks.world_size > 1 else None  # as DeepSpeed does
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=ranks.rank, world_size=ranks.world_size, device_id=device
         )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    if ranks.device.type == "cuda":
-        _refuse_shared_gpu(ranks)
 
 
 def _choose_accelerator(kind: str) -> None:
@@ -124,13 +125,15 @@ def compute_deterministically() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
+    # Nothing reads it, and each new tensor would be written once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
-def _refuse_shared_gpu(ranks: Ranks) -> None:
-    """Before NCCL is asked for anything, which would name no remedy."""
+def _refuse_shared_gpu(ranks: Ranks, store: Store) -> None:
+    """Before NCCL connects, which a group that is told its device does at once, and which would name no remedy."""
     gpu = str(torch.cuda.get_device_properties(ranks.device).uuid)
-    if dist.distributed_c10d._get_default_store().add(f"mixmae/gpu/{gpu}", 1) > 1:
+    if store.add(f"mixmae/gpu/{gpu}", 1) > 1:
         raise UsageError(
             f"rank {ranks.rank} (LOCAL_RANK={ranks.local_rank}) sees one GPU, {gpu}, which another rank has taken; "
             "start as many ranks on a host as it has GPUs, or bind one to each task"

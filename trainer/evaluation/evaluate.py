@@ -21,8 +21,9 @@ from torch import Tensor
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import Heartbeat, begin_heartbeat
 from mixmae.base.redaction import redact
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_labels
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
 from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model
 from mixmae.trainer.evaluation.held_out import HeldOut, gather_rows, held_out_batches, require_readable

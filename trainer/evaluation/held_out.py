@@ -13,7 +13,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.trainer.data.decode import center_resized_crop
-from mixmae.trainer.data.faults import Reason, UnusableError, first_names
+from mixmae.trainer.data.faults import UnusableError, first_names, is_usable
 from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
@@ -33,7 +33,7 @@ def evaluation_crop(recipe: Recipe) -> float:
 
 def require_readable(index: ShardIndex, purpose: str) -> None:
     """Raises UsageError where an index says that images cannot be used: no figure would be of the whole set."""
-    unusable = np.flatnonzero(index.samples["state"] >= min(Reason))
+    unusable = np.flatnonzero(~is_usable(index.samples["state"]))
     if len(unusable):
         names = first_names([index.name_of(int(sample)) for sample in unusable[:3]], count=len(unusable))
         raise UsageError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.encoded_image import to_rgb
-from mixmae.trainer.data.faults import Reason, UnusableError
+from mixmae.trainer.data.faults import Reason, UnusableError, is_usable
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import TOP, FrozenModel, open_model
@@ -45,7 +45,7 @@ def _content(file: Path) -> tuple[bytes, int]:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}; name an image") from error
-    if (state := inspect_image(content)) >= min(Reason):
+    if not is_usable(state := inspect_image(content)):
         raise UsageError(f"{file} cannot be used as an image: {Reason(state).label}")
     return content, state
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mixmae.base.errors import UsageError
 from mixmae.base.image_size import ImageSize
 from mixmae.base.redaction import redact
-from mixmae.trainer.data.index import UNLABELLED, ShardIndex, open_index
+from mixmae.trainer.data.index import UNLABELLED, ShardIndex
 from mixmae.trainer.data.integrity import require_labels
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main
 from mixmae.trainer.evaluation import knn

@@ -7,7 +7,7 @@ import torch
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.export.task_directory import open_task_directory
 from mixmae.trainer.recipe.sections.evaluate import Evaluate

@@ -58,7 +58,7 @@ def _advice(plan: Plan) -> Iterator[str]:
 def _comparison(plan: Plan) -> str:
     """The recipe's own option compared with the chosen one."""
     needed, limit = plan.own.option.memory.total, plan.cluster.gpu.usable
-    longer = plan.own.days / plan.chosen.days - 1
+    longer = plan.own.seconds / plan.chosen.seconds - 1
     if needed > limit:
         return f"does not fit: {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"
     if longer < -0.005:

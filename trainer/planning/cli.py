@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mixmae.trainer.benchmarks.results import RESULTS
 from mixmae.trainer.planning.devices import GPUS, build_cluster, find_gpu
 from mixmae.trainer.planning.plan import Assumptions, make_plan
 from mixmae.trainer.planning.tables import report, values
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     gpu = find_gpu(args.gpu, args.gpu_memory, args.gpu_tflops, args.gpu_bandwidth)
     cluster = build_cluster(gpu, args.gpus, args.gpus_per_node, args.link)
-    given = Assumptions(args.mfu, args.images, args.image_bytes, args.write_rate, args.price_per_gpu_hour, RESULTS)
+    given = Assumptions(args.mfu, args.images, args.image_bytes, args.write_rate, args.price_per_gpu_hour)
     plan = make_plan(recipe, cluster, given)
     if args.json:
         json.dump(values(plan), sys.stdout, indent=1)

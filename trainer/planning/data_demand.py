@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixmae.base.image_size import ImageSize, both_sides
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.planning.speed import entries
 from mixmae.trainer.recipe.schema import Recipe
 

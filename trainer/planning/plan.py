@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
+from mixmae.trainer.benchmarks.results import RESULTS
 from mixmae.trainer.engine.deepspeed_engine import deepspeed_config
 from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.planning.activation_memory import describe, measure, on_meta
@@ -19,7 +20,6 @@ from mixmae.trainer.recipe.hardware import fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.flops import model_flops
 
-_SECONDS_A_DAY = 86_400
 _MOST_GPUS = 4096
 
 
@@ -34,7 +34,7 @@ class Assumptions:
     """Bytes per second that a node writes to the checkpoints' storage."""
     price: float | None = None
     """Of an hour of one GPU."""
-    results: Path = Path("benchmarks/results")
+    results: Path = RESULTS
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,15 @@ class Run:
     gpus: int
     option: Option
     images_per_second: float
-    days: float
+    seconds: float
+
+    @property
+    def days(self) -> float:
+        return self.seconds / 86_400
 
     @property
     def gpu_hours(self) -> float:
-        return 24 * self.days * self.gpus
+        return self.seconds / 3600 * self.gpus
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def _measure(recipe: Recipe, model: Trainable, gpus: int) -> Workload:
 
 def _run(gpus: int, found: Option, recipe: Recipe, steps: int) -> Run:
     rate = recipe.train.global_batch / found.step_seconds
-    return Run(gpus, found, rate, steps * found.step_seconds / _SECONDS_A_DAY)
+    return Run(gpus, found, rate, steps * found.step_seconds)
 
 
 def _stage(work: Workload, cluster: Cluster, stage: int, own: Option) -> StageRow:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.planning.advice import keys
 from mixmae.trainer.planning.devices import GPUS, build_cluster, find_gpu
 from mixmae.trainer.planning.plan import Assumptions, Plan, make_plan

@@ -182,7 +182,7 @@ _COLUMNS: dict[str, Callable[[Plan, Run], str]] = {
     "images/s": lambda _, run: amount(round(run.images_per_second)),
     "per GPU": lambda _, run: amount(round(run.images_per_second / run.gpus)),
     "efficiency": _efficiency,
-    "time": lambda _, run: duration(run.days * 86_400),
+    "time": lambda _, run: duration(run.seconds),
     "cost": lambda plan, run: f"{plan.cost(run) or 0:,.2f}",
 }
 _OF_SEVERAL = ("GPUs", "sending", "per GPU", "efficiency")

@@ -1,7 +1,7 @@
 """Command line arguments that several commands take, and their types."""
 
 import argparse
-import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,29 +31,30 @@ def at_least(low: int) -> Callable[[str], int]:
 
 def above_0(text: str) -> float:
     """An argument's type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
-    return value
+    return _positive(text, sys.float_info.max, "a number above 0")
 
 
 def share(text: str) -> float:
     """An argument's type: a number above 0, and not above 1."""
+    return _positive(text, 1.0, "a number above 0 and not above 1")
+
+
+def _positive(text: str, most: float, expected: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0 and not above 1")
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return value
 
 
 def size(text: str) -> int:
-    """An argument's type: bytes, such as 110KB."""
+    """An argument's type: bytes, such as 110KB; at least one."""
     try:
-        return int(str(parse_size(text)))
+        number = int(str(parse_size(text)))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}, {error}") from error
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 byte or more")
+    return number

@@ -16,9 +16,10 @@ from mixmae.models.contract import Trainable
 from mixmae.trainer.checkpoints.resume import Resumed, resume, stored_state
 from mixmae.trainer.checkpoints.saver import Saver
 from mixmae.trainer.checkpoints.slices import ModelSlices
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_pixels, require_usable
 from mixmae.trainer.data.joined_index import describe_shares
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.stream import Position, Stream, lost_worker_error, sample_order
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine import distributed

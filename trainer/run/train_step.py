@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.rng import Purpose, seed_at, torch_at
+from mixmae.trainer.data.to_device import copy_to_device
 from mixmae.trainer.engine.non_finite import refuse_non_finite
 from mixmae.trainer.engine.parameter_groups import set_lr
 from mixmae.trainer.run.context import Run
@@ -42,4 +43,4 @@ def inputs_of(run: Run, batch: Batch, micro_step: int) -> list[Tensor]:
     """What the module takes beside this rank's images, on its device."""
     generator = torch_at(Purpose.INPUTS, *rng_key(run, micro_step))
     inputs = run.task.inputs(run.engine.module, batch, generator)
-    return [tensor.to(run.ranks.device, non_blocking=True) for tensor in inputs]
+    return [copy_to_device(tensor, run.ranks.device) for tensor in inputs]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.recipe.schema import Recipe
 
 

@@ -17,8 +17,9 @@ from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.batch_reader import Batch
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_pixels
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw

@@ -49,6 +49,11 @@ class Detect(Task):
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
         require_rgb(recipe)
+        if recipe.train.deterministic:
+            raise UsageError(
+                "train.deterministic=true: on GPUs RoIAlign adds gradients in no fixed order, and torch's way around "
+                "that takes terabytes; set it to false"
+            )
         return _resolve_classes(recipe)
 
     @property

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -221,6 +222,11 @@ def test_a_kernel_that_fails_on_a_gpu_is_left_out(monkeypatch: pytest.MonkeyPatc
     def without_groups(qkv: Tensor, table: Tensor, _: Tensor | None, scale: float) -> Tensor:
         return triton_cases.window_formula(qkv, table, None, scale)
 
+    def without_gradients(qkv: Tensor, table: Tensor, members: Tensor | None, scale: float) -> Tensor:
+        out = triton_cases.window_formula(qkv, table, members, scale)
+        out.register_hook(lambda grad: grad * math.nan)
+        return out
+
     attention = WindowAttention(32, 1, 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -229,6 +235,7 @@ def test_a_kernel_that_fails_on_a_gpu_is_left_out(monkeypatch: pytest.MonkeyPatc
         triton_cases.window_formula: "",
         failing: "the window kernel does not run on a GPU: out of resource: shared memory",
         without_groups: "the window kernel is off by ",
+        without_gradients: "the window kernel is off by ",
     }
     for kernel, reason in kernels.items():
         attention.window_kernel = kernel

@@ -4,34 +4,15 @@ Whatever reads a value back to the host, or mixes devices, raises. The backward 
 the meta device it shows that nothing is read back, and not that devices match.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from mixmae.models.methods.contract import Method
+from tests.models.fake_gpu import NoFixedOrder, move, on_gpu
 from tests.models.methods.test_contract import BATCH, COMBINATIONS, SIZE, build, drawn
 
 OF_THE_METHODS = [("swin", "mixmae"), ("swin", "simmim"), ("swin", "mae"), ("vit", "mae")]
-
-
-def move(model: nn.Module, like: Callable[[Tensor], Tensor]) -> None:
-    """Replaces all parameters and buffers."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(like(parameter))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = like(buffer)
-
-
-def on_gpu(tensor: Tensor) -> Tensor:
-    """As a bf16 model has it."""
-    dtype = torch.bfloat16 if isinstance(tensor, nn.Parameter) else tensor.dtype
-    return torch.empty(tensor.shape, dtype=dtype, device="cuda")
 
 
 def on_meta(family: str, method: str) -> Method:
@@ -58,11 +39,13 @@ def test_a_forward_pass_reads_nothing_back_and_mixes_no_devices(family: str, met
         for names in COMBINATIONS
     ],
 )
-def test_a_backward_pass_reads_nothing_back(family: str, method: str) -> None:
+def test_a_backward_pass_reads_nothing_back_and_has_a_fixed_order(family: str, method: str) -> None:
     model = on_meta(family, method)
     inputs = [part.to("meta") for part in drawn(model, 0)]
-    model(torch.empty(BATCH, 3, SIZE, SIZE, device="meta"), *inputs).backward()
+    with NoFixedOrder() as order:
+        model(torch.empty(BATCH, 3, SIZE, SIZE, device="meta"), *inputs).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    assert order.found == set()  # else train.deterministic=true would end a run on GPUs
 
 
 def test_a_fake_device_notices() -> None:

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from rich.console import Console
 
-from mixmae.launch.commands.watch import frame
+from mixmae.launch.commands.watch_frame import frame
 from mixmae.monitoring.exporter.access import PLAIN, Access
 from mixmae.monitoring.exporter.discovery import write_target
 from mixmae.monitoring.metrics import METRICS, STEP_BUCKETS, Kind
+from mixmae.monitoring.watch.alerts import parse_alerts
 from mixmae.monitoring.watch.history import Log, State, Tail
-from mixmae.monitoring.watch.scrape import Endpoint, Poller, Rank, Scrape, parse_alerts, parse_scrape, reachable
+from mixmae.monitoring.watch.poller import Poller
+from mixmae.monitoring.watch.scrape import Endpoint, Rank, Scrape, parse_scrape, reachable
 from mixmae.monitoring.watch.text import (
     ASCII_BLOCKS,
     BLOCKS,

@@ -19,6 +19,17 @@ def test_parts_are_ordered_by_priority_and_fit_in_eight_minutes() -> None:
     assert sum(part.seconds for part in parts()[:4]) <= 480  # those have their whole time, whatever happens
 
 
+def test_tests_name_each_result_and_need_no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    parity, runs = (next(part.arguments for part in parts() if part.name == name) for name in ("parity", "runs"))
+    assert parity[:5] == ("-m", "pytest", "-v", "-m", "gpu")
+    assert "--timeout" in parity
+    assert runs[-1] not in parity
+    assert (ROOT / runs[-1]).is_file()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not {"-n", "--timeout"} & set(parts()[0].arguments)
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("configs", "tests", "trainer", "pyproject.toml"):

@@ -5,8 +5,10 @@ import torch
 from torch._C._autograd import DeviceType
 
 from mixmae.base.errors import UsageError
+from mixmae.models.contract import Trainable
 from mixmae.trainer.benchmarks import scale, step
-from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table
+from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table, standstill
+from mixmae.trainer.benchmarks.variants import VARIANTS, Variant
 from mixmae.trainer.tasks.flops import model_flops
 from tests.helpers import tiny_recipe
 
@@ -90,3 +92,52 @@ def test_gpu_time_is_not_counted_twice() -> None:
     profiler = SimpleNamespace(key_averages=lambda: events)
     assert kernel_shares(profiler) == {"gemm": 0.75, "adam": 0.25, "other": 0.0}
     assert kernel_table(profiler).splitlines()[0] == "    8.000 ms in 4 calls"
+
+
+def test_a_gpu_stands_still_where_no_kernel_runs() -> None:
+    def event(start: float, end: float, device: DeviceType = DeviceType.CUDA, **more: bool) -> SimpleNamespace:
+        return SimpleNamespace(time_range=SimpleNamespace(start=start, end=end), device_type=device, **more)
+
+    events = [
+        event(1800, 2000),
+        event(0, 900),
+        event(100, 1000),  # beside the one before, on another stream
+        event(1001, 1500),
+        event(1505, 1600),
+        event(0, 5000, DeviceType.CPU),
+        event(0, 5000, is_user_annotation=True),
+    ]
+    assert standstill(SimpleNamespace(events=lambda: events), 2) == {
+        "busy_seconds": 0.000897,
+        "idle_seconds": 0.000103,
+        "idle_by_gap": {"under 2 us": 5e-7, "2 to 10 us": 2.5e-6, "10 to 100 us": 0.0, "over 100 us": 1e-4},
+        "kernels": 2,
+    }
+    assert standstill(SimpleNamespace(events=lambda: events[5:]), 2) == {}
+
+
+def test_a_driver_that_tells_no_clock_ends_no_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> int:
+        raise RuntimeError("Not Supported")
+
+    monkeypatch.setattr(torch.cuda, "clock_rate", refuse)
+    assert step._clock(torch.device("cuda")) is None
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: 1980)
+    assert step._clock(torch.device("cuda")) == 1980
+
+
+def test_a_variant_that_cannot_be_measured_ends_neither_others_nor_other_batches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(model: Trainable) -> None:
+        raise UsageError("the window kernel does not run")
+
+    monkeypatch.setitem(step._SIDES, "cpu", 256)
+    monkeypatch.setitem(VARIANTS, "masked", Variant("", refuse, is_published=True))
+    sizes = ["encoder.img_size=64", "encoder.embed_dim=32", "encoder.depths=[1,1,1,1]", "encoder.num_heads=[1,1,2,2]"]
+    sizes += ["encoder.window_size=[4,4,4,2]", "method.num_images=2", "method.decoder_dim=32", "method.decoder_depth=1"]
+    argv = ["--model", "mixmae_swin_nano", "--batch", "2,4", "--variant", "masked,grouped", "--precision", "fp32"]
+    with pytest.raises(UsageError, match="the window kernel does not run"):
+        step.main([*argv, "--steps", "1", *sizes, "method.decoder_num_heads=2"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line or "images/s" in line]
+    assert [line.split()[0] for line in told] == ["masked", "grouped"] * 2

@@ -1,17 +1,20 @@
 """Every way of computing the step is equal to published code's."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from mixmae.models import MixMAE
 from mixmae.models.methods.mixing import draw_mix
-from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep
+from mixmae.trainer.benchmarks.variants import VARIANTS, BareStep, Variant, Weights
 from mixmae.trainer.recipe.schema import Recipe
 from tests.helpers import tiny_recipe
 
 HERE = torch.device("cpu")
-OTHERS = [name for name in VARIANTS if not name.startswith("plain")]
+OTHERS = [name for name, variant in VARIANTS.items() if not name.startswith("plain") and not variant.graphed]
 
 
 def recipe_of(precision: str, k: int) -> Recipe:
@@ -68,6 +71,53 @@ def test_a_difference_is_detected() -> None:
     mixed_up = recipe.model_copy(update={"method": recipe.method.model_copy(update={"separate_groups": False})})
     gradients, expected = (loss_and_gradients(r, "plain", HERE)[1] for r in (mixed_up, recipe))
     assert (gradients - expected).norm() / expected.norm() > 0.02
+
+
+def test_variants_share_weights_and_states() -> None:
+    """Eight of Swin-H, each with its own, take 88 GB."""
+    recipe = recipe_of("bf16", 2)
+    weights = Weights(recipe, HERE)
+    first, *others = (list(BareStep(recipe, VARIANTS[name], HERE, weights).model.parameters()) for name in OTHERS[:3])
+    assert all(own is shared for other in others for own, shared in zip(other, first, strict=True))
+
+
+class Recorded:
+    """Stands for a CUDA graph: what it recorded stays where it was."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_graph_of_the_passes_leaves_their_gradients_to_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    ends = []
+    for variant in (VARIANTS["grouped"], Variant("", graphed=True)):
+        torch.manual_seed(0)
+        step = BareStep(recipe_of("bf16", 2), variant, HERE)
+        images, mix = torch.ones(8, 3, 128, 128), draw_mix(8, 2, (4, 4), torch.Generator())
+        ends.append((step(images, mix), *step.model.parameters()))
+        assert step.is_graphed == variant.graphed
+    assert all(torch.equal(plain, graphed) for plain, graphed in zip(*ends, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_graph_computes_what_its_kernels_do() -> None:
+    ends = []
+    for name in ("compiled-window", "graphed"):
+        torch.manual_seed(0)
+        step = BareStep(recipe_of("bf16", 2), VARIANTS[name], torch.device("cuda"))
+        images = torch.randn(8, 3, 128, 128, generator=torch.Generator().manual_seed(1)).cuda()
+        mix = draw_mix(8, 2, (4, 4), torch.Generator()).to(torch.device("cuda"))
+        ends.append([float(step(images, mix)) for _ in range(3)])
+    assert ends[1] == pytest.approx(ends[0], rel=1e-3)
+    assert ends[1][2] < ends[1][0]
 
 
 def test_a_step_moves_weights_and_leaves_no_gradient() -> None:

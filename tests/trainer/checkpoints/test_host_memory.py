@@ -1,5 +1,7 @@
 """Memory that a checkpoint is copied to: on GPUs locked, to the byte."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +11,28 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.checkpoints import host_memory
 from mixmae.trainer.checkpoints.host_memory import HostMemory
 
+GPU = torch.device("cuda", 3)
+
 
 class Cudart:
-    """Stands for CUDA's runtime: keeps what is registered."""
+    """Stands for CUDA's runtime: keeps what is registered, and on which GPU that was asked for."""
 
     def __init__(self, error: int = 0) -> None:
         self.error = error
         self.registered: dict[int, int] = {}
+        self.device: torch.device | None = None
+        self.devices: list[torch.device | None] = []
 
     def cudaHostRegister(self, at: int, size: int, flags: int) -> int:  # noqa: N802
         self.registered[at] = size
+        self.devices.append(self.device)
         return self.error
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
 
     def cudaHostUnregister(self, at: int) -> int:  # noqa: N802
         del self.registered[at]
@@ -27,9 +40,10 @@ class Cudart:
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, cudart: Cudart) -> None:
-    monkeypatch.setattr(host_memory, "_on_gpu", lambda tensors: True)
+    monkeypatch.setattr(host_memory, "_gpu_of", lambda tensors: GPU)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "device", cudart.on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
 
 
 def test_no_more_is_pinned_than_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +58,7 @@ def test_no_more_is_pinned_than_is_saved(monkeypatch: pytest.MonkeyPatch) -> Non
     assert list(cudart.registered.values()) == [4000]
     del memory
     assert not cudart.registered
+    assert cudart.devices == [GPU, GPU]  # a save's thread begins on GPU 0, where no other rank may make a context
 
 
 def test_memory_that_may_not_be_locked_is_an_error_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:

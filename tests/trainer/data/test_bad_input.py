@@ -21,8 +21,9 @@ from PIL import Image
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, TooManyFaultsError
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_labels, require_usable
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks

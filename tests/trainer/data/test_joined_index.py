@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason
-from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex, open_index
+from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
 from mixmae.trainer.data.integrity import require_annotations, require_usable
 from mixmae.trainer.data.joined_index import describe_shares
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.scenes import Scenes

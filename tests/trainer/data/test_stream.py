@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.stores.remote import RemoteStore
 from mixmae.trainer.data.stream import LostWorkerError, Position, Stream, lost_worker_error, sample_order
-from mixmae.trainer.data.to_device import ToDevice
+from mixmae.trainer.data.to_device import ToDevice, copy_to_device
 from mixmae.trainer.data.transform import (
     BatchBuffers,
     RandomResizedCropFlip,
@@ -366,3 +366,13 @@ def test_a_gpu_copies_beside_its_computing(monkeypatch: pytest.MonkeyPatch) -> N
     plain = ToDevice(torch.device("cpu"), [0.5] * 3, [0.5] * 3)(images)
     assert torch.equal(to_device(images), plain)
     assert told == ["copies begin", "copies end", ("waits for", "copies"), ("used by", computing)]
+
+
+def test_what_is_drawn_on_the_host_is_pinned_before_it_goes_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a copy of more than 64 KB from other memory the host may wait for all that the GPU has yet to do."""
+    told: list[object] = []
+    pinned = SimpleNamespace(to=lambda device, non_blocking: told.append((device.type, non_blocking)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned)
+    copy_to_device(torch.ones(3), torch.device("cuda"))
+    assert told == [("cuda", True)]
+    assert torch.equal(copy_to_device(torch.ones(3), torch.device("cpu")), torch.ones(3))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.doctor.facts import Plan
 from mixmae.trainer.doctor.probes.bandwidth import turns
 from mixmae.trainer.doctor.probes.gpus import read_gpus

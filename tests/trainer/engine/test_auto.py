@@ -1,10 +1,13 @@
 """What a rank finds to choose by."""
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from mixmae.trainer.engine import deepspeed_engine
 from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.loading import default_recipe
@@ -30,3 +33,20 @@ def test_a_processor_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not fit_here(default_recipe([]), Ranks()).train.compile
     assert not caplog.records
+
+
+@pytest.mark.parametrize(("others", "windows"), [([], [True]), (["it does not run on a GPU"], [True, False])])
+def test_ranks_take_the_same_kernels(
+    others: list[str], windows: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def set_fused_attention(dtype: torch.dtype, windows: bool = True) -> list[str]:
+        asked.append(windows)
+        return []
+
+    monkeypatch.setattr(deepspeed_engine, "all_gather", lambda own: [own, others, others])
+    model: Any = SimpleNamespace(set_fused_attention=set_fused_attention)
+    deepspeed_engine.fuse_attention(model, torch.bfloat16, Ranks(rank=0, world_size=3))
+    assert asked == windows
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == others

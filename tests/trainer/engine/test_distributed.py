@@ -1,5 +1,4 @@
 import os
-from collections import Counter
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -110,7 +109,6 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: told.update(given))
     for library in ("GLOO", "NCCL"):
         monkeypatch.setenv(f"{library}_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=lambda key, one: 1))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: told.update(cudnn=enabled))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
@@ -132,9 +130,11 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
 def test_what_makes_a_gpu_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("NCCL_ALGO", "Tree")  # what the user says counts
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     try:
         compute_deterministically()
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch._C._get_deterministic_fill_uninitialized_memory()  # which would write every tensor twice
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # which cuBLAS asks for
         assert os.environ["NCCL_ALGO"] == "Tree"
     finally:
@@ -155,18 +155,19 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         join(Ranks(rank=3, world_size=4, local_rank=3))
 
 
-def test_a_gpu_that_another_rank_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_another_rank_has_is_refused_before_nccl_connects(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 1)
-    taken: Counter[str] = Counter()
-
-    def add(key: str, one: int) -> int:
-        taken[key] += one
-        return taken[key]
-
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: SimpleNamespace(add=add))
-    distributed._refuse_shared_gpu(Ranks(rank=0, world_size=2, local_rank=0))
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    store, connected = HashStore(), []
+    monkeypatch.setattr(distributed, "open_store", lambda ranks, timeout: store)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: connected.append(given["rank"]))
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **given: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    join(Ranks(rank=0, world_size=2, local_rank=0))
     with pytest.raises(UsageError, match="GPU-1, which another rank has taken"):
-        distributed._refuse_shared_gpu(Ranks(rank=1, world_size=2, local_rank=1))
+        join(Ranks(rank=1, world_size=2, local_rank=1))
+    assert connected == [0]
 
 
 def timeouts(ranks: Ranks) -> list[float]:

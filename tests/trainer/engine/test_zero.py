@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.weights import master_weights
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine import deepspeed_engine

@@ -23,8 +23,8 @@ from mixmae.base.errors import run_cli
 from mixmae.models import create_encoder
 from mixmae.models.layers.blocks import sincos_positions
 from mixmae.trainer.data.decode import center_resized_crop
-from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.inspection import inspect_image
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.evaluate import main
 from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model

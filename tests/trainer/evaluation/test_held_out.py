@@ -12,7 +12,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.checkpoints.manifest import Manifest
 from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation import held_out

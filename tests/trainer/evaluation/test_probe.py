@@ -11,7 +11,8 @@ from torch import Tensor
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.models import create_encoder
 from mixmae.trainer.data.faults import Reason
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.engine.distributed import Ranks

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixmae.models.contract import Trainable
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.activation_checkpointing import checkpoint_activations
-from mixmae.trainer.planning.activation_memory import describe, measure
+from mixmae.trainer.planning.activation_memory import Footprint, describe, measure
 from mixmae.trainer.recipe.loading import default_recipe
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
@@ -155,7 +156,7 @@ def test_the_plan_for_a_gpu_would_not_do_for_a_cpu() -> None:
 @settings(deadline=None, max_examples=30)
 @given(small=st.integers(1, 500), more=st.integers(1, 500))
 def test_more_images_take_more(small: int, more: int) -> None:
-    footprint = FOOTPRINT
+    footprint = footprint_of_torch()
     moment = footprint.worst(small, with_gradients=True)
     assert footprint.peak(small, True) < footprint.peak(small + more, True)
     assert footprint.peak(small, False) <= footprint.peak(small, True)
@@ -164,7 +165,9 @@ def test_more_images_take_more(small: int, more: int) -> None:
     assert slope <= footprint.growth(small + more) * more * (1 + 1e-9)
 
 
-FOOTPRINT = measure(small_swin("bf16"), POLICIES["torch"])
+@cache
+def footprint_of_torch() -> Footprint:
+    return measure(small_swin("bf16"), POLICIES["torch"])
 
 
 def test_offloading_counts_the_inputs_of_blocks_on_the_host() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.planning.data_demand import IMAGENET_BYTES, IMAGENET_IMAGES, corpus, loading, worker_rate
 from tests.helpers import tiny_recipe
 

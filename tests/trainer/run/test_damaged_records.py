@@ -6,7 +6,7 @@ import pytest
 
 from mixmae.base.run_directory import CHECKPOINTS, EVENTS, RECIPE, SHARDS, checkpoint_name
 from mixmae.trainer.data.faults import Fault, FaultLog, Reason
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.run.provenance import check_run_dir, replaced_file, write_run_dir
 from mixmae.trainer.tasks.registry import task_of
 from mixmae.trainer.telemetry.events import begin_attempt, read_events

@@ -24,7 +24,7 @@ from mixmae.base.ports import free_port
 from mixmae.base.run_directory import complete_checkpoints, newest_checkpoint, newest_step
 from mixmae.models import create_encoder
 from mixmae.trainer.checkpoints.weights import master_weights
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.export.export import main as export

@@ -16,7 +16,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models import create_encoder
 from mixmae.trainer.checkpoints.weights import model_weights
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import open_model

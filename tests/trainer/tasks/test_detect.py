@@ -14,7 +14,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
 from mixmae.trainer.checkpoints.weights import model_weights
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.engine.distributed import Ranks
@@ -71,6 +71,12 @@ def recipe_for(sets: Shards, run_dir: Path, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def runs(sets: Shards, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
     return runs_of(tmp_path_factory.mktemp("detectors"), recipe_for, sets, KINDS)
+
+
+def test_gradients_of_no_fixed_order_are_not_promised_to_have_one() -> None:
+    recipe = tiny_recipe(task="detect", **{"train.deterministic": True, "detection.num_classes": 3})
+    with pytest.raises(UsageError, match=r"train.deterministic=true: .* RoIAlign .* set it to false"):
+        task_of(recipe)
 
 
 @pytest.mark.distributed

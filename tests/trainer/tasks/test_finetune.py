@@ -13,7 +13,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models.heads.classification import Classifier
 from mixmae.trainer.checkpoints.weights import averaged_weights, master_weights, model_weights
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.synthetic import CLASSES, Synthetic
 from mixmae.trainer.data.to_device import ToDevice

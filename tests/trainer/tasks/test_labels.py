@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.labels import resolve_classes, targets_of

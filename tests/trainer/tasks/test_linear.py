@@ -14,7 +14,7 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.models.encoders.registry import create_encoder
 from mixmae.models.heads.linear_probe import FeatureNorm, LinearProbe, Variant
 from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states, saved_buffers
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.evaluate import main as evaluate

@@ -22,7 +22,7 @@ from mixmae.models.heads.upernet import Segmenter
 from mixmae.trainer.checkpoints.weights import model_weights, saved_buffers
 from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.resizing import fit_over
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.engine.distributed import Ranks

@@ -11,7 +11,7 @@ from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, EXTENSIONS, A
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import Inspection, inspect_annotation
 from mixmae.trainer.data.dense.masks import require_mask_api
-from mixmae.trainer.data.faults import Reason
+from mixmae.trainer.data.faults import Reason, is_usable
 from mixmae.trainer.data.index import Table
 from mixmae.trainer.data.shards.files import ShardBytes
 from mixmae.trainer.data.shards.members import Member
@@ -104,7 +104,7 @@ def annotations_of(
             continue
         encoded = content[file.offset : file.offset + int(row["size"])]
         row["hash"] = xxhash.xxh3_64_intdigest(encoded)
-        if sample["state"] < min(Reason):
+        if is_usable(sample["state"]):
             found = _inspect(kind, encoded, content, image, num_classes)
             row["state"], highest = found.state, max(highest, found.highest)
             if found.state != ANNOTATED:

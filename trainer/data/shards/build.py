@@ -19,7 +19,8 @@ from mixmae.base.files import publish
 from mixmae.trainer.data import jpeg
 from mixmae.trainer.data.dense.masks import require_mask_api
 from mixmae.trainer.data.faults import first_names
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build_plan import NOTES, PLAN, BuildPlan, assign_to_shards, digest_of, lock_build
 from mixmae.trainer.data.shards.built_shard import BuiltShard, SkippedImage, SkippedObject, read_record
 from mixmae.trainer.data.shards.existing import ALREADY_THERE, Existing

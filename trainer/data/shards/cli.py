@@ -16,7 +16,7 @@ from mixmae.base.errors import UsageError
 from mixmae.base.files import what_is
 from mixmae.base.redaction import redact
 from mixmae.trainer.data.annotations import AnnotationKind
-from mixmae.trainer.data.faults import Reason, describe, first_names
+from mixmae.trainer.data.faults import Reason, describe, first_names, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, ShardIndex
 from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_reasons
 from mixmae.trainer.data.shards.check import check_shards
@@ -32,20 +32,8 @@ from mixmae.trainer.data.shards.source import Source
 from mixmae.trainer.data.shards.sources import open_source
 from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.data.shards.unused import Unused
-from mixmae.trainer.recipe.arguments import at_least
+from mixmae.trainer.recipe.arguments import at_least, size
 from mixmae.trainer.recipe.sections.section import is_elsewhere
-from mixmae.trainer.recipe.units import parse_size
-
-
-def size(text: str) -> int:
-    """An argument's type: bytes, such as 500MB."""
-    try:
-        number = parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}, {error}") from error
-    if not isinstance(number, int) or number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected 1 byte or more")
-    return number
 
 
 def main(argv: Sequence[str]) -> int:
@@ -205,7 +193,7 @@ def _names(index: ShardIndex, samples: npt.NDArray[np.int64]) -> str:
 
 def _describe_unusable(index: ShardIndex) -> list[str]:
     states = index.samples["state"]
-    unusable = np.flatnonzero(states >= min(Reason))
+    unusable = np.flatnonzero(~is_usable(states))
     if not len(unusable):
         return []
     counts = Counter(Reason(state) for state in states[unusable])
@@ -257,5 +245,5 @@ def _write(file: Path, text: str) -> None:
 
 def _describe(index: ShardIndex) -> str:
     size = sum(shard.bytes for shard in index.shards)
-    where, images = redact(index.store.location), int((index.samples["state"] < min(Reason)).sum())
+    where, images = redact(index.store.location), int(is_usable(index.samples["state"]).sum())
     return f"{where}: {images} images, {len(index.classes)} classes, {len(index.shards)} shards, {size / 1e6:.1f} MB"

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import UnusableError, first_names
-from mixmae.trainer.data.index import ShardIndex, open_directory
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_directory
 from mixmae.trainer.data.shards.files import shard_files
 from mixmae.trainer.data.shards.members import DamagedTarError, members
 from mixmae.trainer.data.shards.scan import ScannedShard

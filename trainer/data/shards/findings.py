@@ -1,13 +1,14 @@
 """The findings of a shard check, as a table, as JSON and as an exit code."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixmae.trainer.data.faults import Reason, first_names
+from mixmae.trainer.data.shards.unused import Unused
 
 
 class Kind(Enum):
@@ -68,6 +69,16 @@ class Finding(NamedTuple):
 def kind_of(reason: Reason) -> Kind:
     """The kind of finding for a sample's state."""
     return Kind[reason.name]
+
+
+def of_unused(where: str, unused: Unused) -> Iterator[Finding]:
+    """What no sample uses in a directory or a shard."""
+    for reason, count in unused.counts.items():
+        yield Finding(
+            Kind.UNUSED, where, detail=f"{count} {reason}: {first_names(unused.examples[reason], count=count)}"
+        )
+    for name, reason in unused.unreadable:
+        yield Finding(Kind.MEMBER_UNREADABLE, where, name, reason)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from mixmae.trainer.data.index import (
     ShardIndex,
     Table,
     fingerprint_of,
-    open_index,
 )
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.no_shards import why_no_shards
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.annotated import missing_rows
 from mixmae.trainer.data.shards.files import shard_files, total_size
 from mixmae.trainer.data.shards.labels import resolve_names

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from webdataset.tariterators import base_plus_ext
 
 from mixmae.base.files import open_regular
+from mixmae.trainer.data.shards.files import ShardBytes
 from mixmae.trainer.data.shards.unused import Unused, is_junk
 
 _BLOCK = 512
@@ -91,6 +92,32 @@ def recover_members(file: Path, unused: Unused | None = None) -> list[Member]:
             except Exception:  # a damaged extended header: continue behind it
                 at += _BLOCK
     return collector.members()
+
+
+def find_members(file: Path, unused: Unused) -> tuple[list[Member], DamagedTarError | None]:
+    """A tar's members, and what is wrong with it; of a damaged tar the intact members.
+
+    Args:
+        unused: counts the tar's other files.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = Unused(most_examples=unused.most_examples)
+    try:
+        whole = members(file, found)
+    except DamagedTarError as error:
+        return recover_members(file, unused), error
+    unused.merge(found)
+    return whole, None
+
+
+def name_at(content: ShardBytes, offset: int) -> str:
+    """A member's name from its header, or its offset where the header is lost."""
+    try:
+        return tarfile.TarInfo.frombuf(content[offset - _BLOCK : offset], "utf-8", "replace").name
+    except tarfile.TarError:
+        return f"image at byte {offset}"
 
 
 class _TarInfo(tarfile.TarInfo):

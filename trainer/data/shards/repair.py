@@ -17,12 +17,15 @@ from mixmae.base import jsonl
 from mixmae.base.errors import UsageError
 from mixmae.base.files import open_regular, replacing
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.shards.check import CheckResult, Expected, ShardInspection, find_members
+from mixmae.trainer.data.shards.check import CheckResult
+from mixmae.trainer.data.shards.expected import Expected
 from mixmae.trainer.data.shards.files import REPAIRS, shard_bytes
 from mixmae.trainer.data.shards.findings import Kind
 from mixmae.trainer.data.shards.indexing import save_index
+from mixmae.trainer.data.shards.members import find_members
 from mixmae.trainer.data.shards.salvage import LostSample, Salvage
 from mixmae.trainer.data.shards.scan import ScannedShard, scan_shard
+from mixmae.trainer.data.shards.shard_inspection import ShardInspection
 from mixmae.trainer.data.shards.unused import Unused
 from mixmae.trainer.data.shards.workers import advance, run_jobs
 

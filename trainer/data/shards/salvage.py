@@ -14,14 +14,13 @@ from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKin
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import inspect_annotation
 from mixmae.trainer.data.dense.objects import without_faulty
-from mixmae.trainer.data.faults import Reason
+from mixmae.trainer.data.faults import Reason, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED, Table
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.annotated import annotation_kind
-from mixmae.trainer.data.shards.check import name_at
 from mixmae.trainer.data.shards.files import ShardBytes
 from mixmae.trainer.data.shards.labels import LabelCodes, is_name
-from mixmae.trainer.data.shards.members import Member
+from mixmae.trainer.data.shards.members import Member, name_at
 from mixmae.trainer.data.shards.scan import (
     LABEL,
     MAX_FILE_BYTES,
@@ -167,7 +166,7 @@ class Salvage:
         image = self._bytes(file)
         image_hash, state = xxhash.xxh3_64_intdigest(image), inspect_image(image)
         row = self._rows.get((file.offset, file.size))
-        if state >= min(Reason):
+        if not is_usable(state):
             self._lose(name, Reason(state).label)
         elif row is not None and row["hash"] != image_hash:
             self._lose(name, "other bytes than were indexed")

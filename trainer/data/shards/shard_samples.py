@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, AnnotationKind, merge_kinds
-from mixmae.trainer.data.faults import Reason, UnusableError, first_names
+from mixmae.trainer.data.faults import Reason, UnusableError, first_names, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, UNLABELLED
 from mixmae.trainer.data.shards.files import shard_bytes, shard_files
 from mixmae.trainer.data.shards.index_facts import category_ids, class_names
@@ -130,7 +130,7 @@ def _list_shard(classes: list[str], file: Path) -> _ListedShard:
     kind, beside = (None, np.zeros(len(samples.table), ANNOTATION)) if found is None else (found.kind, found.table)
     entries = []
     for row, member, annotation in zip(samples.table, samples.members, beside, strict=True):
-        unusable = int(row["state"]) if row["state"] >= min(Reason) else None
+        unusable = None if is_usable(row["state"]) else int(row["state"])
         at = int(annotation["offset"]) if kind is not None and annotation["state"] == ANNOTATED else None
         reference = (file.name, int(row["offset"]), member.extension.rpartition(".")[2], unusable, at)
         entry = Entry(_sample_key(member), reference, int(row["size"]), int(row["label"]), int(annotation["size"]))

@@ -14,7 +14,7 @@ from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import inspect_annotation
 from mixmae.trainer.data.dense.objects import FaultyObject, without_faulty
-from mixmae.trainer.data.faults import JPEG, Reason, UnusableError
+from mixmae.trainer.data.faults import JPEG, Reason, UnusableError, is_usable
 from mixmae.trainer.data.index import SAMPLE
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.shards.build_plan import NOTES, BuildPlan
@@ -77,7 +77,7 @@ def _prepare(plan: BuildPlan, entry: Entry) -> tuple[str, bytes, int, bool]:
     if is_heic(content):
         extension, content = "png", to_png(content)
     state = inspect_image(content)
-    if state >= min(Reason):
+    if not is_usable(state):
         raise UnusableError(Reason(state), "")
     rewritten = _with_restarts(content) if plan.seekable and state == JPEG else None
     return (extension, content, state, False) if rewritten is None else (extension, rewritten, JPEG, True)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.faults import UnusableError, is_usable
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_usable
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.doctor.facts import ShardFacts
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -53,5 +54,5 @@ def first_and_last(index: ShardIndex) -> Iterator[int]:
     ends = np.cumsum([shard.samples for shard in index.shards])
     for shard in np.unique(np.linspace(0, len(ends) - 1, _SHARDS).astype(int)):
         start = int(ends[shard]) - index.shards[shard].samples
-        usable = np.flatnonzero(index.samples["state"][start : ends[shard]] < min(Reason))
+        usable = np.flatnonzero(is_usable(index.samples["state"][start : ends[shard]]))
         yield from (start + int(number) for number in np.unique(usable[[0, -1]] if len(usable) else usable))

@@ -19,7 +19,7 @@ from mixmae.base.errors import UsageError
 from mixmae.trainer.data.augmentation.erasing import RandomErasing
 from mixmae.trainer.data.augmentation.labelled import LabelledCrop
 from mixmae.trainer.data.augmentation.rand_augment import INCREASING, OPERATIONS, RandAugment
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.recipe.sections.data import Data
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

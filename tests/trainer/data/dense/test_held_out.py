@@ -12,7 +12,7 @@ from mixmae.trainer.data.dense.held_out import held_out_scenes
 from mixmae.trainer.data.dense.label_maps import parse_label_map
 from mixmae.trainer.data.dense.objects import Objects
 from mixmae.trainer.data.dense.resizing import fit_into, fit_over
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.engine.distributed import Ranks

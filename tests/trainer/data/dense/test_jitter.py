@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.jitter import LargeScaleJitterCrop
 from mixmae.trainer.data.dense.objects import dump_objects, parse_objects
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.rng import Purpose, random_at
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes

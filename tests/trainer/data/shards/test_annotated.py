@@ -21,8 +21,9 @@ from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.label_maps import parse_label_map
 from mixmae.trainer.data.dense.objects import parse_objects
 from mixmae.trainer.data.faults import Reason, UnusableError
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
 from mixmae.trainer.data.integrity import require_annotations
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.cli import main

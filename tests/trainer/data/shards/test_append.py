@@ -10,7 +10,7 @@ from PIL import Image
 
 from mixmae.base import files
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards import build
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.indexing import write_index

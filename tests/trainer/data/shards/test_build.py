@@ -17,7 +17,8 @@ from PIL import Image
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data import jpeg
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards import build
 from mixmae.trainer.data.shards.build import BuildInterruptedError, build_shards
 from mixmae.trainer.data.shards.build_plan import assign_to_shards

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.trainer.data.faults import Reason
-from mixmae.trainer.data.index import ShardIndex, open_index
+from mixmae.trainer.data.index import ShardIndex
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.findings import Kind

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.index import open_index
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.sources import open_source
 

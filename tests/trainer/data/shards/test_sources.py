@@ -13,8 +13,8 @@ from PIL import Image
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.faults import PILLOW, UnusableError
-from mixmae.trainer.data.index import open_index
 from mixmae.trainer.data.inspection import inspect_image
+from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.cli import main
 from mixmae.trainer.data.shards.source import Source, unique
