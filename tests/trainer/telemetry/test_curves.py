@@ -43,7 +43,8 @@ def test_every_evaluated_metric_has_a_curve(tmp_path: Path, monkeypatch: pytest.
     drawn: dict[str, Any] = {axes.get_ylabel(): axes.lines[0] for axes in figures[0].axes}
     assert list(drawn) == ["loss", "learning rate", "gradient norm", "eval/top1", "eval/top5"]
     assert list(drawn["eval/top1"].get_xdata()) == [2, 4, 6]
-    whole, of_class = next(axes.lines for axes in figures[0].axes if axes.get_ylabel() == "eval/top1")
+    top1: list[Any] = next(list(axes.lines) for axes in figures[0].axes if axes.get_ylabel() == "eval/top1")
+    whole, of_class = top1
     assert list(of_class.get_ydata()) == [0.5] * 3
     assert (of_class.get_alpha(), of_class.get_zorder()) < (whole.get_alpha(), whole.get_zorder())
     assert list(drawn["eval/top5"].get_ydata()) == [0.5, 0.75]
