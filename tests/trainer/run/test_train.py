@@ -30,7 +30,7 @@ from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.export.export import main as export
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.lifecycle import check, close, prepare
 from mixmae.trainer.run.loop import fit
 from mixmae.trainer.run.provenance import check_run_dir, write_run_dir
 from mixmae.trainer.telemetry.events import Events, past_ends, read_events
@@ -234,10 +234,9 @@ def test_a_finished_run_goes_on_for_longer_at_the_new_schedule(
     shutil.copytree(finished, run_dir)
     command = ["mixmae.trainer.train", str(recipe_file), f"run_dir={run_dir}", "log.pictures=null"]
     longer = ["train.duration=10 steps", "optim.clip_grad=0.5"]
-    refused = run_module(*command, *longer)
-    assert refused.returncode == 2
-    assert "train.duration (8 steps then, 10 steps now), optim.clip_grad (not set then, 0.5 now)" in refused.stderr
-    assert "--change goes on with it changed" in refused.stderr
+    with pytest.raises(UsageError, match="--change goes on with it changed") as refused:
+        check(load_recipe(recipe_file, [f"run_dir={run_dir}", *longer]), Ranks())
+    assert "train.duration (8 steps then, 10 steps now), optim.clip_grad (not set then, 0.5 now)" in str(refused.value)
     done = run_module(*command, *longer, "--change")
     assert done.returncode == 0, done.stderr
     assert "from step 8 on changed: train.duration (8 steps then, 10 steps now), optim.clip_grad" in done.stdout
@@ -279,9 +278,7 @@ def train(ranks: Ranks, recipes: list[Recipe]) -> None:
     for recipe in recipes:
         run = prepare(check(recipe, ranks), ranks)
         fit(run)
-        run.batches.close()
-        run.reporter.close()
-        run.engine.destroy()
+        close(run, clean=True)
 
 
 @pytest.mark.distributed
@@ -379,7 +376,7 @@ def test_a_start_that_fails_ends_all_that_it_started(blocked: str, recipe_file: 
 
 
 def test_half_set_environments_are_one_clear_line(recipe_file: Path) -> None:
-    done = start(sys.executable, "-m", "mixmae.trainer.train", str(recipe_file), RANK="1")
+    done = run_module("mixmae.trainer.train", str(recipe_file), RANK="1")
     assert done.returncode == 2
     assert "WORLD_SIZE" in done.stderr
     assert "Traceback" not in done.stderr
