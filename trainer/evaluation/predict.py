@@ -79,7 +79,8 @@ def draw_predictions(model: Path, files: Sequence[Path], out: Path | None, as_js
         if as_json:
             print(json.dumps({"image": str(file), "picture": str(picture), **found.facts}))
         else:
-            print("\n".join([f"{file}: {picture}", *(f"  {line}" for line in found.lines)]))
+            lines = found.lines or [f"nothing with a score of {min_score} and more (--min-score)"]
+            print("\n".join([f"{file}: {picture}", *(f"  {line}" for line in lines)]))
 
 
 def _whole(file: Path) -> Tensor:

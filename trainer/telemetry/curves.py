@@ -20,13 +20,16 @@ TRAINING = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
 _LARGEST = 1e300
 """More is no measurement, and breaks axes."""
 
+_WHOLE: dict[str, Any] = {"lw": 1.2, "alpha": 1.0, "zorder": 3}
+_OF_CLASS: dict[str, Any] = {"lw": 0.8, "alpha": 0.4, "zorder": 2}
+
 Curves = dict[str, tuple[list[int], list[float]]]
 """Steps and values by label."""
 
 
 def draw(run_dirs: Sequence[Path], out: Path) -> None:
-    """Draws the logged steps and evaluations of runs, a panel for each kind of value, and one for those of single
-    classes (`iou/wall`).
+    """Draws the logged steps and evaluations of runs, a panel for each kind of value, in which those of single classes
+    (`box_ap/dog`) stand pale behind that of all.
 
     Raises:
         UsageError: not a run directory, or one without logged steps; or matplotlib is not installed.
@@ -46,7 +49,8 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
             for label in labels:
                 at, values = curves.get(label, ([], []))
                 named = name if label == labels[0] else None
-                axes.plot(at, values, lw=1.2, marker="." if len(at) < 50 else "", color=f"C{color}", label=named)
+                style = _WHOLE if label == panel else _OF_CLASS
+                axes.plot(at, values, marker="." if len(at) < 50 else "", color=f"C{color}", label=named, **style)
         axes.set_ylabel(panel, parse_math=False)
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")

@@ -142,9 +142,10 @@ def test_an_export_is_a_detector_that_finds_what_the_run_did(
     assert Image.open(tmp_path / "drawn" / "a.png").size == Image.open(tmp_path / "a.jpg").size
     for score, objects in ((0.2, [sum(one["score"] >= 0.2 for one in part["objects"]) for part in found]), (1, [0, 0])):
         assert predict([*arguments, "--min-score", str(score)]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[objects[0] + 1].endswith(str(tmp_path / "drawn" / "b.png"))
-        assert len(lines) == sum(objects) + 2
+        lines, each = capsys.readouterr().out.splitlines(), [count or 1 for count in objects]
+        assert lines[each[0] + 1].endswith(str(tmp_path / "drawn" / "b.png"))
+        assert len(lines) == sum(each) + 2
+        assert ("nothing with a score" in lines[1]) == (objects[0] == 0)
     with pytest.raises(UsageError, match="--out FOLDER"):
         predict(arguments[:2])
 

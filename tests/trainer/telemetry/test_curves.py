@@ -34,7 +34,7 @@ def test_every_evaluated_metric_has_a_curve(tmp_path: Path, monkeypatch: pytest.
     for step in range(1, 7):
         events.write("step", step=step, loss=1 / step if step > 1 else float("nan"), lr=1e-3, grad_norm=1.0)
         if step % 2 == 0:
-            metrics = {"top1": step / 10} | ({"top5": step / 8} if step > 2 else {})
+            metrics = {"top1": step / 10, "top1/cat": 0.5} | ({"top5": step / 8} if step > 2 else {})
             events.write("evaluation", step=step, samples=8 * step, metrics=metrics)
     events.close()
     figures: list[Figure] = []
@@ -43,6 +43,10 @@ def test_every_evaluated_metric_has_a_curve(tmp_path: Path, monkeypatch: pytest.
     drawn: dict[str, Any] = {axes.get_ylabel(): axes.lines[0] for axes in figures[0].axes}
     assert list(drawn) == ["loss", "learning rate", "gradient norm", "eval/top1", "eval/top5"]
     assert list(drawn["eval/top1"].get_xdata()) == [2, 4, 6]
+    top1: list[Any] = next(list(axes.lines) for axes in figures[0].axes if axes.get_ylabel() == "eval/top1")
+    whole, of_class = top1
+    assert list(of_class.get_ydata()) == [0.5] * 3
+    assert (of_class.get_alpha(), of_class.get_zorder()) < (whole.get_alpha(), whole.get_zorder())
     assert list(drawn["eval/top5"].get_ydata()) == [0.5, 0.75]
     assert list(drawn["loss"].get_xdata()) == [1, 2, 3, 4, 5, 6]
 
