@@ -7,7 +7,7 @@ from torch._C._autograd import DeviceType
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.trainer.benchmarks import scale, step
+from mixmae.trainer.benchmarks import scale, step, step_times
 from mixmae.trainer.benchmarks.profiling import kernel_shares, kernel_table, standstill
 from mixmae.trainer.benchmarks.variants import VARIANTS, Variant
 from mixmae.trainer.tasks.flops import model_flops
@@ -18,7 +18,7 @@ HERE = torch.device("cpu")
 
 def test_measurements_are_consistent() -> None:
     recipe = tiny_recipe(**{"train.micro_batch": 4, "train.global_batch": 4})
-    found = [one for one, _ in step.measure(recipe, ["plain", "grouped"], 2, HERE)]
+    found = [one for one, _ in step_times.measure(recipe, ["plain", "grouped"], 2, HERE)]
     assert [one["variant"] for one in found] == ["plain", "grouped"]
     assert found[0]["ratio_to_plain"] == 1
     for one in found:
@@ -39,7 +39,7 @@ def test_measurements_are_consistent() -> None:
 def test_encoders_and_methods_are_compared_in_one_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(step._SIDES, "cpu", 256)
+    monkeypatch.setitem(step_times._SIDES, "cpu", 256)
     sizes = ("encoder.img_size=64", "train.zero_stage=1")
     argv = ["--model", "mixmae_vit_nano,mixmae_resnet_nano", "--method", "simmim,mae", "--batch", "1", "--steps", "1"]
     assert step.main([*argv, "--precision", "fp32", *sizes]) == 0
@@ -122,9 +122,9 @@ def test_a_driver_that_tells_no_clock_ends_no_benchmark(monkeypatch: pytest.Monk
         raise RuntimeError("Not Supported")
 
     monkeypatch.setattr(torch.cuda, "clock_rate", refuse)
-    assert step._clock(torch.device("cuda")) is None
+    assert step_times._clock(torch.device("cuda")) is None
     monkeypatch.setattr(torch.cuda, "clock_rate", lambda device: 1980)
-    assert step._clock(torch.device("cuda")) == 1980
+    assert step_times._clock(torch.device("cuda")) == 1980
 
 
 def test_the_clock_is_read_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +141,8 @@ def test_the_clock_is_read_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "clock_rate", clock_rate)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("synchronize"))
-    monkeypatch.setattr(step, "profiled", profiled)
-    assert step._under_load(lambda: told.append("step"), torch.device("cuda")) == {"clock_mhz": 1500}
+    monkeypatch.setattr(step_times, "profiled", profiled)
+    assert step_times._under_load(lambda: told.append("step"), torch.device("cuda")) == {"clock_mhz": 1500}
     assert told == [*["step"] * 4, "clock", "synchronize", *["step"] * 4]
 
 
@@ -152,7 +152,7 @@ def test_a_variant_that_cannot_be_measured_ends_neither_others_nor_other_batches
     def refuse(model: Trainable) -> None:
         raise UsageError("the window kernel does not run")
 
-    monkeypatch.setitem(step._SIDES, "cpu", 256)
+    monkeypatch.setitem(step_times._SIDES, "cpu", 256)
     monkeypatch.setitem(VARIANTS, "masked", Variant("", refuse, is_published=True))
     sizes = ["encoder.img_size=64", "encoder.embed_dim=32", "encoder.depths=[1,1,1,1]", "encoder.num_heads=[1,1,2,2]"]
     sizes += ["encoder.window_size=[4,4,4,2]", "method.num_images=2", "method.decoder_dim=32", "method.decoder_depth=1"]
