@@ -13,8 +13,10 @@ from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.library import library
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks

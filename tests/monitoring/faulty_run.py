@@ -19,8 +19,9 @@ from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.engine.deepspeed_engine import build_engine
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.telemetry.observer import Observer
 
 DRIVERS = Path(__file__).parent / "drivers"
@@ -75,7 +76,7 @@ def train_with_faults(rank: int, port: int, recipe: Recipe, control: Control) ->
         return build_engine(*given)
 
     pretend_drivers()
-    with mock.patch("mixmae.trainer.run.lifecycle.build_engine", held):
+    with mock.patch("mixmae.trainer.run.preparing.build_engine", held):
         run = prepare(job, ranks)
     pretend_device(run.observer, control)
     run.batches = FaultyStream(run.batches, control, rank)  # type: ignore[assignment]

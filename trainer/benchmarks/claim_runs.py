@@ -11,8 +11,10 @@ from mixmae.trainer.benchmarks.ranks import run_ranks
 from mixmae.trainer.engine.auto import fit_here
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.run.train_step import train_step
 from mixmae.trainer.tasks.registry import task_of
 

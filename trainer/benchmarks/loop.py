@@ -33,9 +33,11 @@ from mixmae.trainer.data.shards.synthetic import Synthetic
 from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.run.context import Run
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.run.train_step import inputs_of
 
 _KEPT = 4

@@ -14,8 +14,10 @@ from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.telemetry.events import read_events
 from mixmae.trainer.telemetry.sample_log import read_samples
 from tests.helpers import run_ranks, tiny_recipe

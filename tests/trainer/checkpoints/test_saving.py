@@ -22,9 +22,11 @@ from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.run import saving
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.run.context import Run
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.run.saving import SaveError
 from mixmae.trainer.run.train_step import train_step
 from mixmae.trainer.telemetry.events import read_events

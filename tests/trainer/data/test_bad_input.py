@@ -27,8 +27,10 @@ from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.stream import Position, Stream
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from tests.helpers import png_file, run_ranks, tiny_recipe
 from tests.trainer.data.servers import Fault, HttpServer, http_server
 

@@ -21,8 +21,9 @@ from mixmae.trainer.engine.parameter_groups import exempt_from_decay, optimizer_
 from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.train import ActivationCheckpointing
-from mixmae.trainer.run.lifecycle import check, prepare
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.run.reporting import DivergedError
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.events import read_events

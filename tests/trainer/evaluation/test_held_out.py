@@ -19,8 +19,10 @@ from mixmae.trainer.evaluation import held_out
 from mixmae.trainer.evaluation.features import features_of
 from mixmae.trainer.evaluation.held_out import gather_rows, held_out_batches
 from mixmae.trainer.evaluation.knn import Bank, Neighbours, nearest
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import coloured_shards, run_ranks, tiny_recipe
 

@@ -14,8 +14,10 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.components import EncoderSection, MethodSection
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.models.methods.teachers import small_teacher

@@ -13,8 +13,10 @@ from mixmae.trainer.data.shards.build import build_shards
 from mixmae.trainer.data.shards.scenes import Scenes
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run import lifecycle
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import coloured_shards, run_ranks, tiny_recipe
 from tests.trainer.tasks.resumed import content
@@ -42,9 +44,9 @@ def recipe_for(run_dir: Path, shards: Path, **changes: Any) -> Recipe:
 def train(ranks: Ranks, recipes: list[Recipe]) -> tuple[str, int]:
     """Each to its end, one after the other; on which device, and how much of its memory was taken."""
     for recipe in recipes:
-        run = lifecycle.prepare(lifecycle.check(recipe, ranks), ranks)
+        run = prepare(check(recipe, ranks), ranks)
         fit(run)
-        lifecycle.close(run, clean=True)
+        close(run, clean=True)
     return ranks.device.type, torch.cuda.max_memory_allocated()
 
 

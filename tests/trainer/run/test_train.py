@@ -30,8 +30,10 @@ from mixmae.trainer.engine.schedule import build_schedule
 from mixmae.trainer.export.export import main as export
 from mixmae.trainer.recipe.loading import load_recipe
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.run.provenance import check_run_dir, write_run_dir
 from mixmae.trainer.telemetry.events import Events, past_ends, read_events
 from mixmae.trainer.train import main

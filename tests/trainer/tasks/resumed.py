@@ -15,9 +15,11 @@ from mixmae.trainer.checkpoints.weights import master_weights, optimizer_states
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.units import Span
-from mixmae.trainer.run import lifecycle
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.run.context import Run
+from mixmae.trainer.run.ending import close, say_end
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks
 from tests.trainer.checkpoints.test_elastic import train
@@ -43,10 +45,10 @@ def preempt_and_resume(ranks: Ranks, whole: Recipe) -> None:
     checkpoint = whole.checkpoint.model_copy(update={"every": Span(1000, "step")})
     recipe = whole.model_copy(update={"run_dir": preempted(whole.run_dir), "checkpoint": checkpoint})
     for _ in range(2):
-        run = lifecycle.prepare(lifecycle.check(recipe, ranks), ranks)
+        run = prepare(check(recipe, ranks), ranks)
         run.stop, begun = SignalAt(run, 2), run.state.step
-        lifecycle.say_end(run, fit(run), begun)
-        lifecycle.close(run, clean=True)
+        say_end(run, fit(run), begun)
+        close(run, clean=True)
 
 
 class SignalAt(StopRequest):

@@ -23,7 +23,7 @@ from mixmae.trainer.evaluation.predict import main as predict
 from mixmae.trainer.export.export import export
 from mixmae.trainer.export.task_directory import open_task_directory
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.tasks.registry import task_of
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe

@@ -21,7 +21,7 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.tasks.registry import build_model, task_of
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe

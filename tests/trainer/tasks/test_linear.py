@@ -23,7 +23,7 @@ from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
 from mixmae.trainer.export.export import export
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train

@@ -33,7 +33,7 @@ from mixmae.trainer.export.export import export
 from mixmae.trainer.export.task_directory import open_task_directory
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.components import EncoderSection
-from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.telemetry.events import read_events
 from tests.helpers import run_ranks, tiny_recipe
 from tests.trainer.checkpoints.test_elastic import train

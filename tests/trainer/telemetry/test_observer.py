@@ -27,8 +27,10 @@ from mixmae.models import MixMAE
 from mixmae.monitoring.metrics import BY_NAME, ENDS, PREFIX, Source
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check, close, prepare
+from mixmae.trainer.run.checking import check
+from mixmae.trainer.run.ending import close
 from mixmae.trainer.run.loop import fit
+from mixmae.trainer.run.preparing import prepare
 from mixmae.trainer.tasks.flops import model_flops
 from mixmae.trainer.tasks.registry import build_model
 from mixmae.trainer.telemetry.clock import StepClock
@@ -296,8 +298,8 @@ def refused_when_built(ranks: Ranks, recipe: Recipe) -> tuple[list[Path], bool, 
     started: list[tuple[Observer, str | None]] = []
     job = check(recipe, ranks)
     with (
-        mock.patch("mixmae.trainer.run.lifecycle.build_engine", refuse),
-        mock.patch("mixmae.trainer.run.lifecycle.start_observer", start),
+        mock.patch("mixmae.trainer.run.preparing.build_engine", refuse),
+        mock.patch("mixmae.trainer.run.preparing.start_observer", start),
         pytest.raises(UsageError, match="no"),
     ):
         prepare(job, ranks)

@@ -7,7 +7,7 @@ from mixmae.base.run_directory import complete_checkpoints
 from mixmae.trainer.doctor.facts import RecipeFacts
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.recipe.schema import Recipe
-from mixmae.trainer.run.lifecycle import check
+from mixmae.trainer.run.checking import check
 from mixmae.trainer.tasks.registry import build_model
 
 
