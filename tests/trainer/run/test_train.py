@@ -213,7 +213,7 @@ def test_srun_variables_are_enough(finished: Path, recipe_file: Path, tmp_path: 
         SLURM_PROCID="0",
         SLURM_STEP_NUM_TASKS="1",
         SLURM_LOCALID="0",
-        SLURM_JOB_ID="7",
+        SLURM_JOB_ID=str(os.getpid()),  # of which the port is made
         SLURM_STEP_ID="0",
         MASTER_ADDR="127.0.0.1",
     )
