@@ -62,7 +62,7 @@ def load_bias(BIAS, queries, keys, problem_head, SIZE: tl.constexpr, WINDOW: tl.
         side: tl.constexpr = 2 * WINDOW - 1
         codes = (queries // WINDOW - keys // WINDOW) * side + queries % WINDOW - keys % WINDOW
         at = problem_head * side * side + side * side // 2 + codes
-    bias = tl.load(BIAS + at, mask=(queries < SIZE) & (keys < SIZE), other=0.0).to(tl.float32)
+    bias = tl.load(BIAS + at, mask=(queries < SIZE) & (keys < SIZE), other=0.0)
     return tl.where(keys < SIZE, bias, float("-inf"))
 
 

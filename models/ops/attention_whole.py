@@ -17,7 +17,7 @@ from mixmae.models.ops.attention_parts import hide, load, load_bias, load_member
 def _weights(  # type: ignore[no-untyped-def]
     q, k, bias, scale, MEMBERS, item, period, tokens, SIZE: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias.to(tl.float32)
     if MASKED:
         members = load_members(MEMBERS, item, period, tokens, SIZE, MASKED)
         logits = hide(logits, tokens[:, None], members[:, None], members[None, :], SIZE)
@@ -63,17 +63,17 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         own = (wide * num + problem) * SIZE * channels
         grad = load(GRAD + own + head * WIDTH, tokens, channels, SIZE, WIDTH)
         weights = _weights(q, k, bias, scale, MEMBERS, item, period, tokens, SIZE, MASKED)
-        grad_v = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
         grad_weights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         inner = tl.sum(weights * grad_weights, 1)
         grad_logits = weights * (grad_weights - inner[:, None])
         grad_bias += grad_logits
         narrow = grad_logits.to(q.dtype)
-        grad_q = tl.dot(narrow, k, input_precision="ieee") * scale
-        grad_k = tl.dot(tl.trans(narrow), q, input_precision="ieee") * scale
         to = GRAD_QKV + 3 * own + head * WIDTH
-        store(to, tokens, 3 * channels, grad_q, SIZE, WIDTH)
-        store(to + channels, tokens, 3 * channels, grad_k, SIZE, WIDTH)
+        grad_v = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
         store(to + 2 * channels, tokens, 3 * channels, grad_v, SIZE, WIDTH)
+        grad_q = tl.dot(narrow, k, input_precision="ieee") * scale
+        store(to, tokens, 3 * channels, grad_q, SIZE, WIDTH)
+        grad_k = tl.dot(tl.trans(narrow), q, input_precision="ieee") * scale
+        store(to + channels, tokens, 3 * channels, grad_k, SIZE, WIDTH)
     number = (tl.program_id(1) * num + problem) * heads + head
     store_sum(GRAD_BIAS, number, tokens, tokens, grad_bias, SIZE)

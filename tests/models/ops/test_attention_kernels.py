@@ -36,10 +36,8 @@ CASES = [
     ("backward_kernel", 25, 0),  # stage 4 with K = 2
 ]
 """Kernel, tokens of a problem, side of its window or 0."""
-SPILLED = {("backward_kernel", 49): 32, ("backward_kernel", 52): 8}
-"""Bytes on an A100, where not 0."""
-SPILLED_BY_TRITON_3_6 = {("backward_kernel", 49): 24}
-"""On an H100, where not 0: that of torch 2.11; 3.9 spills none."""
+SPILLED_BY_TRITON_3_6 = {("backward_kernel", 49): 64}
+"""Bytes on an A100, where not 0, by the Triton of torch 2.11; 3.9 spills none."""
 
 
 @pytest.mark.parametrize("cases", ["quick", pytest.param("all", marks=pytest.mark.slow)])
@@ -100,14 +98,14 @@ def assert_fits(kernel: Any, folder: Path, spilled: int = 0) -> None:
 
 @pytest.mark.parametrize(("kernel", "size", "window"), CASES)
 def test_an_a100_holds_the_kernels(kernel: str, size: int, window: int, tmp_path: Path) -> None:
-    assert_fits(compiled(kernel, size, window, "bf16", 80), tmp_path, SPILLED.get((kernel, size), 0))
+    spilled = SPILLED_BY_TRITON_3_6.get((kernel, size), 0) if triton.__version__.startswith("3.6.") else 0
+    assert_fits(compiled(kernel, size, window, "bf16", 80), tmp_path, spilled)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "size", "window"), CASES)
 def test_an_h100_holds_the_kernels_without_spills(kernel: str, size: int, window: int, tmp_path: Path) -> None:
-    spilled = SPILLED_BY_TRITON_3_6.get((kernel, size), 0) if triton.__version__.startswith("3.6.") else 0
-    assert_fits(compiled(kernel, size, window, "bf16", 90), tmp_path, spilled)
+    assert_fits(compiled(kernel, size, window, "bf16", 90), tmp_path)
 
 
 @pytest.mark.parametrize("kernel", WHOLE)
