@@ -12,10 +12,7 @@ from mixmae.models.heads.mask_rcnn.masks import paste_masks
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.evaluation.draw import draw_objects
 from mixmae.trainer.recipe.sections.data import Data
-from mixmae.trainer.tasks.contract import Prediction
-
-_SHOWN = 0.5
-"""The score from which on something is drawn beside what is there."""
+from mixmae.trainer.tasks.contract import SHOWN_SCORE, Prediction
 
 
 def draw_found(image: Tensor, found: Detections, names: Sequence[str]) -> Prediction:
@@ -50,13 +47,13 @@ def draw_columns(
         count = int(counts[number])
         own = _unpacked(masks[first : first + count]).cpu()
         true.append(draw_objects(image, boxes[number, :count].cpu(), own, classes[number, :count].tolist()))
-        sure = found.of_image(number).above(_SHOWN)
+        sure = found.of_image(number).above(SHOWN_SCORE)
         pasted = paste_masks(sure.masks, sure.boxes, side[0], side[1]).cpu()
         kinds = sure.classes.tolist()
         labels = [names[kind] for kind in kinds]
         guessed.append(draw_objects(image, sure.boxes.cpu(), pasted, kinds, labels))
         first += count
-    columns = (("objects", true), (f"found, score >= {_SHOWN}", guessed))
+    columns = (("objects", true), (f"found, score >= {SHOWN_SCORE}", guessed))
     return [
         Column(title, (torch.stack(part).to(images.device).float() / 255 - shift) / scale) for title, part in columns
     ]

@@ -20,9 +20,9 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.frozen_model import TOP, FrozenModel, open_model
 from mixmae.trainer.export.task_config import task_recipe
 from mixmae.trainer.export.task_directory import open_task_directory
+from mixmae.trainer.tasks.contract import SHOWN_SCORE
 
 _BATCH = 32
-_SCORE = 0.5
 
 
 def predict(model: FrozenModel, files: Sequence[Path]) -> Tensor:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--min-score",
         type=float,
-        default=_SCORE,
+        default=SHOWN_SCORE,
         metavar="S",
         help="of objects that are shown (default %(default)s)",
     )

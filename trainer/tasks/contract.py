@@ -25,6 +25,9 @@ from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
 from mixmae.trainer.recipe.schema import Recipe
 
+SHOWN_SCORE = 0.5
+"""The score from which on an object that was found is shown, where nobody says another one."""
+
 
 class Prediction(NamedTuple):
     """What a module makes of one image, for `mixmae predict`."""
@@ -169,7 +172,7 @@ class Task(ABC):
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""
         return {}
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float) -> Prediction:
         """What the module makes of an image of any size, for tasks that export the whole of it.
 
         Args:

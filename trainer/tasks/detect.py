@@ -121,7 +121,7 @@ class Detect(Task):
         index.store.close()
         return found
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float) -> Prediction:
         size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
         found = find_in_image(_detector(module), image, size, ToDevice.of(device, data))
         return draw_found(image, found.above(min_score), self.classes)

@@ -98,7 +98,7 @@ class Segment(Task):
         index.store.close()
         return found
 
-    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float = 0.5) -> Prediction:
+    def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float) -> Prediction:
         """Colours over the image, and each class's share of its pixels."""
         found = segment_image(_segmenter(module), image, self.recipe, device)
         shares = found.flatten().bincount(minlength=_segmenter(module).num_classes).double() / found.numel()
