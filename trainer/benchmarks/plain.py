@@ -13,7 +13,8 @@ from timm.layers import Attention
 from torch import Tensor
 
 from mixmae.models.contract import Trainable
-from mixmae.models.encoders.swin import Swin, SwinStage
+from mixmae.models.encoders.swin import Swin
+from mixmae.models.encoders.swin_stage import SwinStage
 from mixmae.models.layers.token_order import relative_position_index, to_windows
 from mixmae.models.layers.window_attention import WindowAttention
 from mixmae.models.methods.mixing import upsample_groups

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.models.encoders.swin import Swin, SwinStage
+from mixmae.models.encoders.swin import Swin
+from mixmae.models.encoders.swin_stage import SwinStage
 from mixmae.models.methods.contract import Method
 from mixmae.models.ops.sdpa import pin_attention
 from mixmae.trainer.benchmarks.plain import make_plain

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from mixmae.models import create_encoder
-from mixmae.models.encoders import pvt, resnet, swin, twins, vit
+from mixmae.models.encoders import pvt, resnet, swin_stage, twins, vit
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.layers import cell_order, mixed_conv, mixed_norm
 from mixmae.models.layers.mixed_cells import Mix
@@ -92,8 +92,8 @@ def unmixed_pool(x: Tensor, kernel: int, stride: int, mix: Mix) -> Tensor:
 
 
 SEPARATING: list[tuple[str, Any, str, Callable[..., Any]]] = [
-    ("mixmae_swin_nano", swin, "by_group", lambda *inputs: by_window(inputs[2], inputs[2][0], inputs[3])),
-    ("mixmae_swin_nano", swin, "separated", without_groups(lambda windows: windows, 1)),
+    ("mixmae_swin_nano", swin_stage, "by_group", lambda *inputs: by_window(inputs[2], inputs[2][0], inputs[3])),
+    ("mixmae_swin_nano", swin_stage, "separated", without_groups(lambda windows: windows, 1)),
     ("mixmae_vit_nano", vit, "by_cell", without_groups(cell_order.by_cell, 2)),
     ("mixmae_pvt_nano", pvt, "by_cell", without_groups(cell_order.by_cell, 2)),
     ("mixmae_twins_nano", twins, "by_cell", without_groups(cell_order.by_cell, 2)),

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmae.models import create_encoder
-from mixmae.models.encoders.swin import Swin, SwinStage
+from mixmae.models.encoders.swin import Swin
+from mixmae.models.encoders.swin_stage import SwinStage
 from mixmae.models.heads.backbone import Backbone
 from mixmae.trainer.engine.layer_decay import layer_decay
 from mixmae.trainer.export.encoder_directory import write_encoder_directory
