@@ -23,6 +23,7 @@ from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
+from mixmae.trainer.evaluation.coco_results import ResultFile
 from mixmae.trainer.recipe.schema import Recipe
 
 SHOWN_SCORE = 0.5
@@ -52,6 +53,9 @@ class Task(ABC):
 
     exports_whole: ClassVar[bool] = False
     """Whether `mixmae export` writes the whole module (`task_directory`), and not its encoder for timm."""
+
+    finds_objects: ClassVar[bool] = False
+    """Whether there is `evaluate_to`."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._refuse_unused(recipe)
@@ -167,6 +171,12 @@ class Task(ABC):
             beat: to be called with each batch, so that the rank is not taken for stuck.
         """
         return {}
+
+    def evaluate_to(
+        self, file: ResultFile, module: Trainable, ranks: Ranks, beat: Callable[[], None]
+    ) -> dict[str, float]:
+        """`evaluate`, of which the main rank writes every object that is found, for tasks that find some."""
+        raise NotImplementedError(f"task={self.recipe.task}")
 
     def probe(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""

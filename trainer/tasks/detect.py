@@ -25,6 +25,7 @@ from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales
 from mixmae.trainer.evaluation.average_precision import require_evaluator
+from mixmae.trainer.evaluation.coco_results import ResultFile
 from mixmae.trainer.evaluation.detection import evaluate_detector, find_in_image
 from mixmae.trainer.evaluation.detection_pictures import draw_columns, draw_found
 from mixmae.trainer.evaluation.held_out import require_readable
@@ -45,6 +46,7 @@ class Detect(Task):
 
     unused_sections: ClassVar[tuple[str, ...]] = ("method", "classification", "linear", "augment", "segmentation")
     exports_whole = True
+    finds_objects = True
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
@@ -110,14 +112,23 @@ class Detect(Task):
 
     def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """On `evaluate.shards`: see `evaluate_detector`."""
-        if self.recipe.evaluate.shards is None:
-            return {}
-        size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
-        index = self.open_shards(self.recipe.evaluate.shards)
-        scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat=beat, threads=data.num_workers)
-        to_device = ToDevice.of(ranks.device, data)
-        batch = self.recipe.train.micro_batch
-        found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks)
+        return {} if self.recipe.evaluate.shards is None else self._evaluate(module, ranks, beat)
+
+    def evaluate_to(
+        self, file: ResultFile, module: Trainable, ranks: Ranks, beat: Callable[[], None]
+    ) -> dict[str, float]:
+        return self._evaluate(module, ranks, beat, file)
+
+    def _evaluate(
+        self, module: Trainable, ranks: Ranks, beat: Callable[[], None], file: ResultFile | None = None
+    ) -> dict[str, float]:
+        recipe, size = self.recipe, both_sides(self.recipe.encoder.img_size)
+        assert recipe.evaluate.shards is not None
+        index = self.open_shards(recipe.evaluate.shards)
+        scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat, recipe.data.num_workers)
+        to_device = ToDevice.of(ranks.device, recipe.data)
+        batch = recipe.train.micro_batch
+        found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks, file)
         index.store.close()
         return found
 
