@@ -7,7 +7,6 @@ import torch
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.coco_results import ResultFile
 from mixmae.trainer.export.task_directory import open_task_directory
@@ -33,8 +32,9 @@ def open_for(directory: Path, shards: str, batch: int, threads: int, ranks: Rank
         "data": recipe.data.model_copy(update={"num_workers": threads}),
         "train": recipe.train.model_copy(update={"micro_batch": batch}),
     }
-    task, index = task_of(recipe.model_copy(update=own)), open_index(shards)
-    task.check_data(index)
+    task = task_of(recipe.model_copy(update=own))
+    index = task.open_shards(shards)
+    task.check_held_out(index, "SHARDS")
     index.store.close()
     return task, module
 

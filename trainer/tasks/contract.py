@@ -24,6 +24,7 @@ from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
 from mixmae.trainer.evaluation.coco_results import ResultFile
+from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.recipe.schema import Recipe
 
 SHOWN_SCORE = 0.5
@@ -94,12 +95,32 @@ class Task(ABC):
             UsageError: no such weights, or they do not fit.
         """
 
-    def check_data(self, index: ShardIndex) -> None:  # noqa: B027  (images are enough for some)
-        """Looks at whether the shards hold what the task needs, such as labels.
+    def check_data(self, index: ShardIndex) -> None:
+        """Looks at whether `data.shards` and the shards of evaluations hold what the task needs.
 
         Raises:
             UsageError: what is missing.
         """
+        self.check_shards(index, "data.shards")
+        if self.recipe.evaluate.shards is not None:
+            held_out = self.open_shards(self.recipe.evaluate.shards)
+            self.check_held_out(held_out, "evaluate.shards")
+            held_out.store.close()
+
+    def check_shards(self, index: ShardIndex, key: str) -> None:  # noqa: B027  (images are enough for some)
+        """Looks at whether shards, to train or to be evaluated on, hold what the task needs, such as labels.
+
+        Args:
+            key: by which the user named them, for messages: `evaluate.shards`.
+
+        Raises:
+            UsageError: what is missing.
+        """
+
+    def check_held_out(self, index: ShardIndex, key: str) -> None:
+        """Looks at whether `evaluate` can tell a figure of all these shards; arguments and errors as `check_shards`."""
+        require_readable(index, key)
+        self.check_shards(index, key)
 
     def open_shards(self, shards: str) -> ShardIndex:
         """The index of shards beside `data.shards`, such as held-out ones, which are read as those are.

@@ -28,7 +28,6 @@ from mixmae.trainer.evaluation.average_precision import require_evaluator
 from mixmae.trainer.evaluation.coco_results import ResultFile
 from mixmae.trainer.evaluation.detection import evaluate_detector, find_in_image
 from mixmae.trainer.evaluation.detection_pictures import draw_columns, draw_found
-from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
@@ -77,23 +76,18 @@ class Detect(Task):
         if self.recipe.encoder.init is not None:
             initialise_backbone(_detector(module).encoder, self.recipe.encoder.init)
 
-    def check_data(self, index: ShardIndex) -> None:
-        self._require_objects(index, "data.shards")
-        if self.recipe.evaluate.shards is not None:
-            require_evaluator()
-            held_out = self.open_shards(self.recipe.evaluate.shards)
-            require_readable(held_out, "evaluate.shards")
-            self._require_objects(held_out, "evaluate.shards")
-            held_out.store.close()
-
-    def _require_objects(self, index: ShardIndex, key: str) -> None:
+    def check_shards(self, index: ShardIndex, key: str) -> None:
         require_annotations(index, "objects", key)
-        where = f"{key}={index.store.location}"
         if index.classes != self.classes:
             raise UsageError(
-                f"{where} has {len(index.classes)} classes ({listed(index.classes)}), and the run {len(self.classes)} "
-                f"({listed(self.classes)}); build the shards with the same categories, or correct detection.classes"
+                f"{key}={index.store.location} has {len(index.classes)} classes ({listed(index.classes)}), and the "
+                f"detector {len(self.classes)} ({listed(self.classes)}); build the shards with the same categories"
+                + (", or correct detection.classes" if key == "data.shards" else "")
             )
+
+    def check_held_out(self, index: ShardIndex, key: str) -> None:
+        require_evaluator()
+        super().check_held_out(index, key)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return LargeScaleJitterCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.detection.scale)
