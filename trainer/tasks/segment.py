@@ -15,7 +15,7 @@ from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.dense.segmentation import SegmentationCrop
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.integrity import require_annotations
+from mixmae.trainer.data.integrity import require_annotations, require_judged_pixels
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales
@@ -64,6 +64,10 @@ class Segment(Task):
                 f"segmenter {len(classes)} ({listed(classes)}); build the shards with its list of classes, "
                 "--class-names FILE"
             )
+
+    def check_held_out(self, index: ShardIndex, key: str) -> None:
+        super().check_held_out(index, key)
+        require_judged_pixels(index, key)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return SegmentationCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.segmentation.scale)
