@@ -1,4 +1,5 @@
-"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names.
+"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names, where a
+label may be a list of class names.
 
 `metadata.csv` and `metadata.jsonl` of the Hugging Face hub are such lists too: they say `file_name`, and may have
 further columns, which are told and left out.
@@ -114,10 +115,23 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
     path, label = content["path"], content.get("label")
     if not isinstance(path, str) or not path:
         raise UsageError(f"{file}, line {number}: path {path!r}; expected the name of a file")
+    if isinstance(label, list):
+        label = _joined(label)
     if isinstance(label, bool) or not isinstance(label, (str, int, float, NoneType)):
-        raise UsageError(f"{file}, line {number}: label {label!r}; expected a class name or a whole number")
+        raise UsageError(
+            f"{file}, line {number}: label {content['label']!r}; expected a class name, a whole number, or a list of "
+            "names without commas"
+        )
     text = "" if label is None else str(label).strip()  # as of .cls files
     return _Line(number, path, text or None)
+
+
+def _joined(names: list[object]) -> object:
+    """Several classes of an image as one label, as `classification.multi_label` reads it; names that are none as they
+    are."""
+    if not all(isinstance(name, str) and name.strip() and "," not in name for name in names):
+        return names
+    return ",".join(map(str, names)) + ("" if len(names) > 1 else ",")
 
 
 def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]]:
