@@ -15,7 +15,7 @@ from typing import NamedTuple
 from mixmae.base.errors import UsageError
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.index import UNLABELLED
-from mixmae.trainer.data.shards.labels import is_class_name, looks_like_a_number
+from mixmae.trainer.data.shards.labels import is_class_name, join_classes, looks_like_a_number
 
 _COLUMNS = ("path", "label")
 _NAMES = {"file_name": "path"}
@@ -116,7 +116,7 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
     if not isinstance(path, str) or not path:
         raise UsageError(f"{file}, line {number}: path {path!r}; expected the name of a file")
     if isinstance(label, list):
-        label = _joined(label)
+        label = join_classes(label) or label
     if isinstance(label, bool) or not isinstance(label, (str, int, float, NoneType)):
         raise UsageError(
             f"{file}, line {number}: label {content['label']!r}; expected a class name, a whole number, or a list of "
@@ -124,14 +124,6 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
         )
     text = "" if label is None else str(label).strip()  # as of .cls files
     return _Line(number, path, text or None)
-
-
-def _joined(names: list[object]) -> object:
-    """Several classes of an image as one label, as `classification.multi_label` reads it; names that are none as they
-    are."""
-    if not all(isinstance(name, str) and name.strip() and "," not in name for name in names):
-        return names
-    return ",".join(map(str, names)) + ("" if len(names) > 1 else ",")
 
 
 def _number_labels(file: Path, lines: list[_Line]) -> tuple[list[int], list[str]]:
