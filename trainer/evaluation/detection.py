@@ -1,7 +1,7 @@
 """How good a detector is on held-out images: average precision of boxes and masks, of the images as they are."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torchvision.transforms.v2.functional import resize
 from mixmae.base.image_size import ImageSize, both_sides
 from mixmae.models.heads.mask_rcnn.boxes import clip_boxes
 from mixmae.models.heads.mask_rcnn.detector import Detections
-from mixmae.models.heads.mask_rcnn.masks import paste_masks
+from mixmae.models.heads.mask_rcnn.masks import paste_mask
 from mixmae.trainer.data.dense.held_out import Scene
-from mixmae.trainer.data.dense.masks import encode
+from mixmae.trainer.data.dense.masks import Rle, encode
 from mixmae.trainer.data.dense.objects import Objects
 from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.to_device import ToDevice
@@ -21,6 +21,17 @@ from mixmae.trainer.evaluation.average_precision import Kind, Region, Result, av
 from mixmae.trainer.evaluation.coco_results import ResultFile
 
 _KINDS: dict[str, Kind] = {"box": "bbox", "mask": "segm"}
+
+
+class Found(NamedTuple):
+    """What a detector finds in an image of any size, best first, in the image's pixels."""
+
+    boxes: list[list[float]]
+    """Left, upper, right, lower."""
+    scores: list[float]
+    classes: list[int]
+    masks: list[Rle]
+    """Of the whole image."""
 
 
 def evaluate_detector(
@@ -77,8 +88,8 @@ def detect_scenes(
 
 
 @torch.no_grad()
-def find_in_image(detector: Any, image: Tensor, size: ImageSize, to_device: ToDevice) -> Detections:
-    """What a detector for images of `size` finds in one of any size, in its pixels, on the CPU; masks [n, H, W].
+def find_in_image(detector: Any, image: Tensor, size: ImageSize, to_device: ToDevice, min_score: float) -> Found:
+    """What a detector for images of `size` finds in one of any size with this score and more, in its pixels.
 
     Args:
         image: uint8 [3, H, W].
@@ -88,9 +99,7 @@ def find_in_image(detector: Any, image: Tensor, size: ImageSize, to_device: ToDe
     small = resize(image, list(resized), antialias=True)
     images, sizes = pad_images([small], size, to_device)
     found: Detections = detector(images, sizes)
-    one = found.of_image(0)
-    boxes, masks = in_original(one, resized, (height, width))
-    return Detections(boxes.cpu(), one.scores.cpu(), one.classes.cpu(), masks.cpu())
+    return in_original(found.of_image(0).above(min_score), resized, (height, width))
 
 
 def pad_images(images: Sequence[Tensor], size: ImageSize, to_device: ToDevice) -> tuple[Tensor, Tensor]:
@@ -101,27 +110,34 @@ def pad_images(images: Sequence[Tensor], size: ImageSize, to_device: ToDevice) -
     return padded, torch.tensor([image.shape[1:] for image in images], device=to_device.device)
 
 
-def in_original(found: Detections, resized: tuple[int, int], original: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Boxes [n, 4] and masks bool [n, H, W] of one image's detections, in pixels of the original (H, W).
+def in_original(found: Detections, resized: tuple[int, int], original: tuple[int, int]) -> Found:
+    """One image's detections in pixels of the original (H, W).
+
+    Masks are pasted and compressed one after the other: 100 of a photograph are gigabytes.
 
     Args:
         resized: height and width of the image that was looked at.
     """
     height, width = original
-    factors = found.boxes.new_tensor([width / resized[1], height / resized[0]]).repeat(2)
-    boxes = clip_boxes((found.boxes * factors)[None], found.boxes.new_tensor([original]))[0]
-    return boxes, paste_masks(found.masks, boxes, height, width)
+    boxes, scores, classes, masks = (part.cpu() for part in found)
+    factors = boxes.new_tensor([width / resized[1], height / resized[0]]).repeat(2)
+    boxes = clip_boxes((boxes * factors)[None], boxes.new_tensor([original]))[0]
+    pairs = zip(masks, boxes, strict=True)
+    return Found(
+        boxes.tolist(),
+        scores.tolist(),
+        classes.tolist(),
+        [encode(paste_mask(mask, box, height, width).numpy()) for mask, box in pairs],
+    )
 
 
 def _result(scene: Scene, found: Detections) -> Result:
     height, width = scene.original_size
     assert isinstance(scene.annotation, Objects)
-    boxes, masks = in_original(found, (scene.image.shape[1], scene.image.shape[2]), (height, width))
+    whole = in_original(found, (scene.image.shape[1], scene.image.shape[2]), (height, width))
     detections = [
-        Region(kind, _xywh(box), encode(mask)["counts"].decode(), score=score)
-        for kind, box, mask, score in zip(
-            found.classes.tolist(), boxes.tolist(), masks.cpu().numpy(), found.scores.tolist(), strict=True
-        )
+        Region(kind, _xywh(box), rle["counts"].decode(), score=score)
+        for box, score, kind, rle in zip(*whole, strict=True)
     ]
     return Result(scene.sample, height, width, _objects(scene.annotation), detections)
 

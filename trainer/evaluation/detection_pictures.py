@@ -10,16 +10,19 @@ from torch import Tensor
 from mixmae.models.heads.mask_rcnn.detector import Detections
 from mixmae.models.heads.mask_rcnn.masks import paste_masks
 from mixmae.models.methods.contract import Column
+from mixmae.trainer.data.dense.masks import decode
+from mixmae.trainer.evaluation.detection import Found
 from mixmae.trainer.evaluation.draw import draw_objects
 from mixmae.trainer.recipe.sections.data import Data
 from mixmae.trainer.tasks.contract import SHOWN_SCORE, Prediction
 
 
-def draw_found(image: Tensor, found: Detections, names: Sequence[str]) -> Prediction:
+def draw_found(image: Tensor, found: Found, names: Sequence[str]) -> Prediction:
     """An image uint8 [3, H, W] with what `find_in_image` found in it."""
-    classes, scores, boxes = found.classes.tolist(), found.scores.tolist(), found.boxes.tolist()
+    boxes, scores, classes, rles = found
     labels = [f"{names[kind]} {score:.2f}" for kind, score in zip(classes, scores, strict=True)]
-    drawn = draw_objects(image, found.boxes, found.masks, classes, labels)
+    masks = (torch.from_numpy(decode(rle)).bool() for rle in rles)
+    drawn = draw_objects(image, torch.tensor(boxes), masks, classes, labels)
     rows = list(zip(classes, scores, boxes, strict=True))
     return Prediction(
         Image.fromarray(drawn.permute(1, 2, 0).numpy()),

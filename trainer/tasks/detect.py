@@ -128,8 +128,8 @@ class Detect(Task):
 
     def predict(self, module: Trainable, image: Tensor, device: torch.device, min_score: float) -> Prediction:
         size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
-        found = find_in_image(_detector(module), image, size, ToDevice.of(device, data))
-        return draw_found(image, found.above(min_score), self.classes)
+        found = find_in_image(_detector(module), image, size, ToDevice.of(device, data), min_score)
+        return draw_found(image, found, self.classes)
 
     def example_inputs(self, module: Trainable, batch: int) -> tuple[Tensor, ...]:
         height, width = both_sides(self.recipe.encoder.img_size)

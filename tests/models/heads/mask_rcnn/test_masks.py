@@ -1,10 +1,15 @@
 """Masks cut out and pasted, against torchvision's."""
 
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
 
-from mixmae.models.heads.mask_rcnn.masks import masks_in_boxes, paste_masks
+from mixmae.models.heads.mask_rcnn.masks import masks_in_boxes, paste_mask, paste_masks
 from tests.models.heads.mask_rcnn.scenes import SIDE, ellipses, packed, random_boxes
 
 
@@ -43,3 +48,41 @@ def test_pasted_masks_are_torchvisions_to_the_edge() -> None:
 
 def test_no_masks_are_pasted_where_nothing_was_found() -> None:
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), 20, 30).shape == (0, 20, 30)
+
+
+def test_a_mask_pasted_by_its_rows_is_what_sampling_all_of_the_image_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: what is outside of a box, and the rows that are held at once, change nothing."""
+    height, width = SIDE, SIDE + 21
+    boxes = torch.cat([random_boxes(30, 5), torch.tensor([[0, 0, width, height], [3.5, 2, 3.6, 40], [2, 2, 4, 4]])])
+    masks = torch.rand(len(boxes), 28, 28, generator=torch.Generator().manual_seed(0))
+    masks[::2] = masks[::2].round()
+    y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    left, top, right, bottom = boxes[:, :, None].unbind(1)
+    u, v = 2 * (x - left) / (right - left) - 1, 2 * (y - top) / (bottom - top) - 1
+    grid = torch.stack([u[:, None].expand(-1, height, -1), v[:, :, None].expand(-1, -1, width)], dim=-1)
+    expected = torch.nn.functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
+    for at_once in (2**20, 700):
+        monkeypatch.setattr("mixmae.models.heads.mask_rcnn.masks._AT_ONCE", at_once)
+        assert torch.equal(paste_masks(masks, boxes, height, width), expected)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.bytes = max(self.bytes, found.nbytes)
+        return found
+
+
+def test_a_mask_is_pasted_in_little_more_memory_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixmae.models.heads.mask_rcnn.masks._AT_ONCE", 2**14)
+    with Largest() as largest:
+        mask = paste_mask(torch.ones(28, 28), torch.tensor([0.0, 0.0, 1600, 1200]), 1200, 1600)
+    assert mask[30:-30, 30:-30].all()
+    assert largest.bytes == mask.nbytes
