@@ -30,7 +30,7 @@ from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
 from mixmae.trainer.evaluation.multi_label_score import MultiLabelScore
 from mixmae.trainer.evaluation.score import Score, draw_confusion, require_plots
 from mixmae.trainer.evaluation.truth import truth
-from mixmae.trainer.evaluation.whole_model import measure, open_for, table
+from mixmae.trainer.evaluation.whole_model import measure, open_for, result_file, table
 from mixmae.trainer.export.task_config import task_recipe
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -118,9 +118,8 @@ def check(args: argparse.Namespace, model: FrozenModel, index: ShardIndex, bank_
                 raise UsageError(f"{option} is for one class an image, and {model.name} gives any number; leave it out")
     if not model.num_classes and bank_index is None:
         raise UsageError(f"{model.name} has no classifier; fine-tune it, or name labelled images for kNN: --knn SHARDS")
-    for given, option in ((args.json, "--json"), (args.confusion, "--confusion")):
-        if given is not None and not given.parent.is_dir():
-            raise UsageError(f"{option} {given}: {given.parent} is no directory")
+    if args.results is not None:
+        raise UsageError(f"--results {args.results} is for detectors, and {model.name} is none; leave it out")
     if args.confusion is not None:
         require_plots("--confusion")
         if not model.num_classes:
@@ -143,6 +142,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--knn", metavar="SHARDS", help="also: k nearest neighbours among the features of these images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each class too")
     parser.add_argument("--confusion", type=Path, metavar="FILE", help="draw the confusion matrix (.png, .svg, .pdf)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write what a detector finds as COCO results")
     parser.add_argument(
         "--batch", type=int, help="images at once on each rank (default 64; of detectors, segmenters 4)"
     )
@@ -153,6 +153,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
         raise UsageError(f"--batch {args.batch}: expected 1 or more")
+    for option in ("json", "confusion", "results"):
+        given = getattr(args, option)
+        if given is not None and not given.parent.is_dir():
+            raise UsageError(f"--{option} {given}: {given.parent} is no directory")
     return args
 
 
@@ -161,12 +165,11 @@ def evaluate_whole(args: argparse.Namespace, threads: int, heartbeat: Heartbeat,
     for given, option in ((args.knn, "--knn"), (args.confusion, "--confusion")):
         if given is not None:
             raise UsageError(f"{option} is for classifiers, and {args.model} is none; leave it out")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UsageError(f"--json {args.json}: {args.json.parent} is no directory")
     task, module = open_for(Path(args.model), args.shards, args.batch or _WHOLE_BATCH, threads, ranks)
+    results = None if args.results is None else result_file(task, args.results)
     if ranks.world_size > 1:
         join(ranks)
-    found = measure(task, module, ranks, lambda: heartbeat.set_phase("evaluation"))
+    found = measure(task, module, ranks, lambda: heartbeat.set_phase("evaluation"), results)
     if ranks.is_main:
         print("\n".join([f"{task.describe()}, on {redact(args.shards)}", *table(found)]))
         if args.json is not None:

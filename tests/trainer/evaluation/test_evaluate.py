@@ -278,6 +278,7 @@ def test_scores_of_several_classes_agree_with_scikit_learn() -> None:
         ((), [], "has no classifier; fine-tune it, or name labelled images for kNN"),
         (("red", "green"), [], "has 1 classes that {model} does not, the first is 'blue'"),
         (("red", "blue"), ["--json", "/nowhere/found.json"], "/nowhere is no directory"),
+        (("red", "blue"), ["--results", "/found.json"], "--results /found.json is for detectors, and {model} is none"),
         (("red", "blue"), ["--batch", "0"], "--batch 0: expected 1 or more"),
         (("red", "blue"), ["--world-size", "2"], "expected world size 2, got 1"),
     ],
