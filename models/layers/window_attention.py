@@ -139,21 +139,23 @@ def kernel_failure(attention: WindowAttention, dtype: torch.dtype) -> str:
 
 
 def try_kernel(attention: WindowAttention, device: torch.device) -> str:
-    """Why not to use the module's window kernel on a device; the module is changed."""
-    window, dtype = attention.window, attention.qkv.weight.dtype
+    """Why not to use the module's window kernel on a device, mixed or not; the module is changed."""
+    kernel, window, dtype = attention.window_kernel, attention.window, attention.qkv.weight.dtype
     grid, generator = (window, 2 * window), torch.Generator(device).manual_seed(0)
-    arrangement = by_window(grid, window, relative_position_index(window).to(device))
+    unmixed = by_window(grid, window, relative_position_index(window).to(device))
     groups = torch.randint(2, grid, generator=generator, device=device)
     shape = (2, 2 * window**2, attention.qkv.out_features)
     qkv = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
-    results = []
+    inputs = (qkv, attention.relative_position_bias_table)
+    results: list[list[Tensor]] = []
     for by_members in (True, False):
-        (problems,) = separated(arrangement, groups, grid, dtype, by_members).problems
-        attention.window_kernel = attention.window_kernel if by_members else None
+        attention.window_kernel = kernel if by_members else None
+        mixed = separated(unmixed, groups, grid, dtype, by_members)
+        results.append([])
         try:
-            out = attention.attend(qkv, problems)
-            inputs = (qkv, attention.relative_position_bias_table)
-            results.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)))
+            for (problems,) in (mixed.problems, unmixed.problems):  # each is a kernel of its own
+                out = attention.attend(qkv, problems)
+                results[-1] += [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
             torch.cuda.synchronize(device)
         except Exception as error:  # of Triton, its compiler or the driver, which share no base
             return f"the window kernel does not run on {torch.cuda.get_device_name(device)}: {str(error).strip()[:200]}"
@@ -161,7 +163,8 @@ def try_kernel(attention: WindowAttention, device: torch.device) -> str:
     if all(error < _MAX_ERROR for error in errors):  # not of the largest: beside a NaN that is what stands first
         return ""
     off = ", ".join(f"{error:.2g}" for error in errors)
-    return f"the window kernel is off by {off} on {torch.cuda.get_device_name(device)} (output and its gradients)"
+    where = torch.cuda.get_device_name(device)
+    return f"the window kernel is off by {off} on {where} (output and its gradients, mixed and not)"
 
 
 def _fits(size: int, qkv: Tensor) -> bool:

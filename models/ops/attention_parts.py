@@ -69,9 +69,8 @@ def load_bias(BIAS, queries, keys, problem_head, SIZE: tl.constexpr, WINDOW: tl.
 @triton.jit
 def load_members(MEMBERS, item, period, tokens, SIZE: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Those of a sample's tokens; something where no group is kept apart."""
-    if not MASKED:
-        return tokens
-    return tl.load(MEMBERS + (item % period) * SIZE + tokens, mask=tokens < SIZE, other=0)
+    # Not two returns: Triton would compile both, and refuse their two types.
+    return tl.load(MEMBERS + (item % period) * SIZE + tokens, mask=tokens < SIZE, other=0) if MASKED else tokens
 
 
 @triton.jit
