@@ -59,6 +59,13 @@ class Annotations(NamedTuple):
         return None
 
 
+def missing_rows(count: int) -> npt.NDArray[Any]:
+    """Rows of `ANNOTATION` that say that there is none."""
+    table = np.zeros(count, ANNOTATION)
+    table["state"] = Reason.MISSING_ANNOTATION
+    return table
+
+
 def merge_kinds(kinds: Sequence[AnnotationKind | None]) -> AnnotationKind | None:
     """The kind that all shards with annotations have. Raises ValueError for two kinds."""
     found = {kind for kind in kinds if kind is not None}

@@ -9,8 +9,8 @@ import numpy as np
 
 from mixmae.base.errors import UsageError
 from mixmae.base.redaction import redact
-from mixmae.trainer.data.annotations import ANNOTATION, AnnotationKind, Annotations
-from mixmae.trainer.data.faults import Reason, first_names
+from mixmae.trainer.data.annotations import AnnotationKind, Annotations, missing_rows
+from mixmae.trainer.data.faults import first_names
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex, Table, fingerprint_of
 from mixmae.trainer.data.order import Quota, apportion
 from mixmae.trainer.data.stores.joined import JoinedStore
@@ -116,11 +116,7 @@ def _samples(indices: Sequence[ShardIndex], classes: tuple[str, ...]) -> Table:
 
 
 def _annotations_of(index: ShardIndex) -> Any:
-    if index.annotation_table is not None:
-        return index.annotation_table
-    missing = np.zeros(len(index), ANNOTATION)
-    missing["state"] = Reason.MISSING_ANNOTATION
-    return missing
+    return missing_rows(len(index)) if index.annotation_table is None else index.annotation_table
 
 
 def describe_shares(index: ShardIndex) -> list[str]:

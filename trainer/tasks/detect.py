@@ -10,7 +10,6 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
-from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.mask_rcnn.detector import MaskRCNN
 from mixmae.models.heads.mask_rcnn.targets import pad_objects
 from mixmae.models.methods.contract import Column
@@ -32,7 +31,7 @@ from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
-from mixmae.trainer.tasks.encoder import build_encoder, check_encoder, require_rgb
+from mixmae.trainer.tasks.encoder import build_backbone, check_encoder, require_rgb
 from mixmae.trainer.tasks.registry import register_task
 
 _SLOTS, _OBJECTS = 100, 8
@@ -66,11 +65,9 @@ class Detect(Task):
     def build(self) -> MaskRCNN:
         recipe, part = self.recipe, self.recipe.detection
         torch.manual_seed(recipe.seed)
-        try:
-            backbone = Backbone(build_encoder(recipe))
-        except ValueError as error:
-            raise UsageError(f"encoder.name={recipe.encoder.name}: {error}") from error
-        return MaskRCNN(backbone, len(self.classes), both_sides(recipe.encoder.img_size), part.channels, part.rois)
+        return MaskRCNN(
+            build_backbone(recipe), len(self.classes), both_sides(recipe.encoder.img_size), part.channels, part.rois
+        )
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:

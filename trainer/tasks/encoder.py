@@ -5,6 +5,7 @@ from typing import Any
 from mixmae.base.errors import UsageError
 from mixmae.models.encoders.contract import Encoder
 from mixmae.models.encoders.registry import create_encoder, family_of
+from mixmae.models.heads.backbone import Backbone
 from mixmae.trainer.recipe.components import check_settings, in_keys
 from mixmae.trainer.recipe.schema import Recipe
 
@@ -39,6 +40,18 @@ def build_encoder(recipe: Recipe) -> Encoder:
         return create_encoder(part.name, **sizes_of(recipe))
     except (ValueError, ZeroDivisionError) as error:
         raise UsageError(in_keys("encoder", family_of(part.name)[0], error)) from error
+
+
+def build_backbone(recipe: Recipe) -> Backbone:
+    """The recipe's encoder with random weights, as a detector or segmenter stands on it.
+
+    Raises:
+        UsageError: an encoder whose maps have one stride, or sizes that do not fit each other.
+    """
+    try:
+        return Backbone(build_encoder(recipe))
+    except ValueError as error:
+        raise UsageError(f"encoder.name={recipe.encoder.name}: {error}") from error
 
 
 def sizes_of(recipe: Recipe) -> dict[str, Any]:

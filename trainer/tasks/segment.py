@@ -9,7 +9,6 @@ from torch import Tensor
 from mixmae.base.errors import UsageError
 from mixmae.base.image_size import both_sides
 from mixmae.models.contract import Trainable
-from mixmae.models.heads.backbone import Backbone
 from mixmae.models.heads.upernet import Segmenter
 from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.batch_reader import Batch
@@ -25,7 +24,7 @@ from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
 from mixmae.trainer.tasks.contract import Prediction, Task
-from mixmae.trainer.tasks.encoder import build_encoder, check_encoder, require_rgb
+from mixmae.trainer.tasks.encoder import build_backbone, check_encoder, require_rgb
 from mixmae.trainer.tasks.registry import register_task
 
 
@@ -39,17 +38,13 @@ class Segment(Task):
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
         require_rgb(recipe)
-        return _with_classes(recipe)
+        return _resolve_classes(recipe)
 
     def build(self) -> Segmenter:
         part = self.recipe.segmentation
         assert part.num_classes is not None, "resolved"
         torch.manual_seed(self.recipe.seed)
-        try:
-            backbone = Backbone(build_encoder(self.recipe))
-        except ValueError as error:
-            raise UsageError(f"encoder.name={self.recipe.encoder.name}: {error}") from error
-        return Segmenter(backbone, part.num_classes, part.width)
+        return Segmenter(build_backbone(self.recipe), part.num_classes, part.width)
 
     def initialise(self, module: Trainable) -> None:
         if self.recipe.encoder.init is not None:
@@ -110,7 +105,7 @@ class Segment(Task):
         return f"UperNet of width {part.width} on {self.recipe.encoder.name}, {part.num_classes} classes"
 
 
-def _with_classes(recipe: Recipe) -> Recipe:
+def _resolve_classes(recipe: Recipe) -> Recipe:
     """The recipe with its classes: those that it names, or those of `data.shards`.
 
     Where the shards are out of reach (a plan on another machine), the number of classes that it gives will do.

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import xxhash
 
 from mixmae.base.errors import UsageError
-from mixmae.trainer.data.annotations import ANNOTATED, ANNOTATION, EXTENSIONS, AnnotationKind, merge_kinds
+from mixmae.trainer.data.annotations import ANNOTATED, EXTENSIONS, AnnotationKind, merge_kinds, missing_rows
 from mixmae.trainer.data.decode import upright_size
 from mixmae.trainer.data.dense.inspection import Inspection, inspect_annotation
 from mixmae.trainer.data.dense.masks import require_mask_api
@@ -64,13 +63,6 @@ def missing_annotations(kind: AnnotationKind, images: Sequence[Member]) -> Shard
     """Those of a shard that has none, beside others that have."""
     faults = [AnnotationFault(image.name, Reason.MISSING_ANNOTATION) for image in images]
     return ShardAnnotations(kind, missing_rows(len(images)), -1, faults)
-
-
-def missing_rows(count: int) -> Table:
-    """Rows of `ANNOTATION` that say that there is none."""
-    table = np.zeros(count, ANNOTATION)
-    table["state"] = Reason.MISSING_ANNOTATION
-    return table
 
 
 def annotations_of(

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from mixmae.base.errors import UsageError
 from mixmae.base.files import atomic_write, replacing
 from mixmae.base.machine import require_writable
-from mixmae.trainer.data.annotations import ANNOTATIONS, Annotations, merge_kinds
+from mixmae.trainer.data.annotations import ANNOTATIONS, Annotations, merge_kinds, missing_rows
 from mixmae.trainer.data.index import (
     ANNOTATED_FORMAT,
     FORMAT,
@@ -25,7 +25,6 @@ from mixmae.trainer.data.index import (
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.no_shards import why_no_shards
 from mixmae.trainer.data.open_index import open_index
-from mixmae.trainer.data.shards.annotated import missing_rows
 from mixmae.trainer.data.shards.files import shard_files, total_size
 from mixmae.trainer.data.shards.labels import resolve_names
 from mixmae.trainer.data.shards.members import DamagedTarError
