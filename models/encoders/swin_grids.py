@@ -26,10 +26,11 @@ def token_grids(img_size: tuple[int, int], patch_size: int, window_size: Sequenc
         raise ValueError(f"window_size {tuple(window_size)}: expected sides greater than 0")
     grids = stage_grids(img_size, patch_size)
     if not windows_divide(window_size, grids):
+        fitting = fitting_windows(grids, window_size)
         raise ValueError(
             f"img_size {img_size[0]}x{img_size[1]} gives token grids "
             f"{', '.join(f'{h}x{w}' for h, w in grids)} that do not divide by window_size "
-            f"{tuple(window_size)}; {fitting_windows(grids, window_size)} would fit, and are taken where none are given"
+            f"{tuple(window_size)}; leave it out, or set window_size=[{','.join(map(str, fitting))}]"
         )
     assert all(coarse[0] * 2 == fine[0] for fine, coarse in pairwise(grids))
     return grids

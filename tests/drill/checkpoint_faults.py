@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixmae.base.exit_codes import FAILED
-from mixmae.base.run_directory import NEWEST, complete_checkpoints
+from mixmae.base.run_directory import NEWEST, checkpoint_history, complete_checkpoints
 from mixmae.trainer.checkpoints.manifest import MANIFEST
 from tests.drill.drill import Drill, DrillError
 from tests.drill.faults import fault
@@ -72,9 +72,12 @@ def _any_file(checkpoint: Path, rng: random.Random) -> Path:
 
 
 def _kill_and_corrupt(drill: Drill, *corruptions: Corruption) -> None:
-    """Kills all ranks, corrupts one of the newest checkpoints by each corruption, and expects a fallback."""
+    """Kills all ranks, corrupts one of the newest checkpoints by each corruption, and expects a fallback.
+
+    A kill may come between a checkpoint's publication and that of its name in `newest`: it would not be resumed from.
+    """
     _kill_all(drill)
-    for corrupt, checkpoint in zip(corruptions, reversed(complete_checkpoints(drill.run.folder)), strict=False):
+    for corrupt, checkpoint in zip(corruptions, checkpoint_history(drill.run.folder), strict=False):
         description = corrupt(checkpoint, drill.rng)
         drill.injected += f", {description} of {checkpoint.name}"
     drill.finish()

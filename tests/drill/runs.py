@@ -203,7 +203,8 @@ class Run:
 
 def clean_environment() -> None:
     """Removes from this process variables and signal dispositions that runs would inherit."""
-    # Under nohup SIGHUP is ignored, and children inherit that. They do not inherit a handler.
+    # Under nohup SIGHUP is ignored, in a shell's background job SIGINT, and children inherit that; no handler, though.
     signal.signal(signal.SIGHUP, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mixmae.trainer.benchmarks.step import comparison
 
 PAGE = Path("docs/performance.md")
 PICTURE = Path("docs/roofline.png")
+_PUBLISHED, _OURS = "#9a9a9a", "#3b6fb6"
 _COLUMNS = (
     "device",
     "model",
@@ -77,33 +79,44 @@ def with_table(page: str, new: str, begin: str, end: str) -> str:
     return f"{head}{begin}\n\n{new}\n\n{end}{tail}"
 
 
-def _name(found: dict[str, Any]) -> str:
-    chip = found["device"].split("(")[0].strip()
-    model = found["model"].removeprefix("mixmae_")
-    return f"{chip}, {model} {found['precision']}, batch {found['batch']}, {found['variant']}"
-
-
 def draw(steps: list[dict[str, Any]], file: Path) -> None:
-    """A roofline plot: model FLOP/s of each measurement, and the peak of its machine in the same run.
+    """A roofline plot: each measurement's share of its machine's peak in the same run, machines and models apart.
 
     A step is compute-bound by far (hundreds of FLOPs per byte of weights), so its roofline is the peak.
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 0.36 * len(steps) + 1.2), layout="constrained")
-    names = [_name(found) for found in steps]
-    rows = range(len(steps))
-    axes.barh(rows, [found["peak_tflops"] for found in steps], color="#e4e4e4", label="large matrix product, same run")
-    axes.barh(rows, [found["model_tflops"] for found in steps], color="#3b6fb6", label="model")
-    for row, found in zip(rows, steps, strict=True):
-        axes.text(found["model_tflops"], row, f" {found['share_of_product']:.0%}", va="center", fontsize=8)
-    axes.set_yticks(rows, names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")  # CPUs and GPUs differ by three orders of magnitude
-    axes.set_xlabel("TFLOP/s")
-    axes.legend(fontsize=8, loc="lower right")
+    figure, axes = plt.subplots(
+        figsize=(8, 0.24 * (len(steps) + len({_title(found) for found in steps})) + 0.6), layout="constrained"
+    )
+    marks: dict[int, str] = {}
+    row = 0
+    for title, together in groupby(steps, _title):
+        axes.text(0, row, title, va="center", fontsize=8, fontweight="bold")
+        for found in together:
+            row += 1
+            share, is_plain = found["share_of_product"], found["variant"].startswith("plain")
+            axes.barh(row, 1, color="#eeeeee")
+            axes.barh(row, share, color=_PUBLISHED if is_plain else _OURS)
+            axes.text(share, row, f" {share:.0%}, {found['model_tflops']:.3g} TFLOP/s", va="center", fontsize=7)
+            marks[row] = f"{found['variant']}, batch {found['batch']}"
+        row += 1
+    axes.set_yticks([*marks], [*marks.values()], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0, 1), ylim=(row - 0.4, -0.6), xlabel="model's operations per second, of a large matrix product's")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    for color, name in ((_PUBLISHED, "published code's way"), (_OURS, "this project's")):
+        axes.barh(0, 0, color=color, label=name)
+    axes.legend(loc="lower right", fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _title(found: dict[str, Any]) -> str:
+    chip = found["device"].split("(")[0].strip()
+    method = f"K = {found['num_images']}" if found["num_images"] else found["method"]
+    return f"{chip}, {found['model'].removeprefix('mixmae_')}, {found['precision']}, {method}"
 
 
 if __name__ == "__main__":

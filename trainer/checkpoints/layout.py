@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mixmae.base.files import atomic_write
-from mixmae.base.run_directory import CHECKPOINTS, NEWEST
+from mixmae.base.run_directory import CHECKPOINTS, NEWEST, complete_checkpoints, named_newest
 
 _PARTIAL, _DAMAGED = "partial-", "damaged-"
 
@@ -22,6 +22,17 @@ def remnants(run_dir: Path) -> list[str]:
     """Names that show that a run without complete checkpoints once had some: quarantined ones, and `newest`."""
     quarantined = sorted(path.name for path in (run_dir / CHECKPOINTS).glob(f"{_DAMAGED}*"))
     return [*quarantined, *([NEWEST] if (run_dir / CHECKPOINTS / NEWEST).exists() else [])]
+
+
+def inconsistencies(run_dir: Path) -> list[str]:
+    """Why a resume may not be from the last checkpoint: `newest` is lost, or a kill came before it was written."""
+    newest = named_newest(run_dir)
+    if newest is None or not newest.is_dir():
+        return [f"{CHECKPOINTS}/{NEWEST} names no existing checkpoint; using the last complete one"]
+    later = [folder.name for folder in complete_checkpoints(run_dir) if folder.name > newest.name]
+    return [
+        f"{name} is later than {newest.name}, which {CHECKPOINTS}/{NEWEST} names, and is not used" for name in later
+    ]
 
 
 def set_newest(checkpoint: Path) -> None:

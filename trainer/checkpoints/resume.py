@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mixmae.base.errors import UsageError
-from mixmae.base.run_directory import CHECKPOINTS, NEWEST, checkpoint_history, named_newest
+from mixmae.base.run_directory import CHECKPOINTS, checkpoint_history
 from mixmae.trainer.checkpoints import layout
 from mixmae.trainer.checkpoints.buffers import restore_buffers
 from mixmae.trainer.checkpoints.files import ReadItem, read_slices
@@ -58,7 +58,7 @@ def stored_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _newest_intact(run_dir: Path, ranks: Ranks) -> Resumed | None:
-    found = checkpoint_history(run_dir), _check_newest(run_dir), layout.remnants(run_dir)
+    found = checkpoint_history(run_dir), layout.inconsistencies(run_dir), layout.remnants(run_dir)
     candidates, notes, remnants = from_main(found, tuple[list[Path], list[str], list[str]])
     for folder in candidates:
         manifest = _verified(folder, ranks, notes)
@@ -96,13 +96,6 @@ def _verified(folder: Path, ranks: Ranks, notes: list[str]) -> Manifest | None:
         layout.quarantine(folder)
     notes.append(f"{folder.name} is damaged and was quarantined: {first}")
     return None
-
-
-def _check_newest(run_dir: Path) -> list[str]:
-    newest = named_newest(run_dir)
-    if newest is not None and newest.is_dir():
-        return []
-    return [f"{CHECKPOINTS}/{NEWEST} names no existing checkpoint; using the last complete one"]
 
 
 def _load(engine: Any, folder: Path, manifest: Manifest, ranks: Ranks, ema: Ema | None) -> None:

@@ -128,6 +128,10 @@ class ShardIndex:
         except (OSError, tarfile.TarError):  # the shard itself is gone or damaged: the offset has to do for a name
             return f"{shard}: offset {offset}"
 
+    def refusal(self, sample: int, error: UnusableError) -> UsageError:
+        """What to raise where a sample that cannot be used is not to be replaced by another one."""
+        return UsageError(f"{self.name_of(sample)} cannot be used: {error.reason.label}, {error}")
+
     def shard_sizes(self) -> npt.NDArray[np.int64]:
         """The shards' bytes as they are now; -1 where one is missing or out of reach.
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.annotations import ANNOTATED, AnnotationKind
-from mixmae.trainer.data.decode import open_encoded
+from mixmae.trainer.data.decode import open_encoded, upright_size
+from mixmae.trainer.data.dense.label_maps import highest_label, parse_label_map
 from mixmae.trainer.data.faults import ARRAY, Reason, UnusableError, describe, first_names, is_usable
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex
 from mixmae.trainer.recipe.sections.data import Data
@@ -114,3 +115,22 @@ def require_annotations(index: ShardIndex, kind: AnnotationKind, purpose: str) -
             f"{purpose} needs an annotation for every image, but {len(wanting)} of {len(index)} in {where} cannot be "
             f"used ({describe(reasons)}): {names}; fix them and index the shards again, or build shards without them"
         )
+
+
+def require_judged_pixels(index: ShardIndex, purpose: str) -> None:
+    """Reads label maps up to the first that has a pixel which is not ignored: without one no figure can be told.
+
+    Raises:
+        UsageError: there is none, or a label map before it cannot be read.
+    """
+    for sample in range(len(index)):
+        try:
+            labels = parse_label_map(index.read_annotation(sample), *upright_size(index.read(sample)))
+        except UnusableError as error:
+            raise index.refusal(sample, error) from error
+        if highest_label(labels) >= 0:
+            return
+    raise UsageError(
+        f"{purpose}={index.store.location}: every pixel of its {len(index)} label maps is ignored (255), so that none "
+        "can be right or wrong; build the shards from label maps with classes, of which --reduce-zero-label ignores 0"
+    )

@@ -92,7 +92,7 @@ def _kind(indices: Sequence[ShardIndex]) -> AnnotationKind | None:
     for index in named[1:]:
         if (index.classes, index.category_ids) != (named[0].classes, named[0].category_ids):
             raise UsageError(
-                f"data.shards: the {index.annotations} in {index.store.location} have other classes than those in "
+                f"the {index.annotations} in {index.store.location} have other classes than those in "
                 f"{named[0].store.location}; their annotations hold the numbers of classes: build both with the same"
             )
     return kinds.pop()

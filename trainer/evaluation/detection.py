@@ -18,6 +18,7 @@ from mixmae.trainer.data.dense.resizing import fit_into
 from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.engine.distributed import Ranks, from_main, gather_to_main
 from mixmae.trainer.evaluation.average_precision import Kind, Region, Result, average_precision
+from mixmae.trainer.evaluation.coco_results import ResultFile
 
 _KINDS: dict[str, Kind] = {"box": "bbox", "mask": "segm"}
 
@@ -30,6 +31,7 @@ def evaluate_detector(
     class_names: Sequence[str],
     to_device: ToDevice,
     ranks: Ranks,
+    file: ResultFile | None = None,
 ) -> dict[str, float]:
     """`box_ap`, `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`, `box_ap_large`, the same of `mask_`, and AP of
     each class: `box_ap/NAME`, `mask_ap/NAME`; figures of which there is no object are left out.
@@ -39,17 +41,27 @@ def evaluate_detector(
     Args:
         detector: in eval mode, for images of `size`.
         scenes: this rank's, as many on each; images of at most that size.
+        file: in which the main rank writes what is found.
     """
     own = list(detect_scenes(detector, scenes, size, batch, to_device))
     gathered = gather_to_main(own, list[Result]) if ranks.world_size > 1 else [own]
     found: dict[str, float] = {}
     if gathered is not None:
         results = sorted((result for part in gathered for result in part), key=lambda result: result.image)
-        for name, kind in _KINDS.items():
-            precision = average_precision(results, len(class_names), kind)
-            found |= {f"{name}_{figure}": value for figure, value in precision.figures.items()}
-            found |= {f"{name}_ap/{class_names[k]}": value for k, value in precision.per_class.items()}
+        if file is not None:
+            file.write(results)
+        found = figures(results, class_names)
     return from_main(found, dict[str, float]) if ranks.world_size > 1 else found
+
+
+def figures(results: Sequence[Result], class_names: Sequence[str]) -> dict[str, float]:
+    """What `evaluate_detector` says of all images."""
+    found: dict[str, float] = {}
+    for name, kind in _KINDS.items():
+        precision = average_precision(results, len(class_names), kind)
+        found |= {f"{name}_{figure}": value for figure, value in precision.figures.items()}
+        found |= {f"{name}_ap/{class_names[k]}": value for k, value in precision.per_class.items()}
+    return found
 
 
 def detect_scenes(

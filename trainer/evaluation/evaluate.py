@@ -9,14 +9,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from mixmae.base.errors import UsageError, run_cli
 from mixmae.base.heartbeat import Heartbeat, begin_heartbeat
@@ -26,131 +20,33 @@ from mixmae.trainer.data.integrity import require_labels
 from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks, join, leave, read_ranks
 from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model
-from mixmae.trainer.evaluation.held_out import HeldOut, gather_rows, held_out_batches, require_readable
-from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
+from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.evaluation.score import Score, draw_confusion, require_plots
-from mixmae.trainer.evaluation.whole_model import measure, open_for, table
+from mixmae.trainer.evaluation.score_model import Settings, figures, report, score_model
+from mixmae.trainer.evaluation.truth import truth
+from mixmae.trainer.evaluation.whole_model import measure, open_for, result_file, table
 from mixmae.trainer.export.task_config import task_recipe
 
-NEIGHBOURS = (10, 20, 100, 200)
-_WORST = 10
 _BATCH, _WHOLE_BATCH = 64, 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How images are read on each rank."""
-
-    batch: int
-    threads: int
-    heartbeat: Heartbeat
-
-    def batches(self, index: ShardIndex, model: FrozenModel, ranks: Ranks) -> Iterator[HeldOut]:
-        def beat() -> None:
-            self.heartbeat.set_phase("evaluation")
-
-        return held_out_batches(
-            index, model.size, self.batch, ranks, model.crop_ratio, self.threads, beat, model.pixels
-        )
-
-
-def true_classes(index: ShardIndex, model: FrozenModel) -> Tensor:
-    """The model's class of each image, int64 [N]: by name where both have names, else by number.
-
-    Raises:
-        UsageError: an image without a label, or a class that the model does not have.
-    """
-    where = redact(index.store.location)
-    require_labels(index, "mixmae evaluate")
-    labels = index.samples["label"].astype(np.int64)
-    if index.classes and model.class_names:
-        numbers = {name: number for number, name in enumerate(model.class_names)}
-        if foreign := [name for n, name in enumerate(index.classes) if name not in numbers and (labels == n).any()]:
-            raise UsageError(
-                f"{where} has {len(foreign)} classes that {model.name} does not, the first is {foreign[0]!r}; its "
-                f"classes are {', '.join(map(repr, model.class_names[:3]))}, ...: build the shards with its names"
-            )
-        labels = np.array([numbers.get(name, -1) for name in index.classes], dtype=np.int64)[labels]
-    elif labels.max() >= model.num_classes:
-        raise UsageError(
-            f"{index.name_of(int(labels.argmax()))} in {where} has label {labels.max()}, but {model.name} has "
-            f"{model.num_classes} classes: expected 0 to {model.num_classes - 1}; correct the label"
-        )
-    return torch.from_numpy(labels)
-
-
-def evaluate(
-    model: FrozenModel, index: ShardIndex, bank_index: ShardIndex | None, settings: Settings, ranks: Ranks
-) -> tuple[Score | None, dict[int, Score]]:
-    """The classifier's score, if it has a head, and those of k nearest neighbours by k; the same on every rank.
-
-    Args:
-        bank_index: labelled images whose features are the known ones; None for no neighbours.
-    """
-    own, ranked = model.run(settings.batches(index, model, ranks))
-    total, score, neighbours = len(index), None, {}
-    if model.num_classes:
-        ranked = gather_rows(ranked, total, ranks).cpu()
-        score = Score(ranked, true_classes(index, model), model.num_classes)
-    if bank_index is not None:
-        true = torch.from_numpy(index.samples["label"].astype(np.int64))
-        known = torch.from_numpy(bank_index.samples["label"].astype(np.int64))[ranks.rank :: ranks.world_size]
-        features, _ = model.run(settings.batches(bank_index, model, ranks))
-        found = nearest(
-            Bank(features, known.to(features.device)), gather_rows(own, total, ranks), max(NEIGHBOURS), ranks
-        )
-        classes = int(max(true.max(), bank_index.samples["label"].max())) + 1
-        for k in [k for k in NEIGHBOURS if k <= len(bank_index)] or NEIGHBOURS[:1]:
-            neighbours[k] = Score(ranking(found, k, classes, min(5, classes)).cpu(), true, classes)
-    return score, neighbours
-
-
-def figures(model: FrozenModel, index: ShardIndex, score: Score | None, neighbours: dict[int, Score]) -> dict[str, Any]:
-    """Everything that was measured, as JSON holds it."""
-    found: dict[str, Any] = {"model": model.name, "shards": redact(index.store.location), "images": len(index)}
-    if score is not None:
-        images, shares = score.images().tolist(), score.per_class().tolist()
-        found |= {"top1": score.top(1), "top5": score.top(5)}
-        found["per_class"] = [
-            {"class": number, "name": model.describe(number), "images": count, "top1": shares[number]}
-            for number, count in enumerate(images)
-            if count
-        ]
-    if neighbours:
-        found["knn"] = {str(k): {"top1": of_k.top(1), "top5": of_k.top(5)} for k, of_k in neighbours.items()}
-    return found
-
-
-def report(found: dict[str, Any], ranks: Ranks) -> None:
-    print(f"{found['images']} images of {found['shards']} on {ranks.world_size} {ranks.device.type} ranks")
-    if "top1" in found:
-        print(f"top-1  {found['top1']:7.2%}\ntop-5  {found['top5']:7.2%}")
-    for k, of_k in found.get("knn", {}).items():
-        print(f"kNN    {of_k['top1']:7.2%}   k={k}")
-    classes = found.get("per_class", [])
-    if len(classes) > 1:
-        mean = sum(one["top1"] for one in classes) / len(classes)
-        print(f"mean of {len(classes)} classes {mean:.2%}; least recognised:")
-        for one in sorted(classes, key=lambda one: one["top1"])[:_WORST]:
-            print(f"  {one['top1']:7.2%}  of {one['images']:5} images  {one['name']}")
 
 
 def check(args: argparse.Namespace, model: FrozenModel, index: ShardIndex, bank_index: ShardIndex | None) -> None:
     """Raises UsageError for whatever would be found out only after hours."""
     if model.multi_label:
-        raise UsageError(f"{model.name} gives any number of classes for an image; only one class each can be evaluated")
+        for given, option in ((args.knn, "--knn"), (args.confusion, "--confusion")):
+            if given is not None:
+                raise UsageError(f"{option} is for one class an image, and {model.name} gives any number; leave it out")
     if not model.num_classes and bank_index is None:
         raise UsageError(f"{model.name} has no classifier; fine-tune it, or name labelled images for kNN: --knn SHARDS")
-    for given, option in ((args.json, "--json"), (args.confusion, "--confusion")):
-        if given is not None and not given.parent.is_dir():
-            raise UsageError(f"{option} {given}: {given.parent} is no directory")
+    if args.results is not None:
+        raise UsageError(f"--results {args.results} is for detectors, and {model.name} is none; leave it out")
     if args.confusion is not None:
         require_plots("--confusion")
         if not model.num_classes:
             raise UsageError(f"--confusion: {model.name} has no classifier; leave it out")
     require_readable(index, "mixmae evaluate")
     if model.num_classes:
-        true_classes(index, model)
+        truth(index, model)
     if bank_index is not None:
         require_readable(bank_index, "--knn")
         require_labels(bank_index, "--knn")
@@ -166,6 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--knn", metavar="SHARDS", help="also: k nearest neighbours among the features of these images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, those of each class too")
     parser.add_argument("--confusion", type=Path, metavar="FILE", help="draw the confusion matrix (.png, .svg, .pdf)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write what a detector finds as COCO results")
     parser.add_argument(
         "--batch", type=int, help="images at once on each rank (default 64; of detectors, segmenters 4)"
     )
@@ -176,6 +73,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < 1:
         raise UsageError(f"--batch {args.batch}: expected 1 or more")
+    for option in ("json", "confusion", "results"):
+        given = getattr(args, option)
+        if given is not None and not given.parent.is_dir():
+            raise UsageError(f"--{option} {given}: {given.parent} is no directory")
     return args
 
 
@@ -184,12 +85,11 @@ def evaluate_whole(args: argparse.Namespace, threads: int, heartbeat: Heartbeat,
     for given, option in ((args.knn, "--knn"), (args.confusion, "--confusion")):
         if given is not None:
             raise UsageError(f"{option} is for classifiers, and {args.model} is none; leave it out")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UsageError(f"--json {args.json}: {args.json.parent} is no directory")
     task, module = open_for(Path(args.model), args.shards, args.batch or _WHOLE_BATCH, threads, ranks)
+    results = None if args.results is None else result_file(task, args.results)
     if ranks.world_size > 1:
         join(ranks)
-    found = measure(task, module, ranks, lambda: heartbeat.set_phase("evaluation"))
+    found = measure(task, module, ranks, lambda: heartbeat.set_phase("evaluation"), results)
     if ranks.is_main:
         print("\n".join([f"{task.describe()}, on {redact(args.shards)}", *table(found)]))
         if args.json is not None:
@@ -214,13 +114,13 @@ def main(argv: Sequence[str]) -> int:
     if ranks.world_size > 1:
         join(ranks)
     settings = Settings(args.batch or _BATCH, threads, heartbeat)
-    score, neighbours = evaluate(model, index, bank_index, settings, ranks)
+    score, neighbours = score_model(model, index, bank_index, settings, ranks)
     if ranks.is_main:
         found = figures(model, index, score, neighbours)
         report(found, ranks)
         if args.json is not None:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
-        if args.confusion is not None and score is not None:
+        if args.confusion is not None and isinstance(score, Score):
             draw_confusion(score, model.describe, args.confusion)
     return _leave(heartbeat, ranks)
 

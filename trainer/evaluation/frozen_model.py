@@ -57,16 +57,18 @@ class FrozenModel:
         return pooled, self.module.forward_head(features).float() if self.num_classes else None
 
     def run(self, batches: Iterable[HeldOut]) -> tuple[Tensor, Tensor]:
-        """Of this rank's share: pooled features [n, C], and the `TOP` classes of each image, best first [n, TOP]."""
-        features, ranked = [], []
+        """Of this rank's share: pooled features [n, C], and answers [n, ...]."""
+        features, answers = [], []
         for images, samples, _ in batches:
             pooled, logits = self(images)
             features.append(pooled[: len(samples)])
-            best = torch.zeros(len(images), 0, dtype=torch.int64, device=pooled.device)
-            if logits is not None:
-                best = logits.topk(min(TOP, self.num_classes), dim=1).indices
-            ranked.append(best[: len(samples)])
-        return torch.cat(features), torch.cat(ranked)
+            answers.append(self._answers(pooled[:, :0] if logits is None else logits)[: len(samples)])
+        return torch.cat(features), torch.cat(answers)
+
+    def _answers(self, logits: Tensor) -> Tensor:
+        """The `TOP` classes of each image, int64 [B, TOP], best first; of multi-label models each class's probability,
+        fp32 [B, classes]."""
+        return logits.sigmoid() if self.multi_label else logits.topk(min(TOP, logits.shape[1]), dim=1).indices
 
 
 def open_model(name: str, device: torch.device) -> FrozenModel:

@@ -101,7 +101,7 @@ def _read(index: ShardIndex, sample: int) -> bytes:
     try:
         return index.read(sample)
     except UnusableError as error:
-        raise _refusal(index, sample, error) from error
+        raise index.refusal(sample, error) from error
 
 
 def _view(
@@ -113,11 +113,7 @@ def _view(
     try:
         return center_resized_crop(content, state, size, crop_ratio, pixels, valid), valid
     except UnusableError as error:
-        raise _refusal(index, sample, error) from error
-
-
-def _refusal(index: ShardIndex, sample: int, error: UnusableError) -> UsageError:
-    return UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}")
+        raise index.refusal(sample, error) from error
 
 
 def gather_rows(own: Tensor, total: int, ranks: Ranks) -> Tensor:

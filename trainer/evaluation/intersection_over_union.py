@@ -26,10 +26,11 @@ def figures(counts: Tensor, names: Sequence[str]) -> dict[str, float]:
     A class that no image has, and that was predicted nowhere, is left out of the means, as mmsegmentation does it.
 
     Args:
-        counts: sums of `count_pixels`.
+        counts: sums of `count_pixels`, of one pixel at least that is not ignored.
         names: of the classes.
     """
     right, predicted, labelled = counts.double().cpu()
+    assert labelled.any(), "a pixel to be judged"
     iou, accuracy = right / (predicted + labelled - right), right / labelled
     each = {f"iou/{name}": float(value) for name, value in zip(names, iou, strict=True) if not value.isnan()}
     return {

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ class Score:
         """fp64 [classes]: the share of each class's images that were recognised; NaN where there are none."""
         right = self.ranked[:, 0] == self.true
         return torch.bincount(self.true[right], minlength=self.num_classes).double() / self.images()
+
+    def figures(self, name_of: Callable[[int], str]) -> dict[str, Any]:
+        """`top1`, `top5`, and `per_class` of the classes that some image has."""
+        found = zip(self.images().tolist(), self.per_class().tolist(), strict=True)
+        per_class = [
+            {"class": number, "name": name_of(number), "images": images, "top1": share}
+            for number, (images, share) in enumerate(found)
+            if images
+        ]
+        return {"top1": self.top(1), "top5": self.top(5), "per_class": per_class}
 
 
 def require_plots(option: str) -> None:

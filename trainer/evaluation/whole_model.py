@@ -7,8 +7,8 @@ import torch
 
 from mixmae.base.errors import UsageError
 from mixmae.models.contract import Trainable
-from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.engine.distributed import Ranks
+from mixmae.trainer.evaluation.coco_results import ResultFile
 from mixmae.trainer.export.task_directory import open_task_directory
 from mixmae.trainer.recipe.sections.evaluate import Evaluate
 from mixmae.trainer.tasks.contract import Task
@@ -32,16 +32,38 @@ def open_for(directory: Path, shards: str, batch: int, threads: int, ranks: Rank
         "data": recipe.data.model_copy(update={"num_workers": threads}),
         "train": recipe.train.model_copy(update={"micro_batch": batch}),
     }
-    task, index = task_of(recipe.model_copy(update=own)), open_index(shards)
-    task.check_data(index)
+    task = task_of(recipe.model_copy(update=own))
+    index = task.open_shards(shards)
+    task.check_held_out(index, "SHARDS")
     index.store.close()
     return task, module
 
 
+def result_file(task: Task, file: Path) -> ResultFile:
+    """The file for what is found in the images that the task evaluates on.
+
+    Raises:
+        UsageError: the task finds no objects, or the shards do not keep the ids that name images in such a file.
+    """
+    assert task.recipe.evaluate.shards is not None
+    if not task.finds_objects:
+        raise UsageError(f"--results {file}: {task.describe()} finds no objects; leave it out")
+    index = task.open_shards(task.recipe.evaluate.shards)
+    found = ResultFile.of_shards(file, index)
+    index.store.close()
+    return found
+
+
 @torch.no_grad()
-def measure(task: Task, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
-    """What the task measures; all ranks call it together."""
-    found = task.evaluate(module, ranks, beat)
+def measure(
+    task: Task, module: Trainable, ranks: Ranks, beat: Callable[[], None], file: ResultFile | None = None
+) -> dict[str, float]:
+    """What the task measures; all ranks call it together.
+
+    Args:
+        file: for what is found.
+    """
+    found = task.evaluate(module, ranks, beat) if file is None else task.evaluate_to(file, module, ranks, beat)
     if not found:
         raise UsageError("nothing could be measured: the shards hold nothing to be found")
     return found

@@ -19,6 +19,7 @@ from mixmae.trainer.planning.states import Limits, count_parameters
 from mixmae.trainer.recipe.hardware import fit_hardware
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.flops import model_flops
+from mixmae.trainer.tasks.registry import task_of
 
 _MOST_GPUS = 4096
 
@@ -78,6 +79,8 @@ class Run:
 @dataclass(frozen=True)
 class Plan:
     recipe: Recipe
+    model: str
+    """The task's words for what is trained: the encoder, and what stands on it."""
     cluster: Cluster
     work: Workload
     speed: Speed
@@ -128,6 +131,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, given: Assumptions) -> Plan:
     per_node = chosen.images_per_second / cluster.nodes
     return Plan(
         recipe,
+        task_of(recipe).describe(),
         cluster,
         work,
         pace,

@@ -43,6 +43,7 @@ def values(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.shown(),
         "model": {
+            "description": plan.model,
             "parameters": plan.work.parameters.total,
             "model_flops_per_image": plan.work.model_flops,
         },
@@ -88,10 +89,10 @@ def _memory_values(memory: Memory) -> dict[str, Any]:
 
 
 def _head(plan: Plan) -> Iterator[RenderableType]:
-    encoder, cluster, work = plan.recipe.encoder.name, plan.cluster, plan.work
+    cluster, work = plan.cluster, plan.work
     nodes = f"{cluster.nodes} nodes" if cluster.nodes > 1 else "one node" if cluster.gpus > 1 else "one GPU"
     link = "" if cluster.link is None or cluster.nodes == 1 else f", {cluster.link * 8 / 1e9:g} Gbit/s each"
-    yield Text(f"{encoder} on {cluster.gpus} x {cluster.gpu.name}", "bold")
+    yield Text(f"{plan.model}, on {cluster.gpus} x {cluster.gpu.name}", "bold")
     yield _line(
         f"{work.parameters.total / 1e6:.1f} M parameters, {work.model_flops / 1e9:.3g} GFLOP per image, "
         f"{plan.recipe.train.precision}; {nodes}{link}; {cluster.gpu.usable / 2**30:.1f} of "

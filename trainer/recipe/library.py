@@ -33,8 +33,9 @@ class LibraryRecipe:
 
     @property
     def summary(self) -> str:
-        """The first line that describes it."""
-        return next(iter(self.head[1:]), "")
+        """The first sentence that describes it."""
+        sentence, end, _ = " ".join(self.head[1:]).partition(". ")
+        return sentence + end.rstrip()
 
 
 def library() -> dict[str, LibraryRecipe]:

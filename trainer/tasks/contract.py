@@ -23,6 +23,8 @@ from mixmae.trainer.data.open_index import open_index
 from mixmae.trainer.data.transform import RandomResizedCropFlip, SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.optimizer import OptimizerChoice, adamw
+from mixmae.trainer.evaluation.coco_results import ResultFile
+from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.recipe.schema import Recipe
 
 SHOWN_SCORE = 0.5
@@ -52,6 +54,9 @@ class Task(ABC):
 
     exports_whole: ClassVar[bool] = False
     """Whether `mixmae export` writes the whole module (`task_directory`), and not its encoder for timm."""
+
+    finds_objects: ClassVar[bool] = False
+    """Whether there is `evaluate_to`."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._refuse_unused(recipe)
@@ -90,12 +95,32 @@ class Task(ABC):
             UsageError: no such weights, or they do not fit.
         """
 
-    def check_data(self, index: ShardIndex) -> None:  # noqa: B027  (images are enough for some)
-        """Looks at whether the shards hold what the task needs, such as labels.
+    def check_data(self, index: ShardIndex) -> None:
+        """Looks at whether `data.shards` and the shards of evaluations hold what the task needs.
 
         Raises:
             UsageError: what is missing.
         """
+        self.check_shards(index, "data.shards")
+        if self.recipe.evaluate.shards is not None:
+            held_out = self.open_shards(self.recipe.evaluate.shards)
+            self.check_held_out(held_out, "evaluate.shards")
+            held_out.store.close()
+
+    def check_shards(self, index: ShardIndex, key: str) -> None:  # noqa: B027  (images are enough for some)
+        """Looks at whether shards, to train or to be evaluated on, hold what the task needs, such as labels.
+
+        Args:
+            key: by which the user named them, for messages: `evaluate.shards`.
+
+        Raises:
+            UsageError: what is missing.
+        """
+
+    def check_held_out(self, index: ShardIndex, key: str) -> None:
+        """Looks at whether `evaluate` can tell a figure of all these shards; arguments and errors as `check_shards`."""
+        require_readable(index, key)
+        self.check_shards(index, key)
 
     def open_shards(self, shards: str) -> ShardIndex:
         """The index of shards beside `data.shards`, such as held-out ones, which are read as those are.
@@ -167,6 +192,12 @@ class Task(ABC):
             beat: to be called with each batch, so that the rank is not taken for stuck.
         """
         return {}
+
+    def evaluate_to(
+        self, file: ResultFile, module: Trainable, ranks: Ranks, beat: Callable[[], None]
+    ) -> dict[str, float]:
+        """`evaluate`, of which the main rank writes every object that is found, for tasks that find some."""
+        raise NotImplementedError(f"task={self.recipe.task}")
 
     def probe(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """Figures of the encoder's frozen features on `evaluate.probe.shards`; called as `evaluate` is."""

@@ -25,9 +25,9 @@ from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales
 from mixmae.trainer.evaluation.average_precision import require_evaluator
+from mixmae.trainer.evaluation.coco_results import ResultFile
 from mixmae.trainer.evaluation.detection import evaluate_detector, find_in_image
 from mixmae.trainer.evaluation.detection_pictures import draw_columns, draw_found
-from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_backbone
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
@@ -45,6 +45,7 @@ class Detect(Task):
 
     unused_sections: ClassVar[tuple[str, ...]] = ("method", "classification", "linear", "augment", "segmentation")
     exports_whole = True
+    finds_objects = True
 
     def resolve(self, recipe: Recipe) -> Recipe:
         check_encoder(recipe)
@@ -75,23 +76,18 @@ class Detect(Task):
         if self.recipe.encoder.init is not None:
             initialise_backbone(_detector(module).encoder, self.recipe.encoder.init)
 
-    def check_data(self, index: ShardIndex) -> None:
-        self._require_objects(index, "data.shards")
-        if self.recipe.evaluate.shards is not None:
-            require_evaluator()
-            held_out = self.open_shards(self.recipe.evaluate.shards)
-            require_readable(held_out, "evaluate.shards")
-            self._require_objects(held_out, "evaluate.shards")
-            held_out.store.close()
-
-    def _require_objects(self, index: ShardIndex, key: str) -> None:
+    def check_shards(self, index: ShardIndex, key: str) -> None:
         require_annotations(index, "objects", key)
-        where = f"{key}={index.store.location}"
         if index.classes != self.classes:
             raise UsageError(
-                f"{where} has {len(index.classes)} classes ({listed(index.classes)}), and the run {len(self.classes)} "
-                f"({listed(self.classes)}); build the shards with the same categories, or correct detection.classes"
+                f"{key}={index.store.location} has {len(index.classes)} classes ({listed(index.classes)}), and the "
+                f"detector {len(self.classes)} ({listed(self.classes)}); build the shards with the same categories"
+                + (", or correct detection.classes" if key == "data.shards" else "")
             )
+
+    def check_held_out(self, index: ShardIndex, key: str) -> None:
+        require_evaluator()
+        super().check_held_out(index, key)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return LargeScaleJitterCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.detection.scale)
@@ -110,14 +106,23 @@ class Detect(Task):
 
     def evaluate(self, module: Trainable, ranks: Ranks, beat: Callable[[], None]) -> dict[str, float]:
         """On `evaluate.shards`: see `evaluate_detector`."""
-        if self.recipe.evaluate.shards is None:
-            return {}
-        size, data = both_sides(self.recipe.encoder.img_size), self.recipe.data
-        index = self.open_shards(self.recipe.evaluate.shards)
-        scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat=beat, threads=data.num_workers)
-        to_device = ToDevice.of(ranks.device, data)
-        batch = self.recipe.train.micro_batch
-        found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks)
+        return {} if self.recipe.evaluate.shards is None else self._evaluate(module, ranks, beat)
+
+    def evaluate_to(
+        self, file: ResultFile, module: Trainable, ranks: Ranks, beat: Callable[[], None]
+    ) -> dict[str, float]:
+        return self._evaluate(module, ranks, beat, file)
+
+    def _evaluate(
+        self, module: Trainable, ranks: Ranks, beat: Callable[[], None], file: ResultFile | None = None
+    ) -> dict[str, float]:
+        recipe, size = self.recipe, both_sides(self.recipe.encoder.img_size)
+        assert recipe.evaluate.shards is not None
+        index = self.open_shards(recipe.evaluate.shards)
+        scenes = held_out_scenes(index, ranks, partial(fit_into, window=size), beat, recipe.data.num_workers)
+        to_device = ToDevice.of(ranks.device, recipe.data)
+        batch = recipe.train.micro_batch
+        found = evaluate_detector(_detector(module), scenes, size, batch, self.classes, to_device, ranks, file)
         index.store.close()
         return found
 

@@ -19,7 +19,6 @@ from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales
 from mixmae.trainer.evaluation.classification import evaluate_classifier
-from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.export.initial_weights import initialise_classifier
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.tasks.contract import Task
@@ -64,13 +63,8 @@ class Finetune(Task):
             classes = self.recipe.classification.classes or ()
             initialise_classifier(_classifier(module).encoder, self.recipe.encoder.init, classes)
 
-    def check_data(self, index: ShardIndex) -> None:
-        targets_of(index, self.recipe.classification, "data.shards")
-        if self.recipe.evaluate.shards is not None:
-            held_out = self.open_shards(self.recipe.evaluate.shards)
-            require_readable(held_out, "evaluate.shards")
-            targets_of(held_out, self.recipe.classification, "evaluate.shards")
-            held_out.store.close()
+    def check_shards(self, index: ShardIndex, key: str) -> None:
+        targets_of(index, self.recipe.classification, key)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return labelled_crop(self.recipe, targets_of(index, self.recipe.classification, "data.shards").table)

@@ -92,7 +92,7 @@ def targets_of(index: ShardIndex, classes: Classification, key: str) -> Targets:
     _require_labels(index, where)
     used = np.unique(labels)
     if classes.multi_label:
-        targets = Targets(_flags(index, classes, where))
+        targets = Targets(flags_of(index, classes.classes or (), where))
         if not (targets.table[used].amin(0) < targets.table[used].amax(0)).any():
             raise UsageError(f"all images in {where} have the same classes; nothing can be learned of them")
         return targets
@@ -140,20 +140,25 @@ def _numbers(index: ShardIndex, classes: Classification, where: str) -> Table:
     return np.arange(classes.num_classes, dtype=np.int64)
 
 
-def _flags(index: ShardIndex, classes: Classification, where: str) -> Tensor:
+def flags_of(index: ShardIndex, names: Sequence[str], where: str) -> Tensor:
+    """Which of the named classes each label of the index has, uint8 [labels, classes].
+
+    Raises:
+        UsageError: an image without a label, labels that are numbers, or a class of another name.
+    """
+    _require_labels(index, where)
     if not index.classes:
         raise UsageError(
             f"{where} has class numbers, and classification.multi_label=true needs names separated by commas in each "
-            ".cls, such as 'cat,sofa'; set it to false for one class an image"
+            ".cls, such as 'cat,sofa'; for one class an image the model is trained with multi_label=false"
         )
-    known = {name: number for number, name in enumerate(classes.classes or ())}
+    known = {name: number for number, name in enumerate(names)}
     table = torch.zeros(len(index.classes), len(known), dtype=torch.uint8)
-    for label, combination in enumerate(index.classes):
-        for name in _split(combination):
+    for label in np.unique(index.samples["label"]):
+        for name in _split(index.classes[label]):
             if name not in known:
                 raise UsageError(
-                    f"{where} has the class {name!r}, which the run does not; its classes are "
-                    f"{listed(classes.classes or ())}"
+                    f"{where} has the class {name!r}, which the model does not; its own are {listed(names)}"
                 )
             table[label, known[name]] = 1
     return table

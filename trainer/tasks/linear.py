@@ -86,14 +86,12 @@ class Linear(Task):
         return lambda name: self.variants[int(name.split(".")[1])].lr_scale
 
     def check_data(self, index: ShardIndex) -> None:
-        targets_of(index, self.recipe.classification, "data.shards")
         if self.recipe.linear.cache_features:
             require_readable(index, "linear.cache_features")
-        if self.recipe.evaluate.shards is not None:
-            held_out = self.open_shards(self.recipe.evaluate.shards)
-            require_readable(held_out, "evaluate.shards")
-            targets_of(held_out, self.recipe.classification, "evaluate.shards")
-            held_out.store.close()
+        super().check_data(index)
+
+    def check_shards(self, index: ShardIndex, key: str) -> None:
+        targets_of(index, self.recipe.classification, key)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         table = targets_of(index, self.recipe.classification, "data.shards").table

@@ -18,7 +18,7 @@ from mixmae.trainer.data.to_device import ToDevice
 from mixmae.trainer.data.transform import VALID
 from mixmae.trainer.engine.distributed import Ranks, all_reduce_sum
 from mixmae.trainer.evaluation.features import pooled
-from mixmae.trainer.evaluation.held_out import held_out_batches, require_readable
+from mixmae.trainer.evaluation.held_out import held_out_batches
 from mixmae.trainer.evaluation.probe import check_probe_shards, probe_shards
 from mixmae.trainer.export.initial_weights import initialise_method
 from mixmae.trainer.recipe.components import check_settings, in_keys
@@ -70,12 +70,11 @@ class Pretrain(Task):
             initialise_method(_method(module), self.recipe.encoder.init, self.recipe.method.name)
 
     def check_data(self, index: ShardIndex) -> None:
-        """Looks at the shards that are evaluated on: hours later it would be too late."""
-        evaluate = self.recipe.evaluate
-        if evaluate.shards is not None:
-            require_readable(self.open_shards(evaluate.shards), "evaluate.shards")
-        if evaluate.probe is not None:
-            check_probe_shards(self.open_shards(evaluate.probe.shards), "evaluate.probe")
+        super().check_data(index)
+        if (probe := self.recipe.evaluate.probe) is not None:
+            probed = self.open_shards(probe.shards)
+            check_probe_shards(probed, "evaluate.probe")
+            probed.store.close()
 
     def inputs(self, module: Trainable, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         drawn = _method(module).draw(len(batch.images), generator)

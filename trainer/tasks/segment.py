@@ -15,11 +15,10 @@ from mixmae.models.methods.contract import Column
 from mixmae.trainer.data.batch_reader import Batch
 from mixmae.trainer.data.dense.segmentation import SegmentationCrop
 from mixmae.trainer.data.index import ShardIndex
-from mixmae.trainer.data.integrity import require_annotations
+from mixmae.trainer.data.integrity import require_annotations, require_judged_pixels
 from mixmae.trainer.data.transform import SampleTransform
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.engine.layer_decay import lr_scales
-from mixmae.trainer.evaluation.held_out import require_readable
 from mixmae.trainer.evaluation.label_colors import paint_normalised, picture
 from mixmae.trainer.evaluation.segmentation import class_names, evaluate_segmenter, segment_image
 from mixmae.trainer.export.initial_weights import initialise_backbone
@@ -56,22 +55,19 @@ class Segment(Task):
         if self.recipe.encoder.init is not None:
             initialise_backbone(_segmenter(module).encoder, self.recipe.encoder.init)
 
-    def check_data(self, index: ShardIndex) -> None:
-        self._require_label_maps(index, "data.shards")
-        if self.recipe.evaluate.shards is not None:
-            held_out = self.open_shards(self.recipe.evaluate.shards)
-            require_readable(held_out, "evaluate.shards")
-            self._require_label_maps(held_out, "evaluate.shards")
-            held_out.store.close()
-
-    def _require_label_maps(self, index: ShardIndex, key: str) -> None:
+    def check_shards(self, index: ShardIndex, key: str) -> None:
         require_annotations(index, "segments", key)
-        where, classes = f"{key}={index.store.location}", self.recipe.segmentation.classes
+        classes = self.recipe.segmentation.classes
         if classes and index.classes and index.classes != classes:
             raise UsageError(
-                f"{where} has {len(index.classes)} classes ({listed(index.classes)}), and the run {len(classes)} "
-                f"({listed(classes)}); build both sets of shards with the same list of classes, --class-names FILE"
+                f"{key}={index.store.location} has {len(index.classes)} classes ({listed(index.classes)}), and the "
+                f"segmenter {len(classes)} ({listed(classes)}); build the shards with its list of classes, "
+                "--class-names FILE"
             )
+
+    def check_held_out(self, index: ShardIndex, key: str) -> None:
+        super().check_held_out(index, key)
+        require_judged_pixels(index, key)
 
     def transform(self, index: ShardIndex) -> SampleTransform:
         return SegmentationCrop(self.recipe.encoder.img_size, self.recipe.data, self.recipe.segmentation.scale)

@@ -51,7 +51,9 @@ class BoxHead(Head):
         super().__init__()
         self.num_classes, self.rois = num_classes, rois
         shape, widths = (channels, _POOLED, _POOLED), [channels] * _CONVOLUTIONS
-        self.layers = FastRCNNConvFCHead(shape, widths, [_WIDTH], norm_layer=LayerNorm2d)
+        layers = FastRCNNConvFCHead(shape, widths, [_WIDTH], norm_layer=LayerNorm2d)
+        layers[-1].inplace = False  # selective checkpointing may keep the product that it would write over
+        self.layers = layers
         self.score, self.delta = nn.Linear(_WIDTH, num_classes + 1), nn.Linear(_WIDTH, 4 * num_classes)
         for layer, std in ((self.score, 0.01), (self.delta, 0.001)):
             nn.init.normal_(layer.weight, std=std)

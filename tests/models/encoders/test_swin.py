@@ -138,7 +138,7 @@ def test_oblong_images() -> None:
     ("sizes", "advice"),
     [
         ({"img_size": 230}, "nearest that does is 224x224"),
-        ({"img_size": 384, "window_size": (14, 14, 14, 7)}, r"\(16, 16, 24, 12\) would fit"),
+        ({"img_size": 384, "window_size": (14, 14, 14, 7)}, r"set window_size=\[16,16,24,12\]"),
         ({"window_size": (7, 7)}, "expected 4"),
         ({"num_heads": (3, 6, 12, 24)}, "does not divide into 3 heads"),
     ],

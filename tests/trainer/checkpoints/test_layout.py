@@ -12,7 +12,7 @@ from mixmae.base.run_directory import (
     named_newest,
     newest_step,
 )
-from mixmae.trainer.checkpoints.layout import quarantine, remnants, set_newest
+from mixmae.trainer.checkpoints.layout import inconsistencies, quarantine, remnants, set_newest
 from mixmae.trainer.checkpoints.manifest import MANIFEST
 from tests.trainer.checkpoints.test_manifest import make
 
@@ -24,7 +24,13 @@ def test_the_history_begins_with_what_newest_names(tmp_path: Path) -> None:
     set_newest(folders[1])
     assert checkpoint_history(tmp_path) == [folders[1], folders[0]]
     assert newest_step(tmp_path) == 8
+    assert inconsistencies(tmp_path) == [
+        "step-00000012 is later than step-00000008, which checkpoints/newest names, and is not used"
+    ]
+    set_newest(folders[2])
+    assert inconsistencies(tmp_path) == []
     (tmp_path / CHECKPOINTS / NEWEST).write_text("step-00000099\n")
+    assert inconsistencies(tmp_path) == ["checkpoints/newest names no existing checkpoint; using the last complete one"]
     assert checkpoint_history(tmp_path) == folders[::-1]
     (tmp_path / CHECKPOINTS / NEWEST).unlink()
     assert checkpoint_history(tmp_path) == folders[::-1]

@@ -25,15 +25,17 @@ from mixmae.models.layers.blocks import sincos_positions
 from mixmae.trainer.data.decode import center_resized_crop
 from mixmae.trainer.data.inspection import inspect_image
 from mixmae.trainer.data.open_index import open_index
+from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.evaluation.evaluate import main
 from mixmae.trainer.evaluation.frozen_model import FrozenModel, open_model
 from mixmae.trainer.evaluation.knn import Bank, nearest, ranking
+from mixmae.trainer.evaluation.multi_label_score import MultiLabelScore
 from mixmae.trainer.evaluation.predict import main as predict
 from mixmae.trainer.evaluation.score import Score
 from mixmae.trainer.export.encoder_directory import CONFIG, write_encoder_directory
 from mixmae.trainer.export.import_mixmim import main as import_release
-from tests.helpers import ROOT, coloured_shards
+from tests.helpers import ROOT, coloured_shards, tar_of
 
 SIZES = {
     "img_size": 64, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": (4, 4, 4, 2)
@@ -49,7 +51,7 @@ def directory_of(out: Path, classes: tuple[str, ...], **facts: Any) -> Path:
         model.reset_classifier(len(classes), "avg")
     write_encoder_directory(out, "mixmae_swin_nano", SIZES, model.state_dict(), facts=facts)
     config = json.loads((out / CONFIG).read_text())
-    if classes and not facts:
+    if classes:
         config["pretrained_cfg"]["label_names"] = classes
     (out / CONFIG).write_text(json.dumps(config))
     return out
@@ -64,6 +66,14 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, in another order than the shards have theirs."""
     return directory_of(tmp_path_factory.mktemp("model") / "model", ("red", "green", "blue"))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that gives an image any number of classes."""
+    return directory_of(
+        tmp_path_factory.mktemp("several") / "model", ("cat", "dog", "sofa"), finetuning={"multi_label": True}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -200,16 +210,66 @@ def test_predict_names_classes(model: Path, coloured: Path, tmp_path: Path, caps
 
 
 def test_several_classes_of_an_image_have_probabilities_of_their_own(
-    coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    several: Path, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = directory_of(tmp_path / "model", ("a", "b"), finetuning={"multi_label": True})
     (tmp_path / "image.jpg").write_bytes(open_index(coloured).read(0))
-    assert predict([str(model), str(tmp_path / "image.jpg"), "--json"]) == 0
+    assert predict([str(several), str(tmp_path / "image.jpg"), "--json"]) == 0
     shares = json.loads(capsys.readouterr().out)["classes"]
-    assert set(shares) == {"class 0", "class 1"}
+    assert set(shares) == {"cat", "dog", "sofa"}
     assert sum(shares.values()) != pytest.approx(1, abs=1e-4)
-    assert run_cli(main, [str(model), str(coloured)]) == 2
-    assert "only one class each" in capsys.readouterr().err
+
+
+def test_several_classes_of_an_image_are_evaluated(
+    several: Path, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = open_index(coloured), ("sofa, cat", "cat,", ",", "cat")
+    files = {f"{n}.jpg": images.read(n) for n in range(23)} | {f"{n}.cls": labels[n % 4].encode() for n in range(23)}
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").write_bytes(tar_of(dict(sorted(files.items()))))
+    index, out = write_index(tmp_path / "shards"), tmp_path / "found.json"
+    assert main([str(several), str(tmp_path / "shards"), "--batch", "4", "--json", str(out)]) == 0
+    assert "mAP" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    names = [set(index.classes[label].replace(" ", "").split(",")) for label in index.samples["label"]]
+    true = np.array([[name in of_image for name in ("cat", "dog", "sofa")] for of_image in names])
+    crops = [center_resized_crop(index.read(i), int(index.samples[i]["state"]), 64, 0.875) for i in range(23)]
+    _, logits = open_model(str(several), CPU)(torch.stack(crops))
+    assert logits is not None
+    there = [0, 2]  # no image has a dog
+    expected = sklearn.metrics.average_precision_score(true[:, there], logits.sigmoid()[:, there], average=None)
+    assert found["mAP"] == pytest.approx(expected.mean())
+    assert found["f1"] == pytest.approx(sklearn.metrics.f1_score(true, logits > 0, average="micro"))
+    assert {one["name"]: one["AP"] for one in found["per_class"]} == pytest.approx(
+        dict(zip(("cat", "sofa"), expected, strict=True))
+    )
+    assert run_cli(main, [str(several), str(coloured)]) == 2
+    assert "has the class 'blue', which the model does not; its own are cat, dog, sofa" in capsys.readouterr().err
+    none = tmp_path / "none"
+    none.mkdir()
+    (none / "0.tar").write_bytes(tar_of({"0.jpg": images.read(0), "0.cls": b","}))
+    write_index(none)
+    assert run_cli(main, [str(several), str(none)]) == 2
+    assert "has a class; label some" in capsys.readouterr().err
+    assert run_cli(main, [str(several), str(tmp_path / "shards"), "--confusion", "found.png"]) == 2
+    assert "--confusion is for one class an image" in capsys.readouterr().err
+
+
+def test_scores_of_several_classes_agree_with_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, true = torch.rand(300, 5, generator=generator), torch.rand(300, 5, generator=generator) < 0.3
+    scores[:, 1] = scores[:, 1].mul(4).round() / 4  # equal scores are one threshold
+    scores[:, 2] = 0.1  # never given
+    true[:, 3] = False
+    score, there = MultiLabelScore(scores, true), [0, 1, 2, 4]
+    precisions = sklearn.metrics.average_precision_score(true[:, there], scores[:, there], average=None)
+    assert score.average_precision()[there].tolist() == pytest.approx(precisions.tolist())
+    assert score.average_precision()[3].isnan()
+    assert score.f1() == pytest.approx(sklearn.metrics.f1_score(true, scores > 0.5, average="micro"))
+    found = score.figures(str)
+    assert found["mAP"] == pytest.approx(precisions.mean())
+    for figure, theirs in (("precision", sklearn.metrics.precision_score), ("recall", sklearn.metrics.recall_score)):
+        expected = theirs(true[:, there], scores[:, there] > 0.5, average=None, zero_division=0)
+        assert [one[figure] for one in found["per_class"]] == pytest.approx(expected.tolist())
 
 
 @pytest.mark.parametrize(
@@ -218,6 +278,7 @@ def test_several_classes_of_an_image_have_probabilities_of_their_own(
         ((), [], "has no classifier; fine-tune it, or name labelled images for kNN"),
         (("red", "green"), [], "has 1 classes that {model} does not, the first is 'blue'"),
         (("red", "blue"), ["--json", "/nowhere/found.json"], "/nowhere is no directory"),
+        (("red", "blue"), ["--results", "/found.json"], "--results /found.json is for detectors, and {model} is none"),
         (("red", "blue"), ["--batch", "0"], "--batch 0: expected 1 or more"),
         (("red", "blue"), ["--world-size", "2"], "expected world size 2, got 1"),
     ],

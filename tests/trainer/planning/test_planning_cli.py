@@ -24,7 +24,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def remembered(recipe: Recipe, *more: object) -> Any:
         parts = (recipe.encoder, recipe.method, recipe.data)
-        key = (recipe.train.precision, *(part.model_dump_json() for part in parts), *map(repr, more))
+        key = (recipe.task, recipe.train.precision, *(part.model_dump_json() for part in parts), *map(repr, more))
         if key not in known:
             known[key] = function(recipe, *more)
         return known[key]
@@ -74,6 +74,21 @@ def test_the_text_fits_a_terminal(recipe: str, capsys: pytest.CaptureFixture[str
     for title in ("Memory of one GPU", "Activation checkpointing", "Time:", "Checkpoints and data", "Advice"):
         assert title in text
     assert "is not divisible by the recipe's train.micro_batch=64" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "model"),
+    [
+        ({"task": "detect", "detection": {"num_classes": 3, "channels": 16, "rois": 8}}, "Mask R-CNN on {}, 3 classes"),
+        ({"task": "segment", "segmentation": {"num_classes": 4, "width": 16}}, "UperNet of width 16 on {}, 4 classes"),
+    ],
+)
+def test_the_head_names_the_encoder_and_what_stands_on_it(
+    changes: dict[str, Any], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(tiny_recipe(**changes).to_yaml())
+    assert main([str(tmp_path / "recipe.yaml"), "--gpus", "2", "--gpu", "a100-80g"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{model.format('mixmae_swin_nano')}, on 2 x a100-80g"
 
 
 def test_advice_taken_is_the_best_found(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

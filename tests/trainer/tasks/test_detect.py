@@ -169,7 +169,7 @@ def test_other_ranks_and_stages_continue_as_if_nothing_had_changed(sets: Shards,
         ({"evaluate.shards": "nowhere"}, "shard directory nowhere does not exist"),
         ({"encoder.init": "nowhere"}, "nowhere/model.safetensors does not exist"),
         ({"detection": {"num_classes": 3}}, "num_classes=3, but there are 6 classes"),
-        ({"detection": {"classes": ["cat", "dog"]}}, "and the run 2 .cat, dog.; build the shards with the same"),
+        ({"detection": {"classes": ["cat", "dog"]}}, "and the detector 2 .cat, dog.; build the shards with the same"),
     ],
 )
 def test_mistakes_are_one_clear_line(sets: Shards, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -253,7 +253,7 @@ def test_an_encoder_of_one_stride_is_refused(sets: Shards, tmp_path: Path) -> No
 
 def test_label_maps_with_fewer_classes_are_told_what_makes_them_equal(sets: Shards, tmp_path: Path) -> None:
     classes = {"segmentation": {"classes": ["background", "disc"]}}
-    with pytest.raises(UsageError, match=r"has 7 classes .*, and the run 2 \(background, disc\).*--class-names FILE"):
+    with pytest.raises(UsageError, match=r"7 classes .*, and the segmenter 2 \(background, disc\).*--class-names FILE"):
         check(recipe_for(sets, tmp_path / "run", **classes), Ranks())
 
 

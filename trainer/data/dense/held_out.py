@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmae.base.errors import UsageError
 from mixmae.trainer.data.decode import open_encoded, upright_size_of
 from mixmae.trainer.data.dense.label_maps import LabelMap, parse_label_map
 from mixmae.trainer.data.dense.objects import Objects, parse_objects
@@ -76,7 +75,7 @@ def _read(index: ShardIndex, sample: int) -> tuple[bytes, bytes]:
     try:
         return index.read(sample), index.read_annotation(sample)
     except UnusableError as error:
-        raise _refusal(index, sample, error) from error
+        raise index.refusal(sample, error) from error
 
 
 def _scene(
@@ -95,10 +94,6 @@ def _scene(
         parse = parse_objects if index.annotations == "objects" else parse_label_map
         found = parse(annotation, height, width)
     except UnusableError as error:
-        raise _refusal(index, sample, error) from error
+        raise index.refusal(sample, error) from error
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
     return Scene(sample, image, (height, width), found, counts)
-
-
-def _refusal(index: ShardIndex, sample: int, error: UnusableError) -> UsageError:
-    return UsageError(f"{index.name_of(sample)} cannot be used: {error.reason.label}, {error}")

@@ -2,6 +2,7 @@
 
 An object: `category` (number of its class), `bbox` [x, y, width, height] in pixels of the upright image, `segmentation`
 (polygons or RLE), and perhaps `iscrowd`, `area` (of the mask, by which COCO sorts objects into small and large), `id`.
+Where the image has a number in a COCO file, by which result files name it, the list is `objects` beside `image_id`.
 """
 
 import json
@@ -97,22 +98,37 @@ def faulty_objects(content: bytes, height: int, width: int) -> list[FaultyObject
 
 def without_faulty(content: bytes, faulty: Sequence[FaultyObject]) -> bytes:
     """An annotation's bytes without some of its objects."""
-    numbers = {one.number for one in faulty}
-    return dump_objects([item for number, item in enumerate(json.loads(content)) if number not in numbers])
+    numbers, (items, image_id) = {one.number for one in faulty}, _loaded(content)
+    return dump_objects([item for number, item in enumerate(items) if number not in numbers], image_id)
 
 
-def dump_objects(items: list[dict[str, Any]]) -> bytes:
-    return json.dumps(items, separators=(",", ":")).encode()
+def dump_objects(items: list[dict[str, Any]], image_id: int | None = None) -> bytes:
+    """An annotation's bytes.
+
+    Args:
+        image_id: of the image in a COCO file, if it comes from one.
+    """
+    content = items if image_id is None else {"image_id": image_id, "objects": items}
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def image_id_of(content: bytes) -> int | None:
+    """The image's number in the COCO file that its annotation comes from; None for one that comes from elsewhere.
+
+    Raises:
+        UnusableError: the bytes are no list of objects.
+    """
+    return _items(content)[1]
 
 
 def highest_class(content: bytes) -> tuple[int, int]:
     """The highest class number of an annotation and the id of an object that has it; -1 and 0 without objects."""
-    items = enumerate(json.loads(content))
+    items = enumerate(_loaded(content)[0])
     return max(((item["category"], item.get("id", number)) for number, item in items), default=(-1, 0))
 
 
 def _objects(content: bytes, height: int, width: int) -> Iterator[_Object | FaultyObject]:
-    for number, item in enumerate(_items(content)):
+    for number, item in enumerate(_items(content)[0]):
         found = _usable(item, height, width)
         if isinstance(found, Reason):
             yield FaultyObject(item.get("id", number), found, number)
@@ -120,16 +136,24 @@ def _objects(content: bytes, height: int, width: int) -> Iterator[_Object | Faul
             yield _Object(item, found)
 
 
-def _items(content: bytes) -> list[dict[str, Any]]:
-    """The list in an annotation's bytes. Raises UnusableError where it is none, or an object lacks what all have."""
+def _loaded(content: bytes) -> tuple[Any, Any]:
+    """The list in an annotation's bytes, and the image's number in a COCO file."""
+    found = parse_json(content)
+    return (found["objects"], found["image_id"]) if isinstance(found, dict) else (found, None)
+
+
+def _items(content: bytes) -> tuple[list[dict[str, Any]], int | None]:
+    """What `_loaded` gives. Raises UnusableError where it is no list, or an object lacks what all have."""
     try:
-        items = parse_json(content)
+        items, image_id = _loaded(content)
+        if image_id is not None and type(image_id) is not int:
+            raise ValueError(f"image_id is {image_id!r}; expected a whole number")
         for item in items:
             _require_fields(item)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UnusableError(Reason.DAMAGED_ANNOTATION, f"no list of objects: {what}") from error
-    return list(items)
+    return list(items), image_id
 
 
 def _require_fields(item: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from mixmae.trainer.data.shards.build import BuildResult, build_shards, count_re
 from mixmae.trainer.data.shards.check import check_shards
 from mixmae.trainer.data.shards.coco import open_coco
 from mixmae.trainer.data.shards.files import REPAIRS, SKIPPED
-from mixmae.trainer.data.shards.index_facts import class_names, location_of_shards
+from mixmae.trainer.data.shards.index_facts import category_ids, class_names, location_of_shards
 from mixmae.trainer.data.shards.indexing import write_index
 from mixmae.trainer.data.shards.label_map_folders import open_label_maps
 from mixmae.trainer.data.shards.parquet import open_parquet, parquet_files
@@ -164,8 +164,8 @@ def _index(args: argparse.Namespace) -> int:
     directory = _local(args.directory)
     if not directory.is_dir():
         raise UsageError(f"{directory} {what_is(directory)}; expected a directory of shards")
-    unused = Unused()
-    index = write_index(directory, class_names(args.output or directory), args.jobs, unused, args.output)
+    unused, before = Unused(), args.output or directory
+    index = write_index(directory, class_names(before), args.jobs, unused, args.output, category_ids(before))
     where = [] if args.output is None else [f"the index is in {args.output}; name it as data.shards"]
     print("\n".join([_describe(index), *where, *_describe_labels(index), *unused.lines(), *_describe_unusable(index)]))
     return 0

@@ -135,7 +135,7 @@ def _objects_by_image(file: Path, content: Any, images: list[int], categories: l
             f"{file}: {len(elsewhere)} annotations are of images that it does not list: "
             f"image_id {first_names(elsewhere)}"
         )
-    return {image: dump_objects(objects) for image, objects in by_image.items()}
+    return {image: dump_objects(objects, image) for image, objects in by_image.items()}
 
 
 def _entries(root: Path, file: Path, listed: list[dict[str, Any]], objects: dict[int, bytes]) -> list[Entry]:

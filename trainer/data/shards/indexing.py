@@ -40,6 +40,7 @@ def write_index(
     jobs: int = 1,
     unused: Unused | None = None,
     output: Path | None = None,
+    category_ids: Sequence[int] = (),
 ) -> ShardIndex:
     """Reads every shard of a directory once, decodes every image, and writes the index.
 
@@ -47,6 +48,7 @@ def write_index(
         classes: names of the labels 0, 1, ... as far as they are known; labels that are names add to them.
         unused: counts the files that no sample uses.
         output: the directory that gets the index, which says where its shards are; None: that of the shards.
+        category_ids: COCO's numbers of the classes, as far as they are known.
 
     Raises:
         UsageError: no shards, or one that is not a whole tar or cannot be read.
@@ -69,9 +71,9 @@ def write_index(
     if not any(one.shard.samples for one in scanned):
         raise UsageError("; ".join([f"the shards in {directory} hold no images", *unused.lines()]))
     if output is None:
-        return save_index(directory, scanned, classes)
+        return save_index(directory, scanned, classes, category_ids)
     output.mkdir(parents=True, exist_ok=True)
-    return save_index(output, scanned, classes, location=str(directory.resolve()))
+    return save_index(output, scanned, classes, category_ids, location=str(directory.resolve()))
 
 
 def _require_writable(directory: Path) -> None:

@@ -52,6 +52,14 @@ class LabelCodes:
         return self._codes.setdefault(name, _FIRST_NAME - len(self._codes))
 
 
+def join_classes(names: Sequence[object]) -> str | None:
+    """Several classes of an image as one label, as `classification.multi_label` reads it; None: they are no names."""
+    words = [name.strip() for name in names if isinstance(name, str) and "," not in name]
+    if len(words) < len(names) or "" in words:
+        return None
+    return ",".join(words) + ("" if len(words) > 1 else ",")
+
+
 def looks_like_a_number(label: str) -> bool:
     """Whether a label is meant as a number, whole or not. `1e3` and `nan` are names."""
     return _NUMBER.fullmatch(label) is not None

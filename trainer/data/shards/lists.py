@@ -1,4 +1,5 @@
-"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names.
+"""Lists of images: CSV files with a header (`path`, perhaps `label`) and JSON lines with the same two names, where a
+label may be a list of class names.
 
 `metadata.csv` and `metadata.jsonl` of the Hugging Face hub are such lists too: they say `file_name`, and may have
 further columns, which are told and left out.
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from mixmae.base.errors import UsageError
 from mixmae.base.json_text import parse_json
 from mixmae.trainer.data.index import UNLABELLED
-from mixmae.trainer.data.shards.labels import is_class_name, looks_like_a_number
+from mixmae.trainer.data.shards.labels import is_class_name, join_classes, looks_like_a_number
 
 _COLUMNS = ("path", "label")
 _NAMES = {"file_name": "path"}
@@ -114,8 +115,13 @@ def _line(file: Path, number: int, content: dict[str, object]) -> _Line:
     path, label = content["path"], content.get("label")
     if not isinstance(path, str) or not path:
         raise UsageError(f"{file}, line {number}: path {path!r}; expected the name of a file")
+    if isinstance(label, list):
+        label = join_classes(label) or label
     if isinstance(label, bool) or not isinstance(label, (str, int, float, NoneType)):
-        raise UsageError(f"{file}, line {number}: label {label!r}; expected a class name or a whole number")
+        raise UsageError(
+            f"{file}, line {number}: label {content['label']!r}; expected a class name, a whole number, or a list of "
+            "names without commas"
+        )
     text = "" if label is None else str(label).strip()  # as of .cls files
     return _Line(number, path, text or None)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.index import UNLABELLED
-from mixmae.trainer.data.shards.labels import is_class_name
+from mixmae.trainer.data.shards.labels import is_class_name, join_classes
 
 _LABEL = "label"
 _BINARY_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -53,7 +53,8 @@ def find_columns(file: Path, schema: Any, label: str | None) -> Columns:
             f"{file} has {len(images)} columns of images among {', '.join(schema.names)}; expected one, a struct of "
             "bytes and path"
         )
-    classes = {name: one.get("names") for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    items = {name: one.get("feature", one) for name, one in features.items()}  # of a list: what it holds
+    classes = {name: one.get("names") for name, one in items.items() if one.get("_type") == "ClassLabel"}
     if label is None and _LABEL not in schema.names and len(classes) > 1:
         raise UsageError(
             f"{file} has {len(classes)} columns of labels, {', '.join(classes)}; name one: --label-column "
@@ -79,10 +80,12 @@ def number_labels(file: Path, columns: Columns, labels: list[Any]) -> tuple[list
     """Labels as numbers, and the names of the numbers.
 
     Raises:
-        UsageError: they are neither all names nor all class numbers.
+        UsageError: they are neither all names, nor all class numbers, nor all lists of classes with names.
     """
     column, names = columns.label, columns.names
     kinds = {type(label) for label in labels if label is not None}
+    if kinds == {list}:
+        labels, kinds = [None if label is None else _joined(file, columns, label) for label in labels], {str}
     if kinds <= {str} and kinds:
         classes = sorted(set(labels) - {None})
         if bad := [name for name in classes if not is_class_name(name)]:
@@ -99,3 +102,15 @@ def number_labels(file: Path, columns: Columns, labels: list[Any]) -> tuple[list
     if len(found) and not UNLABELLED <= found.min() <= found.max() < bound:
         raise UsageError(f"{file}: {column} has values from {found.min()} to {found.max()}; expected 0 to {bound - 1}")
     return found.tolist(), list(names or [])
+
+
+def _joined(file: Path, columns: Columns, label: list[Any]) -> str:
+    """Several classes of an image as one label."""
+    names = columns.names or []
+    words = [names[one] if isinstance(one, int) and 0 <= one < len(names) else one for one in label]
+    if (joined := join_classes(words)) is None:
+        raise UsageError(
+            f"{file}: {columns.label} is {str(label)[:80]}; expected a list of class names without commas, or of the "
+            "numbers of a ClassLabel"
+        )
+    return joined

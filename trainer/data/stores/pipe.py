@@ -23,11 +23,11 @@ class PipeStore(CachedStore):
         self._command = location.removeprefix("pipe:")
         if not network.allow_shell:
             raise UsageError(
-                f"data.shards={location} would run its command in a shell on every node; "
+                f"shards {location} would run their command in a shell on every node; "
                 "data.network.allow_shell=true allows that"
             )
         if "{}" not in self._command:
-            raise UsageError(f"data.shards={location} has no {{}} where the file's name goes")
+            raise UsageError(f"shards {location} have no {{}} where the file's name goes")
         super().__init__(location, network, cache, sys.maxsize, first_delay)
 
     def read_whole(self, name: str) -> bytes:

@@ -129,8 +129,8 @@ def _filesystem_class(scheme: str) -> type[AbstractFileSystem]:
     try:
         return get_filesystem_class(scheme)
     except ValueError as error:
-        raise UsageError(f"data.shards: unknown kind of URL {scheme!r}://; expected http, https, s3, ...") from error
+        raise UsageError(f"shards: unknown kind of URL {scheme!r}://; expected http, https, s3, ...") from error
     except ImportError as error:
         extra = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3"}.get(scheme)
         remedy = f"pip install 'mixmae[{extra}]'" if extra else str(error)
-        raise UsageError(f"data.shards: {scheme}:// needs a package that is not installed: {remedy}") from error
+        raise UsageError(f"shards: {scheme}:// needs a package that is not installed: {remedy}") from error

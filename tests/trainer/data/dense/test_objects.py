@@ -8,7 +8,7 @@ from pycocotools import mask as coco
 
 from mixmae.trainer.data.annotations import ANNOTATED
 from mixmae.trainer.data.dense.inspection import inspect_annotation
-from mixmae.trainer.data.dense.objects import dump_objects, faulty_objects, parse_objects, without_faulty
+from mixmae.trainer.data.dense.objects import dump_objects, faulty_objects, image_id_of, parse_objects, without_faulty
 from mixmae.trainer.data.faults import Reason, UnusableError
 
 HEIGHT, WIDTH = 24, 36
@@ -59,11 +59,20 @@ def test_faulty_objects_are_told_from_others_with_their_id() -> None:
     assert kept.ids.tolist() == [900100448263, 1]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"3", b"[3]", b"[[]]", b"[{}]", b"\xff", b"[" * 100_000, b"null"])
+def test_an_image_keeps_its_number_in_a_coco_file() -> None:
+    square = {"category": 2, "bbox": [1, 1, 8, 8], "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]], "id": 7}
+    content = dump_objects([square, square | {"bbox": [1, 1, 0, 8], "id": 8}], 139)
+    kept = without_faulty(content, faulty_objects(content, HEIGHT, WIDTH))
+    assert (image_id_of(content), image_id_of(kept), image_id_of(dump_objects([]))) == (139, 139, None)
+    assert parse_objects(kept, HEIGHT, WIDTH).ids.tolist() == [7]
+    assert inspect_annotation("objects", content, HEIGHT, WIDTH, 2).detail.startswith("object 8 has category 2")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"3", b"[3]", b"[[]]", b"[{}]", b"\xff", b"[" * 100_000, b"null", b'{"image_id":"7","objects":[]}'],
+)
 def test_what_is_no_list_of_objects_is_refused(content: bytes) -> None:
-    if content == b"{}":
-        assert len(parse_objects(content, 4, 4)) == 0  # an empty collection, as good as an empty list
-        return
     with pytest.raises(UnusableError, match="no list of objects") as caught:
         parse_objects(content, 4, 4)
     assert caught.value.reason == Reason.DAMAGED_ANNOTATION

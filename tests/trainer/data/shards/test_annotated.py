@@ -122,6 +122,8 @@ def test_objects_are_those_that_pycocotools_reads(coco: Path, capsys: pytest.Cap
             assert found.boxes[i].tolist() == [x, y, x + w, y + h]
     require_annotations(index, "objects", "detection")
     assert main(["check", str(coco / "out"), "--jobs", "1"]) == 0
+    assert main(["index", str(coco / "out"), "--jobs", "1"]) == 0
+    assert open_index(coco / "out").fingerprint == index.fingerprint
 
 
 def test_an_image_that_is_listed_twice_is_told(coco: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,18 @@ def test_labels_are_names_numbers_or_nothing(tmp_path: Path) -> None:
     assert classes_and_labels("names", label=["b", "a", None, "b", "a", "b"]) == (("a", "b"), {-1, 0, 1})
     assert classes_and_labels("numbers", label=[3, 4, 5, 3, 4, 5]) == ((), {3, 4, 5})
     assert classes_and_labels("nothing", caption=["x"] * 6) == ((), {-1})
+    several = classes_and_labels("several", label=[["b", "a"], ["a"], [], None, ["a"], ["a"]])
+    assert several == ((",", "a,", "b,a"), {-1, 0, 1, 2})
+
+
+def test_lists_of_a_class_label_have_its_names(tmp_path: Path) -> None:
+    """Features as `datasets` 5.2 writes those of Sequence(ClassLabel(...))."""
+    features = {"objects": {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "List"}}
+    write(tmp_path / "set.parquet", range(3), features, objects=[[0, 1], [1], []])
+    assert main(["build", str(tmp_path / "set.parquet"), str(tmp_path / "out"), "--jobs", "1"]) == 0
+    index = open_index(tmp_path / "out")
+    found = {index.read(sample): index.classes[index.samples["label"][sample]] for sample in range(3)}
+    assert found == dict(zip(IMAGES, ("cat,dog", "dog,", ","), strict=False))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +91,7 @@ def test_labels_are_names_numbers_or_nothing(tmp_path: Path) -> None:
         ({"text": ["a"]}, "has 0 columns of images among text; expected one"),
         ({"image": [b"x"], "png": [b"x"]}, "has 2 columns of images among image, png"),
         ({"image": [b"x"], "label": [0.5]}, "label holds values of the kind float"),
+        ({"image": [b"x"], "label": [[0, 1]]}, r"label is \[0, 1\]; expected a list of class names without commas"),
         ({"image": [b"x"], "label": [-3]}, "label has values from -3 to -3"),
         ({"image": pa.array([], pa.binary())}, "no rows"),
         ({"image": [None], "label": [0]}, "has 0 columns of images among image, label"),

@@ -95,6 +95,13 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
             {"x/1": 1, "x/2": 0},
             ["a", "b"],
         ),
+        (
+            "l.jsonl",
+            '{"path": "x/1.png", "label": ["b", "a"]}\n{"path": "x/2.png", "label": ["a"]}\n'
+            '{"path": "x/1.png", "label": []}',
+            {"x/1": 2, "x/2": 1, "x/1-2": 0},
+            [",", "a,", "b,a"],
+        ),
         ("l.jsonl", '{"path": "x/../x/1.png"}\n{"path": "x/2.png", "label": null}', {"x/x/1": -1, "x/2": -1}, []),
     ],
 )
@@ -148,6 +155,11 @@ def test_lists_may_name_absolute_paths(tmp_path: Path) -> None:
         ("l.jsonl", '{"path": "x/1.png", "cls": 1}', "line 1: expected"),
         ("l.jsonl", '{"path": 1}', "line 1: path 1"),
         ("l.jsonl", '{"path": "x/1.png", "label": [1]}', r"line 1: label \[1\]"),
+        (
+            "l.jsonl",
+            '{"path": "x/1.png", "label": ["a,b"]}',
+            r"line 1: label \['a,b'\]; .* a list of names without commas",
+        ),
         ("l.jsonl", '{"path": "x/1.png", "label": true}', "line 1: label True"),
         ("l.txt", "x/1.png", "is no source; expected"),
     ],
