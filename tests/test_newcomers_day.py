@@ -144,7 +144,7 @@ def make_shards(day: Day) -> None:
     assert summary.startswith("shards/val: 12 images, 3 classes, ")
     assert open_index(day.folder / "shards" / "train").classes == tuple(sorted(CLASSES))
     assert day("shards", "check", "shards/train", "--jobs", "1")[-1] == "sound"
-    assert "it holds images; 'mixmae shards build photos photos-shards'" in day.refused(
+    assert "'mixmae shards build photos/train photos-shards/train' and 'mixmae shards build photos/val " in day.refused(
         "recipes", "suggest", "photos", "--gpus", "1"
     )
     assert "shards/train" in day.refused("shards", "check", "shards")
@@ -159,7 +159,8 @@ def pretrain(day: Day) -> None:
         "method.decoder_dim=16", "method.decoder_depth=1", "method.decoder_num_heads=2", "train.global_batch=8",
         "train.micro_batch=2", "log.pictures=null", "optim.warmup=2 steps",
     ]  # fmt: skip
-    assert "it holds images; " in day.refused(*command, "--local", "1", "data.shards=photos", "train.duration=9 steps")
+    wrong = day.refused(*command, "--local", "1", "data.shards=photos", "train.duration=9 steps")
+    assert "it holds images in parts of a data set; build each on its own: " in wrong
     process = day.start(*command, "--local", "2", "train.duration=5000 steps")
     wait_for_step(day.folder / "run", 3, process)
     process.send_signal(signal.SIGINT)

@@ -26,6 +26,7 @@ def recipe_of(*overrides: str) -> Recipe:
         ("cuda", 8, ["train.zero_stage=1"], (1, True, True, False)),
         ("cuda", 8, ["train.activation_checkpointing.kind=fairscale"], (2, False, True, True)),
         ("cuda", 8, ["task=detect"], (2, False, True, True)),
+        ("cuda", 8, ["train.precision=fp32"], (2, True, False, True)),
         ("cuda", 8, ["train.compile=false", "train.overlap_comm=false"], (2, False, True, False)),
         ("cpu", 8, ["train.compile=true", "train.zero_stage=2", "train.overlap_comm=true"], (2, True, False, True)),
     ],

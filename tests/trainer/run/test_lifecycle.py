@@ -2,6 +2,7 @@
 
 import pytest
 
+from mixmae.trainer.engine import distributed
 from mixmae.trainer.engine.distributed import Ranks
 from mixmae.trainer.run import lifecycle
 from tests.helpers import tiny_recipe
@@ -19,7 +20,7 @@ def test_a_rank_joins_as_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> Non
         raise JoinedError
 
     monkeypatch.setattr(lifecycle, "check", lambda *_: None)
-    monkeypatch.setattr(lifecycle.distributed, "join", join)
+    monkeypatch.setattr(distributed, "join", join)
     with pytest.raises(JoinedError):
         lifecycle.train(tiny_recipe(**{"train.deterministic": True, "launch.stuck_seconds": 45}), Ranks())
     assert told == [Ranks(), 45, True]

@@ -48,8 +48,8 @@ class Train(Section):
     """Compiles each block and the loss (torch.compile); auto: on GPUs, where images have one size and
     neither ZeRO 3 nor fairscale is asked for."""
     fused_attention: _Switch = "auto"
-    """On GPUs, where auto means true: attention in kernels of this project's own (models/ops) where they apply, else
-    torch's, which a warning says."""
+    """On GPUs, where auto means true in bf16: attention in kernels of this project's own (models/ops) where they apply,
+    else torch's, which a warning says."""
     max_skipped_steps: int = Field(10, ge=1)
     """So many steps in a row with a non-finite loss or gradient end the run."""
 
