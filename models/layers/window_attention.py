@@ -80,15 +80,12 @@ class WindowAttention(nn.Module):
         if width not in WIDTHS:
             return f"heads are {width} wide, expected {' or '.join(map(str, WIDTHS))}"
         self.kernel, self.window_kernel = kernel, window_kernel
-        if window_kernel is None:
-            return ""
-        if not self.fuses_windows(dtype):
-            most = MAX_WINDOWS.get(dtype.itemsize, 0)
-            reason = f"windows of {self.window}x{self.window} in {dtype}, expected a side of {most} or less"
-        else:
-            reason = kernel_failure(self, dtype)
-        if reason:
-            self.window_kernel = None
+        if window_kernel is not None and not self.fuses_windows(dtype):
+            self.window_kernel, most = None, MAX_WINDOWS.get(dtype.itemsize, 0)
+            return f"windows of {self.window}x{self.window} in {dtype}, expected a side of {most} or less"
+        reason = kernel_failure(self, dtype)
+        if reason:  # groups go through the same code
+            self.kernel = self.window_kernel = None
         return reason
 
     def attend(self, qkv: Tensor, problems: Problems) -> Tensor:
@@ -127,15 +124,16 @@ def kernel_failure(attention: WindowAttention, dtype: torch.dtype) -> str:
     compiled has no way back later.
 
     Returns:
-        What is wrong with it there; empty if nothing is, or the module is on no GPU.
+        What is wrong with it there, also if the module is to do without; empty if nothing is, it was not tried, or the
+        module is on no GPU.
     """
     device = attention.qkv.weight.device
     if device.type != "cuda":
         return ""
     shape = (attention.window, attention.num_heads, attention.proj.in_features, dtype, device)
-    if shape not in _tried:
+    if shape not in _tried and attention.window_kernel is not None:
         _tried[shape] = try_kernel(copy.deepcopy(attention).to(dtype), device)
-    return _tried[shape]
+    return _tried.get(shape, "")
 
 
 def try_kernel(attention: WindowAttention, device: torch.device) -> str:

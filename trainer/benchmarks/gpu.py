@@ -156,7 +156,7 @@ def run(chosen: Sequence[Part], seconds: float) -> list[str]:
     failed, deadline = [], time.monotonic() + seconds
     for part in chosen:
         started = time.monotonic()
-        limit = min(part.seconds, deadline - started)
+        limit = min(part.seconds, deadline - started - _INTERRUPTED)
         result = _run_part(part, limit) if limit >= _MIN_TIME * part.seconds else "skipped: no time left"
         print(f"== {part.name}: {result}, {time.monotonic() - started:.0f} s", flush=True)
         if result != "done":

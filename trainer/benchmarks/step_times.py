@@ -56,7 +56,7 @@ def measure(
     product, flops = _product(recipe.train.precision, device), model_flops(recipe)
     reference: float | None = None
     refused: list[UsageError] = []
-    for together in [[name] for name in names] if device.type == "cuda" else [names]:
+    for together in _held_together(names, device):
         timed = dict(_warmed_up(recipe, together, device, weights, (images, inputs), refused))
         peak = statistics.median(_interleave(timed, (images, inputs), steps, product, device) or [0.0])
         rates = {name: batch / statistics.median(one.times) for name, one in timed.items()}
@@ -70,6 +70,11 @@ def measure(
             yield {**found, "kernel_shares": kernel_shares(profile), **metadata()}, kernel_table(profile)
     if refused:
         raise refused[0]
+
+
+def _held_together(names: Sequence[str], device: torch.device) -> list[list[str]]:
+    """Which variants are in memory at once: on a CPU all, which take turns; on a GPU each alone."""
+    return [[name] for name in names] if device.type == "cuda" else [list(names)]
 
 
 def _under_load(work: Callable[[], object], device: torch.device) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmae.models import MixMAE, create_encoder
 from mixmae.models.encoders.registry import ENCODERS
 from mixmae.models.encoders.swin import Swin
+from mixmae.models.layers import window_attention as layers
 from mixmae.models.layers.window_attention import WindowAttention, try_kernel
 from mixmae.models.methods.mixing import draw_groups
 from mixmae.models.ops import grouped_attention, window_attention
+from tests.models.fake_gpu import move, on_gpu
 from tests.models.ops import triton_cases
 
 # Section 2's table of the method: encoder parameters, with decoder (M), encoder and with-decoder forward GMACs.
@@ -248,3 +252,27 @@ def test_a_kernel_that_fails_on_a_gpu_is_left_out(monkeypatch: pytest.MonkeyPatc
         found = try_kernel(attention, cpu)
         assert found.startswith(reason)
         assert bool(found) == bool(reason)
+
+
+def test_where_the_window_kernel_fails_groups_go_without_theirs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are the same code; also where ranks agree to do without windows, and none is tried again."""
+    tried = []
+
+    def try_kernel(attention: WindowAttention, device: torch.device) -> str:
+        tried.append(attention.window)
+        return "the window kernel does not run"
+
+    monkeypatch.setattr(layers, "try_kernel", try_kernel)
+    monkeypatch.setattr(layers, "_tried", {})
+    attention = WindowAttention(32, 1, 4)
+    unchanged = SimpleNamespace(to=lambda dtype: attention)
+    monkeypatch.setattr(layers, "copy", SimpleNamespace(deepcopy=lambda module: unchanged))  # fake weights have no data
+    kernels = (triton_cases.grouped_formula, triton_cases.window_formula)
+    assert attention.use_kernels(*kernels, torch.bfloat16) == ""
+    assert (attention.kernel, attention.window_kernel) == kernels
+    with FakeTensorMode():
+        move(attention, on_gpu)
+        for window_kernel in (kernels[1], None):
+            assert attention.use_kernels(kernels[0], window_kernel, torch.bfloat16) == "the window kernel does not run"
+            assert (attention.kernel, attention.window_kernel) == (None, None)
+    assert tried == [4]

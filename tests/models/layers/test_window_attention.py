@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import timm.models.swin_transformer as timm_swin
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmae.models.layers.blocks import PatchMerging
 from mixmae.models.layers.token_order import (
@@ -134,11 +136,26 @@ def test_no_bias_is_made_for_each_sample(monkeypatch: pytest.MonkeyPatch, per_sa
     assert max(mask.numel() for mask in masks) <= 4 * 2 * 16 * 16
 
 
+class Selections(TorchDispatchMode):
+    """Notes the dtypes in which rows are selected, and their gradients added up."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.startswith("aten::index"):
+            self.dtypes[func._schema.name] = args[0].dtype
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_biases_gradient_is_summed_in_fp32() -> None:
-    """Hundreds of pairs share an entry of the table; a sum in bf16 stops growing at 256 times its terms."""
+    """Hundreds of pairs share an entry of the table. CPUs round their sum once, GPUs for each pair."""
     attention = WindowAttention(32, 1, 14).bfloat16()
     (problems,) = by_window((14, 14), 14, relative_position_index(14)).problems
-    position_bias(attention.relative_position_bias_table, problems.pairs, 14 * 14).float().sum().backward()
+    with Selections() as seen:
+        position_bias(attention.relative_position_bias_table, problems.pairs, 14 * 14).float().sum().backward()
+    assert set(seen.dtypes.values()) == {torch.float32}
     gradient = attention.relative_position_bias_table.grad
     assert gradient is not None
     pairs = torch.bincount(problems.pairs.flatten(), minlength=27 * 27).bfloat16()

@@ -30,6 +30,9 @@ from tests.models.ops import triton_cases
 A100_SHARED = 163 * 1024
 """Bytes of shared memory for a program; more is refused only when a kernel starts."""
 
+WIDE_PRODUCTS = 3
+"""In a kernel, of 64 bits, at least; where only the bias' gradient is stored by them there are 2."""
+
 
 class Case(NamedTuple):
     """Problems, heads, tokens of each, side of their window or 0, whether groups are kept apart by members."""
@@ -126,6 +129,8 @@ def assert_fits(kernels: dict[str, Any], folder: Path, spilled: int = 0) -> None
         assert used <= 255
         assert found <= spilled
         assert 0 < kernel.metadata.shared <= A100_SHARED
+        # Of where a sample begins: 256 images of 448 px are more elements in Swin-H's first stage than 32 bits count.
+        assert len(re.findall(r"arith\.muli .* : i64", kernel.asm["ttir"])) >= WIDE_PRODUCTS
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -93,7 +93,11 @@ def window_inputs(side: int, heads: int, num: int, batch: int, groups: str, dtyp
     whole = torch.randn(batch, num * side**2, 3 * heads * 32, device=device).to(dtype)
     table = torch.randn((2 * side - 1) ** 2, heads, device=device).to(dtype)
     maps = {"none": 0, "shared": 1, "own": batch}[groups]
-    members = torch.randint(3, (maps, num, side**2), device=device, dtype=torch.int32) if maps else None
+    # Group 0, which stands for tokens beyond a problem, is in none; a sample's own groups lie apart, as cells do, so
+    # that the first keys of a problem are hidden from the others.
+    members = torch.randint(1, 4, (maps, num, side**2), device=device, dtype=torch.int32) if maps else None
+    if members is not None and groups == "own":
+        members = members.sort().values
     return whole, 0, num * side**2, table, members, 32**-0.5
 
 

@@ -1,5 +1,8 @@
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +147,52 @@ def test_the_clock_is_read_while_the_gpu_works(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(step_times, "profiled", profiled)
     assert step_times._under_load(lambda: told.append("step"), torch.device("cuda")) == {"clock_mhz": 1500}
     assert told == [*["step"] * 4, "clock", "synchronize", *["step"] * 4]
+
+
+def test_each_result_is_written_before_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is lent for minutes may be gone before the last one."""
+    figures = ("step_seconds", "images_per_second", "model_tflops", "share_of_product", "peak_tflops")
+    other = {"device": "a GPU", "model": "mixmae_swin_nano", "method": "mixmae", "num_images": 2, "precision": "bf16"}
+    unknown: dict[str, Any] = {
+        "ratio_to_plain": None,
+        "host_seconds": None,
+        "batch": 8,
+        "peak_memory_bytes": 9,
+        "kernel_shares": {},
+    }
+    found = {**dict.fromkeys(figures, 1.0), **other, **unknown, "variant": "plain", "step_seconds_spread": [1.0, 1.0]}
+
+    def measure(*_: object) -> Iterator[tuple[dict[str, Any], str]]:
+        yield found, "9 ms of a kernel"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step, "RESULTS", tmp_path)
+    kernels = tmp_path / "kernels.txt"
+    with pytest.raises(KeyboardInterrupt):
+        step.main(["--variant", "plain,grouped", "--json", "--kernels", str(kernels)])
+    (file,) = tmp_path.glob("step-*.json")
+    assert json.loads(file.read_text()) == [found]
+    assert "9 ms of a kernel" in kernels.read_text()
+
+
+def test_a_gpu_holds_one_variant_at_a_time() -> None:
+    """Eight of Swin-H take more than 80 GB; on a CPU they take turns."""
+    assert step_times._held_together(["plain", "grouped"], torch.device("cuda")) == [["plain"], ["grouped"]]
+    assert step_times._held_together(["plain", "grouped"], HERE) == [["plain", "grouped"]]
+
+
+def test_a_variant_that_does_not_fit_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(model: Trainable) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nGPU 0 has 80")
+
+    monkeypatch.setitem(step_times._SIDES, "cpu", 256)
+    monkeypatch.setitem(VARIANTS, "masked", Variant("", fill, is_published=True))
+    recipe = tiny_recipe(**{"train.micro_batch": 2, "train.global_batch": 2})
+    assert [one["variant"] for one, _ in step_times.measure(recipe, ["masked", "grouped"], 1, HERE)] == ["grouped"]
+    assert "masked          batch 2 does not fit: CUDA out of memory." in capsys.readouterr().out
 
 
 def test_a_variant_that_cannot_be_measured_ends_neither_others_nor_other_batches(

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.faults import Reason, UnusableError
@@ -373,6 +374,14 @@ def test_a_gpu_copies_beside_its_computing(monkeypatch: pytest.MonkeyPatch) -> N
     plain = ToDevice(torch.device("cpu"), [0.5] * 3, [0.5] * 3)(images)
     assert torch.equal(to_device(images), plain)
     assert told == ["copies begin", "copies end", ("waits for", "copies"), ("used by", computing)]
+
+
+def test_a_gpu_has_a_stream_of_its_own_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"copies of {device}")
+    with FakeTensorMode():
+        on_gpu, on_cpu = (ToDevice(torch.device(name), [0.5] * 3, [0.5] * 3) for name in ("cuda:1", "cpu"))
+    assert str(on_gpu._copies) == "copies of cuda:1"
+    assert on_cpu._copies is None
 
 
 def test_what_is_drawn_on_the_host_is_pinned_before_it_goes_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

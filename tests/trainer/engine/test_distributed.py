@@ -114,6 +114,7 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
         monkeypatch.setattr(dist.distributed_c10d, name, getattr(dist.distributed_c10d, name))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(distributed, "compute_deterministically", lambda: told.update(deterministic=True))
+    monkeypatch.setattr(distributed, "bind_to_gpu", lambda gpu: told.update(bound_to=gpu.uuid))
     ranks = Ranks(rank=11, world_size=16, local_rank=3)
     join(ranks, stuck_seconds=100, deterministic=True)
     assert ranks.device == torch.device("cuda", index)
@@ -124,6 +125,7 @@ def test_a_task_takes_its_gpu_or_the_only_one_it_sees(monkeypatch: pytest.Monkey
     assert (told["rank"], told["world_size"], told["device_id"]) == (11, 16, torch.device("cuda", index))
     assert told["cudnn"] is False
     assert told["deterministic"]
+    assert told["bound_to"] == "GPU-1"
     assert not torch.backends.cudnn.allow_tf32  # a run in fp32 computes its convolutions in it too
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixmae.models.methods.mixing import draw_mix
@@ -42,8 +43,26 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class HostCopies(TorchFunctionMode):
+    """Counts copies of whole tensors to the host, which on a CPU are no operations.
+
+    Not those of integers: a mix's groups are counted on CPUs alone.
+    """
+
+    _WAITING = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self._WAITING and args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
 def waits(ranks: Ranks, stage: int, precision: str) -> tuple[int, int, int]:
-    """How often DeepSpeed waits for the device in some steps, and the host reads a value, in passes and in updates.
+    """How often DeepSpeed waits for the device, or copies from it, in some steps, and the host reads a value, in passes
+    and in updates.
 
     On a GPU torch refuses any other waiting in passes.
     """
@@ -59,20 +78,20 @@ def waits(ranks: Ranks, stage: int, precision: str) -> tuple[int, int, int]:
     images = torch.randn(4, 3, 64, 64, device=ranks.device)
     mix = draw_mix(4, 2, engine.module.grid, torch.Generator().manual_seed(0)).to(ranks.device)
     on_gpu = ranks.device.type == "cuda"
-    in_passes, in_updates = HostReads(), HostReads()
+    in_passes, in_updates, copies = HostReads(), HostReads(), HostCopies()
     for step in range(6):
         watched = step >= 3
         if step == 3:
             accelerator.synchronize = synchronize
         if on_gpu and watched:
             torch.cuda.set_sync_debug_mode("error")
-        with in_passes if watched and not on_gpu else nullcontext():
+        with in_passes if watched and not on_gpu else nullcontext(), copies if watched else nullcontext():
             engine.backward(refuse_non_finite(engine(images, *mix)))
         if on_gpu:
             torch.cuda.set_sync_debug_mode("default")
-        with in_updates if watched and not on_gpu else nullcontext():
+        with in_updates if watched and not on_gpu else nullcontext(), copies if watched else nullcontext():
             engine.step()
-    return counted, in_passes.count, in_updates.count
+    return counted + copies.count, in_passes.count, in_updates.count
 
 
 @pytest.mark.parametrize(("stage", "precision"), KINDS)
