@@ -1,7 +1,7 @@
 """`mixmae bench window`: attention inside windows in this project's kernel, beside torch's, forward and backward pass.
 
 Shapes are those of stages 1 and 2 with K = 2 groups: packed queries, keys and values go in, their packed gradients come
-out, and the table's. Without a GPU the kernel runs under Triton's interpreter, whose times mean nothing.
+out, and the table's. Without a GPU, TRITON_INTERPRET=1 runs the kernel in Triton's interpreter: times mean nothing.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mixmae.base.errors import UsageError
 from mixmae.models.layers.token_order import Problems, by_window, relative_position_index, separated
 from mixmae.models.layers.window_attention import WindowAttention
 from mixmae.models.methods.mixing import draw_groups
@@ -38,8 +39,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help=f"write the measurements to {RESULTS}")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":  # which Triton reads when it is imported
+        raise UsageError(
+            "torch finds no GPU; TRITON_INTERPRET=1 mixmae bench window runs the kernel in Triton's interpreter"
+        )
     pin_attention()
     shapes = SHAPES if device.type == "cuda" else _SMALL
     found = [measured(name, *shape, args.batch, args.rounds, device) for name, shape in shapes.items()]
