@@ -55,7 +55,7 @@ CASES = {
     "windows of 16, mixed": pytest.param(Case(1, 4, 256, 16, masked=True), marks=pytest.mark.slow),
     "groups of 128": pytest.param(Case(2, 16, 128), marks=pytest.mark.slow),
 }
-SPILLED = {CASES["windows of 7, mixed"]: 64} if triton.__version__.startswith("3.6.") else {Case(1, 4, 49, 7): 16}
+SPILLED = {CASES["windows of 7, mixed"]: 136} if triton.__version__.startswith("3.6.") else {Case(1, 4, 49, 7): 16}
 """Bytes in the backward pass on an A100, where not 0; Triton 3.6 is that of torch 2.11."""
 
 
