@@ -53,7 +53,8 @@ def test_weights_too_large_for_protobuf_lie_beside_the_file(tmp_path: Path, monk
     model = written("vit", tmp_path / "made")
     (tmp_path / "made").rename(tmp_path / "moved")
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert (tmp_path / "moved" / f"{ONNX}.data").stat().st_size >= weights > (tmp_path / "moved" / ONNX).stat().st_size
+    beside = (tmp_path / "moved" / f"{ONNX}.data").stat().st_size
+    assert beside > 0.95 * weights > (tmp_path / "moved" / ONNX).stat().st_size  # norms and biases may stay inside
     onnx_model._check(tmp_path / "moved" / ONNX, model)
 
 
