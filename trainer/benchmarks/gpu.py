@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -99,9 +99,8 @@ def small(part: Part) -> Part:
         arguments[4:4] = ["--precision", "fp32"]
     if part.name not in ("parity", "runs", "window"):
         arguments += _SMALL
-    interpreted = {"TRITON_INTERPRET": "1"} if part.name == "window" else {}
-    environment = {**part.environment, **interpreted}
-    return Part(part.name, _DRY_RUN_FACTOR * part.seconds, tuple(arguments), environment)
+    environment = {"TRITON_INTERPRET": "1"} if part.name == "window" else part.environment
+    return replace(part, seconds=_DRY_RUN_FACTOR * part.seconds, arguments=tuple(arguments), environment=environment)
 
 
 def _step(model: str, batches: str, variants: str, num_images: int, seconds: float) -> Part:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mixmae.base.errors import UsageError
 from mixmae.trainer.data.index import INVALID_LABEL, ShardIndex, Table
+from mixmae.trainer.data.shards.labels import split_classes
 from mixmae.trainer.recipe.schema import Recipe
 from mixmae.trainer.recipe.sections.labelled import Classification
 from mixmae.trainer.tasks.classes import listed, shards_with_classes
-
-_SEPARATOR = ","
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,7 @@ def resolve_classes(recipe: Recipe) -> Recipe:
 def _names(index: ShardIndex, multi_label: bool) -> tuple[str, ...]:
     if not multi_label:
         return index.classes
-    return tuple(sorted({name for combination in index.classes for name in _split(combination)}))
-
-
-def _split(label: str) -> list[str]:
-    return [name for part in label.split(_SEPARATOR) if (name := part.strip())]
+    return tuple(sorted({name for combination in index.classes for name in split_classes(combination)}))
 
 
 def targets_of(index: ShardIndex, classes: Classification, key: str) -> Targets:
@@ -155,7 +150,7 @@ def flags_of(index: ShardIndex, names: Sequence[str], where: str) -> Tensor:
     known = {name: number for number, name in enumerate(names)}
     table = torch.zeros(len(index.classes), len(known), dtype=torch.uint8)
     for label in np.unique(index.samples["label"]):
-        for name in _split(index.classes[label]):
+        for name in split_classes(index.classes[label]):
             if name not in known:
                 raise UsageError(
                     f"{where} has the class {name!r}, which the model does not; its own are {listed(names)}"

@@ -14,6 +14,8 @@ _FIRST_NAME = INVALID_LABEL - 1
 _NUMBER = re.compile(r"[+-]?[0-9.]+")
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _LONGEST_NAME = 200
+_SEPARATOR = ","
+"""Of several classes in one label."""
 
 
 class LabelCodes:
@@ -54,10 +56,15 @@ class LabelCodes:
 
 def join_classes(names: Sequence[object]) -> str | None:
     """Several classes of an image as one label, as `classification.multi_label` reads it; None: they are no names."""
-    words = [name.strip() for name in names if isinstance(name, str) and "," not in name]
+    words = [name.strip() for name in names if isinstance(name, str) and _SEPARATOR not in name]
     if len(words) < len(names) or "" in words:
         return None
-    return ",".join(words) + ("" if len(words) > 1 else ",")
+    return _SEPARATOR.join(words) + ("" if len(words) > 1 else _SEPARATOR)
+
+
+def split_classes(label: str) -> list[str]:
+    """The classes that a label names, as `join_classes` joins them."""
+    return [name for part in label.split(_SEPARATOR) if (name := part.strip())]
 
 
 def looks_like_a_number(label: str) -> bool:
